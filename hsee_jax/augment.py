@@ -1,0 +1,56 @@
+"""From stored images to network inputs, inside the compiled step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from hsee_jax.base import Array, Key
+
+_PAD = 4  # pixels, the usual margin for 32x32 images
+
+
+def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """Centres and scales ``uint8 [B, H, W, C]`` to ``float32 [B, H, W, C]``.
+
+    Args:
+      images: values 0..255.
+      mean: of each channel, on the scale 0..1.
+      std: of each channel, on the scale 0..1.
+    """
+    chex.assert_rank(images, 4)
+    chex.assert_type(images, jnp.uint8)
+    scale = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, -1)
+    shift = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
+    return (images.astype(jnp.float32) / 255.0 - shift) / scale
+
+
+def augment(key: Key, images: Array, kind: str) -> Array:
+    """Random crop and flip of every image by itself.
+
+    Args:
+      key: a typed key.
+      images: ``float32 [B, H, W, C]``, normalised, so that the margin is mean grey.
+      kind: ``"none"``, ``"crop"``: a window of the image padded by 4 pixels of 0, or
+        ``"crop_flip"``: also mirrored left to right with probability one half.
+    """
+    if kind == "none":
+        return images
+    chex.assert_rank(images, 4)
+    batch, height, width, _ = images.shape
+    crop_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(crop_key, (2, batch, 1), 0, 2 * _PAD + 1)
+    rows = jnp.arange(height)[None, :] + offsets[0] - _PAD
+    columns = jnp.arange(width)[None, :]
+    if kind == "crop_flip":
+        flip = jax.random.bernoulli(flip_key, shape=(batch, 1))
+        columns = jnp.where(flip, width - 1 - columns, columns)
+    columns = columns + offsets[1] - _PAD
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & (
+        (columns >= 0) & (columns < width)
+    )[:, None, :]
+    picked = images[
+        jnp.arange(batch)[:, None, None],
+        jnp.clip(rows, 0, height - 1)[:, :, None],
+        jnp.clip(columns, 0, width - 1)[:, None, :],
+    ]
+    return jnp.where(inside[..., None], picked, 0.0)

@@ -1,0 +1,391 @@
+"""Everything that a run depends on, as frozen dataclasses that check themselves.
+
+Each field is also a flag of the command line (`learning_rate` is ``--learning-rate``),
+so names are unique over all classes and ``help`` is the field's documentation. Defaults
+marked [ours] are choices that the paper leaves open.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hsee_jax.base import UserError
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its documentation and, for a name, the allowed ones."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Checked:
+    """Checks the named choices, then whatever the class adds in ``check``."""
+
+    def __post_init__(self) -> None:
+        """Refuses a value that is not allowed."""
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            choices = item.metadata.get("choices", ())
+            value = getattr(self, item.name)
+            if choices and value not in choices:
+                raise unknown(item.name, value, choices)
+        self.check()
+
+    def check(self) -> None:
+        """Checks numbers."""
+
+    def require(self, name: str, allowed: str, ok: bool) -> None:
+        """Refuses the value of a field unless ``ok``."""
+        if not ok:
+            value = getattr(self, name)
+            raise UserError(f"{name}: {value} is not allowed; allowed is {allowed}")
+
+
+def unknown(what: str, value: object, allowed: tuple[str, ...]) -> UserError:
+    """The error for a name that is none of the allowed ones, with the nearest."""
+    near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return UserError(
+        f"{what}: {value} is unknown{hint}; allowed are {', '.join(allowed)}"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    """Which samples there are, and who has them."""
+
+    dataset: str = option(
+        "fashion_mnist_small",
+        "fashion_mnist_small comes with the package, the others are read by "
+        "tensorflow-datasets from --data-dir",
+        choices=("fashion_mnist_small", "cifar10"),
+    )
+    data_dir: str | None = option(None, "folder with the prepared datasets")
+    max_train_samples: int | None = option(None, "use only the first so many")
+    max_test_samples: int | None = option(None, "use only the first so many")
+    augment: str = option(
+        "none",
+        "of training images: random crop of the image padded by 4, and flip",
+        choices=("none", "crop", "crop_flip"),
+    )
+    partition: str = option(
+        "iid",
+        "how samples are dealt to clients [ours: iid, disjoint, equal]",
+        choices=("iid", "dirichlet", "classes", "quantity"),
+    )
+    alpha: float = option(
+        0.3, "concentration of dirichlet (labels) and quantity (sizes); low is unequal"
+    )
+    classes_per_client: int = option(2, "labels each client sees in classes")
+
+    def check(self) -> None:
+        """Checks numbers."""
+        for name in ("max_train_samples", "max_test_samples"):
+            value = getattr(self, name)
+            self.require(name, "1 or more", value is None or value >= 1)
+        self.require("alpha", "more than 0", 0 < self.alpha < float("inf"))
+        self.require("classes_per_client", "1 or more", self.classes_per_client >= 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """The ResNet-18."""
+
+    width: int = option(64, "channels of the first group of blocks")
+    stem: str = option(
+        "auto",
+        "first layer: 3x3, or 7x7 and max-pool; auto is 3x3 up to 64 pixels [ours]",
+        choices=("auto", "3x3", "7x7"),
+    )
+    exit_head: str = option(
+        "linear",
+        "pool and linear layer, or BatchNorm before them [ours]",
+        choices=("linear", "bn_linear"),
+    )
+    dtype: str = option(
+        "float32",
+        "of the computation; parameters and statistics stay float32",
+        choices=("float32", "bfloat16"),
+    )
+
+    def check(self) -> None:
+        """Checks numbers."""
+        self.require("width", "1 or more", self.width >= 1)
+
+
+@dataclass(frozen=True)
+class ClientsConfig(Checked):
+    """How many clients there are, and where each is cut."""
+
+    num_clients: int = option(12, "how many clients")
+    cuts: tuple[str, ...] = option(
+        ("3", "5", "7"),
+        "cut layers, numbers or names, dealt out in turn: 3 5 7 3 5 7 ...",
+    )
+    participation: float = option(1.0, "share of the clients drawn for each round")
+    init: str = option(
+        "shared",
+        "weights at the start: slices of one network, or drawn per client [ours]",
+        choices=("shared", "per_client"),
+    )
+
+    def check(self) -> None:
+        """Checks numbers."""
+        self.require("num_clients", "1 or more", self.num_clients >= 1)
+        self.require(
+            "participation", "more than 0, at most 1", 0 < self.participation <= 1
+        )
+
+
+@dataclass(frozen=True)
+class StrategyConfig(Checked):
+    """How the server learns from many clients."""
+
+    strategy: str = option(
+        "averaging",
+        "one shared server, or one per client averaged layer by layer",
+        choices=("sequential", "averaging"),
+    )
+    turn: str = option(
+        "batch",
+        "sequential: the server takes one batch of each client in turn, or a client's "
+        "whole local epoch [ours]",
+        choices=("batch", "epoch"),
+    )
+    period: int = option(
+        1, "averaging: how often, in units of period_unit; 0 is never [ours]"
+    )
+    period_unit: str = option(
+        "rounds", "averaging: unit of period", choices=("rounds", "steps")
+    )
+    average: str = option(
+        "servers",
+        "averaging: a layer's mean is over the server replicas that hold it, or over "
+        "all holders, clients included [ours]",
+        choices=("servers", "all_holders"),
+    )
+    weights: str = option(
+        "samples",
+        "averaging: by number of training samples, or uniform [ours]",
+        choices=("samples", "uniform"),
+    )
+    batch_norm: str = option(
+        "average",
+        "averaging: BatchNorm takes part, or stays local (FedBN) [ours]",
+        choices=("average", "keep_local"),
+    )
+    optimizer_state: str = option(
+        "keep",
+        "averaging: each replica keeps its own, takes the mean, or starts anew [ours]",
+        choices=("keep", "average", "reset"),
+    )
+    server_lr_scale: float = option(
+        1.0, "the server's learning rate, relative to the clients' [ours]"
+    )
+
+    def check(self) -> None:
+        """Checks numbers."""
+        self.require("period", "0 or more", self.period >= 0)
+        self.require(
+            "server_lr_scale", "more than 0", 0 < self.server_lr_scale < float("inf")
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig(Checked):
+    """The recipe of every branch [ours]."""
+
+    optimizer: str = option("sgd", "update rule", choices=("sgd", "adamw"))
+    learning_rate: float = option(0.1, "peak learning rate")
+    momentum: float = option(0.9, "of sgd")
+    weight_decay: float = option(5e-4, "not on biases and BatchNorm")
+    schedule: str = option(
+        "cosine",
+        "after the warm-up: cosine to 0, or constant",
+        choices=("cosine", "constant"),
+    )
+    warmup_rounds: float = option(1.0, "rounds of linear warm-up")
+
+    def check(self) -> None:
+        """Checks numbers."""
+        self.require(
+            "learning_rate", "more than 0", 0 < self.learning_rate < float("inf")
+        )
+        self.require("momentum", "0 or more, less than 1", 0 <= self.momentum < 1)
+        self.require("weight_decay", "0 or more", 0 <= self.weight_decay < float("inf"))
+        self.require(
+            "warmup_rounds", "0 or more", 0 <= self.warmup_rounds < float("inf")
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig(Checked):
+    """Length, seeds and bookkeeping of a run."""
+
+    rounds: int = option(100, "rounds; one is a local epoch of every client")
+    batch_size: int = option(128, "samples in a client's step")
+    eval_every: int = option(5, "rounds between evaluations on the test set")
+    eval_batch_size: int = option(250, "samples in an evaluation step")
+    checkpoint_every: int = option(5, "rounds between checkpoints")
+    keep_checkpoints: int = option(2, "latest checkpoints kept, beside the best")
+    client_axis: str = option(
+        "auto",
+        "clients one after another, or those of one cut at once; auto is loop on CPU "
+        "and vmap elsewhere",
+        choices=("auto", "loop", "vmap"),
+    )
+    model_seed: int = option(0, "of the initial weights; --seed sets all three seeds")
+    data_seed: int = option(
+        0, "of participation, batches, turns and augmentation; see --seed"
+    )
+    partition_seed: int = option(0, "of the partition; see --seed")
+
+    def check(self) -> None:
+        """Checks numbers."""
+        for name in (
+            "rounds",
+            "batch_size",
+            "eval_every",
+            "eval_batch_size",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            self.require(name, "1 or more", getattr(self, name) >= 1)
+        for name in ("model_seed", "data_seed", "partition_seed"):
+            self.require(name, "0..2147483647", 0 <= getattr(self, name) < 2**31)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    clients: ClientsConfig = ClientsConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+
+def options() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
+    """Every field by its name, with the section of `Config` that it belongs to."""
+    return {
+        item.name: (section.name, item)
+        for section in dataclasses.fields(Config)
+        for item in dataclasses.fields(section.type)  # type: ignore[arg-type]
+    }
+
+
+def override(config: Config, **changes: Any) -> Config:
+    """A copy with some fields changed, named without their section.
+
+    Raises:
+      UserError: an unknown field, or a value that is not allowed.
+    """
+    fields = options()
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        if name not in fields:
+            raise unknown("field", name, tuple(fields))
+        sections.setdefault(fields[name][0], {})[name] = value
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in sections.items()
+        },
+    )
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """All values by field name."""
+    return {
+        name: getattr(getattr(config, section), name)
+        for name, (section, _) in options().items()
+    }
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON, one object a section."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of ``dataclasses.asdict``; sections and fields may be missing.
+
+    Raises:
+      UserError: an unknown section or field, a value of another type, or one that is
+        not allowed.
+    """
+    changes: dict[str, Any] = {}
+    fields = options()
+    for section, content in values.items():
+        if section not in {name for name, _ in fields.values()}:
+            raise unknown(
+                "section", section, tuple(f.name for f in dataclasses.fields(Config))
+            )
+        if not isinstance(content, Mapping):
+            raise UserError(f"{section}: {content} is not an object of fields")
+        for name, value in content.items():
+            if name not in fields or fields[name][0] != section:
+                allowed = tuple(n for n, (s, _) in fields.items() if s == section)
+                raise unknown(f"field of {section}", name, allowed)
+            changes[name] = _typed(fields[name][1], value)
+    return override(Config(), **changes)
+
+
+def value_type(item: dataclasses.Field[Any]) -> type:
+    """The type of a field's value, or of its entries: str, int or float."""
+    return next(
+        kind
+        for kind in (str, int, float)
+        if item.type in (kind, kind | None, tuple[kind, ...])  # type: ignore[valid-type]
+    )
+
+
+def takes_many(item: dataclasses.Field[Any]) -> bool:
+    """Whether a field's value is a tuple."""
+    return getattr(item.type, "__origin__", None) is tuple
+
+
+def _typed(item: dataclasses.Field[Any], value: Any) -> Any:
+    """A JSON value as the field's own type."""
+    kind = value_type(item)
+    if takes_many(item):
+        if isinstance(value, list) and all(type(entry) is kind for entry in value):
+            return tuple(value)
+    elif value is None and item.type == kind | None:
+        return None
+    elif type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    raise UserError(
+        f"{item.name}: {json.dumps(value)} is not allowed; allowed is "
+        f"{'a list of ' if takes_many(item) else 'a '}{kind.__name__}"
+    )
+
+
+PRESETS: dict[str, Config] = {
+    "demo": override(
+        Config(),
+        num_clients=6,
+        width=8,
+        rounds=12,
+        batch_size=32,
+        learning_rate=0.05,
+        eval_every=3,
+        checkpoint_every=3,
+    ),
+    "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
+}
+
+
+def preset(name: str) -> Config:
+    """A named configuration.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, tuple(PRESETS))
+    return PRESETS[name]
