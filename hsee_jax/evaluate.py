@@ -1,6 +1,6 @@
 """Accuracy of every client's two answers, exact, on the whole test set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,13 +25,24 @@ class ClientResult(NamedTuple):
     server_loss: float
 
 
+EvaluateFn = Callable[[RunState, Dataset], list[ClientResult]]
+
+
+def means(results: Sequence[ClientResult]) -> tuple[float, float]:
+    """Exit and server accuracy, the plain means over clients."""
+    return (
+        float(np.mean([result.exit_accuracy for result in results])),
+        float(np.mean([result.server_accuracy for result in results])),
+    )
+
+
 def make_evaluation(
     federation: Federation,
     strategy: Strategy,
     pipeline: InputPipeline,
     *,
     batch_size: int,
-) -> Callable[[RunState, Dataset], list[ClientResult]]:
+) -> EvaluateFn:
     """Compiles the evaluation of all clients, once for each cut.
 
     Args:

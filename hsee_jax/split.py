@@ -232,7 +232,7 @@ def _update(
     learning_rate: Array,
     some: Array,
 ) -> Branch:
-    """Moves every layer by its own optimizer, or none if ``some``, bool [], is false."""
+    """Moves every layer by its own optimizer, or none unless ``some``, bool []."""
 
     def move(layer: LayerState, grad: PyTree, batch_stats: PyTree) -> LayerState:
         updates, opt_state = spec.optimizer.update(grad, layer.opt_state, layer.params)

@@ -6,6 +6,7 @@ LICENSE-fashion-mnist. The others are read from what tensorflow-datasets has pre
 without TensorFlow.
 """
 
+import logging
 from importlib import resources
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def _packaged(split: str, limit: int | None) -> Dataset:
 
 
 def _tfds(config: DataConfig, split: str, limit: int | None) -> Dataset:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # else it warns of what we say
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(config.dataset, data_dir=config.data_dir)

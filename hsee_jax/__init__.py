@@ -1,0 +1,97 @@
+"""Heterogeneous split learning with early exits, in JAX and Flax.
+
+The method is Hetero-SplitEE (Oda et al., arXiv:2512.09313): clients keep the layers of
+one network up to a cut of their own, and an exit head there; a server trains the rest.
+"""
+
+from hsee_jax.aggregate import average_layer
+from hsee_jax.base import (
+    Batch,
+    Dataset,
+    DivergenceError,
+    ExitMetrics,
+    Metrics,
+    Stage,
+    UserError,
+)
+from hsee_jax.config import Config, override, preset
+from hsee_jax.engine import InputPipeline, make_round
+from hsee_jax.evaluate import ClientResult, make_evaluation
+from hsee_jax.experiment import Experiment, build
+from hsee_jax.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
+from hsee_jax.plan import RoundPlan, plan_round
+from hsee_jax.runs import restore, train
+from hsee_jax.split import (
+    Branch,
+    BranchSpec,
+    LayerState,
+    branch_step,
+    client_spec,
+    detached_step,
+    forward,
+    init_client,
+    init_server,
+    joint_step,
+    server_spec,
+)
+from hsee_jax.strategies import (
+    Client,
+    Federation,
+    Group,
+    RunState,
+    Strategy,
+    averaging,
+    group_clients,
+    sequential,
+)
+
+__all__ = [
+    "Batch",
+    "Branch",
+    "BranchSpec",
+    "Client",
+    "ClientResult",
+    "Config",
+    "Dataset",
+    "DivergenceError",
+    "ExitMetrics",
+    "Experiment",
+    "Federation",
+    "Group",
+    "InputPipeline",
+    "LayerState",
+    "Metrics",
+    "Model",
+    "Network",
+    "RoundPlan",
+    "RunState",
+    "Stage",
+    "Strategy",
+    "UserError",
+    "average_layer",
+    "averaging",
+    "branch_step",
+    "build",
+    "client_spec",
+    "detached_step",
+    "forward",
+    "from_linen",
+    "group_clients",
+    "init_client",
+    "init_network",
+    "init_server",
+    "joint_step",
+    "make_evaluation",
+    "make_round",
+    "masked_cross_entropy",
+    "override",
+    "plan_round",
+    "predictive_entropy",
+    "preset",
+    "resnet18",
+    "restore",
+    "sequential",
+    "server_spec",
+    "train",
+]

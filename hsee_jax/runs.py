@@ -1,0 +1,256 @@
+"""A run in a folder: train, resume, evaluate, restore.
+
+The folder holds ``config.json``, ``metrics.jsonl`` (an object a round),
+``summary.json`` (the final figures) and ``checkpoints/``.
+"""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hsee_jax.base import DivergenceError, ExitMetrics, UserError
+from hsee_jax.checkpoint import Checkpoints
+from hsee_jax.config import Config, flatten, from_dict, to_json
+from hsee_jax.evaluate import ClientResult, means
+from hsee_jax.experiment import Experiment, build
+from hsee_jax.strategies import RunState
+
+Record = dict[str, Any]
+
+
+def train(
+    config: Config,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_round: Callable[[Record], None] = lambda record: None,
+) -> Record:
+    """Trains to the end and writes the run's folder.
+
+    Args:
+      config: the run. With ``resume`` it must be the folder's own, but for `rounds`.
+      folder: of the run; it must not exist, or be empty, unless one of these is set:
+      resume: go on from the last checkpoint.
+      overwrite: replace the run in the folder.
+      on_round: called with what is written to ``metrics.jsonl``.
+
+    Returns:
+      The content of ``summary.json``.
+
+    Raises:
+      UserError: the configuration, the data or the folder do not allow it; the folder
+        is as it was.
+      DivergenceError: a loss is not finite; the last checkpoint is a good one.
+    """
+    _check_folder(folder, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same(config, read_config(folder))
+    experiment = build(config)
+    records: list[Record] = []
+    if resume:
+        state, records = _resumed(experiment, folder)
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(to_json(config) + "\n")
+    if not resume:
+        state = experiment.init()
+    _write_lines(folder / "metrics.jsonl", records)
+
+    results: list[ClientResult] = []
+    keep = config.run.keep_checkpoints
+    with Checkpoints(folder / "checkpoints", keep=keep) as checkpoints:
+        if len(records) == config.run.rounds:  # resumed when all was done
+            results = experiment.evaluate(state, experiment.test)
+        while len(records) < config.run.rounds:
+            start = time.perf_counter()
+            state, metrics = experiment.run_round(state)
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - start
+            number = len(records) + 1
+            last = number == config.run.rounds
+            save = last or number % config.run.checkpoint_every == 0
+            record = _record(number, metrics, seconds)
+            if save or number % config.run.eval_every == 0:
+                results = experiment.evaluate(state, experiment.test)
+                _check_results(results, round=number)
+                record["test"] = _scores(results)
+            record["wall_seconds"] = time.perf_counter() - start
+            records.append(record)
+            _write_lines(folder / "metrics.jsonl", [record], append=True)
+            on_round(record)
+            if save:
+                checkpoints.save(
+                    number,
+                    state,
+                    score=means(results)[1],
+                    metadata={"config": json.loads(to_json(config))},
+                )
+    summary = _summary(config, results, records)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def restore(folder: Path, which: str = "latest") -> tuple[Experiment, RunState]:
+    """Composes a run's experiment again and reads its state.
+
+    Args:
+      folder: of the run.
+      which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint, or its data are gone.
+    """
+    config = read_config(folder)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        number = checkpoints.find(which)
+        experiment = build(config)
+        like = jax.eval_shape(experiment.strategy.init, jax.random.key(0))
+        return experiment, checkpoints.restore(number, like)
+
+
+def evaluate(folder: Path, which: str = "latest") -> Record:
+    """The figures of a checkpoint, as ``summary.json`` has them for the last."""
+    experiment, state = restore(folder, which)
+    results = experiment.evaluate(state, experiment.test)
+    return {"rounds": int(state.round), **_scores(results)}
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+      UserError: there is no run in the folder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"run: {folder} is not a run; allowed is a folder that `hsee train` wrote"
+        )
+    return load_config(path)
+
+
+def load_config(path: Path) -> Config:
+    """Reads a configuration file.
+
+    Raises:
+      UserError: it is not there, not JSON, or not a valid configuration.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"config: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} is not an object of sections")
+    return from_dict(values)
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("resume: is not allowed together with overwrite")
+    if resume:
+        read_config(folder)
+        return
+    if folder.is_file():
+        raise UserError(f"out: {folder} is a file; allowed is a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"out: {folder} is neither empty nor a run; allowed is a new folder"
+        )
+    if not overwrite:
+        raise UserError(
+            f"out: {folder} holds a run already; allowed is a new folder, or --resume "
+            "to go on with it, or --overwrite to replace it"
+        )
+
+
+def _check_same(config: Config, stored: Config) -> None:
+    theirs = flatten(stored)
+    for name, value in flatten(config).items():
+        if name != "rounds" and value != theirs[name]:
+            raise UserError(
+                f"{name}: {value} is not allowed with --resume; the run has "
+                f"{theirs[name]}"
+            )
+
+
+def _resumed(experiment: Experiment, folder: Path) -> tuple[RunState, list[Record]]:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        number = checkpoints.find()
+        rounds = experiment.config.run.rounds
+        if rounds < number:
+            raise UserError(
+                f"rounds: {rounds} is not allowed with --resume; the run has done "
+                f"{number}"
+            )
+        like = jax.eval_shape(experiment.strategy.init, jax.random.key(0))
+        state = checkpoints.restore(number, like)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return state, [json.loads(line) for line in lines[:number]]
+
+
+def _check_results(results: list[ClientResult], *, round: int) -> None:
+    """A test loss that is not finite is a divergence of its branch."""
+    for result in results:
+        for branch in ("exit", "server"):
+            if not np.isfinite(getattr(result, f"{branch}_loss")):
+                raise DivergenceError(result.id, branch, round)
+
+
+def _record(number: int, metrics: ExitMetrics, seconds: float) -> Record:
+    """What a round is remembered by; training figures are means over its samples."""
+    count = int(np.sum(metrics.exit.count))
+    train = {
+        f"{name}_{figure}": float(np.sum(total) / count)
+        for name, branch in metrics._asdict().items()
+        for figure, total in (("loss", branch.loss_sum), ("accuracy", branch.correct))
+    }
+    return {"round": number, "seconds": seconds, "images": count, "train": train}
+
+
+def _scores(results: list[ClientResult]) -> Record:
+    exit_mean, server_mean = means(results)
+    return {
+        "mean_exit_accuracy": exit_mean,
+        "mean_server_accuracy": server_mean,
+        "clients": [result._asdict() for result in results],
+    }
+
+
+def _summary(
+    config: Config, results: list[ClientResult], records: list[Record]
+) -> Record:
+    seconds = [record["seconds"] for record in records]
+    packages = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "rounds": config.run.rounds,
+        **_scores(results),
+        "wall_seconds": sum(record["wall_seconds"] for record in records),
+        # the median round, so that compilation does not count
+        "images_per_second": float(
+            np.median([record["images"] for record in records]) / np.median(seconds)
+        ),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
+
+
+def _write_lines(path: Path, records: list[Record], *, append: bool = False) -> None:
+    with path.open("a" if append else "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
