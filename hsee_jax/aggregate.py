@@ -62,7 +62,7 @@ def average_layer(
     def mean_tree(local: PyTree, trees: list[PyTree]) -> list[PyTree]:
         structure = jax.tree.structure(trees[0])
         columns = map(mean, jax.tree.leaves(local), *map(jax.tree.leaves, trees))
-        rows = zip(*columns, strict=True) if structure.num_leaves else [()] * len(trees)
+        rows = list(zip(*columns, strict=True)) or [()] * len(trees)
         return [jax.tree.unflatten(structure, row) for row in rows]
 
     first = holders[0]

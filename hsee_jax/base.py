@@ -65,7 +65,7 @@ class Metrics(NamedTuple):
 
     loss_sum: Array  # float32 []: sum of cross-entropies, in nats
     correct: Array  # int32 []: rows whose arg max is the label
-    count: Array  # int32 []: real rows
+    count: Array  # type: ignore[assignment]  # int32 []: real rows
 
 
 class ExitMetrics(NamedTuple):

@@ -358,7 +358,7 @@ def _typed(item: dataclasses.Field[Any], value: Any) -> Any:
     elif value is None and item.type == kind | None:
         return None
     elif type(value) is kind or (kind is float and type(value) is int):
-        return kind(value)
+        return kind(value)  # type: ignore[arg-type]
     raise UserError(
         f"{item.name}: {json.dumps(value)} is not allowed; allowed is "
         f"{'a list of ' if takes_many(item) else 'a '}{kind.__name__}"

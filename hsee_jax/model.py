@@ -128,6 +128,8 @@ def init_network(model: Model, key: Key) -> Network:
     shapes = layer_inputs(model)
     count = len(model.stages)
 
+    # XLA takes seconds on CPU to compile a partitionable draw of several axes.
+    @jax.threefry_partitionable(False)
     def draw(stage: Stage, number: int, shape: jax.ShapeDtypeStruct) -> Variables:
         inputs = jnp.zeros(shape.shape, shape.dtype)
         return stage.init(jax.random.fold_in(key, number), inputs)

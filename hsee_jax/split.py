@@ -26,8 +26,7 @@ class BranchSpec(NamedTuple):
     optimizer: optax.GradientTransformation  # without learning rate; one layer's
 
 
-@struct.dataclass
-class LayerState:
+class LayerState(struct.PyTreeNode):
     """A layer's weights and the optimizer state that belongs to them alone."""
 
     params: PyTree  # float32
@@ -35,8 +34,7 @@ class LayerState:
     opt_state: PyTree
 
 
-@struct.dataclass
-class Branch:
+class Branch(struct.PyTreeNode):
     """The state of a branch: slicing a network is slicing the tuple."""
 
     layers: tuple[LayerState, ...]

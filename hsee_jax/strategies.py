@@ -68,8 +68,7 @@ class Federation(NamedTuple):
         )
 
 
-@struct.dataclass
-class RunState:
+class RunState(struct.PyTreeNode):
     """Everything that training changes."""
 
     round: Array  # int32 []: rounds done
@@ -194,14 +193,17 @@ def sequential(
         order: Array,
         learning_rate: Array,
     ) -> tuple[RunState, ExitMetrics]:
-        stepped, sent = [], []
-        for g, batch in enumerate(batches):
-            client_step = partial(branch_step, federation.specs(g)[0])
-            clients, features, metrics = jax.vmap(client_step, in_axes=(0, 0, None))(
+        stepped = [
+            jax.vmap(partial(branch_step, federation.specs(g)[0]), (0, 0, None))(
                 state.clients[g], batch, learning_rate
             )
-            stepped.append((clients, metrics))
-            sent.append(batch._replace(inputs=features))
+            for g, batch in enumerate(batches)
+        ]
+        clients, features, exits = zip(*stepped, strict=True)
+        sent = [
+            batch._replace(inputs=inputs)
+            for batch, inputs in zip(batches, features, strict=True)
+        ]
 
         def serve(group: int) -> Callable:
             def on_features(server: Branch, member: Array) -> tuple[Branch, PyTree]:
@@ -225,10 +227,8 @@ def sequential(
 
         server, turns = jax.lax.scan(take_turn, state.servers[0], order)
         served = jax.tree.map(lambda a: jnp.zeros_like(a).at[order].set(a), turns)
-        clients = tuple(clients for clients, _ in stepped)
-        exits = _concatenate([metrics for _, metrics in stepped])
         state = state.replace(clients=clients, servers=(server,))
-        return state, ExitMetrics(exits, served)
+        return state, ExitMetrics(_concatenate(exits), served)
 
     return Strategy(
         init=init_state,

@@ -1,0 +1,16 @@
+"""A strict session: no silent promotion of dtype or rank.
+
+Programs that several tests compile alike are compiled once, through JAX's own cache.
+"""
+
+import os
+import tempfile
+
+_cache = tempfile.TemporaryDirectory(prefix="hsee-jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,122 @@
+"""Properties of the cross-layer mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsee_jax.aggregate import average_layer
+from hsee_jax.split import LayerState
+
+OPTIMIZER = optax.trace(0.9)
+
+
+def layer(values, momentum=0.0):
+    """G holders of a layer with BatchNorm, all numbers of holder g being values[g]."""
+    column = jnp.asarray(values, jnp.float32)[:, None] * jnp.ones((1, 2), jnp.float32)
+    params = {"conv": {"kernel": column}, "bn": {"scale": column, "bias": column}}
+    trace = jax.tree.map(lambda p: p + momentum, params)
+    return LayerState(
+        params=params,
+        batch_stats={"bn": {"mean": column, "var": column}},
+        opt_state=optax.TraceState(trace),
+    )
+
+
+def average(groups, weights, **options):
+    return average_layer(
+        groups,
+        [jnp.asarray(w, jnp.float32) for w in weights],
+        optimizer=OPTIMIZER,
+        **options,
+    )
+
+
+def test_the_mean_is_over_all_groups_and_follows_the_samples():
+    """(1 * 10 + 2 * 30 + 6 * 60) / 100 = 4.3."""
+    one, two = average([layer([1, 2]), layer([6])], [[10, 30], [60]])
+    for leaf in jax.tree.leaves((one.params, two.params, one.batch_stats)):
+        np.testing.assert_allclose(leaf, 4.3, rtol=1e-6)
+
+
+def test_a_layer_held_once_is_unchanged():
+    before = layer([0.1])
+    (after,) = average([before], [[7]])
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_without_weight_nothing_changes():
+    before = layer([1, 2])
+    for state in ("keep", "average", "reset"):
+        (after,) = average([before], [[0, 0]], optimizer_state=state)
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_an_absent_holder_receives_the_mean_of_the_others():
+    (after,) = average([layer([1, 3, 50])], [[1, 1, 0]])
+    np.testing.assert_allclose(after.params["conv"]["kernel"], 2.0)
+
+
+@pytest.mark.parametrize("state", ["keep", "average", "reset"])
+def test_local_batch_norm_keeps_parameters_and_statistics(state):
+    before = layer([1, 3], momentum=1.0)
+    (after,) = average(
+        [before], [[1, 1]], batch_norm="keep_local", optimizer_state=state
+    )
+    np.testing.assert_allclose(after.params["conv"]["kernel"], 2.0)
+    for part in (after.params["bn"], after.batch_stats["bn"]):
+        for leaf in part.values():
+            np.testing.assert_array_equal(leaf[:, 0], [1, 3])
+    trace = after.opt_state.trace
+    expected = {"keep": ([2, 4], [2, 4]), "average": ([3, 3], [2, 4])}
+    kernel, scale = expected.get(state, ([0, 0], [0, 0]))
+    np.testing.assert_allclose(trace["conv"]["kernel"][:, 0], kernel)
+    np.testing.assert_allclose(trace["bn"]["scale"][:, 0], scale)
+
+
+def test_counts_of_the_optimizer_stay_whole():
+    adam = optax.scale_by_adam()
+    params = {"kernel": jnp.ones((3, 2), jnp.float32)}
+    state = jax.vmap(adam.init)(params)
+    state = state._replace(count=jnp.asarray([4, 5, 5], jnp.int32))
+    (after,) = average_layer(
+        [LayerState(params=params, batch_stats={}, opt_state=state)],
+        [jnp.ones(3, jnp.float32)],
+        optimizer=adam,
+        optimizer_state="average",
+    )
+    np.testing.assert_array_equal(after.opt_state.count, [5, 5, 5])
+
+
+numbers = st.floats(-100, 100, width=32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    value=numbers,
+    weights=st.lists(st.integers(0, 1000), min_size=3, max_size=3),
+)
+def test_equal_replicas_stay_equal(value, weights):
+    before = layer([value] * 3)
+    (after,) = average([before], [weights])
+    for leaf in jax.tree.leaves(after.params):
+        np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-30)
+        np.testing.assert_array_equal(leaf, leaf[:1].repeat(3, axis=0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    values=st.lists(numbers, min_size=4, max_size=4),
+    weights=st.lists(st.integers(1, 1000), min_size=4, max_size=4),
+)
+def test_grouping_does_not_matter_and_the_mean_is_numpys(values, weights):
+    (together,) = average([layer(values)], [weights])
+    parts = average([layer(values[:1]), layer(values[1:])], [weights[:1], weights[1:]])
+    expected = np.average(values, weights=weights)
+    for state in (together, *parts):
+        np.testing.assert_allclose(
+            state.params["conv"]["kernel"], expected, rtol=1e-4, atol=1e-4
+        )

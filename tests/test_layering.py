@@ -1,0 +1,65 @@
+"""Files import only from files above them, and heavy packages only where used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hsee_jax
+
+PACKAGE = Path(hsee_jax.__file__).parent
+ORDER = (
+    "base config data partition augment losses resnet model optim split aggregate "
+    "strategies plan engine evaluate experiment checkpoint runs report cli"
+).split()
+
+
+def imported(path):
+    """Modules of the package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "hsee_jax"
+        ):
+            parts = node.module.split(".")[1:]
+            yield from parts[:1] or [alias.name for alias in node.names]
+
+
+def test_every_file_imports_only_from_above():
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    files["data"] = PACKAGE / "data" / "__init__.py"
+    del files["__init__"]
+    assert set(files) == set(ORDER)
+    for name, path in files.items():
+        for other in imported(path):
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+def test_each_library_has_one_home():
+    homes = {"flax.linen": {"resnet.py"}, "orbax": {"checkpoint.py"}}
+    for library, allowed in homes.items():
+        statements = (f"import {library}", f"from {library}")
+        users = {
+            path.name
+            for path in PACKAGE.rglob("*.py")
+            if any(statement in path.read_text() for statement in statements)
+        }
+        assert users == allowed
+
+
+def test_import_is_light_and_fast():
+    """Under two seconds of its own, measured beside what it must import."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import hsee_jax;"
+        "print(time.perf_counter() - start);"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib'};"
+        "print(heavy & set(sys.modules))"
+    )
+    times = []
+    for _ in range(3):
+        result = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        seconds, heavy = result.stdout.splitlines()
+        assert heavy == "set()"
+        times.append(float(seconds))
+    assert min(times) < 2.0, times

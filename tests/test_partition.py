@@ -1,0 +1,102 @@
+"""Every sample goes to one client, and every round uses each of its samples once."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsee_jax.base import UserError
+from hsee_jax.config import Config, override
+from hsee_jax.partition import partition
+from hsee_jax.plan import plan_round
+from hsee_jax.strategies import Client, group_clients
+
+KINDS = ("iid", "dirichlet", "classes", "quantity")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    clients=st.integers(1, 12),
+    extra=st.integers(0, 60),
+    alpha=st.sampled_from([0.05, 0.3, 10.0]),
+    seed=st.integers(0, 5),
+)
+def test_a_partition_uses_every_sample_once(kind, clients, extra, alpha, seed):
+    labels = (
+        np.random.default_rng(seed).integers(0, 4, clients + extra).astype(np.int32)
+    )
+    config = override(
+        Config(), num_clients=clients, partition=kind, alpha=alpha, partition_seed=seed
+    )
+    shards = partition(labels, config)
+    assert len(shards) == clients
+    assert min(map(len, shards)) >= 1
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(shards)), np.arange(len(labels))
+    )
+    again = partition(labels, config)
+    for one, other in zip(shards, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_kinds_differ_as_they_should():
+    labels = np.repeat(np.arange(10), 100).astype(np.int32)
+    base = override(Config(), num_clients=10)
+
+    def shares(kind, **changes):
+        shards = partition(labels, override(base, partition=kind, **changes))
+        return np.array([np.bincount(labels[s], minlength=10) for s in shards])
+
+    assert set(shares("iid").sum(axis=1)) == {100}
+    assert (shares("iid") > 0).all()
+    assert (shares("classes", classes_per_client=2) > 0).sum(axis=1).max() <= 3
+    sizes = shares("quantity", alpha=0.3).sum(axis=1)
+    assert sizes.max() > 3 * sizes.min()
+    even, skewed = shares("dirichlet", alpha=100.0), shares("dirichlet", alpha=0.1)
+    assert even.std() < 10 < skewed.std()
+
+
+def test_more_clients_than_samples():
+    with pytest.raises(UserError, match=r"num_clients: 5 .* allowed are 1\.\.4"):
+        partition(np.zeros(4, np.int32), override(Config(), num_clients=5))
+
+
+def draw(groups, shards, round=0, **changes):
+    options = {"batch_size": 4, "participation": 1.0, "turn": "batch", "seed": 3}
+    return plan_round(groups, shards, **(options | changes), round=round)
+
+
+def test_a_round_uses_each_sample_of_the_active_once():
+    groups = group_clients([Client(0, 3), Client(1, 1), Client(2, 3), Client(3, 2)])
+    shards = dict(enumerate(np.split(np.arange(30, dtype=np.int32), [3, 14, 22])))
+    ids = [i for group in groups for i in group.ids]
+    assert ids == [1, 3, 0, 2]
+    taken = []
+    for round in range(20):
+        plan = draw(groups, shards, round, participation=0.5)
+        assert plan.indices.shape == plan.mask.shape == (3, 4, 4)
+        assert plan.active.sum() == 2
+        taken.append(tuple(plan.active))
+        for n, i in enumerate(ids):
+            rows = plan.indices[:, n][plan.mask[:, n]]
+            expected = shards[i] if plan.active[n] else []
+            np.testing.assert_array_equal(np.sort(rows), expected)
+            assert (np.sort(plan.order, axis=1) == np.arange(4)).all()
+    assert len(set(taken)) > 3
+
+
+def test_turns_are_drawn_per_step_or_per_round():
+    groups = group_clients(Client(i, 1) for i in range(5))
+    shards = {i: np.arange(40, dtype=np.int32) for i in range(5)}
+    by_batch, by_epoch = draw(groups, shards), draw(groups, shards, turn="epoch")
+    assert len({tuple(order) for order in by_batch.order}) > 5
+    assert len({tuple(order) for order in by_epoch.order}) == 1
+
+
+def test_a_clients_draw_does_not_depend_on_the_others():
+    shards = {i: np.arange(10 * i, 10 * i + 10, dtype=np.int32) for i in range(5)}
+    everyone = draw(group_clients(Client(i, 1 + i % 2) for i in range(5)), shards)
+    alone = draw(group_clients([Client(3, 4)]), {3: shards[3]})
+    # ids 0 2 4 have cut 1, then come 1 and 3: client 3 is at position 4
+    np.testing.assert_array_equal(everyone.indices[:, 4], alone.indices[:, 0])

@@ -1,0 +1,289 @@
+"""Both strategies equal the plain Python of reference.py, in both engine forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import Reference
+from tiny import OPTIM, PIPELINE, tiny_data, tiny_federation, tiny_model, tiny_shards
+
+from hsee_jax.engine import make_round
+from hsee_jax.model import init_network
+from hsee_jax.plan import plan_round
+from hsee_jax.strategies import RunState, averaging, sequential
+
+CUTS = {7: 1, 2: 4, 5: 2, 0: 1, 3: 2}
+SIZES = {7: 6, 2: 4, 5: 7, 0: 2, 3: 3}  # one or two batches of 4, some padded
+KEY = jax.random.key(3)
+
+
+def train(
+    strategy, federation, shards, *, axis, rounds=2, participation=1.0, uniform=False
+):
+    """Trains on noise; returns the state, and (plan, rates, metrics) of each round."""
+    data = jax.device_put(tiny_data())
+    run = make_round(strategy, federation.groups, PIPELINE, KEY, axis=axis)
+    state, log = jax.jit(strategy.init)(KEY), []
+    ids = [i for group in federation.groups for i in group.ids]
+    for number in range(rounds):
+        plan = plan_round(
+            federation.groups,
+            shards,
+            batch_size=4,
+            participation=participation,
+            turn=strategy.turn_unit,
+            seed=11,
+            round=number,
+        )
+        rates = np.linspace(0.05, 0.02, len(plan.indices), dtype=np.float32)
+        weights = [1 if uniform else len(shards[i]) for i in ids]
+        state, metrics = run(
+            state, data, plan, rates, np.array(weights, np.float32) * plan.active
+        )
+        log.append((plan, rates, metrics))
+    return state, log
+
+
+def branches(federation, strategy, state: RunState):
+    """Client and server branch of every client id, as numpy."""
+    found = {}
+    for g, group in enumerate(federation.groups):
+        for m, i in enumerate(group.ids):
+            client = jax.tree.map(lambda a, m=m: a[m], state.clients[g])
+            server = strategy.server_of(state, g, jnp.int32(m))
+            found[i] = jax.tree.map(np.asarray, (client, server))
+    return found
+
+
+def assert_same(one, other, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
+
+
+def reference_run(federation, log, *, shared, scale, turn, policy, cuts, sizes):
+    """The same rounds in plain Python."""
+    model, data = federation.model, tiny_data()
+    images = (data.images.astype(np.float32) / 255 - 0.5) / 0.25
+    reference = Reference(
+        model,
+        init_network(model, KEY),
+        cuts,
+        shared=shared,
+        server_lr_scale=scale,
+        sgd=(OPTIM.momentum, OPTIM.weight_decay),
+    )
+    ids = [i for group in federation.groups for i in group.ids]
+    for number, (plan, rates, metrics) in enumerate(log):
+        losses = reference.round(
+            images,
+            data.labels,
+            plan,
+            rates,
+            ids=ids,
+            turn=turn,
+            sizes=sizes,
+            averaging=policy,
+            number=number,
+        )
+        expected = np.array([losses[i] for i in ids])
+        np.testing.assert_allclose(metrics.exit.loss_sum, expected[:, 0], rtol=1e-4)
+        np.testing.assert_allclose(metrics.server.loss_sum, expected[:, 1], rtol=1e-4)
+    return reference
+
+
+def check_against_reference(reference, federation, strategy, state):
+    for i, (client, server) in branches(federation, strategy, state).items():
+        pairs = [
+            *zip(client.layers, reference.client_layers[i], strict=True),
+            (client.head, reference.exits[i]),
+            *zip(server.layers, reference.server_layers[i], strict=True),
+            (server.head, reference.finals[i]),
+        ]
+        for ours, theirs in pairs:
+            trace = ours.opt_state[1].trace
+            assert_same(
+                (ours.params, ours.batch_stats, trace),
+                (theirs.params, theirs.stats, theirs.momentum),
+                rtol=1e-3,
+                atol=1e-4,
+            )
+
+
+AVERAGING = {
+    "period": 1,
+    "unit": "rounds",
+    "average": "servers",
+    "weights": "samples",
+    "batch_norm": "average",
+    "optimizer_state": "keep",
+}
+
+
+@pytest.mark.parametrize(
+    ("turn", "participation"), [("batch", 1.0), ("epoch", 1.0), ("batch", 0.6)]
+)
+def test_sequential_equals_the_reference(turn, participation):
+    federation, shards = tiny_federation(CUTS), tiny_shards(SIZES)
+    strategy = sequential(federation, turn=turn, server_lr_scale=0.5)
+    looped, log = train(
+        strategy, federation, shards, axis="loop", participation=participation
+    )
+    reference = reference_run(
+        federation,
+        log,
+        shared=True,
+        scale=0.5,
+        turn=turn,
+        policy=None,
+        cuts=CUTS,
+        sizes=SIZES,
+    )
+    check_against_reference(reference, federation, strategy, looped)
+    stacked, _ = train(
+        strategy, federation, shards, axis="vmap", participation=participation
+    )
+    check_against_reference(reference, federation, strategy, stacked)
+
+
+@pytest.mark.parametrize(
+    ("participation", "changes"),
+    [
+        (1.0, {}),
+        (0.6, {"average": "all_holders", "weights": "uniform"}),
+        (0.6, {"batch_norm": "keep_local", "optimizer_state": "average"}),
+        (1.0, {"period": 2, "unit": "steps", "optimizer_state": "reset"}),
+        (1.0, {"period": 2}),
+        (1.0, {"period": 0}),
+    ],
+)
+def test_averaging_equals_the_reference(participation, changes):
+    policy = AVERAGING | changes
+    federation, shards = tiny_federation(CUTS), tiny_shards(SIZES)
+    strategy = averaging(
+        federation,
+        period=policy["period"],
+        period_unit=policy["unit"],
+        average=policy["average"],
+        batch_norm=policy["batch_norm"],
+        optimizer_state=policy["optimizer_state"],
+    )
+    options = {
+        "participation": participation,
+        "uniform": policy["weights"] == "uniform",
+    }
+    looped, log = train(strategy, federation, shards, axis="loop", **options)
+    reference = reference_run(
+        federation,
+        log,
+        shared=False,
+        scale=1.0,
+        turn="batch",
+        policy=policy,
+        cuts=CUTS,
+        sizes=SIZES,
+    )
+    check_against_reference(reference, federation, strategy, looped)
+    stacked, _ = train(strategy, federation, shards, axis="vmap", **options)
+    check_against_reference(reference, federation, strategy, stacked)
+
+
+def test_with_one_client_averaging_is_sequential():
+    federation, shards = tiny_federation({4: 2}), tiny_shards({4: 10})
+    results = []
+    for make in (sequential, averaging):
+        strategy = make(federation)
+        state, _ = train(strategy, federation, shards, axis="loop")
+        results.append(branches(federation, strategy, state))
+    assert_same(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [sequential, averaging])
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
+def test_results_depend_on_neither_order_nor_grouping(make, axis):
+    """A client's result is the same whatever the list's order, and whoever is beside.
+
+    Without averaging or sharing, client 5 does not notice that 3 has another cut.
+    """
+    shards = tiny_shards(SIZES)
+    orders = [dict(CUTS), dict(sorted(CUTS.items()))]
+    results = []
+    for cuts in orders:
+        federation = tiny_federation(cuts)
+        strategy = make(federation)
+        state, _ = train(strategy, federation, shards, axis=axis, participation=0.6)
+        results.append(branches(federation, strategy, state))
+    assert_same(*results, rtol=0, atol=0)
+
+    exits = []
+    for cuts in ({5: 2, 3: 2, 0: 1}, {5: 2, 3: 4, 0: 1}):
+        federation = tiny_federation(cuts)
+        strategy = make(federation)
+        state, _ = train(strategy, federation, {i: shards[i] for i in cuts}, axis=axis)
+        exits.append(branches(federation, strategy, state)[5][0])
+    assert_same(*exits, rtol=1e-5, atol=1e-6)
+
+
+def test_untraversed_layers_and_their_optimizer_state_do_not_move():
+    """A server that only sees features of layer 2 leaves layers 2 and below alone."""
+    federation = tiny_federation({0: 1, 1: 2})
+    strategy = sequential(federation)
+    shards = tiny_shards({0: 4, 1: 4})
+    state, _ = train(strategy, federation, shards, axis="loop", rounds=1)
+    before = jax.tree.map(np.array, state.servers[0])
+
+    plan = plan_round(
+        federation.groups,
+        shards,
+        batch_size=4,
+        participation=1.0,
+        turn="batch",
+        seed=0,
+        round=1,
+    )
+    plan.mask[:, 0] = False  # client 0, of cut 1, is absent
+    for axis in ("loop", "vmap"):
+        run = make_round(strategy, federation.groups, PIPELINE, KEY, axis=axis)
+        copy = jax.tree.map(jnp.copy, state)
+        after, _ = run(
+            copy,
+            jax.device_put(tiny_data()),
+            plan,
+            np.full(1, 0.1, np.float32),
+            np.ones(2, np.float32),
+        )
+        server = after.servers[0]
+        assert_same(before.layers[0], server.layers[0], rtol=0, atol=0)
+        with pytest.raises(AssertionError):
+            assert_same(before.layers[1], server.layers[1], rtol=1e-3)
+        absent = jax.tree.map(lambda a: a[0], (state.clients[0], after.clients[0]))
+        assert_same(*absent, rtol=0, atol=0)
+
+
+def test_per_client_init_draws_each_client_by_itself():
+    federation = tiny_federation({0: 1, 1: 1, 2: 2})
+    for make in (sequential, averaging):
+        shared = jax.jit(make(federation, init="shared").init)(KEY)
+        drawn = jax.jit(make(federation, init="per_client").init)(KEY)
+        kernel = shared.clients[0].layers[0].params["Conv_0"]["kernel"]
+        np.testing.assert_array_equal(kernel[0], kernel[1])
+        kernel = drawn.clients[0].layers[0].params["Conv_0"]["kernel"]
+        assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_a_network_of_dense_layers_learns_in_every_strategy():
+    """Any chain of stages can be trained, here on inputs that are rows, not images."""
+    model = tiny_model()
+    dense = model._replace(
+        stages=model.stages[2:],
+        exit_heads=model.exit_heads[2:],
+        layer_names=model.layer_names[2:],
+    )
+    federation = tiny_federation({0: 1, 1: 2, 2: 1}, dense)
+    shards = tiny_shards({0: 20, 1: 20, 2: 24})
+    for strategy in (
+        sequential(federation),
+        sequential(federation, turn="epoch"),
+        averaging(federation),
+    ):
+        _, log = train(strategy, federation, shards, axis="vmap", rounds=12)
+        first, last = log[0][2].server, log[-1][2].server
+        assert last.loss_sum.sum() < 0.6 * first.loss_sum.sum()

@@ -1,0 +1,98 @@
+"""A network of four unlike layers, and a federation on noise, small enough to loop."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hsee_jax.base import Dataset
+from hsee_jax.config import OptimConfig
+from hsee_jax.engine import InputPipeline
+from hsee_jax.model import Model, from_linen
+from hsee_jax.optim import make_optimizer
+from hsee_jax.strategies import Client, Federation, group_clients
+
+CLASSES = 3
+PIPELINE = InputPipeline((0.5,), (0.25,), "none")
+OPTIM = OptimConfig(learning_rate=0.05, weight_decay=0.01)
+
+
+def _wave(key, shape, dtype):
+    """Weights that depend on the key and compile at once, unlike random draws."""
+    phase = jnp.sum(jax.random.key_data(key) % 1000).astype(dtype)
+    flat = jnp.sin(1.7 * jnp.arange(math.prod(shape), dtype=dtype) + phase)
+    return (flat / math.sqrt(math.prod(shape[:-1]))).reshape(shape)
+
+
+class ConvLayer(nn.Module):
+    """Convolution and BatchNorm over the real rows."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, mask, *, train):
+        x = nn.Conv(self.features, (3, 3), use_bias=False, kernel_init=_wave)(x)
+        rows = jnp.broadcast_to(mask[:, None, None, None], x.shape)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x, mask=rows)
+        return nn.relu(x)
+
+
+class DenseLayer(nn.Module):
+    """A dense layer; no BatchNorm, so no batch statistics."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, mask, *, train):
+        del mask, train
+        return nn.tanh(
+            nn.Dense(self.features, kernel_init=_wave)(x.reshape(x.shape[0], -1))
+        )
+
+
+class LinearHead(nn.Module):
+    """Mean over space, if there is any, and a linear layer."""
+
+    @nn.compact
+    def __call__(self, x, mask, *, train):
+        del mask, train
+        x = x.mean(axis=tuple(range(1, x.ndim - 1)))
+        return nn.Dense(CLASSES, kernel_init=_wave)(x)
+
+
+def tiny_model() -> Model:
+    stages = (ConvLayer(4), ConvLayer(3), DenseLayer(8), DenseLayer(5))
+    head = from_linen(LinearHead())
+    return Model(
+        stages=tuple(map(from_linen, stages)),
+        exit_heads=(head,) * 4,
+        final_head=head,
+        layer_names=("conv.0", "conv.1", "dense.0", "dense.1"),
+        input_shape=(5, 5, 1),
+    )
+
+
+def tiny_data(count: int = 64, seed: int = 0) -> Dataset:
+    """Noise whose brightness depends on the label."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count).astype(np.int32)
+    noise = rng.integers(0, 128, (count, 5, 5, 1))
+    return Dataset((noise + 60 * labels[:, None, None, None]).astype(np.uint8), labels)
+
+
+def tiny_federation(cuts: dict[int, int], model: Model | None = None) -> Federation:
+    """Clients by id, with their cuts."""
+    return Federation(
+        model or tiny_model(),
+        group_clients(Client(i, cut) for i, cut in cuts.items()),
+        make_optimizer(OPTIM),
+    )
+
+
+def tiny_shards(sizes: dict[int, int]) -> dict[int, np.ndarray]:
+    """Disjoint shards of the given sizes."""
+    order = np.random.default_rng(1).permutation(sum(sizes.values())).astype(np.int32)
+    ends = np.cumsum(list(sizes.values()))[:-1]
+    return dict(zip(sizes, np.split(order, ends), strict=True))
