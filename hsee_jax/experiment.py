@@ -129,7 +129,8 @@ def build(config: Config) -> Experiment:
     schedule = make_schedule(
         config.optim, num_rounds=config.run.rounds, steps_per_round=steps
     )
-    rates: Array = jax.vmap(schedule)(np.arange(config.run.rounds * steps))
+    global_steps = np.arange(config.run.rounds * steps, dtype=np.float32)
+    rates: Array = jax.vmap(schedule)(global_steps)
     info = DATASETS[config.data.dataset]
     pipeline = InputPipeline(info.mean, info.std, config.data.augment)
     key = jax.random.key(config.run.data_seed)

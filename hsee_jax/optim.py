@@ -45,5 +45,6 @@ def make_schedule(
     if warmup == 0:
         return after
     return optax.join_schedules(
-        [optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup]
+        [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after],
+        [warmup],
     )

@@ -66,6 +66,7 @@ def test_stems_and_shapes():
     assert [s.shape[1] for s in large[1::2]] == [24, 24, 12, 6, 3]
 
 
+@jax.numpy_dtype_promotion("standard")  # Flax's BatchNorm relies on it
 def test_bfloat16_keeps_parameters_statistics_and_losses_in_float32():
     model = resnet18(num_classes=10, input_shape=(8, 8, 1), width=2, dtype="bfloat16")
     network = weights(model)
@@ -73,10 +74,9 @@ def test_bfloat16_keeps_parameters_statistics_and_losses_in_float32():
     batch = Batch(
         jnp.ones((4, 8, 8, 1), jnp.float32), jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
     )
+    spec = client_spec(model, 3, optax.identity())
     after, features, metrics = jax.jit(
-        lambda c: branch_step(
-            client_spec(model, 3, optax.identity()), c, batch, jnp.float32(0.1)
-        )
+        lambda c: branch_step(spec, c, batch, jnp.float32(0.1))
     )(client)
     assert features.dtype == jnp.bfloat16
     assert metrics.loss_sum.dtype == jnp.float32
@@ -141,6 +141,10 @@ def pairs(layer, variables):
     return found
 
 
+def distance(one, other):
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_logits_and_gradients_equal_pytorchs(train):
     torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
@@ -167,7 +171,8 @@ def test_logits_and_gradients_equal_pytorchs(train):
     learned = sum(tensor.numel() for tensor, _, _, buffer in matched if not buffer)
     assert learned == 11_173_962
 
-    rng = np.random.default_rng(1)
+    # With some seeds rounding flips a ReLU, and gradients differ by a part in 100.
+    rng = np.random.default_rng(2)
     images = rng.standard_normal((4, 32, 32, 3), np.float32)
     labels = np.array([3, 1, 4, 1], np.int32)
     layers.train(train)
@@ -189,9 +194,7 @@ def test_logits_and_gradients_equal_pytorchs(train):
         return masked_cross_entropy(logits, jnp.asarray(labels), mask)[0], logits
 
     gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(branch)
-    np.testing.assert_allclose(
-        logits, torch_logits.detach().numpy(), rtol=1e-3, atol=1e-3
-    )
+    assert distance(np.asarray(logits), torch_logits.detach().numpy()) < 1e-5
     variables = [
         {"params": layer.params, "batch_stats": layer.batch_stats}
         for layer in gradient.layers
@@ -208,7 +211,5 @@ def test_logits_and_gradients_equal_pytorchs(train):
     ]
     for tensor, leaf, axes, buffer in ours:
         if not buffer:
-            theirs = tensor.grad.numpy()
             mine = torch_layout(leaf, axes).numpy()
-            scale = np.abs(theirs).max()
-            np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-3 * scale)
+            assert distance(mine, tensor.grad.numpy()) < 1e-4

@@ -1,0 +1,198 @@
+"""The command line, in processes of its own where it matters."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hsee_jax import cli
+from hsee_jax.config import Config, flatten, options, override, preset, takes_many
+
+SMALL = (
+    "--width 2 --stem 7x7 --num-clients 3 --cuts 8 layer4 --max-train-samples 60 "
+    "--max-test-samples 40 --batch-size 16 --rounds 2 --seed 5"
+).split()
+
+
+def hsee(*words):
+    command = [sys.executable, "-m", "hsee_jax.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run, and what training it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = hsee("train", "demo", *SMALL, "--out", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_train_prints_every_client(run):
+    folder, result = run
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = re.findall(r"│ +(\d+) │ +(\d) │ +(0\.\d{4}) │ +(0\.\d{4}) │", result.stdout)
+    assert [(int(i), int(cut)) for i, cut, _, _ in rows] == [(0, 8), (1, 9), (2, 8)]
+    for (_, _, exit_accuracy, server_accuracy), client in zip(
+        rows, summary["clients"], strict=True
+    ):
+        assert float(exit_accuracy) == pytest.approx(client["exit_accuracy"], abs=5e-5)
+        assert float(server_accuracy) == pytest.approx(
+            client["server_accuracy"], abs=5e-5
+        )
+    assert f"{summary['mean_server_accuracy']:.4f}" in result.stdout
+    assert "round 2/2" in result.stderr
+    config = json.loads((folder / "config.json").read_text())
+    assert config["clients"]["cuts"] == ["8", "layer4"]
+    assert {config["run"][f"{n}_seed"] for n in ("model", "data", "partition")} == {5}
+    assert summary["images_per_second"] > 0
+    assert {"python", "jax", "orbax-checkpoint"} <= set(summary["versions"])
+
+
+def test_eval_repeats_the_figures_to_the_last_digit(run):
+    folder, _ = run
+    summary = json.loads((folder / "summary.json").read_text())
+    result = hsee("eval", folder, "--json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures == {key: summary[key] for key in figures}
+    assert {"clients", "mean_exit_accuracy", "rounds"} <= set(figures)
+
+
+def test_config_resume_and_overwrite(run, tmp_path, capsys):
+    """A stored configuration gives the same figures; --resume and --rounds go on."""
+    folder, _ = run
+    copy = tmp_path / "copy"
+    stored = str(folder / "config.json")
+    assert cli.main(["train", "--config", stored, "--out", str(copy)]) == 0
+    first = json.loads((copy / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert first["clients"] == summary["clients"]
+
+    assert cli.main(["train", "--out", str(copy)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    more = ["train", "--out", str(copy), "--resume", "--rounds", "3"]
+    assert cli.main(more) == 0
+    assert len((copy / "metrics.jsonl").read_text().splitlines()) == 3
+    assert cli.main([*more[:-2], "--rounds", "1"]) == 2
+    assert "rounds: 1 is not allowed" in capsys.readouterr().err
+    assert cli.main([*more, "--batch-size", "8"]) == 2
+    assert "batch_size: 8 is not allowed with --resume" in capsys.readouterr().err
+
+    again = ["train", "--config", stored, "--out", str(copy), "--overwrite"]
+    assert cli.main([*again, "--rounds", "1"]) == 0
+    assert len((copy / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_info_lists_every_layer_and_cut():
+    result = hsee("info", "cifar10")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│" in line]
+    table = {row[1].strip(): [cell.strip() for cell in row] for row in rows}
+    assert table["total"][2] == "11,173,962"
+    assert table["layer1.0"][:3] == ["2", "layer1.0", "73,984"]
+    assert table["layer1.0"][4] == str(f"{32 * 32 * 64 * 4:,}")
+    # two 3x3 convolutions of 64 channels; border taps on padding are not counted
+    full = 2 * 2 * 9 * 64 * 64 * 32 * 32 / 1e6
+    assert 0.9 * full < float(table["layer1.0"][3].replace(",", "")) < 1.02 * full
+    # the client of cut 9 holds everything but the final head, and an exit like it
+    assert table["layer4.1"][5] == "11,173,962"
+
+
+BAD = [
+    ("train --cuts 0", "cuts: 0"),
+    ("train --cuts 10", "cuts: 10"),
+    ("train --cuts layer9", "cuts: layer9 is not a layer (did you mean layer"),
+    ("train --num-clients 2 --cuts 3 5 7", "cuts: 3 given for 2 clients"),
+    ("train --num-clients 0", "num_clients: 0"),
+    ("train --rounds 0", "rounds: 0"),
+    ("train --batch-size 0", "batch_size: 0"),
+    ("train --rounds three", "--rounds"),
+    ("train --learning-rate -0.1", "learning_rate: -0.1"),
+    ("train --strategy averagin", "did you mean averaging?"),
+    ("train demmo", "did you mean demo?"),
+    ("train --dataset cifar", "did you mean cifar10?"),
+    ("train --num-cleints 3", "did you mean --num-clients?"),
+    ("train demo twice", "twice"),
+    ("trian", "did you mean train?"),
+    ("", "command"),
+    ("train --num-clients 6001", "num_clients: 6001 is more than the 6000"),
+    ("train cifar10 --data-dir nowhere", "tfds build"),
+    ("train --resume", "out: missing"),
+    ("train --resume --out nowhere", "nowhere is not a run"),
+    ("train demo --config c.json", "config: is not allowed together with a preset"),
+    ("train --config missing.json", "missing.json cannot be read"),
+    ("eval nowhere", "nowhere is not a run"),
+    ("eval", "run"),
+    ("info --width 0", "width: 0"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_input_is_one_line_and_status_2(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("hsee: ")
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    for words in (
+        "train --cuts 11",
+        "train --num-clients 6001",
+        "train cifar10 --data-dir nowhere",
+    ):
+        result = hsee(*words.split(), "--out", tmp_path / "run")
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", options())
+def test_every_field_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
+    """The flag reaches the configuration that is trained."""
+    seen = []
+    monkeypatch.setattr(
+        "hsee_jax.runs.train",
+        lambda config, *a, **k: seen.append(config),
+    )
+    monkeypatch.setattr(cli, "_print_results", lambda *a: None)
+    item = options()[name][1]
+    current = flatten(preset("demo"))[name]
+    value = different(item, current)
+    words = [str(v) for v in (value if takes_many(item) else [value])]
+    flag = f"--{name.replace('_', '-')}"
+    assert cli.main(["train", flag, *words, "--out", str(tmp_path / "run")]) == 0
+    assert seen == [override(preset("demo"), **{name: value})]
+    assert value != current
+
+
+def different(item, current):
+    """Another allowed value of a field."""
+    choices = item.metadata["choices"]
+    if choices:
+        return next(choice for choice in choices if choice != current)
+    if takes_many(item):
+        return ("1", "layer2")
+    if item.type is float:
+        return 0.125
+    return "folder" if item.type == str | None else (current or 3) + 1
+
+
+def test_every_field_is_read():
+    """Each one appears as an attribute somewhere beside config.py."""
+    package = Path(cli.__file__).parent
+    code = "".join(
+        path.read_text() for path in package.rglob("*.py") if path.name != "config.py"
+    )
+    for name in flatten(Config()):
+        assert re.search(rf"\.{name}\b|\b{name}: str,|\"{name}\"", code), name

@@ -1,0 +1,117 @@
+"""Compilation, divergence and evaluation of whole rounds."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+from test_strategies import train
+from tiny import (
+    CLASSES,
+    PIPELINE,
+    tiny_data,
+    tiny_federation,
+    tiny_model,
+    tiny_shards,
+)
+
+from hsee_jax.base import DivergenceError, ExitMetrics, Metrics, Stage
+from hsee_jax.engine import check_finite, client_axis
+from hsee_jax.evaluate import make_evaluation
+from hsee_jax.split import forward
+from hsee_jax.strategies import averaging, sequential, take_member
+
+
+@pytest.mark.parametrize("make", [sequential, averaging])
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
+def test_one_compilation_for_each_distinct_cut(make, axis):
+    """A client's first layer is traced twice: for cut 1 and for cut 3.
+
+    Two rounds, unequal shards and four clients add nothing.
+    """
+    model = tiny_model()
+    first = model.stages[0]
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=2)
+    def train_first(variables, inputs, mask):
+        return first.apply(variables, inputs, mask, train=True)
+
+    def apply(variables, inputs, mask, *, train):
+        if train:
+            return train_first(variables, inputs, mask)
+        return first.apply(variables, inputs, mask, train=False)
+
+    counted = model._replace(stages=(Stage(first.init, apply), *model.stages[1:]))
+    federation = tiny_federation({0: 1, 1: 3, 2: 1, 3: 3}, counted)
+    train(
+        make(federation), federation, tiny_shards({0: 3, 1: 6, 2: 4, 3: 2}), axis=axis
+    )
+
+
+def test_both_forms_agree_when_images_are_augmented():
+    """Random crops are the client's own, whoever shares its batch of clients."""
+    import test_strategies
+
+    federation = tiny_federation({0: 1, 1: 2, 2: 1})
+    shards = tiny_shards({0: 6, 1: 5, 2: 3})
+    results = []
+    pipeline = PIPELINE._replace(augment="crop_flip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_strategies, "PIPELINE", pipeline)
+        for axis in ("loop", "vmap"):
+            strategy = averaging(federation)
+            state, _ = train(strategy, federation, shards, axis=axis)
+            results.append(test_strategies.branches(federation, strategy, state))
+    plain, _ = train(averaging(federation), federation, shards, axis="loop")
+    without = test_strategies.branches(federation, averaging(federation), plain)
+    test_strategies.assert_same(*results, rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError):
+        test_strategies.assert_same(results[0], without, rtol=1e-3, atol=1e-4)
+
+
+def test_auto_is_a_loop_on_cpu():
+    assert client_axis("auto") == "loop"
+    assert client_axis("vmap") == "vmap"
+
+
+def test_a_loss_that_is_not_finite_names_client_branch_and_round():
+    groups = tiny_federation({3: 1, 8: 1, 5: 2}).groups
+    good = Metrics(np.ones(3), np.ones(3), np.ones(3))
+    check_finite(groups, ExitMetrics(good, good), round=1)
+    bad = good._replace(loss_sum=np.array([1.0, 2.0, np.nan]))
+    with pytest.raises(DivergenceError, match="server loss of client 5 .* round 4"):
+        check_finite(groups, ExitMetrics(good, bad), round=4)
+
+
+@pytest.mark.parametrize("make", [sequential, averaging])
+def test_evaluation_is_exact_on_the_whole_set(make):
+    """11 samples in batches of 4, against one batch of 11 and numpy."""
+    federation = tiny_federation({4: 1, 1: 2, 2: 1})
+    strategy = make(federation)
+    state, _ = train(strategy, federation, tiny_shards({4: 4, 1: 4, 2: 4}), axis="loop")
+    data = tiny_data(11, seed=5)
+    evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4)
+    results = evaluate(state, jax.device_put(data))
+    assert [(r.id, r.cut) for r in results] == [(1, 2), (2, 1), (4, 1)]
+
+    images = (data.images.astype(np.float32) / 255 - 0.5) / 0.25
+    everything = np.ones(11, bool)
+    by_id = {r.id: r for r in results}
+    for g, group in enumerate(federation.groups):
+        specs = federation.specs(g)
+        for m, i in enumerate(group.ids):
+            client = take_member(state.clients[g], m)
+            features, exit_logits, _ = forward(
+                specs[0], client, images, everything, train=False
+            )
+            server = strategy.server_of(state, g, m)
+            _, logits, _ = forward(specs[1], server, features, everything, train=False)
+            for name, scores in (("exit", exit_logits), ("server", logits)):
+                assert scores.shape == (11, CLASSES)
+                right = (np.argmax(scores, axis=1) == data.labels).sum()
+                assert getattr(by_id[i], f"{name}_accuracy") == right / 11
+                shifted = np.exp(scores - np.max(scores, axis=1, keepdims=True))
+                chances = shifted / shifted.sum(axis=1, keepdims=True)
+                loss = -np.log(chances[np.arange(11), data.labels]).mean()
+                ours = getattr(by_id[i], f"{name}_loss")
+                np.testing.assert_allclose(ours, loss, rtol=1e-4)

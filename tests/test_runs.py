@@ -1,0 +1,140 @@
+"""Run folders: resuming, restoring, diverging; with a narrow ResNet-18."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hsee_jax import runs
+from hsee_jax.base import DivergenceError, UserError
+from hsee_jax.config import override, preset
+
+SMALL = override(
+    preset("demo"),
+    width=2,
+    stem="7x7",
+    num_clients=3,
+    cuts=("8", "9"),
+    max_train_samples=60,
+    max_test_samples=40,
+    batch_size=16,
+    rounds=3,
+    checkpoint_every=2,
+    eval_every=2,
+    participation=0.7,
+    augment="crop_flip",
+)
+SCORES = ("mean_exit_accuracy", "mean_server_accuracy", "clients")
+
+
+class Stop(Exception):
+    """The machine goes away."""
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def without_times(records):
+    return [
+        {key: value for key, value in record.items() if "seconds" not in key}
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "averaging"])
+def test_going_on_equals_not_stopping(tmp_path, strategy):
+    """Stopped after round 3 with a checkpoint of round 2: bit for bit the same."""
+    config = override(SMALL, strategy=strategy)
+    whole = runs.train(config, tmp_path / "whole")
+
+    def stop(record):
+        if record["round"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        runs.train(config, tmp_path / "stopped", on_round=stop)
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    resumed = runs.train(config, tmp_path / "stopped", resume=True)
+
+    assert {k: whole[k] for k in SCORES} == {k: resumed[k] for k in SCORES}
+    _, one = runs.restore(tmp_path / "whole")
+    _, other = runs.restore(tmp_path / "stopped")
+    assert int(one.round) == 3
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    records = [without_times(lines(tmp_path / name)) for name in ("whole", "stopped")]
+    assert records[0] == records[1]
+    assert [record["round"] for record in records[0]] == [1, 2, 3]
+
+    figures = runs.evaluate(tmp_path / "whole")
+    assert {k: figures[k] for k in SCORES} == {k: whole[k] for k in SCORES}
+    best = runs.evaluate(tmp_path / "whole", "best")
+    scores = {r["round"]: r["test"] for r in lines(tmp_path / "whole") if "test" in r}
+    assert best["mean_server_accuracy"] == max(
+        score["mean_server_accuracy"] for score in scores.values()
+    )
+    # resumed once more, there is nothing left to do
+    again = runs.train(config, tmp_path / "stopped", resume=True)
+    assert {k: again[k] for k in SCORES} == {k: whole[k] for k in SCORES}
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = override(SMALL, checkpoint_every=1, participation=1.0)
+    build = runs.build
+
+    def with_a_wild_rate(config):
+        experiment = build(config)
+        rates = experiment.learning_rates.copy()
+        rates[1:] = 1e30
+        return experiment._replace(learning_rates=rates)
+
+    monkeypatch.setattr(runs, "build", with_a_wild_rate)
+    with pytest.raises(DivergenceError, match=r"of client \d is not finite in round 2"):
+        runs.train(config, tmp_path / "run")
+    _, state = runs.restore(tmp_path / "run")
+    assert int(state.round) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert [record["round"] for record in lines(tmp_path / "run")] == [1]
+
+    with pytest.raises(UserError, match=r"learning_rate: 0\.2 is not allowed"):
+        runs.train(override(config, learning_rate=0.2), tmp_path / "run", resume=True)
+
+
+def test_a_folder_is_only_replaced_when_told(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="neither empty nor a run"):
+            runs.train(SMALL, tmp_path / "notes", overwrite=overwrite)
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run already"):
+        runs.train(SMALL, run)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        runs.restore(run)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        runs.train(runs.read_config(run), run, resume=True)
+    assert sorted(path.name for path in run.iterdir()) == ["config.json"]
+
+    # what cannot start does not touch the run either
+    bad = override(SMALL, max_train_samples=2)
+    with pytest.raises(UserError, match="num_clients: 3 is more than the 2"):
+        runs.train(bad, run, overwrite=True)
+    with pytest.raises(UserError, match="num_clients: 3 is more than the 2"):
+        runs.train(bad, tmp_path / "new")
+    assert (run / "config.json").read_text() == "{}"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
+    runs.train(override(SMALL, rounds=1), tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.unlink()
+    with pytest.raises(UserError, match="checkpoint 1 .* cannot be read") as error:
+        runs.restore(tmp_path / "run")
+    assert "\n" not in str(error.value)
