@@ -25,13 +25,19 @@ _decisions = ocp.training.save_decision_policies
 class Checkpoints:
     """The checkpoints in a folder; use it in a ``with`` statement."""
 
-    def __init__(self, folder: Path, *, keep: int = 1) -> None:
+    def __init__(self, folder: Path, *, keep: int | None = None) -> None:
         """Opens a folder.
 
         Args:
-          folder: created when first written to.
-          keep: how many of the latest are kept, beside the best.
+          folder: of the checkpoints.
+          keep: to write, how many of the latest are kept, beside the best. None is to
+            read only.
+
+        Raises:
+          UserError: there is nothing to read.
         """
+        if keep is None and not folder.is_dir():
+            raise self._none(folder)
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder
         self._checkpointer = ocp.training.Checkpointer(
@@ -82,13 +88,17 @@ class Checkpoints:
         """
         infos = self._checkpointer.checkpoints
         if not infos:
-            raise UserError(
-                f"run: {self.folder.parent} has no checkpoint; allowed is a run that "
-                "has reached its first one (see checkpoint_every)"
-            )
+            raise self._none(self.folder)
         if which == "best":
             return max(infos, key=lambda i: (_score(i.metrics or {}), i.step)).step
         return max(info.step for info in infos)
+
+    @staticmethod
+    def _none(folder: Path) -> UserError:
+        return UserError(
+            f"run: {folder.parent} has no checkpoint; allowed is a run that has "
+            "reached its first one (see checkpoint_every)"
+        )
 
     def restore(self, round: int, like: PyTree) -> PyTree:
         """Reads a checkpoint.

@@ -105,7 +105,7 @@ def _train(words: Sequence[str]) -> None:
     if resume and "out" not in given:
         raise UserError("out: missing; --resume needs the folder of the run")
     out = given.pop("out", None)
-    name = given.get("preset", "demo")
+    name = given.get("preset", "run" if "config" in given else "demo")
     config = _config(given, stored=out if resume else None)
     if out is None:
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

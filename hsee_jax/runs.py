@@ -58,7 +58,7 @@ def train(
     records: list[Record] = []
     if resume:
         state, records = _resumed(experiment, folder)
-    elif folder.exists():
+    elif overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(to_json(config) + "\n")

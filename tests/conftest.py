@@ -3,11 +3,14 @@
 Programs that several tests compile alike are compiled once, through JAX's own cache.
 """
 
+import atexit
 import os
+import shutil
 import tempfile
 
-_cache = tempfile.TemporaryDirectory(prefix="hsee-jax-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+_cache = tempfile.mkdtemp(prefix="hsee-jax-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402

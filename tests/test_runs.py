@@ -33,7 +33,8 @@ class Stop(Exception):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def without_times(records):

@@ -1,0 +1,50 @@
+"""What the README shows works."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def block(label):
+    """The code block behind a label."""
+    return re.search(rf"<!-- {label} -->\n```\w+\n(.*?)```", README, re.S).group(1)
+
+
+def test_the_library_example_runs(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", block("example")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    # untrained, three clients: the mean cross-entropy over 10 classes is near log 10
+    losses = [float(x) for x in re.findall(r"\d+\.\d+", result.stdout)]
+    assert len(losses) == 3
+    assert all(0.5 < loss < 8 for loss in losses)
+
+
+def test_the_commands_use_flags_that_exist():
+    from hsee_jax.config import options
+
+    known = {name.replace("_", "-") for name in options()}
+    known |= {"seed", "out", "resume", "overwrite", "config", "checkpoint", "json"}
+    lines = [line for line in README.splitlines() if "hsee " in line]
+    flags = {flag for line in lines for flag in re.findall(r"--([a-z-]+)", line)}
+    flags -= {"file-format", "help"}
+    assert {"strategy", "cuts", "data-dir"} <= flags
+    assert flags - {"file"} <= known
+
+
+def test_the_table_is_that_of_the_results():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+    import demo
+
+    names = sorted(demo.RESULTS.glob("demo-*"))
+    assert names
+    rows = [demo.json.loads(path.read_text()) for path in names]
+    assert demo.table(rows) in README
