@@ -374,10 +374,10 @@ PRESETS: dict[str, Config] = {
         cuts=("2", "4", "6"),
         average="all_holders",
         width=8,
-        rounds=12,
+        rounds=10,
         batch_size=16,
-        eval_every=4,
-        checkpoint_every=4,
+        eval_every=5,
+        checkpoint_every=5,
     ),
     "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
 }
