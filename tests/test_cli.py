@@ -62,15 +62,17 @@ def test_eval_repeats_the_figures_to_the_last_digit(run):
     assert {"clients", "mean_exit_accuracy", "rounds"} <= set(figures)
 
 
-def test_config_resume_and_overwrite(run, tmp_path, capsys):
+def test_config_resume_and_overwrite(tiny_network, tmp_path, capsys):
     """A stored configuration gives the same figures; --resume and --rounds go on."""
-    folder, _ = run
-    copy = tmp_path / "copy"
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    small = [*SMALL, "--cuts", "1", "layer3", "--out", str(folder)]
+    assert cli.main(["train", *small]) == 0
     stored = str(folder / "config.json")
     assert cli.main(["train", "--config", stored, "--out", str(copy)]) == 0
     first = json.loads((copy / "summary.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     assert first["clients"] == summary["clients"]
+    capsys.readouterr()
 
     assert cli.main(["train", "--out", str(copy)]) == 2
     assert "holds a run already" in capsys.readouterr().err

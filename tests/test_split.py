@@ -44,7 +44,7 @@ def whole_loss(layers, head, inputs, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("train", [True, False])
 def test_split_forward_is_the_whole_forward(cut, train):
     client, server = (
@@ -68,7 +68,7 @@ def test_split_forward_is_the_whole_forward(cut, train):
     )
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut", [1, 2, 3])
 def test_the_joint_gradient_is_that_of_the_whole_network(cut):
     """Padding rows are added to the split one only: they must not count."""
     padded = batch()
@@ -93,7 +93,7 @@ def test_the_joint_gradient_is_that_of_the_whole_network(cut):
             own_exit.layers[number].params,
         )
         assert_close(change, layers[number]["params"])
-    for number in range(cut, 4):
+    for number in range(cut, 3):
         change = jax.tree.map(
             lambda after, before: before - after,
             new_server.layers[number - cut].params,
@@ -112,7 +112,7 @@ def assert_close(one, other):
     )
 
 
-@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("cut", [1, 3])
 def test_nothing_flows_back_over_a_detached_cut(cut):
     """The client's step with a server behind it is its step alone, bit for bit."""
     federation = tiny_federation({0: cut})

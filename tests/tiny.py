@@ -1,4 +1,4 @@
-"""A network of four unlike layers, and a federation on noise, small enough to loop."""
+"""A network of three unlike layers, and a federation on noise, small enough to loop."""
 
 import math
 
@@ -55,22 +55,26 @@ class DenseLayer(nn.Module):
 class LinearHead(nn.Module):
     """Mean over space, if there is any, and a linear layer."""
 
+    classes: int
+
     @nn.compact
     def __call__(self, x, mask, *, train):
         del mask, train
         x = x.mean(axis=tuple(range(1, x.ndim - 1)))
-        return nn.Dense(CLASSES, kernel_init=_wave)(x)
+        return nn.Dense(self.classes, kernel_init=_wave)(x)
 
 
-def tiny_model() -> Model:
-    stages = (ConvLayer(4), ConvLayer(3), DenseLayer(8), DenseLayer(5))
-    head = from_linen(LinearHead())
+LAYERS = (ConvLayer(4), ConvLayer(3), DenseLayer(8))
+
+
+def tiny_model(layers=LAYERS, input_shape=(5, 5, 1), classes=CLASSES) -> Model:
+    head = from_linen(LinearHead(classes))
     return Model(
-        stages=tuple(map(from_linen, stages)),
-        exit_heads=(head,) * 4,
+        stages=tuple(map(from_linen, layers)),
+        exit_heads=(head,) * len(layers),
         final_head=head,
-        layer_names=("conv.0", "conv.1", "dense.0", "dense.1"),
-        input_shape=(5, 5, 1),
+        layer_names=tuple(f"layer{number + 1}" for number in range(len(layers))),
+        input_shape=input_shape,
     )
 
 
