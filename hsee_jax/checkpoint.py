@@ -1,12 +1,11 @@
 """Checkpoints with Orbax; no other file knows of it.
 
 A checkpoint is a `RunState` under the number of rounds done, with the configuration,
-seeds included, and the test figures in its metadata. Orbax writes it in the background
-and makes it visible at once or not at all.
+seeds included, in its metadata. Orbax writes it in the background and makes it visible
+at once or not at all.
 """
 
 import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -101,7 +100,7 @@ class Checkpoints:
         )
 
     def restore(self, round: int, like: PyTree) -> PyTree:
-        """Reads a checkpoint.
+        """Reads a checkpoint, to the first device, whatever device wrote it.
 
         Args:
           round: its number.
@@ -110,10 +109,13 @@ class Checkpoints:
         Raises:
           UserError: it cannot be read, or holds something else.
         """
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            like,
+        )
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about a sharding that fits the device
-                return self._checkpointer.load(round, like)
+            return self._checkpointer.load(round, target)
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:

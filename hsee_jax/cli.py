@@ -94,7 +94,10 @@ def _train(words: Sequence[str]) -> None:
         "--out", type=Path, help="the run's folder; without one, runs/PRESET-DATE"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out; --rounds may be raised, which stretches the "
+        "schedule of the learning rate",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run in --out"
@@ -135,6 +138,7 @@ def _evaluate(words: Sequence[str]) -> None:
         default="latest",
         help="latest, or best by mean server accuracy",
     )
+    parser.add_argument("--data-dir", help="where the data are, if not where they were")
     parser.add_argument(
         "--json", action="store_true", help="print all digits, as in summary.json"
     )
@@ -144,7 +148,7 @@ def _evaluate(words: Sequence[str]) -> None:
 
     from hsee_jax import runs
 
-    figures = runs.evaluate(given.run, given.checkpoint)
+    figures = runs.evaluate(given.run, given.checkpoint, data_dir=given.data_dir)
     if given.json:
         print(json.dumps(figures, indent=2))
     else:
@@ -191,8 +195,8 @@ def _config(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     from hsee_jax import runs
 
     changes = {name: given[name] for name in options() if name in given}
-    if "cuts" in changes:
-        changes["cuts"] = tuple(changes["cuts"])
+    if "data_dir" in changes:
+        changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
     if "seed" in given:
         changes = {name: given["seed"] for name in _SEEDS} | changes
     if "preset" in given and "config" in given:

@@ -132,6 +132,7 @@ class ClientsConfig(Checked):
 
     def check(self) -> None:
         """Checks numbers."""
+        object.__setattr__(self, "cuts", tuple(str(cut) for cut in self.cuts))
         self.require("num_clients", "1 or more", self.num_clients >= 1)
         self.require(
             "participation", "more than 0, at most 1", 0 < self.participation <= 1
@@ -353,8 +354,8 @@ def _typed(item: dataclasses.Field[Any], value: Any) -> Any:
     """A JSON value as the field's own type."""
     kind = value_type(item)
     if takes_many(item):
-        if isinstance(value, list) and all(type(entry) is kind for entry in value):
-            return tuple(value)
+        if isinstance(value, list) and all(type(v) in (int, str) for v in value):
+            return tuple(str(v) for v in value)
     elif value is None and item.type == kind | None:
         return None
     elif type(value) is kind or (kind is float and type(value) is int):

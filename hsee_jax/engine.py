@@ -1,6 +1,6 @@
 """Rounds: a strategy applied to a federation's data, on the device that is there.
 
-`make_round` compiles a round in one of two forms with the same results. ``loop`` calls
+`make_round` compiles a round in one of two forms, equal up to rounding. ``loop`` calls
 one compiled turn for each client and batch: on a CPU stacked convolutions, and
 convolutions inside a scan, are many times slower. ``vmap`` is one program: a scan over
 the steps, in each of which the clients of one cut run at once.
@@ -106,7 +106,9 @@ def check_finite(groups: Sequence[Group], metrics: ExitMetrics, *, round: int) -
     """Refuses a round in which a loss was not finite.
 
     Raises:
-      DivergenceError: naming the first such client and branch; ``round`` is from 1.
+      DivergenceError: naming a client and a branch that saw it, the lowest cut first
+        (at a shared server all later turns of the round see it too); ``round`` is
+        from 1.
     """
     ids = [i for group in groups for i in group.ids]
     for name, branch in metrics._asdict().items():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.base import Array, Dataset, ExitMetrics
+from hsee_jax.base import Array, Dataset, ExitMetrics, Key
 from hsee_jax.config import Config
 from hsee_jax.data import DATASETS, load_dataset
 from hsee_jax.engine import InputPipeline, RoundFn, check_finite, make_round
@@ -25,6 +25,8 @@ from hsee_jax.strategies import (
     sequential,
 )
 
+_INIT, _AUGMENT = range(2)  # streams of random keys
+
 
 class Experiment(NamedTuple):
     """A run that is ready to start."""
@@ -41,7 +43,8 @@ class Experiment(NamedTuple):
 
     def init(self) -> RunState:
         """The state before the first round."""
-        return jax.jit(self.strategy.init)(jax.random.key(self.config.run.model_seed))
+        key = _key(self.config.run.model_seed, _INIT)
+        return jax.jit(self.strategy.init)(key)
 
     def run_round(self, state: RunState) -> tuple[RunState, ExitMetrics]:
         """Trains the next round; the buffers of ``state`` are given up.
@@ -72,6 +75,10 @@ class Experiment(NamedTuple):
         )
         check_finite(groups, metrics, round=round + 1)
         return state, metrics
+
+
+def _key(seed: int, stream: int) -> Key:
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def build_model(config: Config) -> Model:
@@ -133,7 +140,6 @@ def build(config: Config) -> Experiment:
     rates: Array = jax.vmap(schedule)(global_steps)
     info = DATASETS[config.data.dataset]
     pipeline = InputPipeline(info.mean, info.std, config.data.augment)
-    key = jax.random.key(config.run.data_seed)
     return Experiment(
         config=config,
         federation=federation,
@@ -146,7 +152,7 @@ def build(config: Config) -> Experiment:
             strategy,
             federation.groups,
             pipeline,
-            key,
+            _key(config.run.data_seed, _AUGMENT),
             axis=config.run.client_axis,
         ),
         evaluate=make_evaluation(

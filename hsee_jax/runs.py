@@ -5,6 +5,7 @@ The folder holds ``config.json``, ``metrics.jsonl`` (an object a round),
 """
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -18,12 +19,23 @@ import numpy as np
 
 from hsee_jax.base import DivergenceError, ExitMetrics, UserError
 from hsee_jax.checkpoint import Checkpoints
-from hsee_jax.config import Config, flatten, from_dict, to_json
+from hsee_jax.config import Config, flatten, from_dict, override, to_json
 from hsee_jax.evaluate import ClientResult, means
 from hsee_jax.experiment import Experiment, build
 from hsee_jax.strategies import RunState
 
 Record = dict[str, Any]
+
+# What --resume may change: the length, and what has no effect on the training.
+_MAY_CHANGE = (
+    "rounds",
+    "data_dir",
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "client_axis",
+)
 
 
 def train(
@@ -37,7 +49,9 @@ def train(
     """Trains to the end and writes the run's folder.
 
     Args:
-      config: the run. With ``resume`` it must be the folder's own, but for `rounds`.
+      config: the run. With ``resume`` it must be the folder's own, but for `rounds`
+        (which stretches the schedule of the learning rate from here on), `data_dir`
+        and the bookkeeping.
       folder: of the run; it must not exist, or be empty, unless one of these is set:
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
@@ -51,6 +65,7 @@ def train(
         is as it was.
       DivergenceError: a loss is not finite; the last checkpoint is a good one.
     """
+    since = time.perf_counter()
     _check_folder(folder, resume=resume, overwrite=overwrite)
     if resume:
         _check_same(config, read_config(folder))
@@ -58,13 +73,9 @@ def train(
     records: list[Record] = []
     if resume:
         state, records = _resumed(experiment, folder)
-    elif overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(to_json(config) + "\n")
-    if not resume:
+    else:
         state = experiment.init()
-    _write_lines(folder / "metrics.jsonl", records)
+    _start_folder(folder, config, records)
 
     results: list[ClientResult] = []
     keep = config.run.keep_checkpoints
@@ -84,9 +95,11 @@ def train(
                 results = experiment.evaluate(state, experiment.test)
                 _check_results(results, round=number)
                 record["test"] = _scores(results)
-            record["wall_seconds"] = time.perf_counter() - start
+            record["wall_seconds"] = time.perf_counter() - since
+            since = time.perf_counter()
             records.append(record)
-            _write_lines(folder / "metrics.jsonl", [record], append=True)
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
             on_round(record)
             if save:
                 checkpoints.save(
@@ -96,21 +109,26 @@ def train(
                     metadata={"config": json.loads(to_json(config))},
                 )
     summary = _summary(config, results, records)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def restore(folder: Path, which: str = "latest") -> tuple[Experiment, RunState]:
+def restore(
+    folder: Path, which: str = "latest", *, data_dir: str | None = None
+) -> tuple[Experiment, RunState]:
     """Composes a run's experiment again and reads its state.
 
     Args:
       folder: of the run.
       which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
+      data_dir: where the data are, if not where they were.
 
     Raises:
       UserError: there is no such run, it has no checkpoint, or its data are gone.
     """
     config = read_config(folder)
+    if data_dir is not None:
+        config = override(config, data_dir=data_dir)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         number = checkpoints.find(which)
         experiment = build(config)
@@ -118,9 +136,11 @@ def restore(folder: Path, which: str = "latest") -> tuple[Experiment, RunState]:
         return experiment, checkpoints.restore(number, like)
 
 
-def evaluate(folder: Path, which: str = "latest") -> Record:
-    """The figures of a checkpoint, as ``summary.json`` has them for the last."""
-    experiment, state = restore(folder, which)
+def evaluate(
+    folder: Path, which: str = "latest", *, data_dir: str | None = None
+) -> Record:
+    """The figures of a checkpoint, as ``summary.json`` has them; see `restore`."""
+    experiment, state = restore(folder, which, data_dir=data_dir)
     results = experiment.evaluate(state, experiment.test)
     return {"rounds": int(state.round), **_scores(results)}
 
@@ -162,14 +182,18 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume:
         read_config(folder)
         return
-    if folder.is_file():
-        raise UserError(f"out: {folder} is a file; allowed is a folder")
+    places = (folder, *folder.absolute().parents)
+    nearest = next(place for place in places if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"out: {nearest} is not a folder that can be written to")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / "config.json").is_file():
+    try:
+        read_config(folder)
+    except UserError as error:
         raise UserError(
             f"out: {folder} is neither empty nor a run; allowed is a new folder"
-        )
+        ) from error
     if not overwrite:
         raise UserError(
             f"out: {folder} holds a run already; allowed is a new folder, or --resume "
@@ -180,7 +204,7 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def _check_same(config: Config, stored: Config) -> None:
     theirs = flatten(stored)
     for name, value in flatten(config).items():
-        if name != "rounds" and value != theirs[name]:
+        if name not in _MAY_CHANGE and value != theirs[name]:
             raise UserError(
                 f"{name}: {value} is not allowed with --resume; the run has "
                 f"{theirs[name]}"
@@ -198,8 +222,33 @@ def _resumed(experiment: Experiment, folder: Path) -> tuple[RunState, list[Recor
             )
         like = jax.eval_shape(experiment.strategy.init, jax.random.key(0))
         state = checkpoints.restore(number, like)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return state, [json.loads(line) for line in lines[:number]]
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+        records = [json.loads(line) for line in lines[:number]]
+    except (OSError, ValueError) as error:
+        raise UserError(f"run: {path} cannot be read: {error}") from error
+    if len(records) < number:
+        raise UserError(f"run: {path} has {len(records)} lines for {number} rounds")
+    return state, records
+
+
+def _start_folder(folder: Path, config: Config, records: list[Record]) -> None:
+    """Leaves the configuration, the records, and with no records nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not records:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    _replace(folder / "metrics.jsonl", lines)
+    _replace(folder / "config.json", to_json(config) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file at once or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _check_results(results: list[ClientResult], *, round: int) -> None:
@@ -249,8 +298,3 @@ def _summary(
             **{name: metadata.version(name) for name in packages},
         },
     }
-
-
-def _write_lines(path: Path, records: list[Record], *, append: bool = False) -> None:
-    with path.open("a" if append else "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)

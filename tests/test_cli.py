@@ -125,6 +125,8 @@ BAD = [
     ("train cifar10 --data-dir nowhere", "tfds build"),
     ("train --resume", "out: missing"),
     ("train --resume --out nowhere", "nowhere is not a run"),
+    ("train --out /dev/null", "out: /dev/null is not a folder"),
+    ("train --out /dev/null/run", "out: /dev/null is not a folder"),
     ("train demo --config c.json", "config: is not allowed together with a preset"),
     ("train --config missing.json", "missing.json cannot be read"),
     ("eval nowhere", "nowhere is not a run"),
@@ -174,6 +176,8 @@ def test_every_field_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
     words = [str(v) for v in (value if takes_many(item) else [value])]
     flag = f"--{name.replace('_', '-')}"
     assert cli.main(["train", flag, *words, "--out", str(tmp_path / "run")]) == 0
+    if name == "data_dir":  # kept as an absolute path
+        value = str(Path(value).resolve())
     assert seen == [override(preset("demo"), **{name: value})]
     assert value != current
 

@@ -27,6 +27,16 @@ def test_json_round_trip(name):
     assert from_dict(json.loads(to_json(config))) == config
 
 
+def test_cuts_may_be_numbers():
+    config = override(Config(), cuts=[3, 5])
+    assert config.clients.cuts == ("3", "5")
+    assert from_dict(json.loads(to_json(config))) == config
+    assert from_dict({"clients": {"cuts": [3, "layer2"]}}).clients.cuts == (
+        "3",
+        "layer2",
+    )
+
+
 def test_field_names_are_unique_and_documented():
     sections = dataclasses.fields(Config)
     assert len(options()) == sum(len(dataclasses.fields(s.type)) for s in sections)

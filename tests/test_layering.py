@@ -47,10 +47,10 @@ def test_each_library_has_one_home():
 
 
 def test_import_is_light_and_fast():
-    """Under two seconds of its own, measured beside what it must import."""
+    """Under two seconds of processor time, which other tests do not stretch."""
     code = (
-        "import sys, time; start = time.perf_counter(); import hsee_jax;"
-        "print(time.perf_counter() - start);"
+        "import sys, time; start = time.process_time(); import hsee_jax;"
+        "print(time.process_time() - start);"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib'};"
         "print(heavy & set(sys.modules))"
     )

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hsee_jax
+from hsee_jax.config import options
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -28,9 +31,24 @@ def test_the_library_example_runs(tmp_path):
     assert all(0.5 < loss < 8 for loss in losses)
 
 
-def test_the_commands_use_flags_that_exist():
-    from hsee_jax.config import options
+def test_the_restore_example_runs(tmp_path, monkeypatch, tiny_network):
+    config = hsee_jax.override(
+        hsee_jax.preset("demo"),
+        rounds=1,
+        num_clients=2,
+        cuts=("1", "3"),
+        max_train_samples=32,
+        max_test_samples=8,
+    )
+    monkeypatch.chdir(tmp_path)
+    hsee_jax.train(config, Path("runs/demo"))
+    names = {}
+    exec(block("restore"), names)
+    assert len(names["client"].layers) == 1
+    assert len(names["server"].layers) == 2
 
+
+def test_the_commands_use_flags_that_exist():
     known = {name.replace("_", "-") for name in options()}
     known |= {"seed", "out", "resume", "overwrite", "config", "checkpoint", "json"}
     lines = [line for line in README.splitlines() if "hsee " in line]

@@ -1,5 +1,8 @@
 """ResNet-18 against an implementation in PyTorch, written here and nowhere else."""
 
+import importlib
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,8 +86,15 @@ def test_bfloat16_keeps_parameters_statistics_and_losses_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
 
 
+def import_torch():
+    """PyTorch; where HSEE_REQUIRE_TORCH is set its absence is a failure."""
+    if "HSEE_REQUIRE_TORCH" in os.environ:
+        return importlib.import_module("torch")
+    return pytest.importorskip("torch", reason="the extra `torch` is not installed")
+
+
 def torch_resnet18(width, channels):
-    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    torch = import_torch()
     from torch import nn
 
     class Block(nn.Module):
@@ -147,7 +157,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_logits_and_gradients_equal_pytorchs(train):
-    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    torch = import_torch()
     model = resnet18(num_classes=10, input_shape=(32, 32, 3))
     network = weights(model)
     layers, linear = torch_resnet18(64, 3)

@@ -109,6 +109,12 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
             runs.train(SMALL, tmp_path / "notes", overwrite=overwrite)
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
 
+    # somebody else's config.json
+    (tmp_path / "notes" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="neither empty nor a run"):
+        runs.train(SMALL, tmp_path / "notes", overwrite=True)
+    assert len(list((tmp_path / "notes").iterdir())) == 2
+
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(to_json(SMALL))
@@ -128,6 +134,22 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
         runs.train(bad, tmp_path / "new")
     assert runs.read_config(run) == SMALL
     assert not (tmp_path / "new").exists()
+
+
+def test_latest_and_best_are_kept(tmp_path, monkeypatch):
+    """Of scores 0.1, 0.9, 0.2 after rounds 1 to 3, the last and the second stay."""
+    scores = iter([0.1, 0.9, 0.2])
+    monkeypatch.setattr(runs, "means", lambda results: (0.0, next(scores)))
+    monkeypatch.setattr(runs, "_scores", lambda results: {})
+    config = override(SMALL, checkpoint_every=1, keep_checkpoints=1)
+    runs.train(config, tmp_path / "run")
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(name for name in kept if name.isdecimal()) == ["2", "3"]
+    assert int(runs.restore(tmp_path / "run", "best")[1].round) == 2
+
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has 0 lines for 3 rounds"):
+        runs.train(config, tmp_path / "run", resume=True)
 
 
 # Orbax drops a background task when it cannot read.

@@ -59,14 +59,21 @@ def _tfds(config: DataConfig, split: str, limit: int | None) -> Dataset:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(config.dataset, data_dir=config.data_dir)
+    how = (
+        f"allowed is a folder with {config.dataset}/{builder.version}, which `pip "
+        "install tensorflow` and `tfds build --file_format=array_record "
+        f"{config.dataset}` make"
+    )
     if not builder.is_prepared():
+        place = config.data_dir or "~/tensorflow_datasets"
+        raise UserError(f"data_dir: {place} holds no prepared {config.dataset}; {how}")
+    try:
+        source = builder.as_data_source(split=split)
+    except NotImplementedError as error:  # prepared as TFRecord
         raise UserError(
-            f"data_dir: {config.data_dir} holds no prepared {config.dataset}; allowed "
-            f"is a folder with {config.dataset}/{builder.version}, which `pip install "
-            "tensorflow` and `tfds build --file_format=array_record "
-            f"{config.dataset}` make"
-        )
-    source = builder.as_data_source(split=split)
+            f"data_dir: {config.data_dir} holds {config.dataset} in a format that "
+            f"needs TensorFlow; {how}"
+        ) from error
     count = len(source) if limit is None else min(limit, len(source))
     samples = [source[i] for i in range(count)]
     return Dataset(
