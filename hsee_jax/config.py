@@ -375,10 +375,10 @@ PRESETS: dict[str, Config] = {
         cuts=("2", "4", "6"),
         average="all_holders",
         width=8,
-        rounds=10,
+        rounds=12,
         batch_size=16,
-        eval_every=5,
-        checkpoint_every=5,
+        eval_every=6,
+        checkpoint_every=6,
     ),
     "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
 }
