@@ -257,7 +257,7 @@ class _Progress:
                 f"; test accuracy exit {record['test']['mean_exit_accuracy']:.4f}"
                 f"  server {record['test']['mean_server_accuracy']:.4f}"
             )
-        self._bar.console.print(text, highlight=False)
+        self._bar.console.print(text, highlight=False, soft_wrap=True)
 
 
 def _print_results(figures: dict[str, Any], folder: Path) -> None:
