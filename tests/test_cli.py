@@ -62,6 +62,23 @@ def test_eval_repeats_the_figures_to_the_last_digit(run):
     assert {"clients", "mean_exit_accuracy", "rounds"} <= set(figures)
 
 
+def test_evals_flags_choose_checkpoint_and_data(monkeypatch, capsys):
+    seen = []
+
+    def evaluate(folder, which, *, data_dir):
+        seen.append((str(folder), which, data_dir))
+        return {"rounds": 1}
+
+    monkeypatch.setattr("hsee_jax.runs.evaluate", evaluate)
+    words = "eval run --checkpoint best --data-dir there --json".split()
+    assert cli.main(words) == 0
+    assert cli.main(["eval", "run", "--json"]) == 0
+    assert seen == [("run", "best", "there"), ("run", "latest", None)]
+    capsys.readouterr()
+    assert cli.main(["eval", "run", "--checkpoint", "bset"]) == 2
+    assert "did you mean best?" in capsys.readouterr().err
+
+
 def test_config_resume_and_overwrite(tiny_network, tmp_path, capsys):
     """A stored configuration gives the same figures; --resume and --rounds go on."""
     folder, copy = tmp_path / "run", tmp_path / "copy"
