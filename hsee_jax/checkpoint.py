@@ -2,9 +2,12 @@
 
 A checkpoint is a `RunState` under the number of rounds done, with the configuration,
 seeds included, in its metadata. Orbax writes it in the background and makes it visible
-at once or not at all.
+at once or not at all. Then the digests of its files are put beside them: Orbax itself
+reads changed bytes as if they were weights.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +22,7 @@ from hsee_jax.base import PyTree, UserError
 
 _policies = ocp.training.preservation_policies
 _decisions = ocp.training.save_decision_policies
+_DIGESTS = "digests.json"  # in a checkpoint: sha256 of every other file, by its path
 
 
 class Checkpoints:
@@ -33,12 +37,16 @@ class Checkpoints:
             read only.
 
         Raises:
-          UserError: there is nothing to read.
+          UserError: to read, and there is nothing, or something is damaged.
         """
-        if keep is None and not folder.is_dir():
-            raise self._none(folder)
+        if keep is None:
+            if not folder.is_dir():
+                raise self._none(folder)
+            for path in sorted(folder.glob(f"*/{_DIGESTS}")):
+                _verify(path.parent)
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder
+        self._unsealed: tuple[int, Any] | None = None  # the one being written
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(),
             save_decision_policy=_decisions.FixedIntervalPolicy(1),
@@ -61,6 +69,7 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         """Waits for the last one to be written."""
+        self._seal()
         self._checkpointer.close()
 
     def save(
@@ -75,9 +84,23 @@ class Checkpoints:
           metadata: anything that JSON can hold.
         """
         copy = jax.tree.map(jnp.copy, state)
-        self._checkpointer.save_async(
+        self._seal()
+        response = self._checkpointer.save_async(
             round, copy, metrics={"score": score}, custom_metadata=dict(metadata)
         )
+        self._unsealed = round, response
+
+    def _seal(self) -> None:
+        """Waits for the checkpoint being written, and writes its digests."""
+        if self._unsealed is None:
+            return
+        (round, response), self._unsealed = self._unsealed, None
+        response.result()
+        folder = self.folder / str(round)
+        digests = json.dumps(_digests(folder), indent=2)
+        temporary = self.folder / f"{round}.{_DIGESTS}"
+        temporary.write_text(digests)
+        temporary.replace(folder / _DIGESTS)
 
     def find(self, which: str = "latest") -> int:
         """The number of the ``"latest"`` or of the ``"best"`` checkpoint.
@@ -124,6 +147,36 @@ class Checkpoints:
             raise UserError(
                 f"run: checkpoint {round} in {self.folder} cannot be read: {reason[0]}"
             ) from error
+
+
+def _verify(folder: Path) -> None:
+    """Compares the files of a checkpoint with their digests."""
+    try:
+        known = json.loads((folder / _DIGESTS).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, _DIGESTS) from error
+    found = _digests(folder)
+    for name in sorted({*known, *found}):
+        if known.get(name) != found.get(name):
+            raise _damaged(folder, name)
+
+
+def _damaged(folder: Path, name: str) -> UserError:
+    path = folder / name
+    what = "has changed since it was written" if path.exists() else "is missing"
+    place = f"checkpoint {folder.name} in {folder.parent}"
+    return UserError(f"run: {place} cannot be read: {path} {what}")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by its path."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != _DIGESTS:
+            with path.open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _score(metrics: Mapping[str, float]) -> float:
