@@ -1,0 +1,106 @@
+"""What the benchmarks share: timing, the machine, and result files.
+
+A benchmark is a script ``bench_*.py`` that prints a table and writes its rows to
+``results/bench-NAME-BACKEND.json``. Times are medians with the lowest and the highest;
+warm-up and compilation are outside. Ratios come from pairs timed in turns in one
+process, so that a noisy machine disturbs both alike.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+class Timing(NamedTuple):
+    """Seconds a call."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], Any]], *, repeats: int, warmups: int = 2
+) -> dict[str, Timing]:
+    """Times several functions in turns: a, b, a, b, ...
+
+    Args:
+      calls: by name; each returns when its work is done.
+      repeats: timed calls of each.
+      warmups: calls of each before, not timed.
+    """
+    for _ in range(warmups):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Timing(float(np.median(values)), min(values), max(values))
+        for name, values in seconds.items()
+    }
+
+
+def machine() -> Row:
+    """The hardware and the versions that a result belongs to."""
+    versions = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "torch", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "backend": jax.default_backend(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def write(name: str, rows: Sequence[Row], *, out: Path = RESULTS) -> Path:
+    """Writes a benchmark's rows, with the machine, and returns the file."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"bench-{name}-{jax.default_backend()}.json"
+    content = {"benchmark": name, "machine": machine(), "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The rows as a Markdown table of the named columns."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [_cell(row.get(column)) for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
