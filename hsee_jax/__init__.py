@@ -4,7 +4,7 @@ The method is Hetero-SplitEE (Oda et al., arXiv:2512.09313): clients keep the la
 one network up to a cut of their own, and an exit head there; a server trains the rest.
 """
 
-from hsee_jax.aggregate import average_layer
+from hsee_jax.aggregate import LayerMean, layer_mean, receive
 from hsee_jax.base import (
     Batch,
     Dataset,
@@ -18,7 +18,17 @@ from hsee_jax.config import Config, override, preset
 from hsee_jax.engine import InputPipeline, make_round
 from hsee_jax.evaluate import ClientResult, make_evaluation
 from hsee_jax.experiment import Experiment, build
+from hsee_jax.federation import (
+    Client,
+    Federation,
+    Group,
+    RunState,
+    Strategy,
+    group_clients,
+    server_of,
+)
 from hsee_jax.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.mesh import make_mesh
 from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
 from hsee_jax.plan import RoundPlan, plan_round
 from hsee_jax.runs import restore, train
@@ -35,16 +45,7 @@ from hsee_jax.split import (
     joint_step,
     server_spec,
 )
-from hsee_jax.strategies import (
-    Client,
-    Federation,
-    Group,
-    RunState,
-    Strategy,
-    averaging,
-    group_clients,
-    sequential,
-)
+from hsee_jax.strategies import averaging, sequential
 
 __all__ = [
     "Batch",
@@ -60,6 +61,7 @@ __all__ = [
     "Federation",
     "Group",
     "InputPipeline",
+    "LayerMean",
     "LayerState",
     "Metrics",
     "Model",
@@ -69,7 +71,6 @@ __all__ = [
     "Stage",
     "Strategy",
     "UserError",
-    "average_layer",
     "averaging",
     "branch_step",
     "build",
@@ -82,16 +83,20 @@ __all__ = [
     "init_network",
     "init_server",
     "joint_step",
+    "layer_mean",
     "make_evaluation",
+    "make_mesh",
     "make_round",
     "masked_cross_entropy",
     "override",
     "plan_round",
     "predictive_entropy",
     "preset",
+    "receive",
     "resnet18",
     "restore",
     "sequential",
+    "server_of",
     "server_spec",
     "train",
 ]

@@ -1,8 +1,10 @@
 """The cross-layer mean: each layer is averaged over the branches that hold it.
 
 The branches of one cut are stacked, so a layer's holders come as a few groups, each
-with a leading axis. The paper says that server layers are aggregated across clients;
-what is done with BatchNorm and optimizer state, and the weights, are our choices.
+with a leading axis. `layer_mean` is what a server computes and sends, `receive` what a
+holder makes of it, now or, if it is absent, when it comes back. The paper says that
+server layers are aggregated across clients; what is done with BatchNorm and optimizer
+state, and the weights, are our choices.
 """
 
 from collections.abc import Sequence
@@ -11,85 +13,123 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from hsee_jax.base import Array, PyTree
 from hsee_jax.split import LayerState
 
 
-def average_layer(
+class LayerMean(struct.PyTreeNode):
+    """The mean of a layer; leaves are float32, without a leading axis."""
+
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree  # None unless it is averaged
+    round: Array  # int32 []: of which it is, counted from 1; 0: it is of nobody
+
+
+def layer_mean(
     holders: Sequence[LayerState],
     weights: Sequence[Array],
     *,
-    optimizer: optax.GradientTransformation,
-    batch_norm: str = "average",
+    round: Array,
     optimizer_state: str = "keep",
-) -> list[LayerState]:
-    """Gives every holder of one layer the weighted mean of all.
+    axis_name: str | None = None,
+) -> LayerMean:
+    """The weighted mean over the holders of one layer.
 
     Args:
       holders: one state a group, leaves ``[G, ...]``.
-      weights: ``float32 [G]`` for each group, not normalised. A holder of weight 0
-        receives the mean without taking part in it. If all are 0, nothing changes.
-      optimizer: the one whose state the layers carry.
-      batch_norm: ``"average"``: parameters and statistics of BatchNorm as everything
-        else; ``"keep_local"``: each holder keeps its own (FedBN, Li et al., ICLR 2021).
-      optimizer_state: ``"keep"`` each its own, ``"average"``, or ``"reset"``.
-
-    Returns:
-      The new states, in the order of ``holders``.
+      weights: ``float32 [G]`` for each group, not normalised.
+      round: ``int32 []``, the number of the round, from 1.
+      optimizer_state: its mean is taken if this is ``"average"``.
+      axis_name: the mesh axis over which further holders are spread.
     """
     chex.assert_rank(list(weights), 1)
-    total = sum(jnp.sum(w) for w in weights)
+    total = sum(map(jnp.sum, weights[1:]), jnp.sum(weights[0]))
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
     some = total > 0
-    shares = [w / jnp.where(some, total, 1.0) for w in weights]
+    shares = [weight / jnp.where(some, total, 1.0) for weight in weights]
 
-    def mean(local: bool, *leaves: Array) -> tuple[Array, ...]:
-        if local:
-            return leaves
+    def weighted_sum(*leaves: Array) -> Array:
         parts = [
             jnp.tensordot(share, leaf.astype(jnp.float32), 1)
             for share, leaf in zip(shares, leaves, strict=True)
         ]
-        value = sum(parts[1:], parts[0])
-        if jnp.issubdtype(leaves[0].dtype, jnp.integer):
-            value = jnp.round(value)
-        value = value.astype(leaves[0].dtype)
-        return tuple(
-            jnp.where(some, jnp.broadcast_to(value, leaf.shape), leaf)
-            for leaf in leaves
-        )
+        return sum(parts[1:], parts[0])
 
-    def mean_tree(local: PyTree, trees: list[PyTree]) -> list[PyTree]:
-        structure = jax.tree.structure(trees[0])
-        columns = map(mean, jax.tree.leaves(local), *map(jax.tree.leaves, trees))
-        rows = list(zip(*columns, strict=True)) or [()] * len(trees)
-        return [jax.tree.unflatten(structure, row) for row in rows]
+    averaged = [
+        (h.params, h.batch_stats, h.opt_state if optimizer_state == "average" else None)
+        for h in holders
+    ]
+    means = jax.tree.map(weighted_sum, *averaged)
+    if axis_name is not None:
+        means = jax.lax.psum(means, axis_name)
+    params, batch_stats, opt_state = means
+    return LayerMean(params, batch_stats, opt_state, jnp.where(some, round, 0))
 
-    first = holders[0]
+
+def receive(
+    layer: LayerState,
+    mean: LayerMean,
+    since: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    batch_norm: str = "average",
+    optimizer_state: str = "keep",
+) -> LayerState:
+    """What one holder makes of a mean.
+
+    Args:
+      layer: the holder's state.
+      mean: of its layer.
+      since: ``int32 []``, the round that the holder's state is of; a mean that is not
+        of a later one changes nothing.
+      optimizer: the one whose state the layer carries.
+      batch_norm: ``"average"``: parameters and statistics of BatchNorm as everything
+        else; ``"keep_local"``: each holder keeps its own (FedBN, Li et al., ICLR 2021).
+      optimizer_state: ``"keep"`` each its own, ``"average"``, or ``"reset"``.
+    """
+    later = mean.round > since
     keep = batch_norm == "keep_local"
-    local_stats = jax.tree.map(lambda _: keep, first.batch_stats)
-    local_params = jax.tree.map(
-        lambda is_norm: keep and is_norm, batch_norm_params(first)
-    )
-    params = mean_tree(local_params, [h.params for h in holders])
-    stats = mean_tree(local_stats, [h.batch_stats for h in holders])
-    states = [h.opt_state for h in holders]
+    local = jax.tree.map(lambda is_norm: keep and is_norm, batch_norm_params(layer))
+
+    def take(own: Array, new: Array, local: bool = False) -> Array:
+        if local:
+            return own
+        if jnp.issubdtype(own.dtype, jnp.integer):
+            new = jnp.round(new)
+        return jnp.where(later, new.astype(own.dtype), own)
+
+    params = jax.tree.map(take, layer.params, mean.params, local)
+    batch_stats = layer.batch_stats
+    if not keep:
+        batch_stats = jax.tree.map(take, batch_stats, mean.batch_stats)
+    opt_state = layer.opt_state
     if optimizer_state == "average":
-        local_states = optax.tree_map_params(
+        local_state = optax.tree_map_params(
             optimizer,
             lambda _, local: local,
-            first.opt_state,
-            local_params,
+            opt_state,
+            local,
             transform_non_params=lambda _: False,
         )
-        states = mean_tree(local_states, states)
+        opt_state = jax.tree.map(take, opt_state, mean.opt_state, local_state)
     elif optimizer_state == "reset":
-        fresh = [jax.vmap(optimizer.init)(p) for p in params]
-        states = [
-            jax.tree.map(lambda new, old: jnp.where(some, new, old), *pair)
-            for pair in zip(fresh, states, strict=True)
-        ]
-    return [LayerState(*parts) for parts in zip(params, stats, states, strict=True)]
+        opt_state = jax.tree.map(take, opt_state, optimizer.init(params))
+    return LayerState(params, batch_stats, opt_state)
+
+
+def latest(old: PyTree, new: PyTree) -> PyTree:
+    """Of two trees of `LayerMean`, each layer's newer one that is of somebody."""
+
+    def choose(old: LayerMean, new: LayerMean) -> LayerMean:
+        return jax.tree.map(lambda a, b: jnp.where(new.round > 0, b, a), old, new)
+
+    return jax.tree.map(
+        choose, old, new, is_leaf=lambda node: isinstance(node, LayerMean)
+    )
 
 
 def batch_norm_params(layer: LayerState) -> PyTree:

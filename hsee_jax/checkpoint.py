@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from hsee_jax.base import PyTree, UserError
@@ -83,7 +82,7 @@ class Checkpoints:
           score: what the best checkpoint has most of.
           metadata: anything that JSON can hold.
         """
-        copy = jax.tree.map(jnp.copy, state)
+        copy = jax.tree.map(lambda leaf: leaf.copy(), state)
         self._seal()
         response = self._checkpointer.save_async(
             round, copy, metrics={"score": score}, custom_metadata=dict(metadata)
@@ -123,18 +122,21 @@ class Checkpoints:
         )
 
     def restore(self, round: int, like: PyTree) -> PyTree:
-        """Reads a checkpoint, to the first device, whatever device wrote it.
+        """Reads a checkpoint, whatever devices wrote it.
 
         Args:
           round: its number.
-          like: arrays, or `jax.ShapeDtypeStruct`, of the shapes and dtypes stored.
+          like: `jax.ShapeDtypeStruct` of every leaf, with the sharding that is wanted,
+            or none for the first device.
 
         Raises:
           UserError: it cannot be read, or holds something else.
         """
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding or here
+            ),
             like,
         )
         try:

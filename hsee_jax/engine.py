@@ -1,9 +1,9 @@
-"""Rounds: a strategy applied to a federation's data, on the device that is there.
+"""Rounds: a strategy applied to a federation's data, on the devices that are there.
 
 `make_round` compiles a round in one of two forms, equal up to rounding. ``loop`` calls
 one compiled turn for each client and batch: on a CPU stacked convolutions, and
 convolutions inside a scan, are many times slower. ``vmap`` is one program: a scan over
-the steps, in each of which the clients of one cut run at once.
+the steps, in each of which the clients of one cut run at once, spread over the devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,19 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh, PartitionSpec
 
+from hsee_jax.aggregate import latest
 from hsee_jax.augment import augment, normalize
 from hsee_jax.base import Array, Batch, Dataset, DivergenceError, ExitMetrics, Key
-from hsee_jax.plan import RoundPlan
-from hsee_jax.split import Branch
-from hsee_jax.strategies import (
-    Group,
+from hsee_jax.federation import (
+    Means,
     RunState,
     Strategy,
     positions,
     put_member,
+    split,
     take_member,
 )
+from hsee_jax.mesh import CLIENTS, SAME, SPREAD, constrain, fetch, over_clients, place
+from hsee_jax.plan import RoundPlan
+from hsee_jax.split import Branch
 
 Floats = npt.NDArray[np.float32]
 
@@ -59,50 +63,70 @@ class RoundFn(Protocol):
         plan: RoundPlan,
         learning_rates: Floats,
         weights: Floats,
-    ) -> tuple[RunState, ExitMetrics]:
+    ) -> tuple[RunState, Means, ExitMetrics]:
         """Trains a round.
 
         Args:
-          state: before; its buffers are given up.
-          data: the training samples, on the device.
-          plan: T steps of N clients.
+          state: of the clients in the plan's slots, before; its buffers are given up.
+          data: the training samples, on the device; over several devices a block for
+            each, in which the plan's indices count.
+          plan: T steps of N slots.
           learning_rates: ``float32 [T]``.
-          weights: ``float32 [N]``, of each client in the averages; 0 for the absent.
+          weights: ``float32 [N]``, of each slot in the averages; 0 for the absent.
 
         Returns:
-          The state after, and the metrics of the whole round, leaves ``[N]``.
+          The state after, the last means of what is averaged, if it was, and the
+          metrics of the whole round, numpy arrays ``[N]``.
         """
 
 
 def client_axis(choice: str) -> str:
-    """``loop`` or ``vmap``: what ``auto`` means on this backend."""
+    """``loop`` or ``vmap``: what ``auto`` means here."""
     if choice != "auto":
         return choice
-    return "loop" if jax.default_backend() == "cpu" else "vmap"
+    one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return "loop" if one_cpu else "vmap"
+
+
+def layout(strategy: Strategy) -> RunState:
+    """How a strategy's state lies over a mesh, as a prefix tree of partition specs.
+
+    Where clients wait for each other there is nothing to spread but the rows of a
+    batch, so every device holds all of them.
+    """
+    clients = SAME if strategy.step is None else SPREAD
+    servers = SAME if strategy.shared else SPREAD
+    return RunState(SAME, clients, servers)  # type: ignore[arg-type]
+
+
+def data_layout(strategy: Strategy) -> PartitionSpec:
+    """How the training samples lie over a mesh: a block for each device, or all."""
+    return SAME if strategy.step is None else SPREAD
 
 
 def make_round(
     strategy: Strategy,
-    groups: Sequence[Group],
     pipeline: InputPipeline,
     key: Key,
     *,
     axis: str = "auto",
+    mesh: Mesh | None = None,
 ) -> RoundFn:
     """Compiles the rounds of a strategy, once for each cut.
 
     Args:
-      strategy: made for the same groups.
-      groups: the clients.
+      strategy: an algorithm.
       pipeline: how samples become batches.
       key: root of the augmentation's randomness.
       axis: ``"loop"``, ``"vmap"`` or ``"auto"``.
+      mesh: that of the strategy's federation; ``vmap`` alone takes one.
     """
-    make = _looped if client_axis(axis) == "loop" else _scanned
-    return make(strategy, tuple(groups), pipeline, key)
+    if client_axis(axis) == "loop":
+        return _looped(strategy, pipeline, key)
+    return _scanned(strategy, pipeline, key, mesh)
 
 
-def check_finite(groups: Sequence[Group], metrics: ExitMetrics, *, round: int) -> None:
+def check_finite(plan: RoundPlan, metrics: ExitMetrics, *, round: int) -> None:
     """Refuses a round in which a loss was not finite.
 
     Raises:
@@ -110,19 +134,12 @@ def check_finite(groups: Sequence[Group], metrics: ExitMetrics, *, round: int) -
         (at a shared server all later turns of the round see it too); ``round`` is
         from 1.
     """
-    ids = [i for group in groups for i in group.ids]
     for name, branch in metrics._asdict().items():
         for n in np.flatnonzero(~np.isfinite(branch.loss_sum))[:1]:
-            raise DivergenceError(ids[n], name, round)
+            raise DivergenceError(int(plan.ids[n]), name, round)
 
 
-def _looped(
-    strategy: Strategy, groups: tuple[Group, ...], pipeline: InputPipeline, key: Key
-) -> RoundFn:
-    group_of = np.asarray(positions(groups)[0])
-    ids = np.array([i for group in groups for i in group.ids], np.int32)
-    num_clients = len(ids)
-
+def _looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
     @partial(jax.jit, static_argnames="group", donate_argnums=(0, 1))
     def turn(
         client: Branch,
@@ -139,6 +156,7 @@ def _looped(
         return strategy.turn(client, server, batch, rate, group=group)
 
     aggregate = jax.jit(strategy.aggregate, donate_argnums=0)
+    newest = jax.jit(latest)
 
     def run(
         state: RunState,
@@ -146,11 +164,20 @@ def _looped(
         plan: RoundPlan,
         learning_rates: Floats,
         weights: Floats,
-    ) -> tuple[RunState, ExitMetrics]:
-        round, log = int(state.round), []
-        first = round * len(learning_rates)
+    ) -> tuple[RunState, Means, ExitMetrics]:
+        sizes = _sizes(state)
+        group_of, _ = positions(sizes)
+        round, first = int(state.round), int(state.round) * len(learning_rates)
+        means: Means = {}
+        log: list[tuple[int, ExitMetrics]] = []
         clients, servers = _unstack(strategy, state)
-        for k, (t, n) in enumerate(zip(*_sequence(strategy, plan), strict=True)):
+
+        def averaged(state: RunState, means: Means) -> tuple[RunState, Means]:
+            state = _stack(strategy, sizes, state, clients, servers)
+            state, new = aggregate(state, split(weights, sizes))
+            return state, newest(means, new) if means else new
+
+        for k, (t, n) in enumerate(zip(*_sequence(strategy, plan.order), strict=True)):
             if plan.mask[t, n].any():
                 s = 0 if strategy.shared else n
                 clients[n], servers[s], metrics = turn(
@@ -158,39 +185,42 @@ def _looped(
                     servers[s],
                     data,
                     (plan.indices[t, n], plan.mask[t, n]),
-                    ids[n],
+                    plan.ids[n],
                     np.int32(first + t),
                     learning_rates[t],
-                    group=int(group_of[n]),
+                    group=group_of[n],
                 )
                 log.append((n, metrics))
-            if (k + 1) % num_clients == 0 and _due(strategy, "steps", first + t + 1):
-                state = _stack(strategy, groups, state, clients, servers)
-                state = aggregate(state, _split(weights, groups))
+            last = (k + 1) % plan.order.shape[1] == 0  # of the step
+            if last and _due(strategy, "steps", first + t + 1):
+                state, means = averaged(state, means)
                 clients, servers = _unstack(strategy, state)
-        state = _stack(strategy, groups, state, clients, servers)
         if _due(strategy, "rounds", round + 1):
-            state = aggregate(state, _split(weights, groups))
+            state, means = averaged(state, means)
+        else:
+            state = _stack(strategy, sizes, state, clients, servers)
         totals = jax.tree.map(
-            lambda *sums: np.bincount([n for n, _ in log], sums, num_clients),
+            lambda *sums: np.bincount([n for n, _ in log], sums, len(plan.ids)),
             *jax.device_get([metrics for _, metrics in log]),
         )
-        return state.replace(round=state.round + 1), totals
+        return state.replace(round=state.round + 1), means, totals
 
     return run
 
 
 def _scanned(
-    strategy: Strategy, groups: tuple[Group, ...], pipeline: InputPipeline, key: Key
+    strategy: Strategy, pipeline: InputPipeline, key: Key, mesh: Mesh | None
 ) -> RoundFn:
-    group_of, member_of = positions(groups)
-    ids = jnp.array([i for group in groups for i in group.ids], jnp.int32)
+    Carry = tuple[RunState, Means]
 
-    def aggregate_if(due: Array | bool, state: RunState, weights: Array) -> RunState:
-        by_group = _split(weights, groups)
-        return jax.lax.cond(
-            due, lambda s: strategy.aggregate(s, by_group), lambda s: s, state
-        )
+    def fetch_batch(
+        key: Key, who: Array, step: Array, data: Dataset, rows: Array, mask: Array
+    ) -> Batch:
+        return pipeline.training(_step_key(key, who, step), data, rows, mask)
+
+    fetch_batches = over_clients(
+        fetch_batch, mesh, (None, 0, None, None, 0, 0), block=3
+    )
 
     def on_group(g: int) -> Callable:
         s = 0 if strategy.shared else g
@@ -216,54 +246,78 @@ def _scanned(
     @partial(jax.jit, donate_argnums=0)
     def run(
         state: RunState,
+        key: Key,
         data: Dataset,
-        plan: RoundPlan,
-        learning_rates: Array,
-        weights: Array,
-    ) -> tuple[RunState, ExitMetrics]:
+        plan: tuple[_GroupPlan, ...],
+        same: tuple[Array, Array],
+    ) -> tuple[RunState, Means, tuple[ExitMetrics, ...]]:
+        order, learning_rates = same
+        weights = tuple(g.weights for g in plan)
         first = state.round * len(learning_rates)
+        sizes = _sizes(state)
 
-        def all_at_once(state: RunState, t: Array) -> tuple[RunState, ExitMetrics]:
-            keys = jax.vmap(lambda i: _step_key(key, i, first + t))(ids)
-            batch = jax.vmap(pipeline.training, (0, None, 0, 0))(
-                keys, data, plan.indices[t], plan.mask[t]
+        def average_if(due: Array | bool, carry: Carry) -> Carry:
+            def average(carry: Carry) -> Carry:
+                state, means = strategy.aggregate(carry[0], weights)
+                return state, latest(carry[1], means)
+
+            if due is False:
+                return carry
+            return jax.lax.cond(due, average, lambda carry: carry, carry)
+
+        def all_at_once(carry: Carry, t: Array) -> tuple[Carry, Any]:
+            batches = tuple(
+                fetch_batches(key, g.ids, first + t, data, g.indices[t], g.mask[t])
+                for g in plan
             )
             assert strategy.step is not None
             state, metrics = strategy.step(
-                state, _split(batch, groups), plan.order[t], learning_rates[t]
+                carry[0], batches, order[t], learning_rates[t]
             )
             due = _due(strategy, "steps", first + t + 1)
-            return aggregate_if(due, state, weights), metrics
+            return average_if(due, (state, carry[1])), metrics
 
         def one_turn(
             state: RunState, turn: tuple[Array, Array]
-        ) -> tuple[RunState, ExitMetrics]:
+        ) -> tuple[RunState, Any]:
             t, n = turn
-            batch = pipeline.training(
-                _step_key(key, ids[n], first + t),
+            batch = fetch_batch(
+                key,
+                jnp.concatenate([g.ids for g in plan])[n],
+                first + t,
                 data,
-                plan.indices[t, n],
-                plan.mask[t, n],
+                jnp.concatenate([g.indices[t] for g in plan])[n],
+                jnp.concatenate([g.mask[t] for g in plan])[n],
             )
-            turns = [on_group(g) for g in range(len(groups))]
+            batch = constrain(batch, mesh, PartitionSpec(CLIENTS))
+            turns = [on_group(g) for g in range(len(plan))]
+            group_of, member_of = map(jnp.asarray, positions(sizes))
             return jax.lax.switch(
                 group_of[n], turns, state, member_of[n], batch, learning_rates[t]
             )
 
+        none: Means = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(strategy.aggregate, state, weights)[1],
+        )
         if strategy.step is not None:
-            state, metrics = jax.lax.scan(
-                all_at_once, state, jnp.arange(len(learning_rates))
+            (state, means), metrics = jax.lax.scan(
+                all_at_once, (state, none), jnp.arange(len(learning_rates))
             )
             totals = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
         else:
-            steps, clients = _sequence(strategy, plan)
-            state, metrics = jax.lax.scan(one_turn, state, (steps, clients))
-            totals = jax.tree.map(
-                lambda a: jax.ops.segment_sum(a, clients, len(ids)), metrics
+            steps, slots = _sequence(strategy, order)
+            state, metrics = jax.lax.scan(one_turn, state, (steps, slots))
+            totals = split(
+                jax.tree.map(
+                    lambda a: jax.ops.segment_sum(a, slots, sum(sizes)), metrics
+                ),
+                sizes,
             )
+            means = none
         due = _due(strategy, "rounds", state.round + 1)
-        state = aggregate_if(due, state, weights)
-        return state.replace(round=state.round + 1), totals
+        state, means = average_if(due, (state, means))
+        return state.replace(round=state.round + 1), means, totals
 
     def run_and_fetch(
         state: RunState,
@@ -271,27 +325,57 @@ def _scanned(
         plan: RoundPlan,
         learning_rates: Floats,
         weights: Floats,
-    ) -> tuple[RunState, ExitMetrics]:
-        state, totals = run(state, data, plan, learning_rates, weights)
-        return state, jax.device_get(totals)
+    ) -> tuple[RunState, Means, ExitMetrics]:
+        sizes = _sizes(state)
+        groups = map(
+            _GroupPlan,
+            split(plan.ids, sizes),
+            split(plan.indices, sizes, axis=1),
+            split(plan.mask, sizes, axis=1),
+            split(weights, sizes),
+        )
+        each = layout(strategy).clients
+        by_step = PartitionSpec(None, *each)
+        specs = _GroupPlan(each, by_step, by_step, each)
+        state, means, totals = run(
+            state,
+            key,
+            data,
+            place(tuple(groups), mesh, (specs,) * len(sizes)),
+            place((plan.order, learning_rates), mesh, SAME),
+        )
+        totals = jax.tree.map(lambda *parts: np.concatenate(parts), *fetch(totals))
+        return state, means, totals
 
     return run_and_fetch
+
+
+class _GroupPlan(NamedTuple):
+    """A group's part of a `RoundPlan`, S slots."""
+
+    ids: Any  # int32 [S]
+    indices: Any  # int32 [T, S, B]
+    mask: Any  # bool [T, S, B]
+    weights: Any  # float32 [S]
 
 
 def _step_key(key: Key, client: Array, step: Array) -> Key:
     return jax.random.fold_in(jax.random.fold_in(key, client), step)
 
 
-def _sequence(strategy: Strategy, plan: RoundPlan) -> tuple[Any, Any]:
-    """Step and client of each turn in a round, ``int32 [T N]`` each."""
-    num_steps, num_clients = plan.order.shape
+def _sizes(state: RunState) -> list[int]:
+    """The slots of each stack of clients."""
+    return [len(jax.tree.leaves(stack)[0]) for stack in state.clients]
+
+
+def _sequence(strategy: Strategy, order: Any) -> tuple[Any, Any]:
+    """Step and slot of each turn in a round, from the turns ``int32 [T, A]``."""
+    numbers = jnp if isinstance(order, jax.Array) else np
+    num_steps, num_turns = order.shape
+    steps = numbers.arange(num_steps)
     if strategy.turn_unit == "epoch":
-        numbers = jnp if isinstance(plan.order, jax.Array) else np
-        return (
-            numbers.tile(numbers.arange(num_steps), num_clients),
-            numbers.repeat(plan.order[0], num_steps),
-        )
-    return np.repeat(np.arange(num_steps), num_clients), plan.order.reshape(-1)
+        return numbers.tile(steps, num_turns), numbers.repeat(order[0], num_steps)
+    return numbers.repeat(steps, num_turns), order.reshape(-1)
 
 
 def _due(strategy: Strategy, unit: str, count: Any) -> Any:
@@ -301,17 +385,8 @@ def _due(strategy: Strategy, unit: str, count: Any) -> Any:
     return count % strategy.period == 0
 
 
-def _split(tree: Any, groups: Sequence[Group]) -> tuple[Any, ...]:
-    """Leaves ``[N, ...]`` cut into one tree a group, leaves ``[G, ...]``."""
-    ends = np.cumsum([len(group.ids) for group in groups])
-    return tuple(
-        jax.tree.map(lambda a, i=i, j=j: a[i:j], tree)
-        for i, j in zip([0, *ends[:-1]], ends, strict=True)
-    )
-
-
 def _unstack(strategy: Strategy, state: RunState) -> tuple[list[Branch], list[Branch]]:
-    """Every client's branch by itself, and its server's, or the one shared server."""
+    """Every slot's branch by itself, and its server's, or the one shared server."""
 
     def members(stack: Branch) -> list[Branch]:
         rows = jax.tree.map(np.asarray, stack)
@@ -322,13 +397,13 @@ def _unstack(strategy: Strategy, state: RunState) -> tuple[list[Branch], list[Br
 
     clients = [branch for stack in state.clients for branch in members(stack)]
     if strategy.shared:
-        return clients, list(state.servers)
+        return clients, [jax.tree.map(jnp.asarray, state.servers[0])]
     return clients, [branch for stack in state.servers for branch in members(stack)]
 
 
 def _stack(
     strategy: Strategy,
-    groups: Sequence[Group],
+    sizes: Sequence[int],
     state: RunState,
     clients: list[Branch],
     servers: list[Branch],
@@ -340,9 +415,9 @@ def _stack(
         return tuple(
             jax.tree.map(
                 lambda *leaves: jnp.asarray(np.stack(leaves)),
-                *[next(rows) for _ in group.ids],
+                *[next(rows) for _ in range(size)],
             )
-            for group in groups
+            for size in sizes
         )
 
     return state.replace(

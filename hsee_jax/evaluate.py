@@ -1,17 +1,20 @@
 """Accuracy of every client's two answers, exact, on the whole test set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from hsee_jax.base import Array, Dataset, ExitMetrics
-from hsee_jax.engine import InputPipeline
+from hsee_jax.engine import InputPipeline, client_axis, layout
+from hsee_jax.federation import Federation, RunState, Strategy, server_of
 from hsee_jax.losses import masked_cross_entropy
-from hsee_jax.split import forward
-from hsee_jax.strategies import Federation, RunState, Strategy, take_member
+from hsee_jax.mesh import SAME, SPREAD, fetch, on_devices, place
+from hsee_jax.plan import EMPTY
+from hsee_jax.split import Branch, forward
 
 
 class ClientResult(NamedTuple):
@@ -25,7 +28,26 @@ class ClientResult(NamedTuple):
     server_loss: float
 
 
-EvaluateFn = Callable[[RunState, Dataset], list[ClientResult]]
+class EvaluateFn(Protocol):
+    """A compiled evaluation."""
+
+    def __call__(
+        self,
+        state: RunState,
+        data: Dataset,
+        ids: npt.NDArray[np.int32] | None = None,
+    ) -> list[ClientResult]:
+        """Evaluates the clients in a state's slots.
+
+        Args:
+          state: theirs.
+          data: on the device, the same on all.
+          ids: ``int32 [N]``, of the client in each slot, or `EMPTY`; None: the stacks
+            hold the members of each group, and then empty slots.
+
+        Returns:
+          One result a client, by ascending id.
+        """
 
 
 def means(results: Sequence[ClientResult]) -> tuple[float, float]:
@@ -42,6 +64,7 @@ def make_evaluation(
     pipeline: InputPipeline,
     *,
     batch_size: int,
+    axis: str = "auto",
 ) -> EvaluateFn:
     """Compiles the evaluation of all clients, once for each cut.
 
@@ -50,15 +73,14 @@ def make_evaluation(
       strategy: which server is behind each client.
       pipeline: how samples become batches.
       batch_size: samples in a step; the last step is padded, none is dropped.
-
-    Returns:
-      A function of a state and a dataset to one result a client, by ascending id.
+      axis: ``"loop"``, ``"vmap"`` (one client after another on each device, in one
+        program) or ``"auto"``.
     """
+    mesh = federation.mesh
 
-    @partial(jax.jit, static_argnames="group")
     def score(
-        state: RunState,
-        member: Array,
+        client: Branch,
+        server: Branch,
         data: Dataset,
         indices: Array,
         mask: Array,
@@ -67,8 +89,6 @@ def make_evaluation(
     ) -> ExitMetrics:
         client_spec, server_spec = federation.specs(group)
         batch = pipeline.evaluation(data, indices, mask)
-        client = take_member(state.clients[group], member)
-        server = strategy.server_of(state, group, member)
         features, exit_logits, _ = forward(
             client_spec, client, batch.inputs, mask, train=False
         )
@@ -78,31 +98,71 @@ def make_evaluation(
             masked_cross_entropy(logits, batch.labels, mask)[1],
         )
 
-    def evaluate(state: RunState, data: Dataset) -> list[ClientResult]:
+    score_one = jax.jit(score, static_argnames="group")
+
+    def looped(state: RunState, data: Dataset, rows: Any, group: int) -> ExitMetrics:
+        def client(member: int) -> ExitMetrics:
+            own = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
+            server = server_of(strategy, state, group, member)
+            steps = zip(*rows, strict=True)
+            sums = [score_one(own, server, data, *row, group=group) for row in steps]
+            return jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
+
+        slots = len(jax.tree.leaves(state.clients[group])[0])
+        return jax.tree.map(lambda *sums: np.stack(sums), *map(client, range(slots)))
+
+    @partial(jax.jit, static_argnames="group")
+    def mapped(state: RunState, data: Dataset, rows: Any, group: int) -> ExitMetrics:
+        servers = state.servers[0 if strategy.shared else group]
+
+        def on_device(
+            clients: Branch, servers: Branch, data: Dataset, rows: Any
+        ) -> ExitMetrics:
+            def client(pair: tuple[Branch, Branch | None]) -> ExitMetrics:
+                own, server = pair
+                if server is None:
+                    server = strategy.part(servers, group)
+                return jax.lax.map(
+                    lambda row: score(own, server, data, *row, group=group), rows
+                )
+
+            return jax.lax.map(client, (clients, None if strategy.shared else servers))
+
+        specs = (SPREAD, layout(strategy).servers, SAME, SAME)
+        return on_devices(on_device, mesh, specs, SPREAD)(
+            state.clients[group], servers, data, rows
+        )
+
+    totals_of = looped if client_axis(axis) == "loop" else mapped
+
+    def evaluate(
+        state: RunState,
+        data: Dataset,
+        ids: npt.NDArray[np.int32] | None = None,
+    ) -> list[ClientResult]:
         count = len(data.labels)
         padded = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32)
         indices = (padded % count).reshape(-1, batch_size)
         mask = (padded < count).reshape(-1, batch_size)
-        results = []
+        rows = place((indices, mask), mesh, SAME)
+        results, first = [], 0
         for g, group in enumerate(federation.groups):
-            for m, i in enumerate(group.ids):
-                sums: Any = [
-                    score(state, np.int32(m), data, *rows, group=g)
-                    for rows in zip(indices, mask, strict=True)
-                ]
-                total = jax.tree.map(
-                    lambda *parts: np.sum(parts, dtype=np.float64),
-                    *jax.device_get(sums),
-                )
-                exit, server_total = total.exit, total.server
+            sums = fetch(totals_of(state, data, rows, group=g))
+            total = jax.tree.map(lambda a: np.sum(a, axis=1, dtype=np.float64), sums)
+            slots = len(total.exit.count)
+            seated = group.ids if ids is None else ids[first : first + slots].tolist()
+            first += slots
+            for slot, i in enumerate(seated):
+                if i == EMPTY:
+                    continue
                 results.append(
                     ClientResult(
                         id=i,
                         cut=group.cut,
-                        exit_accuracy=float(exit.correct / count),
-                        server_accuracy=float(server_total.correct / count),
-                        exit_loss=float(exit.loss_sum / count),
-                        server_loss=float(server_total.loss_sum / count),
+                        exit_accuracy=float(total.exit.correct[slot] / count),
+                        server_accuracy=float(total.server.correct[slot] / count),
+                        exit_loss=float(total.exit.loss_sum[slot] / count),
+                        server_loss=float(total.server.loss_sum[slot] / count),
                     )
                 )
         return sorted(results)

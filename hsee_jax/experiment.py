@@ -1,31 +1,35 @@
 """From a `Config` to everything that a run is composed of; no files are written."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.base import Array, Dataset, ExitMetrics, Key
+from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
 from hsee_jax.config import Config
 from hsee_jax.data import DATASETS, load_dataset
-from hsee_jax.engine import InputPipeline, RoundFn, check_finite, make_round
-from hsee_jax.evaluate import EvaluateFn, make_evaluation
+from hsee_jax.engine import (
+    InputPipeline,
+    RoundFn,
+    check_finite,
+    client_axis,
+    data_layout,
+    make_round,
+)
+from hsee_jax.evaluate import ClientResult, EvaluateFn, make_evaluation
+from hsee_jax.federation import Client, Federation, Strategy, group_clients
+from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
 from hsee_jax.model import Model, deal_cuts, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
 from hsee_jax.partition import partition
-from hsee_jax.plan import plan_round, steps_per_round
-from hsee_jax.strategies import (
-    Client,
-    Federation,
-    RunState,
-    Strategy,
-    averaging,
-    group_clients,
-    sequential,
-)
+from hsee_jax.plan import EMPTY, num_slots, plan_round, steps_per_round, take_seats
+from hsee_jax.store import DeviceStore, HostStore, Store
+from hsee_jax.strategies import averaging, sequential
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
+Shards = dict[int, npt.NDArray[np.int32]]  # client id -> its samples
 
 
 class Experiment(NamedTuple):
@@ -34,47 +38,61 @@ class Experiment(NamedTuple):
     config: Config
     federation: Federation
     strategy: Strategy
-    test: Dataset  # on the device
-    train: Dataset  # on the device
-    shards: dict[int, npt.NDArray[np.int32]]  # client id -> its training samples
+    test: Dataset  # on the devices
+    train: Dataset  # on the devices
+    shards: Shards  # of ``train``
+    slots: tuple[int, ...]  # of each group, in a round
+    store: Store
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     round_fn: RoundFn
-    evaluate: EvaluateFn
+    evaluate_fn: EvaluateFn
 
-    def init(self) -> RunState:
-        """The state before the first round."""
-        key = _key(self.config.run.model_seed, _INIT)
-        return jax.jit(self.strategy.init)(key)
+    def init(self) -> Any:
+        """The state before the first round, in the form that the store keeps."""
+        return self.store.init(_key(self.config.run.model_seed, _INIT))
 
-    def run_round(self, state: RunState) -> tuple[RunState, ExitMetrics]:
+    def run_round(self, state: Any) -> tuple[Any, ExitMetrics]:
         """Trains the next round; the buffers of ``state`` are given up.
+
+        Returns:
+          The state, and metrics ``[N]`` of the slots, empty ones included.
 
         Raises:
           DivergenceError: a loss is not finite.
         """
-        config, groups = self.config, self.federation.groups
-        round = int(state.round)
+        config, round = self.config, int(state.round)
         plan = plan_round(
-            groups,
+            self.federation.groups,
             self.shards,
             batch_size=config.run.batch_size,
             participation=config.clients.participation,
             turn=self.strategy.turn_unit,
             seed=config.run.data_seed,
             round=round,
+            slots=self.slots,
         )
-        ids = [i for group in groups for i in group.ids]
         uniform = config.strategy.weights == "uniform"
-        weights = [1.0 if uniform else float(len(self.shards[i])) for i in ids]
-        state, metrics = self.round_fn(
-            state,
+        weights = [
+            float(active and (uniform or len(self.shards[i])))
+            for i, active in zip(plan.ids.tolist(), plan.active, strict=True)
+        ]
+        some, means, metrics = self.round_fn(
+            self.store.take(state, plan.ids),
             self.train,
             plan,
             self.learning_rates[round],
-            np.asarray(weights, np.float32) * plan.active,
+            np.array(weights, np.float32),
         )
-        check_finite(groups, metrics, round=round + 1)
-        return state, metrics
+        check_finite(plan, metrics, round=round + 1)
+        return self.store.put(state, plan.ids, some, means), metrics
+
+    def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
+        """Evaluates all clients on the whole of ``data``, which is on the devices."""
+        return sorted(
+            result
+            for ids in self.store.chunks()
+            for result in self.evaluate_fn(self.store.take(state, ids), data, ids)
+        )
 
 
 def _key(seed: int, stream: int) -> Key:
@@ -116,21 +134,30 @@ def build_strategy(config: Config, federation: Federation) -> Strategy:
     )
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experiment:
     """Loads the data and composes the run.
 
+    Args:
+      config: the run.
+      data: training and test set, if not those that the configuration names; of the
+        same shape and labels.
+
     Raises:
-      UserError: the configuration does not fit the data or the network.
+      UserError: the configuration does not fit the data, the network or the devices.
     """
     model = build_model(config)
     cuts = deal_cuts(config.clients.cuts, config.clients.num_clients, model.layer_names)
+    axis = client_axis(config.run.client_axis)
+    if axis == "loop" and jax.process_count() > 1:
+        raise UserError("client_axis: loop is not allowed with several processes")
     federation = Federation(
         model,
         group_clients(Client(i, cut) for i, cut in enumerate(cuts)),
         make_optimizer(config.optim),
+        make_mesh() if axis == "vmap" else None,
     )
     strategy = build_strategy(config, federation)
-    train, test = load_dataset(config.data)
+    train, test = load_dataset(config.data) if data is None else data
     shards = dict(enumerate(partition(train.labels, config)))
     steps = steps_per_round(shards, config.run.batch_size)
     schedule = make_schedule(
@@ -140,22 +167,68 @@ def build(config: Config) -> Experiment:
     rates: Array = jax.vmap(schedule)(global_steps)
     info = DATASETS[config.data.dataset]
     pipeline = InputPipeline(info.mean, info.std, config.data.augment)
+    # Several processes have no host that could keep the state of all clients.
+    on_host = config.clients.participation < 1 and jax.process_count() == 1
+    slots = num_slots(
+        federation.groups,
+        participation=config.clients.participation if on_host else 1.0,
+        seed=config.run.data_seed,
+        rounds=config.run.rounds,
+        multiple=1 if federation.mesh is None else federation.mesh.size,
+    )
+    train, shards = _place_data(federation, strategy, slots, train, shards)
     return Experiment(
         config=config,
         federation=federation,
         strategy=strategy,
-        train=jax.device_put(train),
-        test=jax.device_put(test),
+        train=train,
+        test=place(test, federation.mesh, SAME),
         shards=shards,
+        slots=slots,
+        store=(HostStore if on_host else DeviceStore)(federation, strategy, slots),
         learning_rates=np.asarray(rates, np.float32).reshape(-1, steps),
         round_fn=make_round(
             strategy,
-            federation.groups,
             pipeline,
             _key(config.run.data_seed, _AUGMENT),
-            axis=config.run.client_axis,
+            axis=axis,
+            mesh=federation.mesh,
         ),
-        evaluate=make_evaluation(
-            federation, strategy, pipeline, batch_size=config.run.eval_batch_size
+        evaluate_fn=make_evaluation(
+            federation,
+            strategy,
+            pipeline,
+            batch_size=config.run.eval_batch_size,
+            axis=axis,
         ),
     )
+
+
+def _place_data(
+    federation: Federation,
+    strategy: Strategy,
+    slots: Sequence[int],
+    train: Dataset,
+    shards: Shards,
+) -> tuple[Dataset, Shards]:
+    """Puts on each device the samples that its process needs.
+
+    One process: all of them. Several: those of the clients in the process's own slots;
+    a client's shard then counts in its process's block.
+    """
+    mesh = federation.mesh
+    if mesh is None or data_layout(strategy) == SAME:
+        return place(train, mesh, SAME), shards
+    if jax.process_count() == 1:
+        return place_blocks(train, mesh), shards
+    blocks: dict[int, list[int]] = {p: [] for p in range(jax.process_count())}
+    homes = [p for count in slots for p in processes(mesh, count)]
+    ids = take_seats(federation.groups, slots, set())
+    moved: Shards = {}
+    for i, process in zip(ids.tolist(), homes, strict=True):
+        if i != EMPTY:
+            first = len(blocks[process])
+            moved[i] = np.arange(first, first + len(shards[i]), dtype=np.int32)
+            blocks[process].extend(shards[i])
+    own = np.resize(blocks[jax.process_index()] or [0], max(map(len, blocks.values())))
+    return place_blocks(Dataset(*(a[own] for a in train)), mesh), moved

@@ -1,9 +1,12 @@
 """What happens in a round: who takes part, with which samples, in which order.
 
 Drawn on the host, as arrays of fixed shape, so that the compiled step holds no
-data-dependent choice. Every draw is derived from (seed, what for, client, round) and
-carries nothing over: it depends neither on the order or grouping of the clients nor on
-where a run was resumed.
+data-dependent choice. Every draw is derived from (seed, what for, round), or (seed,
+what for, client, round), and carries nothing over: it depends neither on the order or
+grouping of the clients, nor on devices, nor on where a run was resumed.
+
+The clients of a round sit in the *slots* of its stacks. Groups have a fixed number of
+slots, whoever takes part, and those left over are empty.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,18 +15,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.strategies import Group
+from hsee_jax.federation import Group
 
 _PARTICIPATION, _BATCHES, _TURNS = range(3)
+EMPTY = -1  # the id in a slot that no client sits in
 
 
 class RoundPlan(NamedTuple):
-    """One round; N clients are in the order of the concatenated groups."""
+    """One round; N slots are those of the first group, then of the second ..."""
 
+    ids: npt.NDArray[np.int32]  # [N]: the client in each slot, or EMPTY
+    active: npt.NDArray[np.bool_]  # [N]: who takes part
     indices: npt.NDArray[np.int32]  # [T, N, B]: samples; 0 where padded
     mask: npt.NDArray[np.bool_]  # [T, N, B]: false on padding and on absent clients
-    order: npt.NDArray[np.int32]  # [T, N]: positions in the order of their turns
-    active: npt.NDArray[np.bool_]  # [N]: who takes part
+    order: npt.NDArray[np.int32]  # [T, A]: slots of those who take part, in turn
 
 
 def steps_per_round(
@@ -31,6 +36,59 @@ def steps_per_round(
 ) -> int:
     """T: the batches of the client with the most samples."""
     return -(-max(map(len, shards.values())) // batch_size)
+
+
+def participants(
+    groups: Sequence[Group], *, participation: float, seed: int, round: int
+) -> set[int]:
+    """Draws the clients that take part in a round: a share of them, at least one."""
+    ids = np.sort([i for group in groups for i in group.ids])
+    count = max(1, int(participation * len(ids) + 0.5))
+    if count == len(ids):
+        return set(ids.tolist())
+    draws = np.random.default_rng((seed, _PARTICIPATION, round)).random(ids[-1] + 1)
+    return set(ids[np.argsort(draws[ids])[:count]].tolist())
+
+
+def num_slots(
+    groups: Sequence[Group],
+    *,
+    participation: float,
+    seed: int,
+    rounds: int,
+    multiple: int = 1,
+) -> tuple[int, ...]:
+    """Slots for each group, enough for everyone who takes part in any round.
+
+    Args:
+      groups: the clients.
+      participation: see `plan_round`.
+      seed: see `plan_round`.
+      rounds: of the run.
+      multiple: of which each number is one: that of the devices.
+    """
+    draws = [
+        participants(groups, participation=participation, seed=seed, round=round)
+        for round in range(rounds if participation < 1 else 1)
+    ]
+    most = [max(len(drawn & set(group.ids)) for drawn in draws) for group in groups]
+    return tuple(-(-max(count, 1) // multiple) * multiple for count in most)
+
+
+def take_seats(
+    groups: Sequence[Group], slots: Sequence[int], who: set[int]
+) -> npt.NDArray[np.int32]:
+    """The client in each slot, ``int32 [N]``.
+
+    A group with a slot for every member seats them all, so that they stay where they
+    are; another seats those who take part.
+    """
+    seats = []
+    for group, count in zip(groups, slots, strict=True):
+        everyone = count >= len(group.ids)
+        seated = [i for i in group.ids if everyone or i in who]
+        seats.extend(seated + [EMPTY] * (count - len(seated)))
+    return np.array(seats, np.int32)
 
 
 def plan_round(
@@ -42,6 +100,7 @@ def plan_round(
     turn: str,
     seed: int,
     round: int,
+    slots: Sequence[int] | None = None,
 ) -> RoundPlan:
     """Draws a round.
 
@@ -55,30 +114,32 @@ def plan_round(
         the round.
       seed: of the run's data order.
       round: counted from 0.
+      slots: of each group, see `num_slots`; None is one for each member.
     """
-    ids = [i for group in groups for i in group.ids]
+    who = participants(groups, participation=participation, seed=seed, round=round)
+    slots = [len(group.ids) for group in groups] if slots is None else slots
+    ids = take_seats(groups, slots, who)
     steps = steps_per_round(shards, batch_size)
     indices = np.zeros((len(ids), steps * batch_size), np.int32)
     mask = np.zeros(indices.shape, np.bool_)
-    num_active = max(1, int(participation * len(ids) + 0.5))
-    draws = np.array([_rng(seed, _PARTICIPATION, i, round).random() for i in ids])
-    active = np.zeros(len(ids), np.bool_)
-    active[np.argsort(draws)[:num_active]] = True
-    turns = np.zeros((len(ids), steps))
-    for n, i in enumerate(ids):
-        turns[n] = _rng(seed, _TURNS, i, round).random(steps)
-        if active[n]:
-            count = len(shards[i])
-            indices[n, :count] = _rng(seed, _BATCHES, i, round).permutation(shards[i])
-            mask[n, :count] = True
+    active = np.isin(ids, list(who))
+    (seats,) = np.nonzero(active)
+    turns = np.zeros((len(seats), steps))
+    for k, n in enumerate(seats):
+        i = int(ids[n])
+        count = len(shards[i])
+        indices[n, :count] = _rng(seed, _BATCHES, i, round).permutation(shards[i])
+        mask[n, :count] = True
+        turns[k] = _rng(seed, _TURNS, i, round).random(steps)
     if turn == "epoch":
         turns[:] = turns[:, :1]
     by_step = (len(ids), steps, batch_size)
     return RoundPlan(
+        ids,
+        active,
         indices.reshape(by_step).swapaxes(0, 1),
         mask.reshape(by_step).swapaxes(0, 1),
-        np.argsort(turns, axis=0).T.astype(np.int32),
-        active,
+        seats[np.argsort(turns, axis=0)].T.astype(np.int32),
     )
 
 

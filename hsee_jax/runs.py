@@ -22,7 +22,7 @@ from hsee_jax.checkpoint import Checkpoints
 from hsee_jax.config import Config, flatten, from_dict, override, to_json
 from hsee_jax.evaluate import ClientResult, means
 from hsee_jax.experiment import Experiment, build
-from hsee_jax.strategies import RunState
+from hsee_jax.federation import RunState
 
 Record = dict[str, Any]
 
@@ -104,7 +104,7 @@ def train(
             if save:
                 checkpoints.save(
                     number,
-                    state,
+                    experiment.store.settled(state),
                     score=means(results)[1],
                     metadata={"config": json.loads(to_json(config))},
                 )
@@ -132,8 +132,7 @@ def restore(
     with Checkpoints(folder / "checkpoints") as checkpoints:
         number = checkpoints.find(which)
         experiment = build(config)
-        like = jax.eval_shape(experiment.strategy.init, jax.random.key(0))
-        return experiment, checkpoints.restore(number, like)
+        return experiment, checkpoints.restore(number, experiment.store.like())
 
 
 def evaluate(
@@ -141,7 +140,7 @@ def evaluate(
 ) -> Record:
     """The figures of a checkpoint, as ``summary.json`` has them; see `restore`."""
     experiment, state = restore(folder, which, data_dir=data_dir)
-    results = experiment.evaluate(state, experiment.test)
+    results = experiment.evaluate(experiment.store.adopted(state), experiment.test)
     return {"rounds": int(state.round), **_scores(results)}
 
 
@@ -211,7 +210,7 @@ def _check_same(config: Config, stored: Config) -> None:
             )
 
 
-def _resumed(experiment: Experiment, folder: Path) -> tuple[RunState, list[Record]]:
+def _resumed(experiment: Experiment, folder: Path) -> tuple[Any, list[Record]]:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         number = checkpoints.find()
         rounds = experiment.config.run.rounds
@@ -220,8 +219,7 @@ def _resumed(experiment: Experiment, folder: Path) -> tuple[RunState, list[Recor
                 f"rounds: {rounds} is not allowed with --resume; the run has done "
                 f"{number}"
             )
-        like = jax.eval_shape(experiment.strategy.init, jax.random.key(0))
-        state = checkpoints.restore(number, like)
+        state = checkpoints.restore(number, experiment.store.like())
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines()
@@ -230,7 +228,7 @@ def _resumed(experiment: Experiment, folder: Path) -> tuple[RunState, list[Recor
         raise UserError(f"run: {path} cannot be read: {error}") from error
     if len(records) < number:
         raise UserError(f"run: {path} has {len(records)} lines for {number} rounds")
-    return state, records
+    return experiment.store.adopted(state), records
 
 
 def _start_folder(folder: Path, config: Config, records: list[Record]) -> None:

@@ -1,4 +1,4 @@
-"""A strict session: no silent promotion of dtype or rank.
+"""A strict session: no silent promotion of dtype or rank, and eight devices.
 
 Programs that several tests compile alike are compiled once, through JAX's own cache.
 """
@@ -11,6 +11,7 @@ import tempfile
 _cache = tempfile.mkdtemp(prefix="hsee-jax-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402

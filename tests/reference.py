@@ -159,9 +159,9 @@ class Reference:
         Args:
           images: normalised, [M, H, W, C].
           labels: [M].
-          plan: the draw; position n is client ids[n].
+          plan: the draw; slot n is client ids[n].
           rates: the learning rate of each step.
-          ids: client ids by position.
+          ids: client ids by slot; -1 where it is empty.
           turn: "batch" or "epoch".
           sizes: id -> samples.
           averaging: None, or a dict of period, unit, average, weights, batch_norm,
@@ -169,9 +169,8 @@ class Reference:
           number: rounds done before.
         """
         losses = {i: np.zeros(2) for i in ids}
-        weights = {}
+        weights = dict.fromkeys(self.cuts, 0.0)
         for n, i in enumerate(ids):
-            weights[i] = 0.0
             if plan.active[n]:
                 uniform = averaging and averaging["weights"] == "uniform"
                 weights[i] = 1.0 if uniform else float(sizes[i])

@@ -1,5 +1,7 @@
 """Properties of the cross-layer mean."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsee_jax.aggregate import average_layer
+from hsee_jax.aggregate import layer_mean, receive
 from hsee_jax.split import LayerState
 
 OPTIMIZER = optax.trace(0.9)
@@ -26,13 +28,20 @@ def layer(values, momentum=0.0):
     )
 
 
-def average(groups, weights, **options):
-    return average_layer(
+def average(groups, weights, *, optimizer=OPTIMIZER, **options):
+    """What all holders have after the mean of round 3, theirs being of round 2."""
+    options = {"optimizer_state": "keep"} | options
+    mean = layer_mean(
         groups,
         [jnp.asarray(w, jnp.float32) for w in weights],
-        optimizer=OPTIMIZER,
-        **options,
+        round=jnp.int32(3),
+        optimizer_state=options["optimizer_state"],
     )
+    take = partial(receive, optimizer=optimizer, **options)
+    return [
+        jax.vmap(take, (0, None, 0))(group, mean, jnp.full(len(w), 2, jnp.int32))
+        for group, w in zip(groups, weights, strict=True)
+    ]
 
 
 def test_the_mean_is_over_all_groups_and_follows_the_samples():
@@ -82,11 +91,9 @@ def test_counts_of_the_optimizer_stay_whole():
     params = {"kernel": jnp.ones((3, 2), jnp.float32)}
     state = jax.vmap(adam.init)(params)
     state = state._replace(count=jnp.asarray([4, 5, 5], jnp.int32))
-    (after,) = average_layer(
-        [LayerState(params=params, batch_stats={}, opt_state=state)],
-        [jnp.ones(3, jnp.float32)],
-        optimizer=adam,
-        optimizer_state="average",
+    holders = LayerState(params=params, batch_stats={}, opt_state=state)
+    (after,) = average(
+        [holders], [[1, 1, 1]], optimizer=adam, optimizer_state="average"
     )
     np.testing.assert_array_equal(after.opt_state.count, [5, 5, 5])
 

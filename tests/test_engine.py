@@ -17,8 +17,10 @@ from tiny import (
 from hsee_jax.base import DivergenceError, ExitMetrics, Metrics, Stage
 from hsee_jax.engine import check_finite, client_axis
 from hsee_jax.evaluate import make_evaluation
+from hsee_jax.federation import server_of, take_member
+from hsee_jax.plan import plan_round
 from hsee_jax.split import forward
-from hsee_jax.strategies import averaging, sequential, take_member
+from hsee_jax.strategies import averaging, sequential
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])
@@ -75,12 +77,20 @@ def test_auto_is_a_loop_on_cpu():
 
 
 def test_a_loss_that_is_not_finite_names_client_branch_and_round():
-    groups = tiny_federation({3: 1, 8: 1, 5: 2}).groups
+    plan = plan_round(
+        tiny_federation({3: 1, 8: 1, 5: 2}).groups,
+        tiny_shards({3: 2, 8: 2, 5: 2}),
+        batch_size=2,
+        participation=1.0,
+        turn="batch",
+        seed=0,
+        round=0,
+    )
     good = Metrics(np.ones(3), np.ones(3), np.ones(3))
-    check_finite(groups, ExitMetrics(good, good), round=1)
+    check_finite(plan, ExitMetrics(good, good), round=1)
     bad = good._replace(loss_sum=np.array([1.0, 2.0, np.nan]))
     with pytest.raises(DivergenceError, match="server loss of client 5 .* round 4"):
-        check_finite(groups, ExitMetrics(good, bad), round=4)
+        check_finite(plan, ExitMetrics(good, bad), round=4)
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])
@@ -104,7 +114,7 @@ def test_evaluation_is_exact_on_the_whole_set(make):
             features, exit_logits, _ = forward(
                 specs[0], client, images, everything, train=False
             )
-            server = strategy.server_of(state, g, m)
+            server = server_of(strategy, state, g, m)
             _, logits, _ = forward(specs[1], server, features, everything, train=False)
             for name, scores in (("exit", exit_logits), ("server", logits)):
                 assert scores.shape == (11, CLASSES)

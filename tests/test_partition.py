@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from hsee_jax.base import UserError
 from hsee_jax.config import Config, override
+from hsee_jax.federation import Client, group_clients
 from hsee_jax.partition import partition
-from hsee_jax.plan import plan_round
-from hsee_jax.strategies import Client, group_clients
+from hsee_jax.plan import EMPTY, num_slots, plan_round
 
 KINDS = ("iid", "dirichlet", "classes", "quantity")
 
@@ -82,8 +82,33 @@ def test_a_round_uses_each_sample_of_the_active_once():
             rows = plan.indices[:, n][plan.mask[:, n]]
             expected = shards[i] if plan.active[n] else []
             np.testing.assert_array_equal(np.sort(rows), expected)
-            assert (np.sort(plan.order, axis=1) == np.arange(4)).all()
+        turns = np.sort(plan.order, axis=1)
+        assert (turns == np.flatnonzero(plan.active)).all()
     assert len(set(taken)) > 3
+
+
+def test_slots_hold_whoever_takes_part_in_any_round():
+    """Of 20 clients 5 take part; three devices, so numbers of slots are multiples."""
+    groups = group_clients(Client(i, 1 + i % 2) for i in range(20))
+    shards = {i: np.array([2 * i, 2 * i + 1], np.int32) for i in range(20)}
+    slots = num_slots(groups, participation=0.25, seed=3, rounds=8, multiple=3)
+    assert all(count % 3 == 0 and count < 10 for count in slots)
+    most = np.zeros(2, int)
+    for round in range(8):
+        plan = draw(groups, shards, round, participation=0.25, slots=slots)
+        full = draw(groups, shards, round, participation=0.25)
+        seated = plan.ids[plan.active]
+        assert len(plan.ids) == sum(slots)
+        assert (plan.ids[~plan.active] == EMPTY).all()
+        assert sorted(seated) == sorted(full.ids[full.active])
+        assert not plan.mask[:, ~plan.active].any()
+        for n in np.flatnonzero(plan.active):
+            m = full.ids.tolist().index(plan.ids[n])
+            np.testing.assert_array_equal(plan.indices[:, n], full.indices[:, m])
+        turns = [plan.ids[order].tolist() for order in plan.order]
+        assert turns == [full.ids[order].tolist() for order in full.order]
+        most = np.maximum(most, np.bincount(seated % 2, minlength=2))
+    assert [-(-count // 3) * 3 for count in most] == list(slots)
 
 
 def test_turns_are_drawn_per_step_or_per_round():

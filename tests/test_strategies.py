@@ -16,9 +16,12 @@ from tiny import (
 )
 
 from hsee_jax.engine import make_round
+from hsee_jax.federation import RunState, server_of
+from hsee_jax.mesh import SAME, place, place_blocks
 from hsee_jax.model import init_network
-from hsee_jax.plan import plan_round
-from hsee_jax.strategies import RunState, averaging, sequential
+from hsee_jax.plan import num_slots, plan_round
+from hsee_jax.store import DeviceStore, HostStore
+from hsee_jax.strategies import averaging, sequential
 
 CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
 SIZES = {7: 6, 2: 4, 5: 7, 0: 2, 3: 3}  # one or two batches of 4, some padded
@@ -26,30 +29,59 @@ KEY = jax.random.key(3)
 
 
 def train(
-    strategy, federation, shards, *, axis, rounds=2, participation=1.0, uniform=False
+    strategy,
+    federation,
+    shards,
+    *,
+    axis,
+    rounds=2,
+    participation=1.0,
+    uniform=False,
+    few=False,
 ):
-    """Trains on noise; returns the state, and (plan, rates, metrics) of each round."""
-    data = jax.device_put(tiny_data())
-    run = make_round(strategy, federation.groups, PIPELINE, KEY, axis=axis)
-    state, log = jax.jit(strategy.init)(KEY), []
-    ids = [i for group in federation.groups for i in group.ids]
+    """Trains on noise; returns the state, and (plan, rates, metrics) of each round.
+
+    With ``few`` the state waits on the host, and slots are for those who take part.
+    """
+    mesh, draw = federation.mesh, {"seed": 11, "participation": participation}
+    slots = num_slots(
+        federation.groups,
+        participation=participation if few else 1.0,
+        seed=11,
+        rounds=rounds,
+        multiple=mesh.size if mesh else 1,
+    )
+    store = (HostStore if few else DeviceStore)(federation, strategy, slots)
+    data = place(tiny_data(), mesh, SAME)
+    if mesh and strategy.step:
+        data = place_blocks(tiny_data(), mesh)
+    run = make_round(strategy, PIPELINE, KEY, axis=axis, mesh=mesh)
+    state, log = store.init(KEY), []
     for number in range(rounds):
         plan = plan_round(
             federation.groups,
             shards,
             batch_size=4,
-            participation=participation,
             turn=strategy.turn_unit,
-            seed=11,
             round=number,
+            slots=slots,
+            **draw,
         )
         rates = np.linspace(0.05, 0.02, len(plan.indices), dtype=np.float32)
-        weights = [1 if uniform else len(shards[i]) for i in ids]
-        state, metrics = run(
-            state, data, plan, rates, np.array(weights, np.float32) * plan.active
+        weights = [
+            float(active and (uniform or len(shards[i])))
+            for i, active in zip(plan.ids, plan.active, strict=True)
+        ]
+        some, means, metrics = run(
+            store.take(state, plan.ids),
+            data,
+            plan,
+            rates,
+            np.array(weights, np.float32),
         )
+        state = store.put(state, plan.ids, some, means)
         log.append((plan, rates, metrics))
-    return state, log
+    return store.settled(state), log
 
 
 def branches(federation, strategy, state: RunState):
@@ -58,7 +90,7 @@ def branches(federation, strategy, state: RunState):
     for g, group in enumerate(federation.groups):
         for m, i in enumerate(group.ids):
             client = jax.tree.map(lambda a, m=m: a[m], state.clients[g])
-            server = strategy.server_of(state, g, jnp.int32(m))
+            server = server_of(strategy, state, g, m)
             found[i] = jax.tree.map(np.asarray, (client, server))
     return found
 
@@ -79,8 +111,8 @@ def reference_run(federation, log, *, shared, scale, turn, policy, cuts, sizes):
         server_lr_scale=scale,
         sgd=(OPTIM.momentum, OPTIM.weight_decay),
     )
-    ids = [i for group in federation.groups for i in group.ids]
     for number, (plan, rates, metrics) in enumerate(log):
+        ids = plan.ids.tolist()
         losses = reference.round(
             images,
             data.labels,
@@ -249,9 +281,9 @@ def test_untraversed_layers_and_their_optimizer_state_do_not_move():
     )
     plan.mask[:, 0] = False  # client 0, of cut 1, is absent
     for axis in ("loop", "vmap"):
-        run = make_round(strategy, federation.groups, PIPELINE, KEY, axis=axis)
+        run = make_round(strategy, PIPELINE, KEY, axis=axis)
         copy = jax.tree.map(jnp.copy, state)
-        after, _ = run(
+        after, _, _ = run(
             copy,
             jax.device_put(tiny_data()),
             plan,

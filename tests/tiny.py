@@ -10,9 +10,9 @@ import numpy as np
 from hsee_jax.base import Dataset
 from hsee_jax.config import OptimConfig
 from hsee_jax.engine import InputPipeline
+from hsee_jax.federation import Client, Federation, group_clients
 from hsee_jax.model import Model, from_linen
 from hsee_jax.optim import make_optimizer
-from hsee_jax.strategies import Client, Federation, group_clients
 
 CLASSES = 3
 PIPELINE = InputPipeline((0.5,), (0.25,), "none")
@@ -86,12 +86,13 @@ def tiny_data(count: int = 64, seed: int = 0) -> Dataset:
     return Dataset((noise + 60 * labels[:, None, None, None]).astype(np.uint8), labels)
 
 
-def tiny_federation(cuts: dict[int, int], model: Model | None = None) -> Federation:
+def tiny_federation(cuts, model=None, mesh=None) -> Federation:
     """Clients by id, with their cuts."""
     return Federation(
         model or tiny_model(),
         group_clients(Client(i, cut) for i, cut in cuts.items()),
         make_optimizer(OPTIM),
+        mesh,
     )
 
 

@@ -1,0 +1,107 @@
+"""One, several and fake devices: the same results, and who talks to whom."""
+
+
+import jax
+import numpy as np
+import pytest
+from test_strategies import CUTS, SIZES, assert_same, branches, train
+from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
+
+from hsee_jax.evaluate import make_evaluation
+from hsee_jax.mesh import SAME, make_mesh, place
+from hsee_jax.strategies import averaging, sequential
+
+STRATEGIES = {
+    "sequential": (sequential, {}),
+    "epoch": (sequential, {"turn": "epoch"}),
+    "averaging": (averaging, {"average": "all_holders"}),
+    "steps": (averaging, {"period": 2, "period_unit": "steps"}),
+}
+
+
+def first_devices(count):
+    """A mesh of some of the eight fake devices."""
+    return make_mesh(jax.devices()[:count])
+
+
+@pytest.mark.parametrize(
+    ("name", "participation"),
+    [
+        ("sequential", 1.0),
+        ("averaging", 0.6),
+        pytest.param("sequential", 0.6, marks=pytest.mark.slow),
+        pytest.param("averaging", 1.0, marks=pytest.mark.slow),
+        pytest.param("epoch", 1.0, marks=pytest.mark.slow),
+        pytest.param("epoch", 0.6, marks=pytest.mark.slow),
+        pytest.param("steps", 1.0, marks=pytest.mark.slow),
+        pytest.param("steps", 0.6, marks=pytest.mark.slow),
+    ],
+)
+def test_the_number_of_devices_does_not_matter(name, participation):
+    """Groups of 2, 2 and 1 clients, with empty slots; the loop knows no devices."""
+    make, options = STRATEGIES[name]
+    shards, few = tiny_shards(SIZES), participation < 1
+    federation = tiny_federation(CUTS)
+    strategy = make(federation, **options)
+    state, log = train(
+        strategy, federation, shards, axis="loop", participation=participation
+    )
+    expected = branches(federation, strategy, state)
+    data = tiny_data(11, seed=5)
+    evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4)
+    scores = evaluate(state, place(data, None, SAME))
+    for count in (1, 2, 4, 8):
+        mesh = first_devices(count)
+        federation = tiny_federation(CUTS, mesh=mesh)
+        strategy = make(federation, **options)
+        state, spread_log = train(
+            strategy,
+            federation,
+            shards,
+            axis="vmap",
+            participation=participation,
+            few=few,
+        )
+        found = branches(federation, strategy, state)
+        assert_same(expected, found, rtol=1e-3, atol=1e-4)
+        totals = [
+            [jax.tree.map(np.sum, metrics) for _, _, metrics in one]
+            for one in (log, spread_log)
+        ]
+        assert_same(*totals, rtol=1e-4)
+        if count == 4 and not few:
+            evaluate = make_evaluation(
+                federation, strategy, PIPELINE, batch_size=4, axis="vmap"
+            )
+            spread = evaluate(state, place(data, mesh, SAME))
+            assert [s[:2] for s in spread] == [s[:2] for s in scores]
+            assert_same([s[2:] for s in spread], [s[2:] for s in scores], rtol=1e-3)
+
+
+def collectives(name, period):
+    """What the compiled round of a strategy exchanges between four devices."""
+    make, options = STRATEGIES[name]
+    mesh = first_devices(4)
+    federation = tiny_federation(CUTS, mesh=mesh)
+    if make is averaging:
+        options = options | {"period": period}
+    strategy = make(federation, **options)
+    lowered = []
+    train(
+        strategy, federation, tiny_shards(SIZES), axis="vmap", rounds=1, inspect=lowered
+    )
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return set(re.findall(rf" ({names})(?:-start)?\(", lowered[0]))
+
+
+def test_clients_talk_only_when_they_are_averaged():
+    assert collectives("averaging", period=0) == set()
+    assert collectives("averaging", period=1) == {"all-reduce"}
+
+
+def test_a_shared_server_takes_rows_and_sums():
+    """Features go from their client's device to all; gradients and BatchNorm are sums.
+
+    No device ever gathers the clients' stacks.
+    """
+    assert collectives("sequential", period=0) <= {"all-to-all", "all-reduce"}
