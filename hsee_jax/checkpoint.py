@@ -18,6 +18,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from hsee_jax.base import PyTree, UserError
+from hsee_jax.processes import is_first
 
 _policies = ocp.training.preservation_policies
 _decisions = ocp.training.save_decision_policies
@@ -95,6 +96,8 @@ class Checkpoints:
             return
         (round, response), self._unsealed = self._unsealed, None
         response.result()
+        if not is_first():
+            return
         folder = self.folder / str(round)
         digests = json.dumps(_digests(folder), indent=2)
         temporary = self.folder / f"{round}.{_DIGESTS}"
@@ -127,7 +130,8 @@ class Checkpoints:
         Args:
           round: its number.
           like: `jax.ShapeDtypeStruct` of every leaf, with the sharding that is wanted,
-            or none for the first device.
+            or none for the first device. Empty slots at the end of a stack may be more
+            or fewer than were stored.
 
         Raises:
           UserError: it cannot be read, or holds something else.
@@ -139,8 +143,11 @@ class Checkpoints:
             ),
             like,
         )
+        any_slots = ocp.Context()
+        any_slots.array.loading.enable_padding_and_truncation = True
         try:
-            return self._checkpointer.load(round, target)
+            with any_slots:
+                return self._checkpointer.load(round, target)
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:

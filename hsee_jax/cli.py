@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import (
     PRESETS,
@@ -102,6 +104,15 @@ def _train(words: Sequence[str]) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run in --out"
     )
+    several = parser.add_argument_group(
+        "several processes", "found by themselves on TPU pods and in Slurm steps"
+    )
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of the first; or auto"
+    )
+    several.add_argument("--num-processes", type=int, help="how many there are")
+    several.add_argument("--process-id", type=int, help="which one this is, from 0")
+    _add_cache(parser)
     _add_options(parser)
     given = vars(parser.parse(words))
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
@@ -110,7 +121,14 @@ def _train(words: Sequence[str]) -> None:
     out = given.pop("out", None)
     name = given.get("preset", "run" if "config" in given else "demo")
     config = _config(given, stored=out if resume else None)
+
+    from hsee_jax import processes
+
+    processes.join(*map(given.get, ("coordinator", "num_processes", "process_id")))
+    _use_cache(given)
     if out is None:
+        if jax.process_count() > 1:
+            raise UserError("out: missing; several processes need a folder they share")
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     from hsee_jax import runs
@@ -121,9 +139,10 @@ def _train(words: Sequence[str]) -> None:
             out,
             resume=resume,
             overwrite=overwrite,
-            on_round=progress.show,
+            on_round=progress.show if processes.is_first() else lambda record: None,
         )
-    _print_results(summary, out)
+    if processes.is_first():
+        _print_results(summary, out)
 
 
 def _evaluate(words: Sequence[str]) -> None:
@@ -142,7 +161,9 @@ def _evaluate(words: Sequence[str]) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print all digits, as in summary.json"
     )
+    _add_cache(parser)
     given = parser.parse(words)
+    _use_cache(vars(given))
     if given.checkpoint not in ("latest", "best"):
         raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
 
@@ -165,14 +186,50 @@ def _info(words: Sequence[str]) -> None:
     parser.add_argument(
         "preset", nargs="?", help=f"{', '.join(PRESETS)}; without one, demo"
     )
+    _add_cache(parser)
     _add_options(parser)
-    config = _config(vars(parser.parse(words)))
+    given = vars(parser.parse(words))
+    config = _config(given)
+    _use_cache(given)
 
     from hsee_jax.experiment import build_model
     from hsee_jax.model import layer_costs
     from hsee_jax.report import cost_table
 
     _print(cost_table(layer_costs(build_model(config))))
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="FOLDER",
+        default=argparse.SUPPRESS,
+        help="where compiled programs are kept for the next call, or off; without it, "
+        "JAX_COMPILATION_CACHE_DIR or hsee_jax in the user's cache folder",
+    )
+
+
+def _use_cache(given: dict[str, Any]) -> None:
+    chosen = given.get("compilation_cache")
+    if chosen is None:
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+            return
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        chosen = str(Path(home) / "hsee_jax")
+    if chosen == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    folder = Path(chosen).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if "compilation_cache" not in given:  # a home that cannot be written to
+            return
+        raise UserError(
+            f"compilation_cache: {folder} is not a folder that can be written to"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

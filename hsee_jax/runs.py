@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hsee_jax.config import Config, flatten, from_dict, override, to_json
 from hsee_jax.evaluate import ClientResult, means
 from hsee_jax.experiment import Experiment, build
 from hsee_jax.federation import RunState
+from hsee_jax.processes import in_first, is_first
 
 Record = dict[str, Any]
 
@@ -48,6 +50,9 @@ def train(
 ) -> Record:
     """Trains to the end and writes the run's folder.
 
+    Of several processes all call this with the same arguments; the folder must be one
+    that they share. The first writes the logs, all of them the checkpoints.
+
     Args:
       config: the run. With ``resume`` it must be the folder's own, but for `rounds`
         (which stretches the schedule of the learning rate from here on), `data_dir`
@@ -66,7 +71,7 @@ def train(
       DivergenceError: a loss is not finite; the last checkpoint is a good one.
     """
     since = time.perf_counter()
-    _check_folder(folder, resume=resume, overwrite=overwrite)
+    in_first(partial(_check_folder, folder, resume=resume, overwrite=overwrite))
     if resume:
         _check_same(config, read_config(folder))
     experiment = build(config)
@@ -75,7 +80,7 @@ def train(
         state, records = _resumed(experiment, folder)
     else:
         state = experiment.init()
-    _start_folder(folder, config, records)
+    in_first(partial(_start_folder, folder, config, records))
 
     results: list[ClientResult] = []
     keep = config.run.keep_checkpoints
@@ -98,8 +103,9 @@ def train(
             record["wall_seconds"] = time.perf_counter() - since
             since = time.perf_counter()
             records.append(record)
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            if is_first():
+                with (folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
             on_round(record)
             if save:
                 checkpoints.save(
@@ -109,7 +115,8 @@ def train(
                     metadata={"config": json.loads(to_json(config))},
                 )
     summary = _summary(config, results, records)
-    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if is_first():
+        _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

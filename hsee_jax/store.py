@@ -240,11 +240,12 @@ class HostStore:
             )
 
         servers = some.servers if self._shared else stacks(some.servers)
-        rows = RunState(np.asarray(some.round), stacks(some.clients), servers)
+        rows = RunState(fetch(some.round), stacks(some.clients), servers)
         since = tuple(np.zeros(len(m), np.int32) for m in self._members)
         return HostState(rows, {}, since)
 
     @staticmethod
     def _rows(members: Ids, ids: Ids) -> Ids:
         """Where ids are in a group; empty slots read its first row."""
-        return np.searchsorted(members, np.where(ids == EMPTY, members[0], ids))
+        rows = np.searchsorted(members, np.where(ids == EMPTY, members[0], ids))
+        return rows.astype(np.int32)

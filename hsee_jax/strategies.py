@@ -253,7 +253,7 @@ def averaging(
             since = tuple(jnp.broadcast_to(state.round, w.shape) for w in weights)
             return receive_all(state, means, since), means
 
-        spread = RunState(SAME, SPREAD, SPREAD)
+        spread = RunState(SAME, SPREAD, SPREAD)  # type: ignore[arg-type]
         return on_devices(on_device, mesh, (spread, SPREAD), (spread, SAME))(
             state, weights
         )

@@ -1,0 +1,121 @@
+"""Two processes that really run, against one."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hsee_jax import runs
+from hsee_jax.base import UserError
+from hsee_jax.config import override, preset
+from hsee_jax.processes import join
+
+CODE = """
+import sys
+sys.path.insert(0, {tests!r})
+from tiny import tiny_model
+import hsee_jax.experiment, hsee_jax.cli
+model = tiny_model(input_shape=(28, 28, 1), classes=10)
+hsee_jax.experiment.build_model = lambda config: model
+sys.exit(hsee_jax.cli.main(sys.argv[1:]))
+"""
+FLAGS = {
+    "num_clients": 5,
+    "cuts": ("1", "2"),
+    "max_train_samples": 90,
+    "max_test_samples": 30,
+    "batch_size": 8,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "augment": "crop_flip",
+    "schedule": "constant",
+    "partition": "quantity",
+    "participation": 0.7,
+}
+
+
+def words(**flags):
+    for name, value in flags.items():
+        yield f"--{name.replace('_', '-')}"
+        yield from map(str, value if isinstance(value, tuple) else [value])
+
+
+def start(tmp_path, request, count, **flags):
+    """Starts the processes of a run, with two fake devices each, and waits."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = CODE.format(tests=str(request.path.parent))
+    common = words(**FLAGS, **flags, coordinator=f"localhost:{port}")
+    command = [sys.executable, "-c", code, "train", "demo", *common]
+    started = [
+        subprocess.Popen(
+            [*command, *words(num_processes=count, process_id=index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    return [(*process.communicate(timeout=240), process.wait()) for process in started]
+
+
+def lines_of(folder):
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "averaging"])
+def test_two_processes_equal_one(
+    tmp_path, request, monkeypatch, tiny_network, strategy
+):
+    """Also that a run of two goes on in one, and that only the first writes logs."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    config = override(preset("demo"), **FLAGS, strategy=strategy, rounds=3)
+    alone = runs.train(config, tmp_path / "alone")
+    two = tmp_path / "two"
+    results = start(tmp_path, request, 2, out=two, strategy=strategy, rounds=2)
+    for _, error, status in results:
+        assert status == 0, error
+    assert "round 2/2" in results[0][1]
+    assert "client" in results[0][0]
+    lines = results[1][0].splitlines()
+    assert [line for line in lines if not line.startswith("[Gloo]")] == []
+
+    summary = json.loads((two / "summary.json").read_text())
+    assert summary["device"] == "4 x cpu"
+    assert len(lines_of(two)) == 2
+    runs.train(config, two, resume=True)
+    resumed, expected = lines_of(two), lines_of(tmp_path / "alone")
+    assert len(resumed) == len(expected) == 3
+    for one, other in zip(resumed, expected, strict=True):
+        assert one["images"] == other["images"]
+        for name, value in other["train"].items():
+            np.testing.assert_allclose(one["train"][name], value, rtol=1e-3)
+    assert len(alone["clients"]) == len(summary["clients"]) == 5
+
+
+def test_all_processes_refuse_a_folder_that_is_taken(tmp_path, request):
+    (tmp_path / "file").write_text("")
+    results = start(tmp_path, request, 2, out=tmp_path, rounds=1)
+    assert [status for _, _, status in results] == [2, 2]
+    assert "is neither empty nor a run" in results[0][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1", 2, None), "process_id: missing"),
+        (("localhost:1", None, 0), "num_processes: missing"),
+        ((None, 2, 0), "coordinator: missing"),
+        (("localhost", 2, 0), "coordinator: localhost is not allowed"),
+        (("localhost:1", 0, 0), "num_processes: 0 is not allowed"),
+        (("localhost:1", 2, 2), r"process_id: 2 is not allowed; allowed are 0\.\.1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        join(*arguments)
