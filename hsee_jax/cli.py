@@ -229,7 +229,8 @@ def _use_cache(given: dict[str, Any]) -> None:
             f"compilation_cache: {folder} is not a folder that can be written to"
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -121,6 +121,22 @@ def test_info_lists_every_layer_and_cut():
     assert table["layer4.1"][5] == "11,173,962"
 
 
+def test_compiled_programs_are_kept_unless_switched_off(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    small = ["info", "--width", "1"]
+    for words, folder in (
+        (["--compilation-cache", "off"], None),
+        (["--compilation-cache", tmp_path / "chosen"], tmp_path / "chosen"),
+        ([], tmp_path / "home" / "hsee_jax"),
+    ):
+        before = set(tmp_path.rglob("*"))
+        assert hsee(*small, *words).returncode == 0
+        new = {path.parent for path in set(tmp_path.rglob("*")) - before}
+        assert (folder in new) if folder else not new
+
+
 BAD = [
     ("train --cuts 0", "cuts: 0"),
     ("train --cuts 10", "cuts: 10"),
@@ -146,6 +162,9 @@ BAD = [
     ("train --out /dev/null/run", "out: /dev/null is not a folder"),
     ("train demo --config c.json", "config: is not allowed together with a preset"),
     ("train --config missing.json", "missing.json cannot be read"),
+    ("train --num-processes 2", "coordinator: missing"),
+    ("train --coordinator here --num-processes 2 --process-id 0", "HOST:PORT"),
+    ("train --compilation-cache /dev/null/x", "compilation_cache: /dev/null/x"),
     ("eval nowhere", "nowhere is not a run"),
     ("eval", "run"),
     ("info --width 0", "width: 0"),
