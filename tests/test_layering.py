@@ -9,8 +9,8 @@ import hsee_jax
 
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
-    "base config data partition augment losses resnet model optim split aggregate "
-    "strategies plan engine evaluate experiment checkpoint runs report cli"
+    "base config data partition augment losses conv resnet model optim split "
+    "aggregate strategies plan engine evaluate experiment checkpoint runs report cli"
 ).split()
 
 
