@@ -167,7 +167,7 @@ def main() -> None:
     if options.quick:
         repeats, clients, nets, stacks = 1, 2, [(2, 8, 2)], [(2, 8, 2)]
     else:
-        repeats, clients = 7, 8
+        repeats, clients = 5, 8
         nets, stacks = [(64, 32, 32), (16, 32, 8)], [(16, 32, 8)]
     shape = "image channels features window stride".split()
     rows: list[bench.Row] = []
