@@ -108,6 +108,12 @@ class ModelConfig(Checked):
         "of the computation; parameters and statistics stay float32",
         choices=("float32", "bfloat16"),
     )
+    conv: str = option(
+        "auto",
+        "form of the convolutions, all equal up to rounding; auto is by backend and "
+        "shape",
+        choices=("auto", "grouped", "unrolled", "patches", "winograd"),
+    )
 
     def check(self) -> None:
         """Checks numbers."""

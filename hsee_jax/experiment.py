@@ -109,6 +109,7 @@ def build_model(config: Config) -> Model:
         stem=config.model.stem,
         exit_head=config.model.exit_head,
         dtype=config.model.dtype,
+        conv=config.model.conv,
     )
 
 

@@ -67,6 +67,7 @@ def resnet18(
     stem: str = "auto",
     exit_head: str = "linear",
     dtype: str = "float32",
+    conv: str = "auto",
 ) -> Model:
     """ResNet-18 as 9 layers: the stem and 8 basic blocks, named as in torchvision.
 
@@ -78,6 +79,7 @@ def resnet18(
       exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
       dtype: of the computation, ``"float32"`` or ``"bfloat16"``; parameters,
         statistics, logits and losses are float32 in both.
+      conv: the form of the convolutions, see `hsee_jax.conv`.
 
     Returns:
       The model; with the defaults, 10 classes and 32x32x3 images, layers and final head
@@ -86,12 +88,12 @@ def resnet18(
     if stem == "auto":
         stem = "3x3" if max(input_shape[:2]) <= 64 else "7x7"
     compute = jnp.dtype(dtype)
-    modules: list[Any] = [Stem(width, int(stem[0]), compute)]
+    modules: list[Any] = [Stem(width, int(stem[0]), compute, conv)]
     names = ["stem"]
     for group in range(4):
         for block in range(2):
             stride = 2 if group > 0 and block == 0 else 1
-            modules.append(BasicBlock(width * 2**group, stride, compute))
+            modules.append(BasicBlock(width * 2**group, stride, compute, conv))
             names.append(f"layer{group + 1}.{block}")
     exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(

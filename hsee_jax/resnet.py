@@ -7,13 +7,16 @@ small images is one 3x3 convolution of stride 1 without pooling, the usual choic
 CIFAR.
 
 Every module maps ``x [B, H, W, C]`` and ``mask bool [B]`` to its output; rows whose
-mask is false do not reach the batch statistics.
+mask is false do not reach the batch statistics. ``conv`` is a form of `hsee_jax.conv`.
 """
+
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from hsee_jax.base import Array
+from hsee_jax.conv import convolution
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
@@ -27,6 +30,7 @@ class _Conv(nn.Module):
     size: int
     stride: int
     dtype: jnp.dtype
+    conv: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -39,6 +43,7 @@ class _Conv(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=_conv_init,
+            conv_general_dilated=convolution(self.conv),
             name="conv",
         )(x)
 
@@ -70,14 +75,14 @@ class Stem(nn.Module):
     features: int
     size: int
     dtype: jnp.dtype
+    conv: str
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Runs the stem."""
         large = self.size == 7
-        x = _Conv(self.features, self.size, 2 if large else 1, self.dtype, name="conv")(
-            x.astype(self.dtype)
-        )
+        conv = partial(_Conv, dtype=self.dtype, conv=self.conv, name="conv")
+        x = conv(self.features, self.size, 2 if large else 1)(x.astype(self.dtype))
         x = nn.relu(_BatchNorm(self.dtype, name="bn")(x, mask, train=train))
         if large:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
@@ -93,19 +98,21 @@ class BasicBlock(nn.Module):
     features: int
     stride: int
     dtype: jnp.dtype
+    conv: str
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Runs the block."""
+        conv = partial(_Conv, self.features, dtype=self.dtype, conv=self.conv)
         shortcut = x
         if self.stride != 1 or x.shape[-1] != self.features:
-            shortcut = _Conv(self.features, 1, self.stride, self.dtype, name="down")(x)
+            shortcut = conv(1, self.stride, name="down")(x)
             shortcut = _BatchNorm(self.dtype, name="bn_down")(
                 shortcut, mask, train=train
             )
-        y = _Conv(self.features, 3, self.stride, self.dtype, name="conv1")(x)
+        y = conv(3, self.stride, name="conv1")(x)
         y = nn.relu(_BatchNorm(self.dtype, name="bn1")(y, mask, train=train))
-        y = _Conv(self.features, 3, 1, self.dtype, name="conv2")(y)
+        y = conv(3, 1, name="conv2")(y)
         y = _BatchNorm(self.dtype, name="bn2")(y, mask, train=train)
         return nn.relu(y + shortcut)
 

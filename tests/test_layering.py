@@ -9,7 +9,7 @@ import hsee_jax
 
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
-    "base config data partition augment losses resnet model optim mesh split "
+    "base config data partition augment losses conv resnet model optim mesh split "
     "aggregate federation strategies plan engine evaluate store experiment processes "
     "checkpoint runs report cli"
 ).split()
