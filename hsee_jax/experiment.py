@@ -116,8 +116,13 @@ def build_strategy(config: Config, federation: Federation) -> Strategy:
     )
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experiment:
     """Loads the data and composes the run.
+
+    Args:
+      config: the run.
+      data: training and test samples to use instead of loading them; shapes and
+        normalisation are those of ``config.data.dataset``.
 
     Raises:
       UserError: the configuration does not fit the data or the network.
@@ -130,7 +135,7 @@ def build(config: Config) -> Experiment:
         make_optimizer(config.optim),
     )
     strategy = build_strategy(config, federation)
-    train, test = load_dataset(config.data)
+    train, test = data or load_dataset(config.data)
     shards = dict(enumerate(partition(train.labels, config)))
     steps = steps_per_round(shards, config.run.batch_size)
     schedule = make_schedule(
