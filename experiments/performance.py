@@ -27,7 +27,7 @@ class Section(NamedTuple):
     prefix: str
     title: str
     columns: Sequence[str] | None  # None: all there are
-    expected: dict[str, list[bench.Row]]  # rows shown where nothing is measured
+    expected: dict[str, list[bench.Row]]  # rows of each backend; none: any will do
 
 
 def _sizes(backend: str) -> list[bench.Row]:
@@ -39,12 +39,11 @@ def _sizes(backend: str) -> list[bench.Row]:
 
 
 def _scaling(part: str, title: str) -> Section:
-    rows: list[bench.Row] = [{"strategy": s} for s in bench_scaling.STRATEGIES]
     return Section(
         f"scaling-{part}",
         title,
         bench_scaling.COLUMNS[part],
-        {backend: rows for backend in BACKENDS},
+        {backend: [] for backend in BACKENDS},
     )
 
 
@@ -103,6 +102,8 @@ def _section(section: Section, results: Sequence[dict[str, Any]]) -> str:
             missing = [row for row in missing if not _in(row, result["rows"])]
         for machine, rows in machines.items():
             parts.append(f"{machine}:\n\n{_table(rows, section.columns)}")
+        if not mine and backend in section.expected and not missing:
+            parts.append(f"On a {BACKENDS[backend]}: not measured.")
         if missing:
             heading = f"On a {BACKENDS[backend]}, not measured:"
             parts.append(f"{heading}\n\n{_table(missing, section.columns)}")
