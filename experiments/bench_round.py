@@ -13,7 +13,7 @@ Command: python experiments/bench_round.py [--sizes w8-b8-n32 ...]
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ except ModuleNotFoundError as error:  # its rows are then not measured
         raise
     baseline = None  # type: ignore[assignment]
 
+Losses = npt.NDArray[np.float64]  # see `TorchFederation.run_round`
 # Relative, of each client's losses after 0, 1 and more steps, and of all in a round.
 TOLERANCES = (1e-5, 1e-4, 1e-3)
 ROUND_TOLERANCES = {"float32": 1e-2, "bfloat16": 1e-1}
@@ -50,7 +51,7 @@ class Size(NamedTuple):
     clients: int
     steps: int  # in a round
     repeats: int
-    warmups: int = 2
+    warmups: int = 1  # beside the round whose losses are compared
     dtype: str = "float32"
 
     @property
@@ -66,13 +67,13 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": (
-        Size(8, 8, 32, steps=4, repeats=7),
-        Size(16, 8, 32, steps=2, repeats=7),
-        Size(64, 32, 6, steps=2, repeats=3, warmups=1),
+        Size(8, 8, 32, steps=3, repeats=5),
+        Size(16, 8, 32, steps=2, repeats=5),
+        Size(64, 32, 6, steps=2, repeats=3, warmups=0),
     ),
     "gpu": (
-        Size(64, 128, 12, steps=8, repeats=7, dtype="bfloat16"),
-        Size(64, 128, 64, steps=4, repeats=5, dtype="bfloat16"),
+        Size(64, 128, 12, steps=8, repeats=7, warmups=2, dtype="bfloat16"),
+        Size(64, 128, 64, steps=4, repeats=5, warmups=2, dtype="bfloat16"),
     ),
 }
 # Below width 8 PyTorch 2.13 hangs in a convolution's gradient on some CPUs.
@@ -213,8 +214,10 @@ def check(width: int, strategy: str, *, rounds: int = 4, **changes: Any) -> list
         runner = Runner(_build(size, strategy, **changes))
         setting = baseline.Setting(device=_device())
         baseline.allow_tf32(False)
-        theirs = [_pytorch(runner, setting)]
-        found = [_compare(runner, theirs, r, by_client=True) for r in range(rounds)]
+        theirs = _pytorch(runner, setting)
+        found = [
+            _difference(runner, [theirs(r)], by_client=True) for r in range(rounds)
+        ]
         baseline.allow_tf32(True)
     limits = [TOLERANCES[min(i, len(TOLERANCES) - 1)] for i in range(rounds)]
     if not all(f < limit for f, limit in zip(found, limits, strict=True)):
@@ -222,20 +225,14 @@ def check(width: int, strategy: str, *, rounds: int = 4, **changes: Any) -> list
     return found
 
 
-def _compare(
-    runner: Runner,
-    theirs: list[Callable[[int], npt.NDArray[np.float64]]],
-    round: int,
-    *,
-    by_client: bool,
-) -> float:
-    """Trains a round in all; the largest relative difference of losses.
+def _difference(runner: Runner, theirs: Sequence[Losses], *, by_client: bool) -> float:
+    """Trains a round; the largest relative difference of the losses to the others'.
 
     Those of the exits and of the servers, of each client or of all together.
     """
     metrics = runner()
     ours = np.stack([metrics.exit.loss_sum, metrics.server.loss_sum], axis=1)
-    losses = [np.asarray(ours, np.float64), *(run(round)[:, :2] for run in theirs)]
+    losses = [np.asarray(ours, np.float64), *(values[:, :2] for values in theirs)]
     if not by_client:
         losses = [values.sum(axis=0) for values in losses]
     return max(float(np.max(np.abs(other / losses[0] - 1))) for other in losses[1:])
@@ -245,7 +242,7 @@ def _device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def _pytorch(runner: Runner, setting: Any) -> Callable[[int], npt.NDArray[np.float64]]:
+def _pytorch(runner: Runner, setting: Any) -> Callable[[int], Losses]:
     """Rounds of the baseline, from the runner's present state on."""
     experiment = runner.experiment
     info = DATASETS[experiment.config.data.dataset]
@@ -277,20 +274,20 @@ def _pytorch_calls(
     setting = baseline.Setting(
         device=_device(), bfloat16=size.dtype == "bfloat16", compile=False
     )
-    theirs = {"pytorch": _pytorch(runner, setting)}
+    eager = _pytorch(runner, setting)
+    calls, losses = {"pytorch": partial(eager, 1)}, [eager(0)]
     if compile_mode is not None:
         setting = setting._replace(compile=True, compile_mode=compile_mode)
         compiled = _pytorch(runner, setting)
         try:
-            _pytorch(runner, setting)(0)
-            theirs["compiled"] = compiled
+            losses.append(compiled(0))
+            calls["compiled"] = partial(compiled, 1)
         except Exception as error:
             print(f"torch.compile failed: {error}", file=sys.stderr)
     # Rounding grows with every update, so here only the sums over clients are equal.
-    difference = _compare(runner, list(theirs.values()), 0, by_client=False)
+    difference = _difference(runner, losses, by_client=False)
     if not difference < ROUND_TOLERANCES[size.dtype]:
         sys.exit(f"{size.name}: the losses of a round differ by {difference}")
-    calls = {name: partial(run, 1) for name, run in theirs.items()}
     return calls, difference
 
 

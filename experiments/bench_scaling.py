@@ -78,7 +78,7 @@ def clients_part(*, quick: bool, every: bool) -> list[bench.Row]:
     counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64) if every else (1, 4, 16, 64)
     if quick:
         counts = (1, 4)
-    steps = 1 if quick else 4
+    steps = 1 if quick else 3
     runners = {
         (strategy, n): Runner(
             federation(clients=n, batch_size=8, steps=steps, width=8, strategy=strategy)
@@ -86,7 +86,7 @@ def clients_part(*, quick: bool, every: bool) -> list[bench.Row]:
         for strategy in STRATEGIES
         for n in counts
     }
-    timings = _time(runners, repeats=1 if quick else 7)
+    timings = _time(runners, repeats=1 if quick else 5)
     return [
         {"strategy": strategy, "clients": n, "width": 8, "batch_size": 8}
         | _per_image(timing, 8 * n * steps)

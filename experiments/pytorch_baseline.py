@@ -106,10 +106,11 @@ class Setting(NamedTuple):
 def branch_loss(
     branch: TorchBranch, x: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy, logits and features of a branch."""
+    """Mean cross-entropy of a branch, and its logits and features, detached."""
     features = branch.layers(x)
     logits = branch.head(features)
-    return functional.cross_entropy(logits, labels), logits, features
+    loss = functional.cross_entropy(logits, labels)
+    return loss, logits.detach(), features.detach()
 
 
 class TorchFederation:
@@ -225,8 +226,8 @@ class TorchFederation:
             loss, logits, features = self.loss(branch, x, labels)
         loss.backward()
         sgd.step()
-        right = (logits.detach().argmax(1) == labels).sum()
-        return features.detach(), loss.detach() * len(labels), right
+        right = (logits.argmax(1) == labels).sum()
+        return features, loss.detach() * len(labels), right
 
     @torch.no_grad()
     def _average(self) -> None:
