@@ -176,8 +176,7 @@ def memory_part(*, quick: bool, every: bool) -> list[bench.Row]:
     what = (
         "allocated on the device"
         if on_gpu
-        else "resident in the process, compilation included, less that of one that "
-        "builds nothing"
+        else "resident, with compilation, above a process that builds nothing"
     )
     rows = []
     for strategy in STRATEGIES[: 1 if quick else 2]:
