@@ -1,0 +1,92 @@
+"""Federations on synthetic data, of any size, for the benchmarks.
+
+Speed does not depend on what the images show, so they are noise; shapes and number of
+classes are those of a real dataset. All shards are equal and whole batches.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+import hsee_jax
+from hsee_jax.data import DATASETS
+from hsee_jax.experiment import Experiment, build
+from hsee_jax.plan import RoundPlan, plan_round
+
+CUTS = ("3", "5", "7")
+STRATEGIES = ("averaging", "sequential")
+
+
+def noise(dataset: str, count: int, *, seed: int = 0) -> hsee_jax.Dataset:
+    """Random images and labels in the shape of a dataset."""
+    info = DATASETS[dataset]
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
+    labels = rng.integers(0, info.num_classes, count).astype(np.int32)
+    return hsee_jax.Dataset(images, labels)
+
+
+def federation(
+    *,
+    clients: int,
+    batch_size: int,
+    steps: int,
+    dataset: str = "cifar10",
+    **changes: Any,
+) -> Experiment:
+    """An experiment in which every client has ``steps`` full batches a round.
+
+    Args:
+      clients: how many; their cuts are 3, 5, 7 in turn (one client has 3, two have 3
+        and 5).
+      batch_size: images in a client's step.
+      steps: steps in a round.
+      dataset: whose shapes the noise has.
+      **changes: further fields of the configuration.
+    """
+    config = hsee_jax.override(
+        hsee_jax.Config(),
+        **{
+            "dataset": dataset,
+            "num_clients": clients,
+            "cuts": CUTS[:clients],
+            "batch_size": batch_size,
+            "rounds": 1000,  # more than are run: the rate is constant
+            "schedule": "constant",
+            "warmup_rounds": 0.0,
+            "learning_rate": 0.01,
+            **changes,
+        },
+    )
+    train = noise(dataset, clients * batch_size * steps)
+    return build(config, data=(train, noise(dataset, 8, seed=1)))
+
+
+def plan(experiment: Experiment, round: int) -> RoundPlan:
+    """The samples and the turns of a round, as `run_round` draws them."""
+    config = experiment.config
+    return plan_round(
+        experiment.federation.groups,
+        experiment.shards,
+        batch_size=config.run.batch_size,
+        participation=config.clients.participation,
+        turn=experiment.strategy.turn_unit,
+        seed=config.run.data_seed,
+        round=round,
+    )
+
+
+class Runner:
+    """Runs round after round; a call returns when the device has done its work."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Starts from the initial state."""
+        self.experiment = experiment
+        self.state = experiment.init()
+
+    def __call__(self) -> hsee_jax.ExitMetrics:
+        """Trains a round and returns its metrics, on the host."""
+        self.state, metrics = self.experiment.run_round(self.state)
+        jax.block_until_ready(self.state)
+        return jax.device_get(metrics)

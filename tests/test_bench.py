@@ -1,0 +1,209 @@
+"""The benchmarks: their PyTorch baseline trains alike, and their files are complete."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import bench  # noqa: E402
+import bench_all  # noqa: E402
+import bench_scaling  # noqa: E402
+import federations  # noqa: E402
+import performance  # noqa: E402
+
+from hsee_jax import experiment  # noqa: E402
+
+
+def import_round():
+    """`bench_round` with PyTorch; without it where HSEE_REQUIRE_TORCH is set: fails."""
+    if "HSEE_REQUIRE_TORCH" in os.environ:
+        importlib.import_module("torch")
+    else:
+        pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    import bench_round
+
+    return bench_round
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def written(folder, name):
+    """The rows of a result file, whose machine is named."""
+    (path,) = folder.glob(f"bench-{name}-*.json")
+    content = json.loads(path.read_text())
+    assert {"backend", "device", "cpu_cores", "processor", "versions"} <= set(
+        content["machine"]
+    )
+    return content["rows"]
+
+
+@pytest.fixture
+def short_resnet(monkeypatch):
+    """The first four layers of ResNet-18, which compile in half the time."""
+    build_model = experiment.build_model
+
+    def shorter(config):
+        model = build_model(config)
+        return model._replace(
+            stages=model.stages[:4],
+            exit_heads=model.exit_heads[:4],
+            layer_names=model.layer_names[:4],
+        )
+
+    monkeypatch.setattr(experiment, "build_model", shorter)
+
+
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+def test_pytorch_trains_alike(strategy, short_resnet):
+    """Three clients of two cuts, from the same weights, over several rounds."""
+    bench_round = import_round()
+    differences = bench_round.check(8, strategy, cuts=("1", "3"))
+    assert len(differences) == 4
+    assert max(differences) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_check_sees_an_average_that_is_left_out(monkeypatch, short_resnet):
+    bench_round = import_round()
+    monkeypatch.setattr(
+        bench_round.baseline.TorchFederation, "_average", lambda self: None
+    )
+    with pytest.raises(SystemExit, match="losses differ"):
+        bench_round.check(8, "averaging", cuts=("1", "3"))
+
+
+def test_federations_have_full_batches_and_all_cuts():
+    built = federations.federation(clients=4, batch_size=2, steps=3, width=2)
+    assert [g.ids for g in built.federation.groups] == [(0, 3), (1,), (2,)]
+    assert {len(shard) for shard in built.shards.values()} == {6}
+    drawn = federations.plan(built, 0)
+    assert drawn.indices.shape == (3, 4, 2)
+    assert drawn.mask.all()
+
+
+RESULT = {
+    "benchmark": "round-w8-b8-n32",
+    "machine": {
+        "backend": "cpu",
+        "device": "1 x abacus",
+        "cpu_cores": 2,
+        "processor": "an old one",
+        "versions": {"jax": "1.2.3"},
+    },
+    "rows": [
+        {
+            "size": "w8-b8-n32",
+            "dtype": "float32",
+            "strategy": "averaging",
+            "hsee images/s": 1234.5,
+            "ratio": 1.5,
+        }
+    ],
+}
+
+
+def test_performance_shows_what_is_there_and_what_is_missing():
+    other = {**RESULT, "benchmark": "beads", "rows": [{"beads": 7}]}
+    text = performance.render([RESULT, other])
+    assert "1 x abacus, 2 cores of an old one; jax 1.2.3:" in text
+    (row,) = [line for line in text.splitlines() if "1.23e+03" in line]
+    assert row.startswith("| w8-b8-n32 | float32 | averaging | 1.23e+03 |")
+    assert "| 1.5 | not measured |" in row
+    (missing,) = [
+        line for line in text.splitlines() if "w8-b8-n32 | float32 | seq" in line
+    ]
+    assert missing.count("not measured") == len(performance.SECTIONS[0].columns) - 3
+    assert text.index("On a GPU, not measured:") < text.index("| w64-b128-n64 |")
+    assert text.count("On a CPU: not measured.") == len(bench_scaling.PARTS)
+    assert "### Benchmark `beads`" in text
+    assert "| beads |\n|---|\n| 7 |" in text
+
+
+def test_the_section_replaces_what_is_between_the_markers():
+    readme = f"a\n{performance.BEGIN}\nold\n{performance.END}\nz\n"
+    text = performance.insert(readme, "new")
+    assert text == f"a\n{performance.BEGIN}\nnew\n{performance.END}\nz\n"
+    assert performance.insert(text, "new") == text
+    with pytest.raises(SystemExit):
+        performance.insert("a\n", "new")
+
+
+def test_the_readme_shows_the_results():
+    section = performance.render(performance.load(bench.RESULTS))
+    readme = performance.README.read_text()
+    assert performance.insert(readme, section) == readme
+
+
+def test_all_benchmarks_are_parts():
+    found = bench_all.parts("cpu")
+    assert {f"scaling-{part}" for part in bench_scaling.PARTS} <= set(found)
+    scripts = {arguments[0] for arguments in found.values()}
+    everything = {path.name for path in EXPERIMENTS.glob("bench_*.py")}
+    assert scripts == everything - {"bench_all.py"}
+
+
+def test_a_failing_part_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "good.py").write_text(
+        "import pathlib, sys; pathlib.Path(sys.argv[2], 'x').touch()"
+    )
+    monkeypatch.setattr(bench_all, "HERE", tmp_path)
+    monkeypatch.setattr(bench_all, "default_backend", lambda: "cpu")
+    names = ["bad", "slow", "good"]
+    monkeypatch.setattr(bench_all, "parts", lambda _: {n: [f"{n}.py"] for n in names})
+    arguments = ["bench_all", "--out", str(tmp_path), "--seconds", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="bad.*status 3.*slow.*more than 1 s"):
+        bench_all.main()
+    assert (tmp_path / "x").exists()
+    assert "== good: done" in capsys.readouterr().out
+
+
+def test_unknown_parts_are_refused():
+    result = run("bench_scaling.py", "everything")
+    assert result.returncode == 2
+    assert "everything: allowed are clients, devices" in result.stderr
+
+
+@pytest.mark.slow
+def test_round_writes_its_file(tmp_path):
+    import_round()
+    result = run("bench_round.py", "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = written(tmp_path, "round-*")
+    assert [row["strategy"] for row in rows] == ["averaging", "sequential"]
+    for row in rows:
+        assert row["hsee images/s"] > 0
+        assert row["ratio"] == pytest.approx(
+            row["hsee images/s"] / row["PyTorch images/s"]
+        )
+        assert "compiled images/s" not in row
+        assert 0 < row["hsee share of peak"] < 1
+        assert row["loss difference"] < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", bench_scaling.PARTS)
+def test_scaling_writes_its_files(part, tmp_path):
+    result = run("bench_scaling.py", part, "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = written(tmp_path, f"scaling-{part}")
+    optional = {"what it is"} if part != "memory" else set()
+    for row in rows:
+        assert set(bench_scaling.COLUMNS[part]) - optional <= set(row)
+        assert all(row[column] is not None for column in bench_scaling.COLUMNS[part])
