@@ -6,7 +6,7 @@ convolutions inside a scan, are many times slower. ``vmap`` is one program: a sc
 the steps, in each of which the clients of one cut run at once, spread over the devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -170,10 +170,11 @@ def _looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
         round, first = int(state.round), int(state.round) * len(learning_rates)
         means: Means = {}
         log: list[tuple[int, ExitMetrics]] = []
+        state = jax.device_put(state)
         clients, servers = _unstack(strategy, state)
 
         def averaged(state: RunState, means: Means) -> tuple[RunState, Means]:
-            state = _stack(strategy, sizes, state, clients, servers)
+            state = _stack(strategy, state, clients, servers)
             state, new = aggregate(state, split(weights, sizes))
             return state, newest(means, new) if means else new
 
@@ -198,7 +199,7 @@ def _looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
         if _due(strategy, "rounds", round + 1):
             state, means = averaged(state, means)
         else:
-            state = _stack(strategy, sizes, state, clients, servers)
+            state = _stack(strategy, state, clients, servers)
         totals = jax.tree.map(
             lambda *sums: np.bincount([n for n, _ in log], sums, len(plan.ids)),
             *jax.device_get([metrics for _, metrics in log]),
@@ -385,42 +386,39 @@ def _due(strategy: Strategy, unit: str, count: Any) -> Any:
     return count % strategy.period == 0
 
 
+# Compiled calls for a whole member: one by one its many leaves take longer.
+_take = jax.jit(take_member)
+_put = jax.jit(put_member, donate_argnums=0)
+
+
 def _unstack(strategy: Strategy, state: RunState) -> tuple[list[Branch], list[Branch]]:
     """Every slot's branch by itself, and its server's, or the one shared server."""
 
-    def members(stack: Branch) -> list[Branch]:
-        rows = jax.tree.map(np.asarray, stack)
+    def members(stacks: tuple[Branch, ...]) -> list[Branch]:
         return [
-            jax.tree.map(lambda a, m=m: jnp.array(a[m]), rows)
-            for m in range(len(jax.tree.leaves(rows)[0]))
+            _take(stack, np.int32(m))
+            for stack, size in zip(stacks, _sizes(state), strict=True)
+            for m in range(size)
         ]
 
-    clients = [branch for stack in state.clients for branch in members(stack)]
-    if strategy.shared:
-        return clients, [jax.tree.map(jnp.asarray, state.servers[0])]
-    return clients, [branch for stack in state.servers for branch in members(stack)]
+    servers = list(state.servers) if strategy.shared else members(state.servers)
+    return members(state.clients), servers
 
 
 def _stack(
-    strategy: Strategy,
-    sizes: Sequence[int],
-    state: RunState,
-    clients: list[Branch],
-    servers: list[Branch],
+    strategy: Strategy, state: RunState, clients: list[Branch], servers: list[Branch]
 ) -> RunState:
-    """The inverse of `_unstack`."""
+    """The inverse of `_unstack`, in the buffers of ``state``."""
+    sizes = _sizes(state)
 
-    def stacks(branches: list[Branch]) -> tuple[Branch, ...]:
-        rows = iter(branches)
-        return tuple(
-            jax.tree.map(
-                lambda *leaves: jnp.asarray(np.stack(leaves)),
-                *[next(rows) for _ in range(size)],
-            )
-            for size in sizes
-        )
+    def stacks(stacks: tuple[Branch, ...], branches: list[Branch]) -> tuple[Any, ...]:
+        rows, filled = iter(branches), list(stacks)
+        for g, size in enumerate(sizes):
+            for m in range(size):
+                filled[g] = _put(filled[g], np.int32(m), next(rows))
+        return tuple(filled)
 
-    return state.replace(
-        clients=stacks(clients),
-        servers=tuple(servers) if strategy.shared else stacks(servers),
-    )
+    new_servers = tuple(servers)
+    if not strategy.shared:
+        new_servers = stacks(state.servers, servers)
+    return state.replace(clients=stacks(state.clients, clients), servers=new_servers)
