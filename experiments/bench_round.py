@@ -294,11 +294,13 @@ def _pytorch_calls(
 def flops_per_image(experiment: Experiment) -> float:
     """Of a training step: three times the forward pass, the mean over the clients.
 
-    Forward FLOPs are XLA's count on the CPU, where no library call hides them. The
-    gradient that no layer needs, of the images, is counted too: it is small.
+    Forward FLOPs are XLA's count on the CPU, where no library call hides them, of the
+    direct convolution, whatever form it is computed in. The gradient that no layer needs, of the images, is counted too: it is small.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = build_model(override(experiment.config, dtype="float32"))
+        model = build_model(
+            override(experiment.config, dtype="float32", conv="grouped")
+        )
         costs = [cost.flops for cost in layer_costs(model)]
     depth = len(model.stages)
     layers, exits, final = costs[:depth], costs[depth:-1], costs[-1]

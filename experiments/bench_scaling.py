@@ -17,6 +17,7 @@ Command: python experiments/bench_scaling.py clients devices memory precision po
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -310,6 +311,11 @@ def _peak_bytes() -> float:
     statistics = jax.devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a child counts what its parent once had
+        kilobytes = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+        if kilobytes:
+            return 1024 * int(kilobytes[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

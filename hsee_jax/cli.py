@@ -188,7 +188,8 @@ def _info(words: Sequence[str]) -> None:
     )
     _add_cache(parser)
     _add_options(parser)
-    given = vars(parser.parse(words))
+    # FLOPs of the convolution itself, unless one of its other forms is asked for.
+    given = {"conv": "grouped"} | vars(parser.parse(words))
     config = _config(given)
     _use_cache(given)
 

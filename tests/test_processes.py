@@ -68,7 +68,9 @@ def lines_of(folder):
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("strategy", ["sequential", "averaging"])
+@pytest.mark.parametrize(
+    "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_two_processes_equal_one(
     tmp_path, request, monkeypatch, tiny_network, strategy
 ):

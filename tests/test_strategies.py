@@ -159,7 +159,12 @@ AVERAGING = {
 
 
 @pytest.mark.parametrize(
-    ("turn", "participation"), [("batch", 1.0), ("epoch", 1.0), ("batch", 0.6)]
+    ("turn", "participation"),
+    [
+        ("batch", 0.6),
+        ("epoch", 1.0),
+        pytest.param("batch", 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_sequential_equals_the_reference(turn, participation):
     federation, shards = tiny_federation(CUTS), tiny_shards(SIZES)
@@ -192,7 +197,7 @@ def test_sequential_equals_the_reference(turn, participation):
         (0.6, {"batch_norm": "keep_local", "optimizer_state": "average"}),
         (1.0, {"period": 2, "unit": "steps", "optimizer_state": "reset"}),
         (1.0, {"period": 2}),
-        (1.0, {"period": 0}),
+        pytest.param(1.0, {"period": 0}, marks=pytest.mark.slow),
     ],
 )
 def test_averaging_equals_the_reference(participation, changes):
@@ -236,8 +241,15 @@ def test_with_one_client_averaging_is_sequential():
     assert_same(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", [sequential, averaging])
-@pytest.mark.parametrize("axis", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    ("make", "axis"),
+    [
+        (sequential, "loop"),
+        (averaging, "vmap"),
+        pytest.param(sequential, "vmap", marks=pytest.mark.slow),
+        pytest.param(averaging, "loop", marks=pytest.mark.slow),
+    ],
+)
 def test_results_depend_on_neither_order_nor_grouping(make, axis):
     """A client's result is the same whatever the list's order, and whoever is beside.
 
