@@ -295,7 +295,8 @@ def flops_per_image(experiment: Experiment) -> float:
     """Of a training step: three times the forward pass, the mean over the clients.
 
     Forward FLOPs are XLA's count on the CPU, where no library call hides them, of the
-    direct convolution, whatever form it is computed in. The gradient that no layer needs, of the images, is counted too: it is small.
+    direct convolution, whatever form it is computed in. The gradient by the images,
+    which no layer needs, is counted too: it is small.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model = build_model(
