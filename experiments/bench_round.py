@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from federations import STRATEGIES, Runner, federation, plan
+from federations import STRATEGIES, Runner, federation
 
 from hsee_jax.config import override
 from hsee_jax.data import DATASETS
@@ -256,7 +256,7 @@ def _pytorch(runner: Runner, setting: Any) -> Callable[[int], Losses]:
     )
 
     def run(round: int) -> npt.NDArray[np.float64]:
-        drawn = plan(experiment, round)
+        drawn = experiment.plan(round)
         rate = experiment.config.optim.learning_rate
         return theirs.run_round(drawn.indices, drawn.order, rate)
 

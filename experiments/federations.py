@@ -12,7 +12,6 @@ import numpy as np
 import hsee_jax
 from hsee_jax.data import DATASETS
 from hsee_jax.experiment import Experiment, build
-from hsee_jax.plan import RoundPlan, plan_round
 
 CUTS = ("3", "5", "7")
 STRATEGIES = ("averaging", "sequential")
@@ -61,20 +60,6 @@ def federation(
     )
     train = noise(dataset, clients * batch_size * steps)
     return build(config, data=(train, noise(dataset, 8, seed=1)))
-
-
-def plan(experiment: Experiment, round: int) -> RoundPlan:
-    """The samples and the turns of a round, as `run_round` draws them."""
-    config = experiment.config
-    return plan_round(
-        experiment.federation.groups,
-        experiment.shards,
-        batch_size=config.run.batch_size,
-        participation=config.clients.participation,
-        turn=experiment.strategy.turn_unit,
-        seed=config.run.data_seed,
-        round=round,
-    )
 
 
 class Runner:

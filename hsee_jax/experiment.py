@@ -24,7 +24,14 @@ from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
 from hsee_jax.model import Model, deal_cuts, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
 from hsee_jax.partition import partition
-from hsee_jax.plan import EMPTY, num_slots, plan_round, steps_per_round, take_seats
+from hsee_jax.plan import (
+    EMPTY,
+    RoundPlan,
+    num_slots,
+    plan_round,
+    steps_per_round,
+    take_seats,
+)
 from hsee_jax.store import DeviceStore, HostStore, Store
 from hsee_jax.strategies import averaging, sequential
 
@@ -51,17 +58,10 @@ class Experiment(NamedTuple):
         """The state before the first round, in the form that the store keeps."""
         return self.store.init(_key(self.config.run.model_seed, _INIT))
 
-    def run_round(self, state: Any) -> tuple[Any, ExitMetrics]:
-        """Trains the next round; the buffers of ``state`` are given up.
-
-        Returns:
-          The state, and metrics ``[N]`` of the slots, empty ones included.
-
-        Raises:
-          DivergenceError: a loss is not finite.
-        """
-        config, round = self.config, int(state.round)
-        plan = plan_round(
+    def plan(self, round: int) -> RoundPlan:
+        """Who does what in a round, counted from 0."""
+        config = self.config
+        return plan_round(
             self.federation.groups,
             self.shards,
             batch_size=config.run.batch_size,
@@ -71,7 +71,19 @@ class Experiment(NamedTuple):
             round=round,
             slots=self.slots,
         )
-        uniform = config.strategy.weights == "uniform"
+
+    def run_round(self, state: Any) -> tuple[Any, ExitMetrics]:
+        """Trains the next round; the buffers of ``state`` are given up.
+
+        Returns:
+          The state, and metrics ``[N]`` of the slots, empty ones included.
+
+        Raises:
+          DivergenceError: a loss is not finite.
+        """
+        round = int(state.round)
+        plan = self.plan(round)
+        uniform = self.config.strategy.weights == "uniform"
         weights = [
             float(active and (uniform or len(self.shards[i])))
             for i, active in zip(plan.ids.tolist(), plan.active, strict=True)

@@ -90,7 +90,7 @@ def test_federations_have_full_batches_and_all_cuts():
     built = federations.federation(clients=4, batch_size=2, steps=3, width=2)
     assert [g.ids for g in built.federation.groups] == [(0, 3), (1,), (2,)]
     assert {len(shard) for shard in built.shards.values()} == {6}
-    drawn = federations.plan(built, 0)
+    drawn = built.plan(0)
     assert drawn.indices.shape == (3, 4, 2)
     assert drawn.mask.all()
 
