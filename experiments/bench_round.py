@@ -67,8 +67,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": (
-        Size(8, 8, 32, steps=3, repeats=5),
-        Size(16, 8, 32, steps=2, repeats=5),
+        Size(8, 8, 32, steps=12, repeats=5),
+        Size(16, 8, 32, steps=8, repeats=5),
         Size(64, 32, 6, steps=2, repeats=3, warmups=0),
     ),
     "gpu": (

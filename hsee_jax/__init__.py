@@ -5,6 +5,7 @@ one network up to a cut of their own, and an exit head there; a server trains th
 """
 
 from hsee_jax.aggregate import LayerMean, layer_mean, receive
+from hsee_jax.augment import InputPipeline
 from hsee_jax.base import (
     Batch,
     Dataset,
@@ -15,7 +16,7 @@ from hsee_jax.base import (
     UserError,
 )
 from hsee_jax.config import Config, override, preset
-from hsee_jax.engine import InputPipeline, make_round
+from hsee_jax.engine import make_round
 from hsee_jax.evaluate import ClientResult, make_evaluation
 from hsee_jax.experiment import Experiment, build
 from hsee_jax.federation import (

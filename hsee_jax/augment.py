@@ -1,10 +1,12 @@
-"""From stored images to network inputs, inside the compiled step."""
+"""From stored samples to a batch of network inputs, inside the compiled step."""
+
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.base import Array, Key
+from hsee_jax.base import Array, Batch, Dataset, Key
 
 _PAD = 4  # pixels, the usual margin for 32x32 images
 
@@ -54,3 +56,21 @@ def augment(key: Key, images: Array, kind: str) -> Array:
         jnp.clip(columns, 0, width - 1)[:, None, :],
     ]
     return jnp.where(inside[..., None], picked, 0.0)
+
+
+class InputPipeline(NamedTuple):
+    """From stored samples to the batch of a step."""
+
+    mean: tuple[float, ...]  # of each channel, scale 0..1
+    std: tuple[float, ...]
+    augment: str  # see `augment`
+
+    def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
+        """The samples at ``int32 [B]``, normalised and augmented."""
+        batch = self.evaluation(data, indices, mask)
+        return batch._replace(inputs=augment(key, batch.inputs, self.augment))
+
+    def evaluation(self, data: Dataset, indices: Array, mask: Array) -> Batch:
+        """The samples at ``int32 [B]``, normalised."""
+        images = normalize(data.images[indices], self.mean, self.std)
+        return Batch(images, data.labels[indices], mask)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
 from hsee_jax.aggregate import latest
-from hsee_jax.augment import augment, normalize
+from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Batch, Dataset, DivergenceError, ExitMetrics, Key
 from hsee_jax.federation import (
     Means,
@@ -33,24 +33,6 @@ from hsee_jax.plan import RoundPlan
 from hsee_jax.split import Branch
 
 Floats = npt.NDArray[np.float32]
-
-
-class InputPipeline(NamedTuple):
-    """From stored samples to the batch of a step."""
-
-    mean: tuple[float, ...]  # of each channel, scale 0..1
-    std: tuple[float, ...]
-    augment: str  # see `hsee_jax.augment.augment`
-
-    def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
-        """The samples at ``int32 [B]``, normalised and augmented."""
-        batch = self.evaluation(data, indices, mask)
-        return batch._replace(inputs=augment(key, batch.inputs, self.augment))
-
-    def evaluation(self, data: Dataset, indices: Array, mask: Array) -> Batch:
-        """The samples at ``int32 [B]``, normalised."""
-        images = normalize(data.images[indices], self.mean, self.std)
-        return Batch(images, data.labels[indices], mask)
 
 
 class RoundFn(Protocol):

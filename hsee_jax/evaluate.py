@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics
-from hsee_jax.engine import InputPipeline, client_axis, layout
+from hsee_jax.engine import client_axis, layout
 from hsee_jax.federation import Federation, RunState, Strategy, server_of
 from hsee_jax.losses import masked_cross_entropy
 from hsee_jax.mesh import SAME, SPREAD, fetch, on_devices, place

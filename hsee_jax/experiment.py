@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
 from hsee_jax.config import Config
 from hsee_jax.data import DATASETS, load_dataset
 from hsee_jax.engine import (
-    InputPipeline,
     RoundFn,
     check_finite,
     client_axis,

@@ -11,7 +11,7 @@ PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
     "base config data partition augment losses conv resnet model optim mesh split "
     "aggregate federation strategies plan engine evaluate store experiment processes "
-    "checkpoint runs report cli"
+    "checkpoint runs terminal flags cli"
 ).split()
 
 

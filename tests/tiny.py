@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Dataset
 from hsee_jax.config import OptimConfig
-from hsee_jax.engine import InputPipeline
 from hsee_jax.federation import Client, Federation, group_clients
 from hsee_jax.model import Model, from_linen
 from hsee_jax.optim import make_optimizer

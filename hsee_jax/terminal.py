@@ -1,7 +1,16 @@
-"""Tables of what was trained and of what it costs, for the terminal."""
+"""What the command line shows: progress, what was trained, what it costs."""
 
 from typing import Any
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from hsee_jax.model import LayerCost
@@ -72,3 +81,53 @@ def cost_table(costs: tuple[LayerCost, ...]) -> Table:
     table.add_row("", final.name, f"{final.parameters:,}", f"{final.flops / 1e6:,.3f}")
     table.add_row("", "total", f"{total_parameters:,}", f"{total_flops / 1e6:,.3f}")
     return table
+
+
+class Progress:
+    """A bar over the rounds, and a line for each evaluation, on standard error."""
+
+    def __init__(self, rounds: int) -> None:
+        """Shows nothing before the first round."""
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._rounds = rounds
+        self._task = self._bar.add_task("rounds", total=rounds)
+
+    def __enter__(self) -> "Progress":
+        """Is a context."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leaves the bar as it is."""
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Advances to a round."""
+        self._bar.start()
+        self._bar.update(self._task, completed=record["round"])
+        line = "  ".join(
+            f"{name} {record['train'][f'{name}_loss']:.3f}"
+            for name in ("exit", "server")
+        )
+        text = f"round {record['round']}/{self._rounds}: training loss {line}"
+        if "test" in record:
+            text += (
+                f"; test accuracy exit {record['test']['mean_exit_accuracy']:.4f}"
+                f"  server {record['test']['mean_server_accuracy']:.4f}"
+            )
+        self._bar.console.print(text, highlight=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Prints a table on standard output."""
+    console = Console()
+    if not console.is_terminal:  # a pipe or a file: no folding at 80 columns
+        console = Console(width=120)
+    console.print(table)
