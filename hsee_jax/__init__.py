@@ -15,6 +15,7 @@ from hsee_jax.base import (
     Stage,
     UserError,
 )
+from hsee_jax.compose import compose
 from hsee_jax.config import Config, override, preset
 from hsee_jax.engine import make_round
 from hsee_jax.evaluate import ClientResult, make_evaluation
@@ -46,7 +47,15 @@ from hsee_jax.split import (
     joint_step,
     server_spec,
 )
-from hsee_jax.strategies import averaging, sequential
+from hsee_jax.strategies import (
+    averaging,
+    centralized,
+    fedavg,
+    local,
+    sequential,
+    splitfed_v1,
+    splitfed_v2,
+)
 
 __all__ = [
     "Batch",
@@ -75,8 +84,11 @@ __all__ = [
     "averaging",
     "branch_step",
     "build",
+    "centralized",
     "client_spec",
+    "compose",
     "detached_step",
+    "fedavg",
     "forward",
     "from_linen",
     "group_clients",
@@ -85,6 +97,7 @@ __all__ = [
     "init_server",
     "joint_step",
     "layer_mean",
+    "local",
     "make_evaluation",
     "make_mesh",
     "make_round",
@@ -99,5 +112,7 @@ __all__ = [
     "sequential",
     "server_of",
     "server_spec",
+    "splitfed_v1",
+    "splitfed_v2",
     "train",
 ]

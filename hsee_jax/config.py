@@ -151,40 +151,60 @@ class StrategyConfig(Checked):
 
     strategy: str = option(
         "averaging",
-        "one shared server, or one per client averaged layer by layer",
-        choices=("sequential", "averaging"),
+        "one shared server, or one per client averaged layer by layer; the others are "
+        "baselines",
+        choices=(
+            "sequential",
+            "averaging",
+            "local",
+            "splitfed_v1",
+            "splitfed_v2",
+            "fedavg",
+            "centralized",
+        ),
+    )
+    boundary: str = option(
+        "detached",
+        "no gradient crosses the cut, or the server's flows back to the client, as in "
+        "split learning [ours: joint]",
+        choices=("detached", "joint"),
+    )
+    exit_gradient: float = option(
+        0.0,
+        "with a joint boundary, the share of the exit's gradient that reaches the "
+        "client's layers: 0 makes it a probe, 1 sums both losses [ours]",
     )
     turn: str = option(
         "batch",
-        "sequential: the server takes one batch of each client in turn, or a client's "
-        "whole local epoch [ours]",
+        "a shared server takes one batch of each client in turn, or a client's whole "
+        "local epoch [ours]",
         choices=("batch", "epoch"),
     )
     period: int = option(
-        1, "averaging: how often, in units of period_unit; 0 is never [ours]"
+        1, "how often to average, in units of period_unit; 0 is never [ours]"
     )
-    period_unit: str = option(
-        "rounds", "averaging: unit of period", choices=("rounds", "steps")
-    )
+    period_unit: str = option("rounds", "unit of period", choices=("rounds", "steps"))
     average: str = option(
         "servers",
-        "averaging: a layer's mean is over the server replicas that hold it, or over "
-        "all holders, clients included [ours]",
+        "a layer's mean is over the server replicas that hold it, or over all holders, "
+        "clients included [ours]",
         choices=("servers", "all_holders"),
     )
     weights: str = option(
         "samples",
-        "averaging: by number of training samples, or uniform [ours]",
+        "of the clients in a mean: their numbers of training samples, or uniform "
+        "[ours]",
         choices=("samples", "uniform"),
     )
     batch_norm: str = option(
         "average",
-        "averaging: BatchNorm takes part, or stays local (FedBN) [ours]",
+        "BatchNorm is averaged like the rest, or stays local (FedBN) [ours]",
         choices=("average", "keep_local"),
     )
     optimizer_state: str = option(
         "keep",
-        "averaging: each replica keeps its own, takes the mean, or starts anew [ours]",
+        "when layers are averaged, each replica keeps its own, takes the mean, or "
+        "starts anew [ours]",
         choices=("keep", "average", "reset"),
     )
     server_lr_scale: float = option(
@@ -193,6 +213,7 @@ class StrategyConfig(Checked):
 
     def check(self) -> None:
         """Checks numbers."""
+        self.require("exit_gradient", "0..1", 0 <= self.exit_gradient <= 1)
         self.require("period", "0 or more", self.period >= 0)
         self.require(
             "server_lr_scale", "more than 0", 0 < self.server_lr_scale < float("inf")

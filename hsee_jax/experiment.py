@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
-from hsee_jax.config import Config
+from hsee_jax.config import Config, flatten
 from hsee_jax.data import DATASETS, load_dataset
 from hsee_jax.engine import (
     RoundFn,
@@ -33,7 +33,7 @@ from hsee_jax.plan import (
     take_seats,
 )
 from hsee_jax.store import DeviceStore, HostStore, Store
-from hsee_jax.strategies import averaging, sequential
+from hsee_jax.strategies import STRATEGIES, options_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
 Shards = dict[int, npt.NDArray[np.int32]]  # client id -> its samples
@@ -126,25 +126,14 @@ def build_model(config: Config) -> Model:
 
 
 def build_strategy(config: Config, federation: Federation) -> Strategy:
-    """The strategy that a configuration names."""
-    options = config.strategy
-    if options.strategy == "sequential":
-        return sequential(
-            federation,
-            turn=options.turn,
-            server_lr_scale=options.server_lr_scale,
-            init=config.clients.init,
-        )
-    return averaging(
-        federation,
-        period=options.period,
-        period_unit=options.period_unit,
-        average=options.average,
-        batch_norm=options.batch_norm,
-        optimizer_state=options.optimizer_state,
-        server_lr_scale=options.server_lr_scale,
-        init=config.clients.init,
-    )
+    """The strategy that a configuration names, with the options that it reads.
+
+    Raises:
+      UserError: the federation is none that it is made for.
+    """
+    values = flatten(config)
+    name = config.strategy.strategy
+    return STRATEGIES[name](federation, **{o: values[o] for o in options_of(name)})
 
 
 def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experiment:

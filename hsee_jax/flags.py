@@ -102,6 +102,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """The preset, file or stored run that was named, with the given flags applied."""
     from hsee_jax import runs
+    from hsee_jax.strategies import STRATEGIES, options_of
 
     changes = {name: given[name] for name in options() if name in given}
     if "data_dir" in changes:
@@ -116,4 +117,13 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
         base = preset(given["preset"])
     else:
         base = preset("demo") if stored is None else runs.read_config(stored)
-    return override(base, **changes)
+    config = override(base, **changes)
+    strategy = config.strategy.strategy
+    for name in changes:
+        readers = [other for other in STRATEGIES if name in options_of(other)]
+        if readers and strategy not in readers:
+            raise UserError(
+                f"{name}: {changes[name]} has no effect on {strategy}; it is read by "
+                f"{', '.join(readers)}"
+            )
+    return config

@@ -83,7 +83,13 @@ def init_server(
 
 
 def forward(
-    spec: BranchSpec, branch: Branch, inputs: Array, mask: Array, *, train: bool
+    spec: BranchSpec,
+    branch: Branch,
+    inputs: Array,
+    mask: Array,
+    *,
+    train: bool,
+    head_gradient: float = 1.0,
 ) -> tuple[Array, Array, tuple[PyTree, ...]]:
     """Runs the layers and the head.
 
@@ -93,6 +99,7 @@ def forward(
       inputs: ``[B, ...]``.
       mask: ``bool [B]``, false on padding.
       train: whether BatchNorm uses, and updates, the statistics of this batch.
+      head_gradient: the share of the head's gradient that reaches the layers.
 
     Returns:
       Features before the head ``[B, ...]``, logits ``float32 [B, K]``, and the new
@@ -102,8 +109,17 @@ def forward(
     for stage, layer in zip(spec.stages, branch.layers, strict=True):
         inputs, new = stage.apply(_variables(layer), inputs, mask, train=train)
         stats.append(new)
-    logits, new = spec.head.apply(_variables(branch.head), inputs, mask, train=train)
+    seen = _scale_gradient(inputs, head_gradient)
+    logits, new = spec.head.apply(_variables(branch.head), seen, mask, train=train)
     return inputs, logits, (*stats, new)
+
+
+def _scale_gradient(values: Array, share: float) -> Array:
+    """The same values; a gradient that flows back through them is scaled."""
+    if share == 1.0:
+        return values
+    fixed = jax.lax.stop_gradient(values)
+    return fixed if share == 0.0 else fixed + share * (values - fixed)
 
 
 def branch_step(
@@ -164,14 +180,28 @@ def joint_step(
     server: Branch,
     batch: Batch,
     learning_rates: tuple[Array, Array],
+    *,
+    exit_gradient: float = 0.0,
 ) -> tuple[Branch, Branch, ExitMetrics]:
     """Like `detached_step`, but the server's gradient flows back to the client.
 
-    Both cross-entropies are summed, as in BranchyNet (Teerapittayanon et al., 2016).
+    Args:
+      client_spec: see `detached_step`, as all but:
+      server_spec: what its server computes.
+      client: layers 1..cut and the exit head.
+      server: layers cut+1..L and the final head.
+      batch: the client's data.
+      learning_rates: of the client and of the server, ``float32 []`` each.
+      exit_gradient: the share of the exit's gradient that reaches the client's layers.
+        With 0 the exit head is a probe, and the layers train as if it were not there;
+        with 1 both cross-entropies are summed, as in BranchyNet (Teerapittayanon et
+        al., ICPR 2016).
     """
 
     def loss_fn(params: tuple[PyTree, PyTree]) -> tuple[Array, tuple]:
-        exit_loss, exit_aux = _loss(client_spec, _with_params(client, params[0]), batch)
+        exit_loss, exit_aux = _loss(
+            client_spec, _with_params(client, params[0]), batch, exit_gradient
+        )
         server_loss, server_aux = _loss(
             server_spec,
             _with_params(server, params[1]),
@@ -213,10 +243,10 @@ def _with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:
 
 
 def _loss(
-    spec: BranchSpec, branch: Branch, batch: Batch
+    spec: BranchSpec, branch: Branch, batch: Batch, head_gradient: float = 1.0
 ) -> tuple[Array, tuple[Array, tuple[PyTree, ...], Metrics]]:
     features, logits, stats = forward(
-        spec, branch, batch.inputs, batch.mask, train=True
+        spec, branch, batch.inputs, batch.mask, train=True, head_gradient=head_gradient
     )
     loss, metrics = masked_cross_entropy(logits, batch.labels, batch.mask)
     return loss, (features, stats, metrics)

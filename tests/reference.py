@@ -33,6 +33,12 @@ class Layer:
         self.stats = stats
 
 
+def log_loss(logits, labels):
+    """The mean cross-entropy."""
+    log_p = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
+    return sum(-log_p[row, label] for row, label in enumerate(labels)) / len(labels)
+
+
 def train_branch(layers, head, x, labels, rate, momentum, weight_decay):
     """One step on the mean cross-entropy; returns features and the sum of losses."""
     parts = [*layers, head]
@@ -46,9 +52,7 @@ def train_branch(layers, head, x, labels, rate, momentum, weight_decay):
             everything = jnp.ones(len(h), bool)
             h, new = part.stage.apply(variables, h, everything, train=True)
             stats.append(new)
-        log_p = h - jax.scipy.special.logsumexp(h, axis=1, keepdims=True)
-        losses = [-log_p[row, label] for row, label in enumerate(labels)]
-        return sum(losses) / len(losses), (features, stats)
+        return log_loss(h, labels), (features, stats)
 
     (value, (features, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
         [part.params for part in parts]
@@ -58,12 +62,59 @@ def train_branch(layers, head, x, labels, rate, momentum, weight_decay):
     return features, float(value) * len(labels)
 
 
+def train_jointly(
+    client, exit, server, final, x, labels, rates, share, momentum, weight_decay
+):
+    """One step of split learning, with the exit's gradient scaled by ``share``.
+
+    Layers take the gradient of the final loss and ``share`` times that of the exit's;
+    the exit head takes the whole of its own. Returns both sums of losses.
+    """
+    parts = [*client, exit, *server, final]
+    cut = len(client)
+
+    def losses(params):
+        stats = {}
+
+        def run(n, h):
+            variables = {"params": params[n], "batch_stats": parts[n].stats}
+            everything = jnp.ones(len(h), bool)
+            h, stats[n] = parts[n].stage.apply(variables, h, everything, train=True)
+            return h
+
+        h = x
+        for n in range(cut):
+            h = run(n, h)
+        exit_loss = log_loss(run(cut, h), labels)
+        for n in range(cut + 1, len(parts)):
+            h = run(n, h)
+        return (exit_loss, log_loss(h, labels)), stats
+
+    params = [part.params for part in parts]
+    (exit_loss, final_loss), stats = losses(params)
+    of_exit = jax.grad(lambda p: losses(p)[0][0])(params)
+    of_final = jax.grad(lambda p: losses(p)[0][1])(params)
+    for n, part in enumerate(parts):
+        grads = jax.tree.map(lambda e, f: share * e + f, of_exit[n], of_final[n])
+        if n == cut:
+            grads = of_exit[n]
+        rate = rates[0] if n <= cut else rates[1]
+        part.sgd(grads, stats[n], rate, momentum, weight_decay)
+    return float(exit_loss) * len(labels), float(final_loss) * len(labels)
+
+
 class Reference:
     """A federation: a list of layers and a head for each client, and its server."""
 
-    def __init__(self, model, network, cuts, *, shared, server_lr_scale, sgd):
-        """Slices of one network for everyone; ``sgd`` is momentum, weight decay."""
+    def __init__(
+        self, model, network, cuts, *, shared, server_lr_scale, sgd, joint=None
+    ):
+        """Slices of one network for everyone; ``sgd`` is momentum, weight decay.
+
+        ``joint`` is None for a detached cut, else the share of the exit's gradient.
+        """
         self.cuts = cuts  # id -> cut
+        self.joint = joint
         self.shared = shared
         self.scale = server_lr_scale
         self.sgd = sgd
@@ -91,6 +142,18 @@ class Reference:
 
     def turn(self, i, x, labels, rate):
         """A client's batch, and the server's on the features it sends."""
+        if self.joint is not None:
+            return train_jointly(
+                self.client_layers[i],
+                self.exits[i],
+                self.server_layers[i],
+                self.finals[i],
+                x,
+                labels,
+                (rate, rate * self.scale),
+                self.joint,
+                *self.sgd,
+            )
         features, exit_loss = train_branch(
             self.client_layers[i], self.exits[i], x, labels, rate, *self.sgd
         )
@@ -108,10 +171,11 @@ class Reference:
         """For every layer and head, its holders as (client, layer) pairs."""
         found = {}
         for i, cut in self.cuts.items():
-            for j, layer in enumerate(self.server_layers[i]):
-                found.setdefault(cut + j, []).append((i, layer))
-            found.setdefault("final", []).append((i, self.finals[i]))
-            if average == "all_holders":
+            if average != "clients":
+                for j, layer in enumerate(self.server_layers[i]):
+                    found.setdefault(cut + j, []).append((i, layer))
+                found.setdefault("final", []).append((i, self.finals[i]))
+            if average != "servers":
                 for j, layer in enumerate(self.client_layers[i]):
                     found.setdefault(j, []).append((i, layer))
                 found.setdefault(("exit", cut), []).append((i, self.exits[i]))

@@ -10,8 +10,8 @@ import hsee_jax
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
     "base config data partition augment losses conv resnet model optim mesh split "
-    "aggregate federation strategies plan engine evaluate store experiment processes "
-    "checkpoint runs terminal flags cli"
+    "aggregate federation compose strategies plan engine evaluate store experiment "
+    "processes checkpoint runs terminal flags cli"
 ).split()
 
 

@@ -81,7 +81,9 @@ def test_the_joint_gradient_is_that_of_the_whole_network(cut):
         init_client(NETWORK, cut, DESCENT),
         init_server(NETWORK, cut, DESCENT),
     )
-    joint = jax.jit(lambda c, s: joint_step(*specs, c, s, padded, RATES))
+    joint = jax.jit(
+        lambda c, s: joint_step(*specs, c, s, padded, RATES, exit_gradient=1.0)
+    )
     alone = jax.jit(lambda c: branch_step(specs[0], c, padded, RATES[0]))
     new_client, new_server, _ = joint(client, server)
     own_exit, _, _ = alone(client)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import Reference
+from reference import Layer, Reference, train_branch
 from tiny import (
     OPTIM,
     PIPELINE,
@@ -15,13 +15,22 @@ from tiny import (
     tiny_shards,
 )
 
+from hsee_jax.base import UserError
 from hsee_jax.engine import make_round
 from hsee_jax.federation import RunState, server_of
 from hsee_jax.mesh import SAME, place, place_blocks
 from hsee_jax.model import init_network
 from hsee_jax.plan import num_slots, plan_round
 from hsee_jax.store import DeviceStore, HostStore
-from hsee_jax.strategies import averaging, sequential
+from hsee_jax.strategies import (
+    averaging,
+    centralized,
+    fedavg,
+    local,
+    sequential,
+    splitfed_v1,
+    splitfed_v2,
+)
 
 CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
 SIZES = {7: 6, 2: 4, 5: 7, 0: 2, 3: 3}  # one or two batches of 4, some padded
@@ -99,7 +108,9 @@ def assert_same(one, other, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
 
 
-def reference_run(federation, log, *, shared, scale, turn, policy, cuts, sizes):
+def reference_run(
+    federation, log, *, shared, scale, turn, policy, cuts, sizes, joint=None
+):
     """The same rounds in plain Python."""
     model, data = federation.model, tiny_data()
     images = (data.images.astype(np.float32) / 255 - 0.5) / 0.25
@@ -110,6 +121,7 @@ def reference_run(federation, log, *, shared, scale, turn, policy, cuts, sizes):
         shared=shared,
         server_lr_scale=scale,
         sgd=(OPTIM.momentum, OPTIM.weight_decay),
+        joint=joint,
     )
     for number, (plan, rates, metrics) in enumerate(log):
         ids = plan.ids.tolist()
@@ -148,6 +160,21 @@ def check_against_reference(reference, federation, strategy, state):
             )
 
 
+def check_both_forms(strategy, federation, cuts, sizes, setting, participation):
+    """The loop and the scan against one run of the reference."""
+    shards = tiny_shards(sizes)
+    policy = setting["policy"]
+    options = {
+        "participation": participation,
+        "uniform": policy is not None and policy["weights"] == "uniform",
+    }
+    looped, log = train(strategy, federation, shards, axis="loop", **options)
+    reference = reference_run(federation, log, cuts=cuts, sizes=sizes, **setting)
+    check_against_reference(reference, federation, strategy, looped)
+    stacked, _ = train(strategy, federation, shards, axis="vmap", **options)
+    check_against_reference(reference, federation, strategy, stacked)
+
+
 AVERAGING = {
     "period": 1,
     "unit": "rounds",
@@ -167,26 +194,10 @@ AVERAGING = {
     ],
 )
 def test_sequential_equals_the_reference(turn, participation):
-    federation, shards = tiny_federation(CUTS), tiny_shards(SIZES)
+    federation = tiny_federation(CUTS)
     strategy = sequential(federation, turn=turn, server_lr_scale=0.5)
-    looped, log = train(
-        strategy, federation, shards, axis="loop", participation=participation
-    )
-    reference = reference_run(
-        federation,
-        log,
-        shared=True,
-        scale=0.5,
-        turn=turn,
-        policy=None,
-        cuts=CUTS,
-        sizes=SIZES,
-    )
-    check_against_reference(reference, federation, strategy, looped)
-    stacked, _ = train(
-        strategy, federation, shards, axis="vmap", participation=participation
-    )
-    check_against_reference(reference, federation, strategy, stacked)
+    setting = {"shared": True, "scale": 0.5, "turn": turn, "policy": None}
+    check_both_forms(strategy, federation, CUTS, SIZES, setting, participation)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +213,7 @@ def test_sequential_equals_the_reference(turn, participation):
 )
 def test_averaging_equals_the_reference(participation, changes):
     policy = AVERAGING | changes
-    federation, shards = tiny_federation(CUTS), tiny_shards(SIZES)
+    federation = tiny_federation(CUTS)
     strategy = averaging(
         federation,
         period=policy["period"],
@@ -211,24 +222,115 @@ def test_averaging_equals_the_reference(participation, changes):
         batch_norm=policy["batch_norm"],
         optimizer_state=policy["optimizer_state"],
     )
-    options = {
-        "participation": participation,
-        "uniform": policy["weights"] == "uniform",
-    }
-    looped, log = train(strategy, federation, shards, axis="loop", **options)
-    reference = reference_run(
-        federation,
-        log,
-        shared=False,
-        scale=1.0,
-        turn="batch",
-        policy=policy,
-        cuts=CUTS,
-        sizes=SIZES,
+    setting = {"shared": False, "scale": 1.0, "turn": "batch", "policy": policy}
+    check_both_forms(strategy, federation, CUTS, SIZES, setting, participation)
+
+
+EVERYTHING = AVERAGING | {"average": "all_holders"}
+CLIENTS = AVERAGING | {"average": "clients"}
+LAST = dict.fromkeys(CUTS, 3)  # all layers
+ALIKE = dict.fromkeys(CUTS, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "cuts", "setting", "participation"),
+    [
+        (local, CUTS, {"shared": False}, 1.0),
+        (
+            splitfed_v1,
+            ALIKE,
+            {"shared": False, "joint": 0.0, "policy": EVERYTHING},
+            1.0,
+        ),
+        (
+            splitfed_v2,
+            ALIKE,
+            {
+                "shared": True,
+                "joint": 0.0,
+                "policy": AVERAGING | {"average": "clients"},
+            },
+            0.6,
+        ),
+        (fedavg, LAST, {"shared": False, "joint": 0.0, "policy": EVERYTHING}, 0.6),
+        (centralized, {3: 2}, {"shared": False, "joint": 0.0}, 1.0),
+    ],
+    ids=["local", "splitfed_v1", "splitfed_v2", "fedavg", "centralized"],
+)
+def test_baselines_equal_the_reference(make, cuts, setting, participation):
+    setting = {"scale": 1.0, "turn": "batch", "policy": None} | setting
+    federation = tiny_federation(cuts)
+    sizes = {i: SIZES[i] for i in cuts}
+    check_both_forms(make(federation), federation, cuts, sizes, setting, participation)
+
+
+@pytest.mark.parametrize(
+    ("make", "turn", "exit_gradient"),
+    [
+        (sequential, "epoch", 1.0),
+        (averaging, None, 0.5),
+        pytest.param(sequential, "batch", 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_joint_boundary_equals_the_reference(make, turn, exit_gradient):
+    """For any cuts side by side, and with a server that learns at half the rate."""
+    federation = tiny_federation(CUTS)
+    options = {"boundary": "joint", "exit_gradient": exit_gradient}
+    strategy = make(
+        federation, server_lr_scale=0.5, **options, **({"turn": turn} if turn else {})
     )
-    check_against_reference(reference, federation, strategy, looped)
-    stacked, _ = train(strategy, federation, shards, axis="vmap", **options)
-    check_against_reference(reference, federation, strategy, stacked)
+    setting = {
+        "shared": turn is not None,
+        "joint": exit_gradient,
+        "scale": 0.5,
+        "turn": turn or "batch",
+        "policy": None if turn else AVERAGING,
+    }
+    check_both_forms(strategy, federation, CUTS, SIZES, setting, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "cut"), [(splitfed_v1, 2), (splitfed_v2, 1), (fedavg, 3), (centralized, 2)]
+)
+def test_with_one_client_and_one_cut_a_baseline_is_plain_training(make, cut):
+    """One network on one head's loss, by the plain step of the reference."""
+    federation, shards = tiny_federation({4: cut}), tiny_shards({4: 10})
+    strategy = make(federation)
+    state, log = train(strategy, federation, shards, axis="loop")
+    model, data = federation.model, tiny_data()
+    network = init_network(model, KEY)
+    layers = [Layer(*pair) for pair in zip(model.stages, network.layers, strict=True)]
+    head = Layer(model.final_head, network.final_head)
+    for plan, rates, _ in log:
+        for t, rate in enumerate(rates):
+            rows = plan.indices[t, 0][plan.mask[t, 0]]
+            images = (data.images[rows].astype(np.float32) / 255 - 0.5) / 0.25
+            labels = [int(label) for label in data.labels[rows]]
+            sgd = (float(rate), OPTIM.momentum, OPTIM.weight_decay)
+            train_branch(layers, head, jnp.asarray(images), labels, *sgd)
+    client, server = branches(federation, strategy, state)[4]
+    ours = [*client.layers, *server.layers, server.head]
+    for one, other in zip(ours, [*layers, head], strict=True):
+        assert_same(
+            (one.params, one.batch_stats),
+            (other.params, other.stats),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "cuts", "message"),
+    [
+        (splitfed_v1, CUTS, "cuts: 1 2 3 is not allowed with splitfed_v1"),
+        (splitfed_v2, CUTS, "cuts: 1 2 3 is not allowed with splitfed_v2"),
+        (fedavg, ALIKE, "cuts: 2 is not allowed with fedavg.*allowed is 3"),
+        (centralized, LAST, "num_clients: 5 is not allowed with centralized"),
+    ],
+)
+def test_a_baseline_refuses_a_federation_that_is_not_its_own(make, cuts, message):
+    with pytest.raises(UserError, match=message):
+        make(tiny_federation(cuts))
 
 
 def test_with_one_client_averaging_is_sequential():
