@@ -1,7 +1,7 @@
-"""Renders README's section on performance from the results of the benchmarks.
+"""Renders the sections on performance from the results of the benchmarks.
 
 Shows: nothing of its own; every figure is read from results/bench-*.json, and what has
-no result is "not measured".
+no result is "not measured". README.md has those on rounds, RESULTS.md the details.
 Cost: a second.
 Command: python experiments/performance.py
 """
@@ -17,7 +17,7 @@ import bench_round
 import bench_scaling
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- performance -->", "<!-- end of performance -->"
+DETAILS = Path(__file__).parent / "RESULTS.md"
 BACKENDS = {"cpu": "CPU", "gpu": "GPU"}
 
 
@@ -26,7 +26,7 @@ class Section(NamedTuple):
 
     prefix: str
     title: str
-    columns: Sequence[str] | None  # None: all there are
+    columns: Sequence[str]
     expected: dict[str, list[bench.Row]]  # rows of each backend; none: any will do
 
 
@@ -70,15 +70,24 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
-    """The section's text: a table for each benchmark, backend and machine."""
-    named = {section.prefix for section in SECTIONS}
-    others = sorted({r["benchmark"] for r in results if not _known(r, named)})
-    sections = [*SECTIONS, *(Section(n, f"Benchmark `{n}`", None, {}) for n in others)]
-    return "\n\n".join(_section(section, results) for section in sections)
+    """README's text: a table for each of its benchmarks, backend and machine."""
+    return "\n\n".join(_section(section, results) for section in SECTIONS)
 
 
-def _known(result: dict[str, Any], prefixes: set[str]) -> bool:
-    return any(_belongs(result["benchmark"], prefix) for prefix in prefixes)
+def details(results: Sequence[dict[str, Any]]) -> str:
+    """The text for the other benchmarks: a table for rows of the same columns."""
+    parts = []
+    for result in results:
+        if any(_belongs(result["benchmark"], section.prefix) for section in SECTIONS):
+            continue
+        parts.append(f"### Benchmark `{result['benchmark']}`")
+        parts.append(f"{_machine(result['machine'])}:")
+        alike: dict[tuple[str, ...], list[bench.Row]] = {}
+        for row in result["rows"]:
+            columns = (name for name, v in row.items() if not isinstance(v, dict))
+            alike.setdefault(tuple(columns), []).append(row)
+        parts += [bench.table(rows, columns) for columns, rows in alike.items()]
+    return "\n\n".join(parts)
 
 
 def _belongs(name: str, prefix: str) -> bool:
@@ -101,12 +110,12 @@ def _section(section: Section, results: Sequence[dict[str, Any]]) -> str:
             machines[_machine(result["machine"])] += result["rows"]
             missing = [row for row in missing if not _in(row, result["rows"])]
         for machine, rows in machines.items():
-            parts.append(f"{machine}:\n\n{_table(rows, section.columns)}")
+            parts.append(f"{machine}:\n\n{bench.table(rows, section.columns)}")
         if not mine and backend in section.expected and not missing:
             parts.append(f"On a {BACKENDS[backend]}: not measured.")
         if missing:
             heading = f"On a {BACKENDS[backend]}, not measured:"
-            parts.append(f"{heading}\n\n{_table(missing, section.columns)}")
+            parts.append(f"{heading}\n\n{bench.table(missing, section.columns)}")
     return "\n\n".join(parts)
 
 
@@ -123,29 +132,29 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def _table(rows: Sequence[bench.Row], columns: Sequence[str] | None) -> str:
-    if columns is None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-    return bench.table(rows, columns)
-
-
-def insert(readme: str, section: str) -> str:
-    """The README with the section between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def insert(page: str, section: str, name: str) -> str:
+    """The page with the section between the markers of that name."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+        raise SystemExit(f"there is no {first} ... {last}")
+    return f"{before}{first}\n{section}\n{last}{after}"
 
 
 def main() -> None:
-    """Reads the results and writes the section."""
+    """Reads the results and writes the sections."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=bench.RESULTS)
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--details", type=Path, default=DETAILS)
     arguments = parser.parse_args()
-    text = arguments.readme.read_text()
-    arguments.readme.write_text(insert(text, render(load(arguments.results))))
+    results = load(arguments.results)
+    for path, text in (
+        (arguments.readme, render(results)),
+        (arguments.details, details(results)),
+    ):
+        path.write_text(insert(path.read_text(), text, "performance"))
 
 
 if __name__ == "__main__":

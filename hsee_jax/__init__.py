@@ -13,6 +13,7 @@ from hsee_jax.base import (
     ExitMetrics,
     Metrics,
     Stage,
+    Stopped,
     UserError,
 )
 from hsee_jax.compose import compose
@@ -79,6 +80,7 @@ __all__ = [
     "RoundPlan",
     "RunState",
     "Stage",
+    "Stopped",
     "Strategy",
     "UserError",
     "averaging",

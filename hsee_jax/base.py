@@ -80,6 +80,19 @@ class UserError(Exception):
     """Something the user can mend; its text is one line that says how."""
 
 
+class Stopped(Exception):
+    """Training was asked to stop before its end; it can be resumed.
+
+    Attributes:
+      round: rounds done, all of them in the last checkpoint.
+    """
+
+    def __init__(self, round: int) -> None:
+        """Says where."""
+        super().__init__(f"stopped after round {round}")
+        self.round = round
+
+
 class DivergenceError(Exception):
     """A loss stopped being finite.
 

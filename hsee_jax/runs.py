@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hsee_jax.base import DivergenceError, ExitMetrics, UserError
+from hsee_jax.base import DivergenceError, ExitMetrics, Stopped, UserError
 from hsee_jax.checkpoint import Checkpoints
 from hsee_jax.config import Config, flatten, from_dict, override, to_json
 from hsee_jax.evaluate import ClientResult, means
@@ -47,6 +47,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     on_round: Callable[[Record], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Trains to the end and writes the run's folder.
 
@@ -61,6 +62,8 @@ def train(
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
       on_round: called with what is written to ``metrics.jsonl``.
+      stop: asked after every round but the last, in every process; true ends the run
+        there, with a checkpoint.
 
     Returns:
       The content of ``summary.json``.
@@ -69,6 +72,7 @@ def train(
       UserError: the configuration, the data or the folder do not allow it; the folder
         is as it was.
       DivergenceError: a loss is not finite; the last checkpoint is a good one.
+      Stopped: by ``stop``.
     """
     since = time.perf_counter()
     in_first(partial(_check_folder, folder, resume=resume, overwrite=overwrite))
@@ -94,7 +98,8 @@ def train(
             seconds = time.perf_counter() - start
             number = len(records) + 1
             last = number == config.run.rounds
-            save = last or number % config.run.checkpoint_every == 0
+            stopped = not last and stop()
+            save = last or stopped or number % config.run.checkpoint_every == 0
             record = _record(number, metrics, seconds)
             if save or number % config.run.eval_every == 0:
                 results = experiment.evaluate(state, experiment.test)
@@ -114,6 +119,8 @@ def train(
                     score=means(results)[1],
                     metadata={"config": json.loads(to_json(config))},
                 )
+            if stopped:
+                raise Stopped(number)
     summary = _summary(config, results, records)
     if is_first():
         _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

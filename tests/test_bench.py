@@ -129,23 +129,29 @@ def test_performance_shows_what_is_there_and_what_is_missing():
     assert missing.count("not measured") == len(performance.SECTIONS[0].columns) - 3
     assert text.index("On a GPU, not measured:") < text.index("| w64-b128-n64 |")
     assert text.count("On a CPU: not measured.") == len(bench_scaling.PARTS)
+    assert "beads" not in text
+    text = performance.details([RESULT, other])
     assert "### Benchmark `beads`" in text
     assert "| beads |\n|---|\n| 7 |" in text
 
 
 def test_the_section_replaces_what_is_between_the_markers():
-    readme = f"a\n{performance.BEGIN}\nold\n{performance.END}\nz\n"
-    text = performance.insert(readme, "new")
-    assert text == f"a\n{performance.BEGIN}\nnew\n{performance.END}\nz\n"
-    assert performance.insert(text, "new") == text
+    readme = "a\n<!-- it -->\nold\n<!-- end of it -->\nz\n"
+    text = performance.insert(readme, "new", "it")
+    assert text == "a\n<!-- it -->\nnew\n<!-- end of it -->\nz\n"
+    assert performance.insert(text, "new", "it") == text
     with pytest.raises(SystemExit):
-        performance.insert("a\n", "new")
+        performance.insert("a\n", "new", "it")
 
 
 def test_the_readme_shows_the_results():
-    section = performance.render(performance.load(bench.RESULTS))
-    readme = performance.README.read_text()
-    assert performance.insert(readme, section) == readme
+    results = performance.load(bench.RESULTS)
+    for path, section in (
+        (performance.README, performance.render(results)),
+        (performance.DETAILS, performance.details(results)),
+    ):
+        page = path.read_text()
+        assert performance.insert(page, section, "performance") == page
 
 
 def test_all_benchmarks_are_parts():

@@ -57,13 +57,3 @@ def test_the_commands_use_flags_that_exist():
     flags -= {"file-format", "help"}
     assert {"strategy", "cuts", "data-dir"} <= flags
     assert flags - {"file"} <= known
-
-
-def test_the_table_is_that_of_the_results():
-    sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-    import demo
-
-    names = sorted(demo.RESULTS.glob("demo-*"))
-    assert names
-    rows = [demo.json.loads(path.read_text()) for path in names]
-    assert demo.table(rows) in README

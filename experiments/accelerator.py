@@ -1,0 +1,95 @@
+"""Runs the full-size rows that are not done yet, in order of value, on an accelerator.
+
+Shows: what the rows say, see `rows/`.
+Cost: what --seconds and --row-seconds allow; the next call goes on where this one
+stopped.
+Command: python experiments/accelerator.py --data-dir FOLDER --seconds 540
+
+The folder may hold plain npz files alone, `cifar10/train.npz` and `cifar10/test.npz`
+and so on, so that neither tensorflow-datasets nor a network is needed. A dataset that
+is not there is left out, and named.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rows
+import run
+
+import hsee_jax
+from hsee_jax.flags import use_cache
+
+SETS = ("cifar10", "cifar100", "stl10")
+# What a reader looks for first; the other rows follow in the order of their names.
+FIRST = ("centralized", "averaging-mixed", "sequential-mixed", "local-mixed")
+
+
+def in_order_of_value(sets: Iterable[str], seeds: Iterable[int]) -> list[rows.Run]:
+    """All runs: those of the first seed before the next, the telling rows before all.
+
+    Among equals the sets keep their order.
+    """
+
+    def rank(pair: tuple[int, str]) -> tuple[int, int, str]:
+        place, row = pair
+        name = row.partition("/")[2]
+        first = FIRST.index(name) if name in FIRST else len(FIRST)
+        return (first, place, row)
+
+    pairs = [(place, row) for place, set in enumerate(sets) for row in rows.rows(set)]
+    return [rows.Run(row, seed) for seed in seeds for _, row in sorted(pairs, key=rank)]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs until the time is over; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=540, help="in all")
+    parser.add_argument("--row-seconds", type=float, help="of one run")
+    parser.add_argument("--list", action="store_true", help="print what is not done")
+    given = run.parse(parser, words)
+    changes: dict[str, Any] = {"data_dir": given.data_dir} if given.data_dir else {}
+    end = time.monotonic() + given.seconds
+    try:
+        for set in given.sets:
+            rows.select([set])
+        use_cache({})
+        missing: list[str] = []
+        for one in in_order_of_value(given.sets, given.seeds):
+            name, left = f"{one.row} seed {one.seed}", end - time.monotonic()
+            if rows.load(one, given.results) is not None:
+                continue
+            if given.list:
+                print(name)
+                continue
+            if left <= 0:
+                break
+            dataset = rows.config_of(one).data.dataset
+            if dataset in missing:
+                continue
+            try:
+                how = run.perform(
+                    one,
+                    changes=changes,
+                    folder=given.runs,
+                    results=given.results,
+                    seconds=min(left, given.row_seconds or left),
+                )
+            except hsee_jax.UserError as error:
+                if not str(error).startswith("data_dir"):
+                    raise
+                missing.append(dataset)
+                how = f"left out: {error}"
+            print(f"{name}: {how}", flush=True)
+    except hsee_jax.UserError as error:
+        print(f"accelerator.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

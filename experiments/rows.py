@@ -1,0 +1,104 @@
+"""The rows of the results tables: one TOML file each, and what is known of them.
+
+A set is a folder of `rows/` whose ``set.toml`` names a preset and what all its rows
+change; a row's own file changes more. All begin with what they show, their cost and
+their command. A finished run leaves one JSON file: its row, seed, configuration and
+summary.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hsee_jax
+from hsee_jax.config import flatten
+
+HERE = Path(__file__).parent
+ROWS = HERE / "rows"
+RESULTS = HERE / "results"
+COMMON = "set.toml"
+_ELSEWHERE = ("data_dir",)  # fields of the machine, not of the row
+
+Result = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One row with one seed."""
+
+    row: str  # set/name
+    seed: int
+
+    @property
+    def result(self) -> str:
+        """The file under the folder of results."""
+        return f"{self.row.replace('/', '--')}-{self.seed}.json"
+
+
+def sets() -> list[str]:
+    """Names of all sets."""
+    return sorted(path.parent.name for path in ROWS.glob(f"*/{COMMON}"))
+
+
+def rows(set: str) -> list[str]:
+    """Names of a set's rows, ``set/name``."""
+    return [
+        f"{set}/{path.stem}"
+        for path in sorted((ROWS / set).glob("*.toml"))
+        if path.name != COMMON
+    ]
+
+
+def select(names: list[str]) -> list[str]:
+    """The rows that are named, by themselves or by their sets.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    chosen: list[str] = []
+    for name in names:
+        found = rows(name) if name in sets() else [name]
+        for row in found:
+            if not (ROWS / f"{row}.toml").is_file():
+                known = sets() if "/" not in row else rows(row.partition("/")[0])
+                raise hsee_jax.UserError(
+                    f"row: {name} is unknown; allowed are {', '.join(known or sets())}"
+                )
+        chosen += [row for row in found if row not in chosen]
+    return chosen
+
+
+def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
+    """The configuration of a run; ``changes`` are the machine's own."""
+    folder, _, _ = run.row.partition("/")
+    common = tomllib.loads((ROWS / folder / COMMON).read_text())
+    own = tomllib.loads((ROWS / f"{run.row}.toml").read_text())
+    values = common | own
+    base = hsee_jax.preset(values.pop("preset"))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    seeds = dict.fromkeys(("model_seed", "data_seed", "partition_seed"), run.seed)
+    return hsee_jax.override(base, **(values | seeds | changes))
+
+
+def settings(config: hsee_jax.Config) -> dict[str, Any]:
+    """The fields that make a result what it is, as JSON holds them."""
+    values = json.loads(json.dumps(flatten(config)))
+    return {name: v for name, v in values.items() if name not in _ELSEWHERE}
+
+
+def load(run: Run, folder: Path = RESULTS) -> Result | None:
+    """The result of a run, if there is one of the row as it is now."""
+    path = folder / run.result
+    if not path.is_file():
+        return None
+    result: Result = json.loads(path.read_text())
+    return result if result["config"] == settings(config_of(run)) else None
+
+
+def save(run: Run, config: hsee_jax.Config, summary: Result, folder: Path) -> None:
+    """Writes the result of a run, at once or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"row": run.row, "seed": run.seed, **summary, "config": settings(config)}
+    temporary = folder / f"{run.result}.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(folder / run.result)

@@ -1,0 +1,89 @@
+"""Makes the tables of results from the JSON of finished runs.
+
+Shows: mean and standard deviation over seeds of each row; nothing is typed by hand, and
+what has not been run says so. The small sets go into README.md, the others into
+RESULTS.md.
+Cost: a second.
+Command: python experiments/tables.py
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import rows
+from performance import README, insert
+
+RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
+IN_README = ("demo", "cpu-small-cifar10", "cpu-small-fashion")
+SEEDS = (0, 1, 2)
+COLUMNS = ("row", "seeds", "exit accuracy", "server accuracy", "images/s", "seconds")
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and, of several values, their standard deviation (n - 1)."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def set_table(set: str, folder: Path = rows.RESULTS) -> str:
+    """A Markdown line for each row of a set, and what it was run on."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    machines = []
+    for row in rows.rows(set):
+        runs = [rows.Run(row, seed) for seed in SEEDS]
+        found = {run.seed: result for run in runs if (result := rows.load(run, folder))}
+        name = row.partition("/")[2]
+        if not found:
+            lines.append(f"| {name} |" + " not run |" * (len(COLUMNS) - 1))
+            continue
+        results = list(found.values())
+        cells = [name, " ".join(map(str, found))]
+        for figure in ("mean_exit_accuracy", "mean_server_accuracy"):
+            cells.append(spread([result[figure] for result in results]))
+        for figure in ("images_per_second", "wall_seconds"):
+            cells.append(spread([result[figure] for result in results], 0))
+        lines.append(f"| {' | '.join(cells)} |")
+        machines += [machine(result) for result in results]
+    known = [m for m in dict.fromkeys(machines)]
+    return "\n".join([*lines, *(f"\nRun on {m}." for m in known)])
+
+
+def machine(result: rows.Result) -> str:
+    """The hardware and the versions of a result, in a line."""
+    names = ("python", "jax", "flax")
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in names)
+    return f"{result['device']} with {result['cpu_cores']} core(s); {versions}"
+
+
+def about(set: str) -> str:
+    """What a set shows and costs, from the head of its file."""
+    lines = (rows.ROWS / set / rows.COMMON).read_text().splitlines()
+    comments = [line.removeprefix("#").strip() for line in lines if line[:1] == "#"]
+    return "\n".join(comments).replace("Command: ", "Command: `") + "`"
+
+
+def section(set: str, folder: Path) -> str:
+    """A set's heading, words and table."""
+    return f"### {set}\n\n{about(set)}\n\n{set_table(set, folder)}"
+
+
+def main() -> None:
+    """Writes both files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=rows.RESULTS)
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=RESULTS_PAGE)
+    given = parser.parse_args()
+    for path, sets in (
+        (given.readme, IN_README),
+        (given.page, [set for set in rows.sets() if set not in IN_README]),
+    ):
+        text = "\n\n".join(section(set, given.results) for set in sets)
+        path.write_text(insert(path.read_text(), text, "results"))
+
+
+if __name__ == "__main__":
+    main()
