@@ -92,7 +92,9 @@ def load(run: Run, folder: Path = RESULTS) -> Result | None:
     if not path.is_file():
         return None
     result: Result = json.loads(path.read_text())
-    return result if result["config"] == settings(config_of(run)) else None
+    # A field that is younger than the result had its default.
+    config = settings(hsee_jax.Config()) | result["config"]
+    return result if config == settings(config_of(run)) else None
 
 
 def save(run: Run, config: hsee_jax.Config, summary: Result, folder: Path) -> None:
