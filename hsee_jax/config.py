@@ -214,6 +214,11 @@ class StrategyConfig(Checked):
     def check(self) -> None:
         """Checks numbers."""
         self.require("exit_gradient", "0..1", 0 <= self.exit_gradient <= 1)
+        self.require(
+            "exit_gradient",
+            "0 unless the boundary is joint",
+            self.exit_gradient == 0 or self.boundary == "joint",
+        )
         self.require("period", "0 or more", self.period >= 0)
         self.require(
             "server_lr_scale", "more than 0", 0 < self.server_lr_scale < float("inf")

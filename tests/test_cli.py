@@ -10,6 +10,7 @@ import pytest
 
 from hsee_jax import cli
 from hsee_jax.config import Config, flatten, options, override, preset, takes_many
+from hsee_jax.strategies import STRATEGIES, options_of
 
 SMALL = (
     "--width 2 --stem 7x7 --num-clients 3 --cuts 8 layer4 --max-train-samples 60 "
@@ -165,6 +166,11 @@ BAD = [
     ("train --num-processes 2", "coordinator: missing"),
     ("train --coordinator here --num-processes 2 --process-id 0", "HOST:PORT"),
     ("train --compilation-cache /dev/null/x", "compilation_cache: /dev/null/x"),
+    ("train --strategy fedavg", "cuts: 2 4 6 is not allowed with fedavg"),
+    ("train --strategy splitfed_v2", "allowed is one cut"),
+    ("train --strategy centralized", "num_clients: 6 is not allowed"),
+    ("train --turn epoch", "turn: epoch has no effect on averaging"),
+    ("train --exit-gradient 1", "exit_gradient: 1.0"),
     ("eval nowhere", "nowhere is not a run"),
     ("eval", "run"),
     ("info --width 0", "width: 0"),
@@ -210,11 +216,18 @@ def test_every_field_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
     current = flatten(preset("demo"))[name]
     value = different(item, current)
     words = [str(v) for v in (value if takes_many(item) else [value])]
-    flag = f"--{name.replace('_', '-')}"
-    assert cli.main(["train", flag, *words, "--out", str(tmp_path / "run")]) == 0
+    words.insert(0, f"--{name.replace('_', '-')}")
     if name == "data_dir":  # kept as an absolute path
         value = str(Path(value).resolve())
-    assert seen == [override(preset("demo"), **{name: value})]
+    other = {"boundary": "joint"} if name == "exit_gradient" else {}
+    expected = override(preset("demo"), **{name: value}, **other)
+    if name == "turn":  # of no effect on the preset's strategy
+        words += ["--strategy", "sequential"]
+        expected = override(expected, strategy="sequential")
+    if name == "exit_gradient":
+        words += ["--boundary", "joint"]
+    assert cli.main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    assert seen == [expected]
     assert value != current
 
 
@@ -231,10 +244,11 @@ def different(item, current):
 
 
 def test_every_field_is_read():
-    """Each one appears as an attribute somewhere beside config.py."""
+    """Each one is an option of a strategy, or an attribute beside config.py."""
     package = Path(cli.__file__).parent
     code = "".join(
         path.read_text() for path in package.rglob("*.py") if path.name != "config.py"
     )
-    for name in flatten(Config()):
+    of_strategies = {name for strategy in STRATEGIES for name in options_of(strategy)}
+    for name in set(flatten(Config())) - of_strategies:
         assert re.search(rf"\.{name}\b|\b{name}: str,|\"{name}\"", code), name

@@ -8,6 +8,7 @@ import pytest
 from test_strategies import CUTS, SIZES, assert_same, branches, train
 from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 
+from hsee_jax.compose import compose
 from hsee_jax.evaluate import make_evaluation
 from hsee_jax.mesh import SAME, make_mesh, place
 from hsee_jax.strategies import averaging, sequential
@@ -17,6 +18,8 @@ STRATEGIES = {
     "epoch": (sequential, {"turn": "epoch"}),
     "averaging": (averaging, {"average": "all_holders"}),
     "steps": (averaging, {"period": 2, "period_unit": "steps"}),
+    "clients": (compose, {"shared": True, "average": "clients"}),
+    "joint": (compose, {"shared": True, "average": "clients", "boundary": "joint"}),
 }
 
 
@@ -36,6 +39,9 @@ def first_devices(count):
         pytest.param("epoch", 0.6, marks=pytest.mark.slow),
         pytest.param("steps", 1.0, marks=pytest.mark.slow),
         pytest.param("steps", 0.6, marks=pytest.mark.slow),
+        pytest.param("clients", 0.6, marks=pytest.mark.slow),
+        pytest.param("joint", 0.6, marks=pytest.mark.slow),
+        pytest.param("joint", 1.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_number_of_devices_does_not_matter(name, participation):

@@ -1,0 +1,262 @@
+"""The rows of the results tables, their runner, and the tables made of the results."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hsee_jax
+from hsee_jax.experiment import build_model, build_strategy
+from hsee_jax.federation import Client, Federation, group_clients
+from hsee_jax.model import deal_cuts
+from hsee_jax.optim import make_optimizer
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import accelerator  # noqa: E402
+import rows  # noqa: E402
+import run as runner  # noqa: E402
+import tables  # noqa: E402
+
+ALL = [row for set in rows.sets() for row in rows.rows(set)]
+SET = """# Shows: a set for tests.
+# Cost: nothing.
+# Command: python experiments/run.py mini
+preset = "demo"
+num_clients = 2
+cuts = ["1", "2"]
+max_train_samples = 40
+max_test_samples = 20
+rounds = 3
+"""
+
+
+@pytest.fixture
+def mini(tmp_path, monkeypatch):
+    """One set of two small rows, and folders for their runs and results."""
+    folder = tmp_path / "rows" / "mini"
+    folder.mkdir(parents=True)
+    (folder / "set.toml").write_text(SET)
+    for strategy in ("averaging", "sequential"):
+        (folder / f"{strategy}.toml").write_text(f'strategy = "{strategy}"\n')
+    monkeypatch.setattr(rows, "ROWS", tmp_path / "rows")
+    return {"folder": tmp_path / "runs", "results": tmp_path / "results"}
+
+
+@pytest.mark.parametrize("row", ALL)
+def test_a_row_says_what_it_is_and_can_be_composed(row):
+    head = (rows.ROWS / f"{row}.toml").read_text().splitlines()
+    assert head[0].startswith("# Shows: ")
+    assert head[1].startswith("# Cost: ")
+    assert head[2].startswith(f"# Command: python experiments/run.py {row}")
+    config = rows.config_of(rows.Run(row, 7))
+    assert (config.run.model_seed, config.run.data_seed) == (7, 7)
+    model = build_model(config)
+    cuts = deal_cuts(config.clients.cuts, config.clients.num_clients, model.layer_names)
+    groups = group_clients(Client(i, cut) for i, cut in enumerate(cuts))
+    optimizer = make_optimizer(config.optim)
+    build_strategy(config, Federation(model, groups, optimizer))
+
+
+def test_every_dataset_has_all_rows_and_they_differ():
+    studies = [set for set in rows.sets() if set != "demo"]
+    names = [{row.partition("/")[2] for row in rows.rows(set)} for set in studies]
+    assert all(found == names[0] for found in names)
+    assert {"centralized", "local-mixed", "splitfed_v1", "fedavg"} < names[0]
+    for set in studies:
+        own = [
+            json.dumps(rows.settings(rows.config_of(rows.Run(row, 0))))
+            for row in rows.rows(set)
+        ]
+        assert len(dict.fromkeys(own)) == len(own)
+
+
+def test_rows_are_chosen_by_themselves_and_by_sets(mini):
+    assert rows.select(["mini/sequential", "mini"]) == [
+        "mini/sequential",
+        "mini/averaging",
+    ]
+    with pytest.raises(hsee_jax.UserError, match="mini/avg is unknown.*mini/averaging"):
+        rows.select(["mini/avg"])
+    with pytest.raises(hsee_jax.UserError, match="maxi is unknown; allowed are mini"):
+        rows.select(["maxi"])
+
+
+def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, tiny_network, capsys):
+    one = rows.Run("mini/averaging", 1)
+    assert runner.perform(one, changes={}, **mini, seconds=0) == (
+        "stopped after round 1 of 3"
+    )
+    assert rows.load(one, mini["results"]) is None
+    end = runner.perform(one, changes={}, **mini)
+    result = rows.load(one, mini["results"])
+    assert end == (
+        f"exit {result['mean_exit_accuracy']:.4f}, "
+        f"server {result['mean_server_accuracy']:.4f}"
+    )
+    whole = {**mini, "folder": mini["folder"] / "whole"}
+    runner.perform(one, changes={}, **whole)
+    assert tables.set_table("mini", mini["results"]).count("not run") == 5
+    again = rows.load(one, mini["results"])
+    for name in ("clients", "mean_exit_accuracy", "mean_server_accuracy", "config"):
+        assert again[name] == result[name]
+    assert "data_dir" not in result["config"]
+
+    folders = [f"--runs={mini['folder']}", f"--results={mini['results']}"]
+    assert runner.main(["mini/averaging", "--seeds", "1", *folders]) == 0
+    assert "0 of 1 runs are to be done" in capsys.readouterr().out
+
+
+def test_a_result_of_another_configuration_does_not_count(mini):
+    one = rows.Run("mini/averaging", 0)
+    config = rows.config_of(one)
+    rows.save(one, config, {}, mini["results"])
+    assert rows.load(one, mini["results"]) is not None
+    path = mini["results"] / one.result
+    content = json.loads(path.read_text())
+    del content["config"]["exit_gradient"]  # a field of later days
+    path.write_text(json.dumps(content))
+    assert rows.load(one, mini["results"]) is not None
+    own = rows.ROWS / "mini" / "averaging.toml"
+    own.write_text(own.read_text() + "batch_size = 9\n")
+    assert rows.load(one, mini["results"]) is None
+
+
+def test_the_runner_refuses_what_it_does_not_know(capsys):
+    assert runner.main(["cifra10"]) == 2
+    assert "cifra10 is unknown" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runner.main(["demo", "--jobs", "0"])
+
+
+def test_the_table_has_means_and_deviations(mini):
+    """Of 0.1, 0.2 and 0.6 the mean is 0.3, the deviation sqrt(0.14 / 2) = 0.265."""
+    for seed, accuracy in enumerate((0.1, 0.2, 0.6)):
+        one = rows.Run("mini/sequential", seed)
+        summary = {
+            "mean_exit_accuracy": accuracy,
+            "mean_server_accuracy": 0.5,
+            "images_per_second": 100.0,
+            "wall_seconds": 10.0 + seed,
+            "device": "1 x abacus",
+            "cpu_cores": 2,
+            "versions": {"python": "3", "jax": "4", "flax": "5"},
+        }
+        rows.save(one, rows.config_of(one), summary, mini["results"])
+    assert tables.set_table("mini", mini["results"]).splitlines() == [
+        "| row | seeds | exit accuracy | server accuracy | images/s | seconds |",
+        "|---|---|---|---|---|---|",
+        "| averaging | not run | not run | not run | not run | not run |",
+        "| sequential | 0 1 2 | 0.300 ± 0.265 | 0.500 ± 0.000 | 100 ± 0 | 11 ± 1 |",
+        "",
+        "Run on 1 x abacus with 2 core(s); python 3, jax 4, flax 5.",
+    ]
+
+
+def test_the_pages_show_the_results(tmp_path, monkeypatch):
+    copies = []
+    for path in (tables.README, tables.RESULTS_PAGE):
+        copies.append(tmp_path / path.name)
+        copies[-1].write_text(path.read_text())
+    flags = [f"--readme={copies[0]}", f"--page={copies[1]}"]
+    monkeypatch.setattr(sys, "argv", ["tables.py", *flags])
+    tables.main()
+    assert copies[0].read_text() == tables.README.read_text()
+    assert copies[1].read_text() == tables.RESULTS_PAGE.read_text()
+
+
+def test_the_accelerator_takes_the_telling_rows_first():
+    runs = accelerator.in_order_of_value(["cifar10", "stl10"], [0, 1])
+    assert [one.row for one in runs[:5]] == [
+        "cifar10/centralized",
+        "stl10/centralized",
+        "cifar10/averaging-mixed",
+        "stl10/averaging-mixed",
+        "cifar10/sequential-mixed",
+    ]
+    assert [one.seed for one in runs] == sorted(one.seed for one in runs)
+    assert (
+        len({*runs})
+        == len(runs)
+        == 2 * sum(len(rows.rows(set)) for set in ("cifar10", "stl10"))
+    )
+
+
+def test_the_accelerator_keeps_to_its_time_and_goes_on(
+    mini, tiny_network, monkeypatch, capsys
+):
+    clock = itertools.count(0, 1).__next__  # a second passes with every look at it
+    monkeypatch.setattr(time, "monotonic", clock)
+    words = ["--sets", "mini", "--seeds", "0", "--seconds", "9", "--row-seconds", "2"]
+    words += [f"--runs={mini['folder']}", f"--results={mini['results']}"]
+    assert accelerator.main(words) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert first[0].startswith("mini/averaging seed 0: stopped after round")
+    monkeypatch.undo()
+    monkeypatch.setattr(rows, "ROWS", mini["folder"].parent / "rows")
+    assert accelerator.main([*words, "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "mini/averaging seed 0",
+        "mini/sequential seed 0",
+    ]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {experiments!r}]
+import rows, run
+from tiny import tiny_model
+import hsee_jax.experiment
+model = tiny_model(input_shape=(28, 28, 1), classes=10)
+hsee_jax.experiment.build_model = lambda config: model
+rows.ROWS = Path({rows!r})
+changes = {{"rounds": 40, "checkpoint_every": 2}}
+config_of = rows.config_of
+rows.config_of = lambda one, **more: config_of(one, **(changes | more))
+folder = Path(sys.argv[1])
+for one in (rows.Run("mini/averaging", 0), rows.Run("mini/sequential", 0)):
+    if rows.load(one, folder / "results") is None:
+        run.perform(one, changes={{}}, folder=folder, results=folder / "results")
+print(__import__("tables").set_table("mini", folder / "results"))
+"""
+
+
+@pytest.mark.slow
+def test_killing_the_runner_changes_no_figure(mini, tmp_path):
+    """Killed in the middle of the second row, and started again."""
+    code = DRIVER.format(
+        tests=str(Path(__file__).parent),
+        experiments=str(EXPERIMENTS),
+        rows=str(tmp_path / "rows"),
+    )
+
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / name)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def accuracies(process):
+        text, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        return [line.split("|")[2:5] for line in text.splitlines() if "| 0 |" in line]
+
+    expected = accuracies(start("whole"))
+    killed = start("killed")
+    log = tmp_path / "killed" / "mini" / "sequential-0" / "metrics.jsonl"
+    while not log.is_file() or len(log.read_text().splitlines()) < 7:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert len(log.read_text().splitlines()) < 40
+    assert accuracies(start("killed")) == expected
+    assert len(expected) == 2
