@@ -1,0 +1,86 @@
+"""What both forms of a round share."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import PartitionSpec
+
+from hsee_jax.base import Array, Dataset, ExitMetrics, Key
+from hsee_jax.federation import Means, RunState, Strategy
+from hsee_jax.mesh import SAME, SPREAD
+from hsee_jax.plan import RoundPlan
+
+Floats = npt.NDArray[np.float32]
+
+
+class RoundFn(Protocol):
+    """A compiled round."""
+
+    def __call__(
+        self,
+        state: RunState,
+        data: Dataset,
+        plan: RoundPlan,
+        learning_rates: Floats,
+        weights: Floats,
+    ) -> tuple[RunState, Means, ExitMetrics]:
+        """Trains a round.
+
+        Args:
+          state: of the clients in the plan's slots, before; its buffers are given up.
+          data: the training samples, on the device; over several devices a block for
+            each, in which the plan's indices count.
+          plan: T steps of N slots.
+          learning_rates: ``float32 [T]``.
+          weights: ``float32 [N]``, of each slot in the averages; 0 for the absent.
+
+        Returns:
+          The state after, the last means of what is averaged, if it was, and the
+          metrics of the whole round, numpy arrays ``[N]``.
+        """
+
+
+def layout(strategy: Strategy) -> RunState:
+    """How a strategy's state lies over a mesh, as a prefix tree of partition specs.
+
+    Where clients wait for each other there is nothing to spread but the rows of a
+    batch, so every device holds all of them.
+    """
+    clients = SAME if strategy.step is None else SPREAD
+    servers = SAME if strategy.shared else SPREAD
+    return RunState(SAME, clients, servers)  # type: ignore[arg-type]
+
+
+def data_layout(strategy: Strategy) -> PartitionSpec:
+    """How the training samples lie over a mesh: a block for each device, or all."""
+    return SAME if strategy.step is None else SPREAD
+
+
+def step_key(key: Key, client: Array, step: Array) -> Key:
+    """Of one client's draws in one step, counted over the whole run."""
+    return jax.random.fold_in(jax.random.fold_in(key, client), step)
+
+
+def sizes_of(state: RunState) -> list[int]:
+    """The slots of each stack of clients."""
+    return [len(jax.tree.leaves(stack)[0]) for stack in state.clients]
+
+
+def sequence(strategy: Strategy, order: Any) -> tuple[Any, Any]:
+    """Step and slot of each turn in a round, from the turns ``int32 [T, A]``."""
+    numbers = jnp if isinstance(order, jax.Array) else np
+    num_steps, num_turns = order.shape
+    steps = numbers.arange(num_steps)
+    if strategy.turn_unit == "epoch":
+        return numbers.tile(steps, num_turns), numbers.repeat(order[0], num_steps)
+    return numbers.repeat(steps, num_turns), order.reshape(-1)
+
+
+def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
+    """Whether to aggregate after ``count`` steps or rounds."""
+    if strategy.period == 0 or strategy.period_unit != unit:
+        return False
+    return count % strategy.period == 0
