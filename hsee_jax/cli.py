@@ -1,4 +1,4 @@
-"""The command line: ``hsee train | eval | info``.
+"""The command line: ``hsee train | eval | info | report``.
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
 2, divergence is one line and status 3.
@@ -173,6 +173,47 @@ def _info(words: Sequence[str]) -> None:
     show(cost_table(layer_costs(build_model(config))))
 
 
+def _report(words: Sequence[str]) -> None:
+    """Draw runs, and compare them, on one page."""
+    parser = Parser(
+        prog="hsee report",
+        description=_report.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder; runs that differ in their seeds alone become one curve",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the page, the pictures and the Markdown; without one, "
+        "RUN/report for one run and report for several",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="FOLDER",
+        help="write the figures of each round there too, for TensorBoard",
+    )
+    given = parser.parse(words)
+
+    from hsee_jax import report
+    from hsee_jax.curves import read_curves
+
+    curves = read_curves(given.runs)
+    if given.tensorboard is not None:
+        report.write_events(curves, given.tensorboard)
+    alone = len(given.runs) == 1
+    out = given.out or (given.runs[0] / "report" if alone else Path("report"))
+    page = report.write_report(curves, out)
+    print(report.markdown(report.results(curves)))
+    print(page)
+
+
 def _print_results(figures: dict[str, Any], folder: Path) -> None:
     title = f"{folder}: test accuracy after {figures['rounds']} rounds"
     show(results_table(figures, title=title))
@@ -182,6 +223,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _evaluate,
     "info": _info,
+    "report": _report,
 }
 
 

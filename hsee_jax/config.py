@@ -14,6 +14,8 @@ from typing import Any
 
 from hsee_jax.base import UserError
 
+SEEDS = ("model_seed", "data_seed", "partition_seed")
+
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
     """A field with its documentation and, for a name, the allowed ones."""
@@ -285,7 +287,7 @@ class RunConfig(Checked):
             "keep_checkpoints",
         ):
             self.require(name, "1 or more", getattr(self, name) >= 1)
-        for name in ("model_seed", "data_seed", "partition_seed"):
+        for name in SEEDS:
             self.require(name, "0..2147483647", 0 <= getattr(self, name) < 2**31)
 
 

@@ -23,7 +23,7 @@ from hsee_jax.federation import Client, Federation, Strategy, group_clients
 from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
 from hsee_jax.model import Model, deal_cuts, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
-from hsee_jax.partition import partition
+from hsee_jax.partition import Share, manifest, partition
 from hsee_jax.plan import (
     EMPTY,
     RoundPlan,
@@ -45,6 +45,7 @@ class Experiment(NamedTuple):
     config: Config
     federation: Federation
     strategy: Strategy
+    manifest: list[Share]  # who has what of the training set
     test: Dataset  # on the devices
     train: Dataset  # on the devices
     shards: Shards  # of ``train``
@@ -160,14 +161,16 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     )
     strategy = build_strategy(config, federation)
     train, test = load_dataset(config.data) if data is None else data
-    shards = dict(enumerate(partition(train.labels, config)))
+    info = DATASETS[config.data.dataset]
+    parts = partition(train.labels, config)
+    shares = manifest(parts, train.labels, cuts=cuts, num_classes=info.num_classes)
+    shards = dict(enumerate(parts))
     steps = steps_per_round(shards, config.run.batch_size)
     schedule = make_schedule(
         config.optim, num_rounds=config.run.rounds, steps_per_round=steps
     )
     global_steps = np.arange(config.run.rounds * steps, dtype=np.float32)
     rates: Array = jax.vmap(schedule)(global_steps)
-    info = DATASETS[config.data.dataset]
     pipeline = InputPipeline(info.mean, info.std, config.data.augment)
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
@@ -183,6 +186,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         config=config,
         federation=federation,
         strategy=strategy,
+        manifest=shares,
         train=train,
         test=place(test, federation.mesh, SAME),
         shards=shards,

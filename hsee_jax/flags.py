@@ -12,6 +12,7 @@ import jax
 from hsee_jax.base import UserError
 from hsee_jax.config import (
     PRESETS,
+    SEEDS,
     Config,
     options,
     override,
@@ -19,8 +20,6 @@ from hsee_jax.config import (
     takes_many,
     value_type,
 )
-
-_SEEDS = ("model_seed", "data_seed", "partition_seed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +107,7 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     if "data_dir" in changes:
         changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
     if "seed" in given:
-        changes = {name: given["seed"] for name in _SEEDS} | changes
+        changes = {name: given["seed"] for name in SEEDS} | changes
     if "preset" in given and "config" in given:
         raise UserError("config: is not allowed together with a preset")
     if "config" in given:

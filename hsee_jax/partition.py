@@ -5,6 +5,9 @@ clients from Dirichlet(alpha) (Hsu et al., arXiv:1909.06335); `classes` deals ou
 label-sorted pieces, so many to each client (McMahan et al., AISTATS 2017).
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +15,16 @@ from hsee_jax.base import UserError
 from hsee_jax.config import Config
 
 Indices = npt.NDArray[np.int32]
+
+
+class Share(NamedTuple):
+    """What a client has of the training set; an entry of ``partition.json``."""
+
+    id: int
+    cut: int
+    samples: int
+    label_counts: list[int]  # of each class
+    indices: list[int]  # of its samples, ascending
 
 
 def partition(labels: npt.NDArray[np.int32], config: Config) -> tuple[Indices, ...]:
@@ -51,6 +64,33 @@ def partition(labels: npt.NDArray[np.int32], config: Config) -> tuple[Indices, .
         deal = rng.permutation(len(pieces)).reshape(clients, -1)
         parts = [np.concatenate([pieces[p] for p in row]) for row in deal]
     return tuple(np.sort(part).astype(np.int32) for part in _no_empty(parts))
+
+
+def manifest(
+    parts: Sequence[Indices],
+    labels: npt.NDArray[np.int32],
+    *,
+    cuts: Sequence[int],
+    num_classes: int,
+) -> list[Share]:
+    """A record of the partition, complete without the data.
+
+    Args:
+      parts: the samples of each client, see `partition`.
+      labels: ``int32 [M]``.
+      cuts: of each client.
+      num_classes: labels there are, whether or not a sample has them.
+    """
+    return [
+        Share(
+            id=i,
+            cut=cut,
+            samples=len(part),
+            label_counts=np.bincount(labels[part], minlength=num_classes).tolist(),
+            indices=part.tolist(),
+        )
+        for i, (part, cut) in enumerate(zip(parts, cuts, strict=True))
+    ]
 
 
 def _cut(

@@ -1,7 +1,8 @@
 """A run in a folder: train, resume, evaluate, restore.
 
-The folder holds ``config.json``, ``metrics.jsonl`` (an object a round),
-``summary.json`` (the final figures) and ``checkpoints/``.
+The folder holds ``config.json``, ``partition.json`` (each client's `Share` of the
+training set), ``metrics.jsonl`` (an object a round), ``summary.json`` (the final
+figures) and ``checkpoints/``.
 """
 
 import json
@@ -84,7 +85,7 @@ def train(
         state, records = _resumed(experiment, folder)
     else:
         state = experiment.init()
-    in_first(partial(_start_folder, folder, config, records))
+    in_first(partial(_start_folder, folder, experiment, records))
 
     results: list[ClientResult] = []
     keep = config.run.keep_checkpoints
@@ -245,15 +246,20 @@ def _resumed(experiment: Experiment, folder: Path) -> tuple[Any, list[Record]]:
     return experiment.store.adopted(state), records
 
 
-def _start_folder(folder: Path, config: Config, records: list[Record]) -> None:
-    """Leaves the configuration, the records, and with no records nothing else."""
+def _start_folder(folder: Path, experiment: Experiment, records: list[Record]) -> None:
+    """Leaves the run's beginning, the records, and with no records nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     if not records:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for derived in ("checkpoints", "report"):
+            shutil.rmtree(folder / derived, ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     _replace(folder / "metrics.jsonl", lines)
-    _replace(folder / "config.json", to_json(config) + "\n")
+    shares = [share._asdict() for share in experiment.manifest]
+    _replace(
+        folder / "partition.json", json.dumps(shares, separators=(",", ":")) + "\n"
+    )
+    _replace(folder / "config.json", to_json(experiment.config) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
@@ -291,19 +297,26 @@ def _scores(results: list[ClientResult]) -> Record:
     }
 
 
-def _summary(
-    config: Config, results: list[ClientResult], records: list[Record]
-) -> Record:
+def speed(records: list[Record]) -> Record:
+    """How long the rounds of ``metrics.jsonl`` took."""
     seconds = [record["seconds"] for record in records]
-    packages = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "rounds": config.run.rounds,
-        **_scores(results),
         "wall_seconds": sum(record["wall_seconds"] for record in records),
         # the median round, so that compilation does not count
         "images_per_second": float(
             np.median([record["images"] for record in records]) / np.median(seconds)
         ),
+    }
+
+
+def _summary(
+    config: Config, results: list[ClientResult], records: list[Record]
+) -> Record:
+    packages = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "rounds": config.run.rounds,
+        **_scores(results),
+        **speed(records),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {
             "python": platform.python_version(),

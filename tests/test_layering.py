@@ -12,7 +12,7 @@ ORDER = (
     "base config data partition augment losses conv resnet model optim mesh split "
     "aggregate federation compose strategies plan engine.common engine.loop "
     "engine.scan engine evaluate store experiment processes checkpoint runs terminal "
-    "flags cli"
+    "flags curves figures report cli"
 ).split()
 
 
@@ -42,7 +42,12 @@ def test_every_file_imports_only_from_above():
 
 
 def test_each_library_has_one_home():
-    homes = {"flax.linen": {"resnet.py"}, "orbax": {"checkpoint.py"}}
+    homes = {
+        "flax.linen": {"resnet.py"},
+        "orbax": {"checkpoint.py"},
+        "matplotlib": {"figures.py"},
+        "tensorboardX": {"report.py"},
+    }
     for library, allowed in homes.items():
         statements = (f"import {library}", f"from {library}")
         users = {
@@ -58,7 +63,8 @@ def test_import_is_light_and_fast():
     code = (
         "import sys, time; start = time.process_time(); import hsee_jax;"
         "print(time.process_time() - start);"
-        "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib'};"
+        "import hsee_jax.cli;"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'tensorboardX'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

@@ -90,6 +90,8 @@ def test_two_processes_equal_one(
     summary = json.loads((two / "summary.json").read_text())
     assert summary["device"] == "4 x cpu"
     assert len(lines_of(two)) == 2
+    shares = (two / "partition.json").read_text()
+    assert shares == (tmp_path / "alone" / "partition.json").read_text()
     runs.train(config, two, resume=True)
     resumed, expected = lines_of(two), lines_of(tmp_path / "alone")
     assert len(resumed) == len(expected) == 3

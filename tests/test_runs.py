@@ -10,6 +10,7 @@ import pytest
 from hsee_jax import runs
 from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import override, preset, to_json
+from hsee_jax.data import load_dataset
 
 SMALL = override(
     preset("demo"),
@@ -78,6 +79,33 @@ def test_going_on_equals_not_stopping(tmp_path, strategy):
     # resumed once more, there is nothing left to do
     again = runs.train(config, tmp_path / "stopped", resume=True)
     assert {k: again[k] for k in SCORES} == {k: whole[k] for k in SCORES}
+
+
+def test_the_partition_is_kept_with_the_run(tmp_path):
+    """Every sample once, whose labels are counted; resuming writes the same again."""
+    config = override(SMALL, rounds=1, partition="dirichlet", partition_seed=3)
+    runs.train(config, tmp_path / "run")
+    path = tmp_path / "run" / "partition.json"
+    text = path.read_text()
+    assert text.count("\n") == 1
+    shares = json.loads(text)
+    assert [(share["id"], share["cut"]) for share in shares] == [(0, 1), (1, 3), (2, 1)]
+    every = [index for share in shares for index in share["indices"]]
+    assert sorted(every) == list(range(60))
+    labels = load_dataset(config.data)[0].labels
+    for share in shares:
+        assert share["samples"] == len(share["indices"]) == sum(share["label_counts"])
+        of_share = labels[share["indices"]].tolist()
+        assert share["label_counts"] == [of_share.count(label) for label in range(10)]
+
+    path.unlink()
+    (tmp_path / "run" / "report").mkdir()
+    runs.train(config, tmp_path / "run", resume=True)
+    assert path.read_text() == text
+    other = override(config, partition_seed=4)
+    runs.train(other, tmp_path / "run", overwrite=True)
+    assert path.read_text() != text
+    assert not (tmp_path / "run" / "report").exists()
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,317 @@
+"""Reports of handmade run folders."""
+
+import base64
+import html
+import io
+import json
+import re
+import struct
+import sys
+from html.parser import HTMLParser
+from itertools import combinations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hsee_jax import cli
+from hsee_jax.base import UserError
+from hsee_jax.config import override, preset, to_json
+from hsee_jax.curves import read_curves
+from hsee_jax.figures import draw
+from hsee_jax.report import by_cut, markdown, results, write_events, write_report
+
+EXIT, SERVER = ((0.1, 0.3), (0.2, 0.4)), ((0.5, 0.5), (0.6, 0.8))  # rounds 2 and 4
+
+
+def make_run(
+    folder, *, exits=EXIT, servers=SERVER, seed=0, clients=2, labels=3, counts=5, **more
+):
+    """A run of 4 rounds, each other one evaluated, that takes 1, 2, 3 and 4 seconds."""
+    config = override(
+        preset("demo"),
+        num_clients=clients,
+        cuts=("3", "5") if clients > 1 else ("3",),
+        **{"rounds": 4, "eval_every": 2} | more,
+        **dict.fromkeys(("model_seed", "data_seed", "partition_seed"), seed),
+    )
+    cuts = [3 + 2 * (i % 2) for i in range(clients)]
+    partition = [
+        {
+            "id": i,
+            "cut": cuts[i],
+            "samples": counts * labels,
+            "label_counts": [counts] * labels,
+            "indices": [i],  # of no use to a report
+        }
+        for i in range(clients)
+    ]
+    records = []
+    for number in range(1, 2 * len(exits) + 1):
+        record = {"round": number, "seconds": number, "images": 100}
+        record["train"] = {"exit_loss": 2.0, "server_loss": 1.0 / number}
+        if number % 2 == 0:
+            pairs = zip(
+                exits[number // 2 - 1], servers[number // 2 - 1], cuts, strict=True
+            )
+            record["test"] = {
+                "mean_exit_accuracy": float(np.mean(exits[number // 2 - 1])),
+                "clients": [
+                    {"id": i, "cut": cut, "exit_accuracy": a, "server_accuracy": b}
+                    for i, (a, b, cut) in enumerate(pairs)
+                ][::-1],  # the order does not matter
+            }
+        records.append(record | {"wall_seconds": number + 0.5})
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "partition.json").write_text(json.dumps(partition))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(lines)
+    if 2 * len(exits) == config.run.rounds:
+        summary = {"device": "1 x abacus", "versions": {"jax": "0.1", "numpy": "0.2"}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Two seeds of averaging, one of sequential, and one that was stopped."""
+    return [
+        make_run(tmp_path / "a0"),
+        make_run(tmp_path / "a1", seed=1, exits=((0.1, 0.1), (0.6, 0.4))),
+        make_run(tmp_path / "s", strategy="sequential"),
+        make_run(tmp_path / "x", seed=2, exits=EXIT[:1], servers=SERVER[:1]),
+    ]
+
+
+def test_curves_are_runs_that_differ_in_seeds_alone(four):
+    """And whose last evaluation is of the same round."""
+    averaging, sequential, unfinished = read_curves(four)
+    assert averaging.label == "strategy=averaging"
+    assert [run.name for run in averaging.runs] == ["a0", "a1"]
+    assert sequential.label == "strategy=sequential"
+    assert unfinished.label == "strategy=averaging (unfinished: 2 of 4 rounds)"
+    assert averaging.rounds == (2, 4)
+    assert averaging.accuracy.shape == (2, 2, 2, 2)
+    np.testing.assert_array_equal(averaging.accuracy[0, :, 0], EXIT)
+    np.testing.assert_array_equal(averaging.accuracy[0, :, 1], SERVER)
+
+
+def test_a_label_names_every_option_that_differs(tmp_path):
+    one = make_run(tmp_path / "one", alpha=0.5)
+    more = {"learning_rate": 0.2, "max_train_samples": 7, "data_dir": "elsewhere"}
+    other = make_run(tmp_path / "other", **more)
+    labels = [curve.label for curve in read_curves([one, other])]
+    assert labels == [
+        "max_train_samples=None, alpha=0.5, learning_rate=0.1",
+        "max_train_samples=7, alpha=0.3, learning_rate=0.2",
+    ]
+
+
+def test_the_tables_hold_means_and_sample_deviations(four):
+    """Derived by hand.
+
+    Final exits of the seeds of averaging: (0.2 + 0.4) / 2 = 0.3, (0.6 + 0.4) / 2 = 0.5;
+    their mean is 0.4 and their deviation 0.2 / sqrt(2) = 0.1414. By cut: 0.2 and 0.6,
+    deviation 0.4 / sqrt(2) = 0.2828; 0.4 twice. A round takes the median of 1, 2, 3 and
+    4 seconds for 100 images: 40 images/s; of 1 and 2 seconds: 66.7. With evaluation
+    1.5 + 2.5 + 3.5 + 4.5 = 12 seconds, or 4.
+    """
+    curves = read_curves(four)
+    two = "strategy=averaging", "0, 1", "4"
+    assert results(curves).rows == [
+        (*two, "0.4000 ± 0.1414", "0.7000 ± 0.0000", "40.0 ± 0.0", "12.0 ± 0.0"),
+        ("strategy=sequential", "0", "4", "0.3000", "0.7000", "40.0", "12.0"),
+        (curves[2].label, "2", "2", "0.2000", "0.5000", "66.7", "4.0"),
+    ]
+    assert by_cut(curves).rows[:2] == [
+        (two[0], "3", "1", "0.4000 ± 0.2828", "0.6000 ± 0.0000"),
+        (two[0], "5", "1", "0.4000 ± 0.0000", "0.8000 ± 0.0000"),
+    ]
+    lines = markdown(results(curves)).splitlines()
+    assert len(lines) == 5
+    assert {line.count("|") for line in lines} == {8}
+    assert lines[3] == "| " + " | ".join(results(curves).rows[1]) + " |"
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed, and gathers what is shown."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.links, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag == "img":
+            self.images.append(values)
+        elif tag != "meta":
+            self.open.append(tag)
+        self.links += [values[name] for name in ("src", "href") if name in values]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_alone(four, tmp_path):
+    odd = make_run(tmp_path / "<b>&\"'|$x_", strategy="sequential", seed=7)
+    page = write_report(read_curves([*four, odd]), tmp_path / "new" / "out")
+    text = page.read_text()
+    shown = Page(text)
+    assert len(shown.images) == 6  # accuracy, comparison, three curves, one split
+    for link, image in zip(shown.links, shown.images, strict=True):
+        kind, data = link.split(",")
+        assert kind == "data:image/png;base64"
+        content = base64.b64decode(data, validate=True)
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            assert picture.width == 1350
+        assert any(content == path.read_bytes() for path in page.parent.glob("*.png"))
+        assert image["alt"]
+    rest = re.sub(r'src="[^"]*"', "", text)
+    assert not re.search(r"https?:|//|url\(|@import|<script|<link", rest)
+    cells = set(shown.text)
+    assert {odd.name, "0.4000 ± 0.1414", "1 x abacus; jax 0.1, numpy 0.2"} <= cells
+    assert {"no summary yet", "averaging; sequential", "0.1"} <= cells
+    assert html.escape(odd.name) in text
+
+    text = (page.parent / "report.md").read_text()
+    assert markdown(results(read_curves([*four, odd]))) in text
+    pictures = re.findall(r"\]\((.*)\)", text)
+    assert sorted(pictures) == sorted(p.name for p in page.parent.glob("*.png"))
+
+
+def test_the_figures_show_the_numbers(four):
+    pictures = {picture.name: picture.figure for picture in draw(read_curves(four))}
+    exits, servers = pictures["accuracy.png"].axes
+    assert exits.get_ylim() == servers.get_ylim()
+    np.testing.assert_allclose(exits.lines[0].get_xydata(), [(2, 0.15), (4, 0.4)])
+    np.testing.assert_allclose(servers.lines[1].get_xydata(), [(2, 0.5), (4, 0.7)])
+    (bars,) = pictures["clients-1.png"].axes
+    heights = [[bar.get_height() for bar in branch] for branch in bars.containers[1::2]]
+    np.testing.assert_allclose(heights, [(0.4, 0.4), (0.6, 0.8)])
+    (image, _) = pictures["split-1.png"].axes
+    np.testing.assert_array_equal(image.images[0].get_array(), np.full((2, 3), 5))
+
+
+@pytest.mark.parametrize(
+    ("clients", "labels", "counts"), [(1, 1, 1), (40, 10, 9999), (200, 100, 1)]
+)
+def test_no_label_overlaps_another(tmp_path, clients, labels, counts):
+    final = (np.linspace(0, 1, clients),)
+    sizes = {"clients": clients, "labels": labels, "counts": counts, "rounds": 2}
+    long = {"strategy": "sequential", "batch_norm": "keep_local", "period": 3}
+    long |= {"learning_rate": 0.12345, "optimizer_state": "average", "momentum": 0.1}
+    folders = [
+        make_run(tmp_path / str(i), exits=final, servers=final, **sizes, **options)
+        for i, options in enumerate((long, {}, {"seed": 1}))
+    ]
+    for picture in draw(read_curves(folders[: 3 if clients == 40 else 1])):
+        width, height = picture.figure.bbox.size
+        for axes in picture.figure.axes:
+            below = [axes.xaxis, *(child.xaxis for child in axes.child_axes)]
+            for axis in ([axes.yaxis], below):
+                boxes = [
+                    label.get_window_extent()
+                    for part in axis
+                    for label in part.get_ticklabels()
+                    if label.get_text().strip() and label.get_visible()
+                ]
+                for one, other in combinations(boxes, 2):
+                    assert not one.overlaps(other), picture.name
+        box = picture.figure.get_tightbbox().extents * picture.figure.dpi
+        assert (box[:2] >= -1).all() and (box[2:] <= (width + 1, height + 1)).all()
+
+
+def test_a_line_that_a_kill_cut_off_is_passed_over(four):
+    path = four[0] / "metrics.jsonl"
+    whole = path.read_text()
+    before = results(read_curves(four[:1])).rows
+    path.write_text(whole + '{"round": 5, "sec')
+    assert results(read_curves(four[:1])).rows == before
+    path.write_text('{"round": 1, "sec\n' + whole)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1, is damaged"):
+        read_curves(four[:1])
+
+
+BAD = {
+    "metrics.jsonl": [
+        (None, "No such file"),
+        ("", "no evaluated round yet"),
+        ("{}\n", "line 1, is damaged: KeyError: 'images'"),
+        ("[1]\n2\n", "line 1, is damaged"),
+        ("\ufeff\n{}\n", "line 1, is damaged"),
+    ],
+    "partition.json": [(None, "No such file"), ("[{}]", "damaged"), ("[", "damaged")],
+    "summary.json": [("{}", "is damaged: KeyError: 'versions'"), ("[]", "damaged")],
+    "config.json": [(None, "is not a run"), ("{", "is not JSON")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [(name, *case) for name, cases in BAD.items() for case in cases],
+)
+def test_a_damaged_run_is_one_line(tmp_path, capsys, name, content, message):
+    path = make_run(tmp_path / "run") / name
+    path.unlink() if content is None else path.write_text(content)
+    assert cli.main(["report", str(path.parent)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and message in err
+    assert not (path.parent / "report").exists()
+
+
+def test_the_command(four, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "a0"]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{markdown(results(read_curves(four[:1])))}\na0/report/report.html\n"
+    assert (tmp_path / "a0" / "report" / "report.html").exists()
+    with monkeypatch.context() as stub:
+        stub.setattr("hsee_jax.report.write_report", lambda curves, out: out)
+        assert cli.main(["report", "a0", "s"]) == 0
+        assert capsys.readouterr().out.endswith("\n\nreport\n")
+    for words, message in (
+        ("", "arguments are required: RUN"),
+        ("a0 a1 ./a0", "run: a0 is given twice"),
+        ("a0 nowhere", "nowhere is not a run"),
+        ("a0 --out /dev/null", "out: /dev/null cannot be written to"),
+        ("a0 --tensorboard a0", "tensorboard: a0 is not empty"),
+        ("a0 --tensorboard /dev/null/x", "/dev/null/x cannot be written to"),
+    ):
+        assert cli.main(["report", *words.split()]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1 and message in err
+
+
+def test_events_for_tensorboard(four, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    write_events(read_curves(four), tmp_path / "events")
+    found = {}
+    for path in (tmp_path / "events").glob("*/*"):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # length, its checksum, an event, its checksum
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            for value in event.summary.value:
+                found[path.parent.name, value.tag, event.step] = value.simple_value
+    assert {name for name, _, _ in found} == {"a0", "a1", "s", "x"}
+    assert found["a0", "test/mean_exit_accuracy", 4] == pytest.approx(0.3)
+    assert found["s", "train/server_loss", 3] == pytest.approx(1 / 3)
+    assert found["x", "images_per_second", 2] == 50
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r"pip install 'hsee-jax\[tensorboard\]'"):
+        write_events(read_curves(four), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
