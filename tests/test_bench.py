@@ -204,6 +204,16 @@ def test_round_writes_its_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_conv_writes_its_file(tmp_path):
+    result = run("bench_conv.py", "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = written(tmp_path, "conv")
+    assert {row["setting"] for row in rows} == {"single", "stacked", "scanned"}
+    forms = [row for row in rows if row["setting"] == "stacked"]
+    assert all(row["grouped"] > 0 and row["patches"] > 0 for row in forms)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", bench_scaling.PARTS)
 def test_scaling_writes_its_files(part, tmp_path):
     result = run("bench_scaling.py", part, "--quick", "--out", tmp_path)

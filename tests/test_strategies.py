@@ -33,7 +33,7 @@ from hsee_jax.strategies import (
 )
 
 CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
-SIZES = {7: 6, 2: 4, 5: 7, 0: 2, 3: 3}  # one or two batches of 4, some padded
+SIZES = {7: 6, 2: 4, 5: 6, 0: 2, 3: 2}  # one or two batches of 4, of 4 or 2 rows
 KEY = jax.random.key(3)
 
 
