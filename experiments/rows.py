@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hsee_jax
-from hsee_jax.config import flatten
+from hsee_jax.config import SEEDS, flatten
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
@@ -76,7 +76,7 @@ def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
     values = common | own
     base = hsee_jax.preset(values.pop("preset"))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    seeds = dict.fromkeys(("model_seed", "data_seed", "partition_seed"), run.seed)
+    seeds = dict.fromkeys(SEEDS, run.seed)
     return hsee_jax.override(base, **(values | seeds | changes))
 
 
