@@ -55,6 +55,7 @@ def federation(
             "schedule": "constant",
             "warmup_rounds": 0.0,
             "learning_rate": 0.01,
+            "batch_norm": "average",  # as in the PyTorch baseline
             **changes,
         },
     )

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import hsee_jax
 from hsee_jax.config import SEEDS, flatten
+from hsee_jax.strategies import STRATEGIES, options_of
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 RESULTS = HERE / "results"
 COMMON = "set.toml"
-_ELSEWHERE = ("data_dir",)  # fields of the machine, not of the row
+_ELSEWHERE = {"data_dir"}  # fields of the machine, not of the row
 
 Result = dict[str, Any]
 
@@ -81,9 +82,14 @@ def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
 
 
 def settings(config: hsee_jax.Config) -> dict[str, Any]:
-    """The fields that make a result what it is, as JSON holds them."""
+    """The fields that make a result what it is, as JSON holds them.
+
+    Neither those of the machine, nor options that the strategy does not read.
+    """
+    every = {name for strategy in STRATEGIES for name in options_of(strategy)}
+    unread = every - set(options_of(config.strategy.strategy))
     values = json.loads(json.dumps(flatten(config)))
-    return {name: v for name, v in values.items() if name not in _ELSEWHERE}
+    return {k: v for k, v in values.items() if k not in unread | _ELSEWHERE}
 
 
 def load(run: Run, folder: Path = RESULTS) -> Result | None:
@@ -92,9 +98,10 @@ def load(run: Run, folder: Path = RESULTS) -> Result | None:
     if not path.is_file():
         return None
     result: Result = json.loads(path.read_text())
+    wanted = settings(config_of(run))
     # A field that is younger than the result had its default.
-    config = settings(hsee_jax.Config()) | result["config"]
-    return result if config == settings(config_of(run)) else None
+    known = flatten(hsee_jax.Config()) | result["config"]
+    return result if all(known[name] == v for name, v in wanted.items()) else None
 
 
 def save(run: Run, config: hsee_jax.Config, summary: Result, folder: Path) -> None:

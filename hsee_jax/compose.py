@@ -49,7 +49,7 @@ def compose(
     turn: str = "batch",
     period: int = 1,
     period_unit: str = "rounds",
-    batch_norm: str = "average",
+    batch_norm: str = "auto",
     optimizer_state: str = "keep",
     server_lr_scale: float = 1.0,
     init: str = "shared",
@@ -70,7 +70,8 @@ def compose(
         client's.
       period: how often to average, in units of ``period_unit``; 0 is never.
       period_unit: ``"rounds"`` or ``"steps"``.
-      batch_norm: see `receive`.
+      batch_norm: see `receive`; ``"auto"`` keeps it local where only servers are
+        averaged: the features that a replica sees are those of its own client.
       optimizer_state: see `receive`.
       server_lr_scale: the server's learning rate relative to the clients'.
       init: ``"shared"``: all parts are slices of one network; ``"per_client"``: each
@@ -79,6 +80,8 @@ def compose(
     """
     if shared and average in ("servers", "all_holders"):
         raise ValueError(f"a shared server is not averaged, so not {average}")
+    if batch_norm == "auto":
+        batch_norm = "keep_local" if average == "servers" else "average"
     groups, mesh = federation.groups, federation.mesh
     depths = [group.cut - groups[0].cut for group in groups]  # server layers below
 

@@ -199,9 +199,11 @@ class StrategyConfig(Checked):
         choices=("samples", "uniform"),
     )
     batch_norm: str = option(
-        "average",
-        "BatchNorm is averaged like the rest, or stays local (FedBN) [ours]",
-        choices=("average", "keep_local"),
+        "auto",
+        "BatchNorm is averaged like the rest, or stays local (FedBN); auto is local "
+        "where only servers are averaged, each of which sees the features of its own "
+        "client [ours]",
+        choices=("auto", "average", "keep_local"),
     )
     optimizer_state: str = option(
         "keep",

@@ -60,7 +60,7 @@ def averaging(
     period_unit: str = "rounds",
     boundary: str = "detached",
     exit_gradient: float = 0.0,
-    batch_norm: str = "average",
+    batch_norm: str = "auto",
     optimizer_state: str = "keep",
     server_lr_scale: float = 1.0,
     init: str = "shared",
@@ -100,7 +100,7 @@ def local(
 def splitfed_v1(
     federation: Federation,
     *,
-    batch_norm: str = "average",
+    batch_norm: str = "auto",
     optimizer_state: str = "keep",
 ) -> Strategy:
     """SplitFedV1 (Thapa et al., AAAI 2022).
@@ -123,7 +123,7 @@ def splitfed_v2(
     federation: Federation,
     *,
     turn: str = "batch",
-    batch_norm: str = "average",
+    batch_norm: str = "auto",
     optimizer_state: str = "keep",
 ) -> Strategy:
     """SplitFedV2 (Thapa et al., AAAI 2022).
@@ -146,7 +146,7 @@ def splitfed_v2(
 def fedavg(
     federation: Federation,
     *,
-    batch_norm: str = "average",
+    batch_norm: str = "auto",
     optimizer_state: str = "keep",
 ) -> Strategy:
     """FedAvg (McMahan et al., AISTATS 2017): whole networks, averaged every round."""

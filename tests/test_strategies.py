@@ -333,6 +333,29 @@ def test_a_baseline_refuses_a_federation_that_is_not_its_own(make, cuts, message
         make(tiny_federation(cuts))
 
 
+@pytest.mark.parametrize(
+    ("average", "same"), [("servers", "keep_local"), ("all_holders", "average")]
+)
+def test_batch_norm_stays_local_where_only_servers_are_averaged(average, same):
+    federation = tiny_federation(ALIKE)
+
+    def stretch(leaf):
+        """Another one for each client."""
+        return leaf * jnp.arange(1.0, 6.0).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    results = []
+    for batch_norm in ("auto", same):
+        strategy = averaging(federation, average=average, batch_norm=batch_norm)
+        state = jax.jit(strategy.init)(KEY)
+        state = state.replace(clients=jax.tree.map(stretch, state.clients))
+        state = state.replace(servers=jax.tree.map(stretch, state.servers))
+        results.append(jax.jit(strategy.aggregate)(state, (jnp.ones(5),))[0])
+    assert_same(*results, rtol=0, atol=0)
+    (norm,) = results[0].clients[0].layers[0].batch_stats.values()
+    means_differ = np.ptp(norm["var"], axis=0).max() > 0
+    assert means_differ == (same == "keep_local")
+
+
 def test_with_one_client_averaging_is_sequential():
     federation, shards = tiny_federation({4: 2}), tiny_shards({4: 10})
     results = []
