@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
 from hsee_jax.config import Config
-from hsee_jax.data import DATASETS, load_dataset
+from hsee_jax.data import dataset_info, load_dataset
 from hsee_jax.engine import (
     RoundFn,
     check_finite,
@@ -113,7 +113,7 @@ def _key(seed: int, stream: int) -> Key:
 
 def build_model(config: Config) -> Model:
     """The network that a configuration describes."""
-    info = DATASETS[config.data.dataset]
+    info = dataset_info(config.data)
     return resnet18(
         num_classes=info.num_classes,
         input_shape=info.input_shape,
@@ -178,7 +178,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     )
     global_steps = np.arange(config.run.rounds * steps, dtype=np.float32)
     rates: Array = jax.vmap(schedule)(global_steps)
-    info = DATASETS[config.data.dataset]
+    info = dataset_info(config.data)
     pipeline = InputPipeline(info.mean, info.std, config.data.augment)
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
