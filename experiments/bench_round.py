@@ -26,7 +26,7 @@ import numpy.typing as npt
 from federations import STRATEGIES, Runner, federation
 
 from hsee_jax.config import override
-from hsee_jax.data import DATASETS
+from hsee_jax.data.info import DATASETS
 from hsee_jax.experiment import Experiment, build_model
 from hsee_jax.model import layer_costs
 

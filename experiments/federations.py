@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import hsee_jax
-from hsee_jax.data import DATASETS
+from hsee_jax.data.info import DATASETS
 from hsee_jax.experiment import Experiment, build
 
 CUTS = ("3", "5", "7")

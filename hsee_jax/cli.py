@@ -1,10 +1,11 @@
-"""The command line: ``hsee train | eval | info | report``.
+"""The command line: ``hsee train | eval | info | report | data``.
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
 2, divergence is one line and status 3.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 
 from hsee_jax.base import DivergenceError, UserError
-from hsee_jax.config import PRESETS, unknown
+from hsee_jax.config import PRESETS, DataConfig, unknown
 from hsee_jax.flags import (
     Parser,
     add_cache,
@@ -24,7 +25,14 @@ from hsee_jax.flags import (
     config_from,
     use_cache,
 )
-from hsee_jax.terminal import Progress, cost_table, results_table, show
+from hsee_jax.terminal import (
+    Progress,
+    cost_table,
+    download_bar,
+    results_table,
+    show,
+    show_log,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,6 +113,8 @@ def _train(words: Sequence[str]) -> None:
 
     from hsee_jax import runs
 
+    if processes.is_first():
+        show_log()
     with Progress(config.run.rounds) as progress:
         summary = runs.train(
             config,
@@ -142,6 +152,7 @@ def _evaluate(words: Sequence[str]) -> None:
 
     from hsee_jax import runs
 
+    show_log()
     figures = runs.evaluate(given.run, given.checkpoint, data_dir=given.data_dir)
     if given.json:
         print(json.dumps(figures, indent=2))
@@ -214,6 +225,21 @@ def _report(words: Sequence[str]) -> None:
     print(page)
 
 
+def _data(words: Sequence[str]) -> None:
+    """Look for a dataset and, if it is not there, download it."""
+    parser = Parser(prog="hsee data", description=_data.__doc__, allow_abbrev=False)
+    fields = {item.name: item for item in dataclasses.fields(DataConfig)}
+    names = ", ".join(fields["dataset"].metadata["choices"])
+    parser.add_argument("dataset", help=names)
+    parser.add_argument("--data-dir", help=fields["data_dir"].metadata["help"])
+    config = DataConfig(**vars(parser.parse(words)))
+
+    from hsee_jax.data import prepare
+
+    with download_bar() as on_bytes:
+        print(prepare(config, on_bytes))
+
+
 def _print_results(figures: dict[str, Any], folder: Path) -> None:
     title = f"{folder}: test accuracy after {figures['rounds']} rounds"
     show(results_table(figures, title=title))
@@ -224,6 +250,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": _evaluate,
     "info": _info,
     "report": _report,
+    "data": _data,
 }
 
 
@@ -235,7 +262,9 @@ def console_main() -> None:
     except KeyboardInterrupt:
         status = 130
         print(
-            "hsee: stopped; --resume goes on from the last checkpoint", file=sys.stderr
+            "hsee: stopped; train --resume goes on from the last checkpoint, data from "
+            "what it has",
+            file=sys.stderr,
         )
     except BrokenPipeError:  # the reader of a pipe has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,11 +59,20 @@ class DataConfig(Checked):
 
     dataset: str = option(
         "fashion_mnist_small",
-        "fashion_mnist_small comes with the package, the others are read by "
-        "tensorflow-datasets from --data-dir",
-        choices=("fashion_mnist_small", "cifar10"),
+        "fashion_mnist_small comes with the package, the others are read from "
+        "--data-dir (see hsee data); npz is your own, train.npz and test.npz there",
+        choices=(
+            "fashion_mnist_small",
+            "fashion_mnist",
+            "cifar10",
+            "cifar100",
+            "stl10",
+            "npz",
+        ),
     )
-    data_dir: str | None = option(None, "folder with the prepared datasets")
+    data_dir: str | None = option(
+        None, "folder with the datasets; without one, ~/tensorflow_datasets"
+    )
     max_train_samples: int | None = option(None, "use only the first so many")
     max_test_samples: int | None = option(None, "use only the first so many")
     augment: str = option(
@@ -417,6 +426,9 @@ PRESETS: dict[str, Config] = {
         checkpoint_every=6,
     ),
     "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
+    "cifar100": override(Config(), dataset="cifar100", augment="crop_flip"),
+    # 5,000 images of 96 pixels, about 400 a client
+    "stl10": override(Config(), dataset="stl10", augment="crop_flip", batch_size=64),
 }
 
 

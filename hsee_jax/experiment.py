@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
 from hsee_jax.config import Config, flatten
-from hsee_jax.data import DATASETS, load_dataset
+from hsee_jax.data import dataset_info, load_dataset
 from hsee_jax.engine import (
     RoundFn,
     check_finite,
@@ -114,7 +114,7 @@ def _key(seed: int, stream: int) -> Key:
 
 def build_model(config: Config) -> Model:
     """The network that a configuration describes."""
-    info = DATASETS[config.data.dataset]
+    info = dataset_info(config.data)
     return resnet18(
         num_classes=info.num_classes,
         input_shape=info.input_shape,
@@ -161,7 +161,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     )
     strategy = build_strategy(config, federation)
     train, test = load_dataset(config.data) if data is None else data
-    info = DATASETS[config.data.dataset]
+    info = dataset_info(config.data)
     parts = partition(train.labels, config)
     shares = manifest(parts, train.labels, cuts=cuts, num_classes=info.num_classes)
     shards = dict(enumerate(parts))

@@ -1,18 +1,24 @@
 """What the command line shows: progress, what was trained, what it costs."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from hsee_jax.data import OnBytes
 from hsee_jax.model import LayerCost
 
 
@@ -123,6 +129,37 @@ class Progress:
                 f"  server {record['test']['mean_server_accuracy']:.4f}"
             )
         self._bar.console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def download_bar() -> Iterator[OnBytes]:
+    """Yields what shows a bar over the bytes of each file, if a terminal is there."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Bar(
+        *columns,
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def on_bytes(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file)
+            bar.update(tasks[file], completed=done, total=total)
+
+        yield on_bytes
+
+
+def show_log() -> None:
+    """Lets the package say on standard error what it logs, as the data's source."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("hsee: %(message)s"))
+    log = logging.getLogger("hsee_jax")
+    log.handlers, log.propagate = [handler], False  # once, whoever else listens
+    log.setLevel(logging.INFO)
 
 
 def show(table: Table) -> None:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hsee_jax import cli
 from hsee_jax.config import Config, flatten, options, override, preset, takes_many
+from hsee_jax.data import load_dataset
 from hsee_jax.strategies import STRATEGIES, options_of
 
 SMALL = (
@@ -107,6 +109,28 @@ def test_config_resume_and_overwrite(tiny_network, tmp_path, capsys):
     assert len((copy / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsys):
+    images, labels = np.zeros((50, 12, 12, 1), np.uint8), np.arange(50) % 10
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
+    config = override(preset("demo"), dataset="npz", data_dir=str(tmp_path))
+
+    def load(*args, **kwargs):
+        load_dataset(config.data)
+
+    monkeypatch.setattr("hsee_jax.runs.train", load)
+    monkeypatch.setattr("hsee_jax.runs.evaluate", load)
+    monkeypatch.setattr(cli, "_print_results", lambda *a: None)
+    for words in (["train", "--out", str(tmp_path / "run")], ["eval", "run"]):
+        assert cli.main(words) == 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == (
+            "hsee: npz: 50 training and 50 test images of 12x12x1 in 10 classes, from "
+            f"train.npz and test.npz in {tmp_path}\n"
+        )
+
+
 def test_info_lists_every_layer_and_cut():
     result = hsee("info", "cifar10")
     assert result.returncode == 0, result.stderr
@@ -174,6 +198,11 @@ BAD = [
     ("eval nowhere", "nowhere is not a run"),
     ("eval", "run"),
     ("info --width 0", "width: 0"),
+    ("info --dataset npz --data-dir nowhere", "train.npz and test.npz"),
+    ("train --dataset npz --data-dir nowhere", "train.npz and test.npz"),
+    ("data", "dataset"),
+    ("data cifar", "did you mean cifar10?"),
+    ("data npz --data-dir nowhere", "train.npz and test.npz"),
 ]
 
 

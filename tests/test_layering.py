@@ -9,10 +9,11 @@ import hsee_jax
 
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
-    "base config data partition augment losses conv resnet model optim mesh split "
-    "aggregate federation compose strategies plan engine.common engine.loop "
-    "engine.scan engine evaluate store experiment processes checkpoint runs terminal "
-    "flags curves figures report cli"
+    "base config data.info data.arrays data.archives data.prepared data.download data "
+    "partition augment losses conv resnet model optim mesh split aggregate federation "
+    "compose strategies plan engine.common engine.loop engine.scan engine evaluate "
+    "store experiment processes checkpoint runs terminal flags curves figures report "
+    "cli"
 ).split()
 
 
@@ -64,7 +65,8 @@ def test_import_is_light_and_fast():
         "import sys, time; start = time.process_time(); import hsee_jax;"
         "print(time.process_time() - start);"
         "import hsee_jax.cli;"
-        "heavy = {'tensorflow', 'tensorflow_datasets', 'matplotlib', 'tensorboardX'};"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
+        "'tensorboardX'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

@@ -2,81 +2,128 @@
 
 ``fashion_mnist_small`` comes with the package: the first 6,000 training and 1,000 test
 images of Fashion-MNIST (Xiao et al., arXiv:1708.07747), MIT licence, see
-LICENSE-fashion-mnist. The others are read from what tensorflow-datasets has prepared,
-without TensorFlow.
+LICENSE-fashion-mnist. The others are read from a folder, in the first of these forms
+that is there: prepared by tensorflow-datasets (`prepared`), as their authors publish
+them (`archives`), as arrays (`arrays`).
 """
 
 import logging
+import os
 from importlib import resources
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 
 from hsee_jax.base import Dataset, UserError
 from hsee_jax.config import DataConfig
+from hsee_jax.data import archives, arrays, prepared
+from hsee_jax.data.download import OnBytes, fetch
+from hsee_jax.data.info import DATASETS, OWN, PACKAGED, DatasetInfo, Source
+
+_log = logging.getLogger(__name__)
 
 
-class DatasetInfo(NamedTuple):
-    """What is known of a dataset before it is read."""
+def dataset_info(config: DataConfig) -> DatasetInfo:
+    """What is known of a dataset; of the user's own by reading its training images.
 
-    input_shape: tuple[int, int, int]  # (H, W, C)
-    num_classes: int
-    mean: tuple[float, ...]  # per channel, over the full training set, scale 0..1
-    std: tuple[float, ...]
-
-
-DATASETS = {
-    "fashion_mnist_small": DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
-    "cifar10": DatasetInfo(
-        (32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    ),
-}
+    Raises:
+      UserError: these are not there, or not as they must be.
+    """
+    if config.dataset != OWN:
+        return DATASETS[config.dataset]
+    if find_source(config) is None:
+        raise _missing(config)
+    return arrays.own_info(_folder(config))
 
 
 def load_dataset(config: DataConfig) -> tuple[Dataset, Dataset]:
     """Reads the training and the test samples, ``uint8 [M, H, W, C]``, ``int32 [M]``.
 
+    Where they come from is logged.
+
     Raises:
-      UserError: the data are not where the configuration says.
+      UserError: the data are not where the configuration says, or not what they should
+        be.
     """
-    limits = {"train": config.max_train_samples, "test": config.max_test_samples}
-    if config.dataset == "fashion_mnist_small":
-        train, test = (_packaged(split, limits[split]) for split in limits)
-    else:
-        train, test = (_tfds(config, split, limits[split]) for split in limits)
+    source = find_source(config)
+    if source is None:
+        raise _missing(config)
+    train, test, line = _read(config, source)
+    if config.dataset != PACKAGED:
+        _log.info(line)
     return train, test
+
+
+def prepare(
+    config: DataConfig, on_bytes: OnBytes = lambda file, done, total: None
+) -> str:
+    """Reads a dataset once, and downloads its archive before that if nothing is there.
+
+    Args:
+      config: which dataset, and where it is or will be.
+      on_bytes: hears how far the download is.
+
+    Returns:
+      What there is, in one line.
+
+    Raises:
+      UserError: it is neither there nor can it be downloaded, or it is not what it
+        should be.
+    """
+    source = find_source(config)
+    how = "there already" if source else "downloaded"
+    if source is None and config.dataset in archives.ARCHIVES:
+        fetch(archives.ARCHIVES[config.dataset], _folder(config), on_bytes)
+        source = find_source(config)
+    if source is None:
+        raise _missing(config)
+    return f"{how}: {_read(config, source)[2]}"
+
+
+def find_source(config: DataConfig) -> Source | None:
+    """The form in which a dataset is there, if any; nothing is read yet."""
+    if config.dataset == PACKAGED:
+        return Source("the package", _packaged)
+    forms = (prepared.find, archives.find, arrays.find)
+    found = (find(config.dataset, _folder(config)) for find in forms)
+    return next((source for source in found if source), None)
+
+
+def _folder(config: DataConfig) -> Path:
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(config.data_dir or default).expanduser().absolute()
+
+
+def _read(config: DataConfig, source: Source) -> tuple[Dataset, Dataset, str]:
+    """Training samples, test samples, and a line about them."""
+    train = source.read("train", config.max_train_samples)
+    test = source.read("test", config.max_test_samples)
+    shape = "x".join(map(str, train.images.shape[1:]))
+    line = (
+        f"{config.dataset}: {len(train.labels):,} training and {len(test.labels):,} "
+        f"test images of {shape} in {dataset_info(config).num_classes} classes, from "
+        f"{source.name}"
+    )
+    return train, test, line
+
+
+def _missing(config: DataConfig) -> UserError:
+    name, folder = config.dataset, _folder(config)
+    if name == OWN:
+        return UserError(
+            f"data_dir: {folder} is not allowed for {OWN}; allowed is a folder with "
+            "train.npz and test.npz, each with `images` and `labels`"
+        )
+    return UserError(
+        f"data_dir: {folder} holds no {name} that can be read here; `hsee data {name}` "
+        f"downloads it; allowed are also {name}/train.npz and test.npz, and what `tfds "
+        f"build --file_format=array_record {name}` makes (as tfrecord it needs the "
+        "extra tf)"
+    )
 
 
 def _packaged(split: str, limit: int | None) -> Dataset:
     path = resources.files("hsee_jax.data") / "fashion_mnist_small.npz"
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as contents:
+        images, labels = contents[f"{split}_images"], contents[f"{split}_labels"]
     return Dataset(images[:limit, :, :, None], labels[:limit].astype(np.int32))
-
-
-def _tfds(config: DataConfig, split: str, limit: int | None) -> Dataset:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # else it warns of what we say
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(config.dataset, data_dir=config.data_dir)
-    how = (
-        f"allowed is a folder with {config.dataset}/{builder.version}, which `pip "
-        "install tensorflow` and `tfds build --file_format=array_record "
-        f"{config.dataset}` make"
-    )
-    if not builder.is_prepared():
-        place = config.data_dir or "~/tensorflow_datasets"
-        raise UserError(f"data_dir: {place} holds no prepared {config.dataset}; {how}")
-    try:
-        source = builder.as_data_source(split=split)
-    except NotImplementedError as error:  # prepared as TFRecord
-        raise UserError(
-            f"data_dir: {config.data_dir} holds {config.dataset} in a format that "
-            f"needs TensorFlow; {how}"
-        ) from error
-    count = len(source) if limit is None else min(limit, len(source))
-    samples = [source[i] for i in range(count)]
-    return Dataset(
-        np.stack([sample["image"] for sample in samples]),
-        np.asarray([sample["label"] for sample in samples], np.int32),
-    )

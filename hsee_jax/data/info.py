@@ -1,0 +1,46 @@
+"""What is known of the datasets before they are read, and how a reader is found."""
+
+from typing import NamedTuple, Protocol
+
+from hsee_jax.base import Dataset
+
+
+class DatasetInfo(NamedTuple):
+    """What a network and its input need to know of a dataset."""
+
+    input_shape: tuple[int, int, int]  # (H, W, C)
+    num_classes: int
+    mean: tuple[float, ...]  # per channel, over the full training set, scale 0..1
+    std: tuple[float, ...]
+
+
+PACKAGED = "fashion_mnist_small"
+OWN = "npz"  # the user's, of whatever shape: known when it is read
+
+DATASETS = {
+    PACKAGED: DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
+    "fashion_mnist": DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
+    "cifar10": DatasetInfo(
+        (32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    ),
+    "cifar100": DatasetInfo(
+        (32, 32, 3), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+    "stl10": DatasetInfo(
+        (96, 96, 3), 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)
+    ),
+}
+
+
+class ReadFn(Protocol):
+    """Reads a split."""
+
+    def __call__(self, split: str, limit: int | None) -> Dataset:
+        """Returns the first ``limit`` samples of ``"train"`` or ``"test"``, or all."""
+
+
+class Source(NamedTuple):
+    """One form in which a dataset is there."""
+
+    name: str  # what and where, for people
+    read: ReadFn
