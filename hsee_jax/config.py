@@ -64,6 +64,11 @@ class DataConfig(Checked):
     data_dir: str | None = option(None, "folder with the prepared datasets")
     max_train_samples: int | None = option(None, "use only the first so many")
     max_test_samples: int | None = option(None, "use only the first so many")
+    validation_share: float = option(
+        0.0,
+        "share of the training samples held out from all clients, for the thresholds "
+        "of hsee gate",
+    )
     augment: str = option(
         "none",
         "of training images: random crop of the image padded by 4, and flip",
@@ -84,6 +89,9 @@ class DataConfig(Checked):
         for name in ("max_train_samples", "max_test_samples"):
             value = getattr(self, name)
             self.require(name, "1 or more", value is None or value >= 1)
+        self.require(
+            "validation_share", "0 or more, less than 1", 0 <= self.validation_share < 1
+        )
         self.require("alpha", "more than 0", 0 < self.alpha < float("inf"))
         self.require("classes_per_client", "1 or more", self.classes_per_client >= 1)
 
@@ -272,7 +280,9 @@ class RunConfig(Checked):
     data_seed: int = option(
         0, "of participation, batches, turns and augmentation; see --seed"
     )
-    partition_seed: int = option(0, "of the partition; see --seed")
+    partition_seed: int = option(
+        0, "of the partition and of what is held out; see --seed"
+    )
 
     def check(self) -> None:
         """Checks numbers."""
@@ -411,6 +421,7 @@ PRESETS: dict[str, Config] = {
         batch_size=16,
         eval_every=6,
         checkpoint_every=6,
+        validation_share=0.1,
     ),
     "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
 }

@@ -23,7 +23,7 @@ from hsee_jax.federation import Client, Federation, Strategy, group_clients
 from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
 from hsee_jax.model import Model, deal_cuts, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
-from hsee_jax.partition import partition
+from hsee_jax.partition import hold_out, partition
 from hsee_jax.plan import (
     EMPTY,
     RoundPlan,
@@ -46,7 +46,8 @@ class Experiment(NamedTuple):
     federation: Federation
     strategy: Strategy
     test: Dataset  # on the devices
-    train: Dataset  # on the devices
+    validation: Dataset | None  # on the devices: training samples that were held out
+    train: Dataset  # on the devices: the other ones
     shards: Shards  # of ``train``
     slots: tuple[int, ...]  # of each group, in a round
     store: Store
@@ -141,8 +142,8 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
 
     Args:
       config: the run.
-      data: training and test set, if not those that the configuration names; of the
-        same shape and labels.
+      data: training and test set, on the host, if not those that the configuration
+        names; of the same shape and labels.
 
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
@@ -160,6 +161,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     )
     strategy = build_strategy(config, federation)
     train, test = load_dataset(config.data) if data is None else data
+    train, held = hold_out(train, config)
     shards = dict(enumerate(partition(train.labels, config)))
     steps = steps_per_round(shards, config.run.batch_size)
     schedule = make_schedule(
@@ -184,6 +186,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         federation=federation,
         strategy=strategy,
         train=train,
+        validation=None if held is None else place(held, federation.mesh, SAME),
         test=place(test, federation.mesh, SAME),
         shards=shards,
         slots=slots,

@@ -1,4 +1,4 @@
-"""Dealing the training samples to clients; every sample goes to exactly one of them.
+"""Dealing the training samples: some are held out, the others go to a client each.
 
 `iid` and `quantity` ignore labels; `dirichlet` draws every label's shares over the
 clients from Dirichlet(alpha) (Hsu et al., arXiv:1909.06335); `classes` deals out
@@ -8,10 +8,31 @@ label-sorted pieces, so many to each client (McMahan et al., AISTATS 2017).
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.base import UserError
+from hsee_jax.base import Dataset, UserError
 from hsee_jax.config import Config
 
 Indices = npt.NDArray[np.int32]
+_HELD_OUT = 1  # stream of random numbers
+
+
+def hold_out(train: Dataset, config: Config) -> tuple[Dataset, Dataset | None]:
+    """Sets samples aside that no client is to have, drawn evenly from all.
+
+    Args:
+      train: M samples, on the host.
+      config: `validation_share` and `partition_seed`.
+
+    Returns:
+      The samples for the clients, and those held out, both in their old order; at least
+      one is held out, or None if the share is 0.
+    """
+    share, count = config.data.validation_share, len(train.labels)
+    if share == 0:
+        return train, None
+    rng = np.random.default_rng((config.run.partition_seed, _HELD_OUT))
+    held = np.zeros(count, np.bool_)
+    held[rng.permutation(count)[: max(1, round(share * count))]] = True
+    return Dataset(*(a[~held] for a in train)), Dataset(*(a[held] for a in train))
 
 
 def partition(labels: npt.NDArray[np.int32], config: Config) -> tuple[Indices, ...]:
