@@ -1,4 +1,4 @@
-"""The command line: ``hsee train | eval | info``.
+"""The command line: ``hsee train | eval | gate | info``.
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
 2, divergence is one line and status 3.
@@ -24,7 +24,13 @@ from hsee_jax.flags import (
     config_from,
     use_cache,
 )
-from hsee_jax.terminal import Progress, cost_table, results_table, show
+from hsee_jax.terminal import (
+    Progress,
+    cost_table,
+    results_table,
+    show,
+    text_table,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,26 +125,8 @@ def _train(words: Sequence[str]) -> None:
 
 def _evaluate(words: Sequence[str]) -> None:
     """Restore a run and evaluate it on its test set."""
-    parser = Parser(
-        prog="hsee eval",
-        description=_evaluate.__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        help="latest, or best by mean server accuracy",
-    )
-    parser.add_argument("--data-dir", help="where the data are, if not where they were")
-    parser.add_argument(
-        "--json", action="store_true", help="print all digits, as in summary.json"
-    )
-    add_cache(parser)
-    given = parser.parse(words)
-    use_cache(vars(given))
-    if given.checkpoint not in ("latest", "best"):
-        raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    parser = _run_parser("hsee eval", _evaluate.__doc__, files="summary.json")
+    given = _parse_run(parser, words)
 
     from hsee_jax import runs
 
@@ -147,6 +135,94 @@ def _evaluate(words: Sequence[str]) -> None:
         print(json.dumps(figures, indent=2))
     else:
         _print_results(figures, given.run)
+
+
+def _gate(words: Sequence[str]) -> None:
+    """Find thresholds for early exits and what they give."""
+    parser = _run_parser("hsee gate", _gate.__doc__, files="curve.json")
+    parser.add_argument(
+        "--criterion",
+        default="entropy",
+        help="how unsure an exit is: entropy (the default), confidence (1 minus the "
+        "highest probability) or margin (1 minus its lead over the second)",
+    )
+    targets = {
+        "offload": "at most this share is sent to the server",
+        "accuracy": "at least this accuracy, at the lowest offload",
+        "bytes": "at most so many bytes of features are sent, mean of a sample",
+    }
+    several = parser.add_argument_group(
+        "a target",
+        "one at most; each client's threshold meets it on the samples held out by "
+        "--validation-share and is kept in thresholds.json; without one there is only "
+        "the curve",
+    )
+    for name, meaning in targets.items():
+        several.add_argument(f"--target-{name}", type=float, help=meaning)
+    parser.add_argument(
+        "--batch-size", type=int, help="of the inference; the run's eval_batch_size"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files, which are replaced; RUN/gate"
+    )
+    given = _parse_run(parser, words)
+
+    from hsee_jax import gate_report, gating, runs
+    from hsee_jax.inference import CRITERIA
+
+    if given.criterion not in CRITERIA:
+        raise unknown("criterion", given.criterion, tuple(CRITERIA))
+    if given.batch_size is not None and given.batch_size < 1:
+        raise UserError(
+            f"batch_size: {given.batch_size} is not allowed; allowed is 1 or more"
+        )
+    chosen = [name for name in targets if vars(given)[f"target_{name}"] is not None]
+    if len(chosen) > 1:
+        raise UserError(
+            f"target_{chosen[1]}: is not allowed together with target_{chosen[0]}"
+        )
+    target = [gating.Target(n, vars(given)[f"target_{n}"]) for n in chosen]
+    out = given.run / "gate" if given.out is None else given.out
+    runs.check_writable(out)
+    study = gating.study(
+        given.run,
+        criterion=given.criterion,
+        target=target[0] if target else None,
+        which=given.checkpoint,
+        data_dir=given.data_dir,
+        batch_size=given.batch_size,
+    )
+    gate_report.write(study, out)
+    if given.json:
+        print(json.dumps(study._asdict(), indent=2))
+    else:
+        for table in gate_report.tables(study):
+            show(text_table(*table))
+
+
+def _run_parser(prog: str, description: str | None, *, files: str) -> Parser:
+    """The flags of a command that reads a run."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="latest, or best by mean server accuracy",
+    )
+    parser.add_argument("--data-dir", help="where the data are, if not where they were")
+    parser.add_argument(
+        "--json", action="store_true", help=f"print all digits, as in {files}"
+    )
+    add_cache(parser)
+    return parser
+
+
+def _parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    given = parser.parse(words)
+    use_cache(vars(given))
+    if given.checkpoint not in ("latest", "best"):
+        raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    return given
 
 
 def _info(words: Sequence[str]) -> None:
@@ -181,6 +257,7 @@ def _print_results(figures: dict[str, Any], folder: Path) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _evaluate,
+    "gate": _gate,
     "info": _info,
 }
 

@@ -409,7 +409,7 @@ def _typed(item: dataclasses.Field[Any], value: Any) -> Any:
 
 
 PRESETS: dict[str, Config] = {
-    # Minutes on two CPU cores. A client has 1,000 images, so its own layers are
+    # Minutes on two CPU cores. A client has 900 images, so its own layers are
     # averaged as well.
     "demo": override(
         Config(),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
-from hsee_jax.config import Config, flatten
+from hsee_jax.config import Config, flatten, override
 from hsee_jax.data import DATASETS, load_dataset
 from hsee_jax.engine import (
     RoundFn,
@@ -21,7 +21,7 @@ from hsee_jax.engine import (
 from hsee_jax.evaluate import ClientResult, EvaluateFn, make_evaluation
 from hsee_jax.federation import Client, Federation, Strategy, group_clients
 from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
-from hsee_jax.model import Model, deal_cuts, resnet18
+from hsee_jax.model import LayerCost, Model, deal_cuts, layer_costs, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
 from hsee_jax.partition import hold_out, partition
 from hsee_jax.plan import (
@@ -98,6 +98,10 @@ class Experiment(NamedTuple):
         )
         check_finite(plan, metrics, round=round + 1)
         return self.store.put(state, plan.ids, some, means), metrics
+
+    def costs(self) -> tuple[LayerCost, ...]:
+        """Of all layers and heads; FLOPs are of the convolution itself, in any form."""
+        return layer_costs(build_model(override(self.config, conv="grouped")))
 
     def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
         """Evaluates all clients on the whole of ``data``, which is on the devices."""

@@ -10,8 +10,9 @@ import hsee_jax
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
     "base config data partition augment losses conv resnet model optim mesh split "
-    "aggregate federation compose strategies plan engine evaluate store experiment "
-    "processes checkpoint runs terminal flags cli"
+    "aggregate federation compose strategies plan engine evaluate inference "
+    "calibration store experiment processes checkpoint runs gating gate_report "
+    "terminal flags cli"
 ).split()
 
 
