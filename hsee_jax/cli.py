@@ -151,14 +151,14 @@ def _gate(words: Sequence[str]) -> None:
         "accuracy": "at least this accuracy, at the lowest offload",
         "bytes": "at most so many bytes of features are sent, mean of a sample",
     }
-    several = parser.add_argument_group(
+    one = parser.add_argument_group(
         "a target",
-        "one at most; each client's threshold meets it on the samples held out by "
+        "each client's threshold meets it on the samples held out by "
         "--validation-share and is kept in thresholds.json; without one there is only "
         "the curve",
-    )
+    ).add_mutually_exclusive_group()
     for name, meaning in targets.items():
-        several.add_argument(f"--target-{name}", type=float, help=meaning)
+        one.add_argument(f"--target-{name}", type=float, help=meaning)
     parser.add_argument(
         "--batch-size", type=int, help="of the inference; the run's eval_batch_size"
     )
@@ -176,27 +176,24 @@ def _gate(words: Sequence[str]) -> None:
         raise UserError(
             f"batch_size: {given.batch_size} is not allowed; allowed is 1 or more"
         )
-    chosen = [name for name in targets if vars(given)[f"target_{name}"] is not None]
-    if len(chosen) > 1:
-        raise UserError(
-            f"target_{chosen[1]}: is not allowed together with target_{chosen[0]}"
-        )
-    target = [gating.Target(n, vars(given)[f"target_{n}"]) for n in chosen]
+    values = {name: vars(given)[f"target_{name}"] for name in targets}
+    chosen = [gating.Target(*item) for item in values.items() if item[1] is not None]
     out = given.run / "gate" if given.out is None else given.out
     runs.check_writable(out)
     study = gating.study(
         given.run,
         criterion=given.criterion,
-        target=target[0] if target else None,
         which=given.checkpoint,
         data_dir=given.data_dir,
         batch_size=given.batch_size,
     )
-    gate_report.write(study, out)
+    curve = study.curve()
+    thresholds = study.thresholds(chosen[0]) if chosen else None
+    gate_report.write(curve, thresholds, out)
     if given.json:
-        print(json.dumps(study._asdict(), indent=2))
+        print(json.dumps({"curve": curve, "thresholds": thresholds}, indent=2))
     else:
-        for table in gate_report.tables(study):
+        for table in gate_report.tables(curve, thresholds):
             show(text_table(*table))
 
 

@@ -1,4 +1,4 @@
-"""What ``hsee gate`` shows and writes: tables, JSON and a picture of a study.
+"""What ``hsee gate`` shows and writes: tables, JSON and a picture of a `Study`.
 
 The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, where there was a
 target, ``thresholds.json``.
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsee_jax.base import UserError
-from hsee_jax.gating import Study
 from hsee_jax.runs import Record
 
 
@@ -56,22 +55,21 @@ _CLIENTS = {
 }
 
 
-def tables(study: Study) -> tuple[Table, Table]:
+def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
     """The curve, and a row for each client, with its threshold if it has one."""
-    head, chosen = study
-    curve = _table(
-        f"{head['criterion']} below a threshold is answered on the device: mean over "
-        f"clients on {head['test_samples']} test samples, costs of a sample",
-        head["mean"],
+    mean = _table(
+        f"{curve['criterion']} below a threshold is answered on the device: mean over "
+        f"clients on {curve['test_samples']} test samples, costs of a sample",
+        curve["mean"],
         _RESULTS | _COSTS,
     )
-    if chosen is None:
-        return curve, _table("clients on the test samples", head["clients"], _CLIENTS)
-    ((kind, value),) = chosen["target"].items()
-    return curve, _table(
+    if thresholds is None:
+        return mean, _table("clients on the test samples", curve["clients"], _CLIENTS)
+    ((kind, value),) = thresholds["target"].items()
+    return mean, _table(
         f"clients on the test samples, with thresholds for {kind} {value} from "
-        f"{head['validation_samples']} samples that were held out",
-        chosen["clients"],
+        f"{thresholds['validation_samples']} samples that were held out",
+        thresholds["clients"],
         _CLIENTS | _RESULTS,
     )
 
@@ -88,44 +86,50 @@ def _table(title: str, records: list[Record], columns: dict[str, _Column]) -> Ta
     )
 
 
-def write(study: Study, folder: Path) -> None:
+def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
     """Writes the files, in place of those of an earlier study.
+
+    Args:
+      curve: see `Study.curve`.
+      thresholds: see `Study.thresholds`; None leaves those of an earlier study.
+      folder: where to; it is made.
 
     Raises:
       UserError: the folder cannot be written to.
     """
-    parts = {"curve": study.curve, "thresholds": study.thresholds}
+    parts = {"curve": curve, "thresholds": thresholds}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             if part is not None:
                 text = json.dumps(part, indent=2)
                 (folder / f"{name}.json").write_text(text + "\n")
-        text = "\n".join(table.markdown() for table in tables(study))
+        text = "\n".join(table.markdown() for table in tables(curve, thresholds))
         (folder / "curve.md").write_text(text)
-        _picture(study, folder / "curve.png")
+        _picture(curve, thresholds, folder / "curve.png")
     except OSError as error:
         raise UserError(f"out: {folder} cannot be written to: {error}") from error
 
 
-def _picture(study: Study, path: Path) -> None:
+def _picture(curve: Record, thresholds: Record | None, path: Path) -> None:
     """Accuracy, and costs relative to all at the server, by the share on device."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    cuts = sorted({client["cut"] for client in study.curve["clients"]})
+    cuts = sorted({client["cut"] for client in curve["clients"]})
     colors = {cut: f"C{number}" for number, cut in enumerate(cuts)}
     labels = {cut: f"clients of cut {cut}" for cut in cuts}
-    for client in study.curve["clients"]:
+    for client in curve["clients"]:
         color = colors[client["cut"]]
         label = labels.pop(client["cut"], None)  # once in the legend
         left.plot(*_xy(client["points"], "accuracy"), color, lw=1, label=label)
-    for client in (study.thresholds or {"clients": []})["clients"]:
+    for client in thresholds["clients"] if thresholds else ():
         left.plot(*_xy([client], "accuracy"), "o", color=colors[client["cut"]])
-    mean = study.curve["mean"]
+    mean = curve["mean"]
     left.plot(*_xy(mean, "accuracy"), "k", lw=2.5, label="mean over clients")
-    left.set(title=f"gate: {study.curve['criterion']}", ylabel="test accuracy")
+    dots = "; dots: thresholds" if thresholds else ""
+    left.set(title=f"{curve['criterion']}{dots}", ylabel="test accuracy")
     timed = [point for point in mean if point["seconds"] is not None]
     for name, label, points in (
         ("bytes", "bytes sent", mean),

@@ -8,6 +8,7 @@ by.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -42,18 +43,15 @@ _TIMED = _OFFLOADS[::5]
 _REPEATS = 5
 
 
-class Target(NamedTuple):
+@dataclass(frozen=True)
+class Target:
     """What a client's threshold is to give on the held-out samples."""
 
     kind: str  # "offload" or "bytes" a sample: the most; "accuracy": the least
     value: float
 
-    def check(self) -> None:
-        """Refuses a value that no threshold could ever give.
-
-        Raises:
-          UserError: the value is not allowed.
-        """
+    def __post_init__(self) -> None:
+        """Refuses a value that no threshold could ever give."""
         ends, most = ("0 or more", math.inf) if self.kind == "bytes" else ("0..1", 1)
         if not 0 <= self.value <= most:
             raise UserError(
@@ -61,14 +59,7 @@ class Target(NamedTuple):
             )
 
 
-class Study(NamedTuple):
-    """What gates give, as JSON holds it."""
-
-    curve: Record
-    thresholds: Record | None  # None without a target
-
-
-class _Client(NamedTuple):
+class GatedClient(NamedTuple):
     """What is known of a client, for any threshold."""
 
     id: int
@@ -104,6 +95,14 @@ class _Client(NamedTuple):
             "validation_on_device": 1 - float(self.held_out.offload[choice]),
         }
 
+    def points(self) -> list[Record]:
+        """Those whose offload of the held-out samples is 1, 0.95 .. 0."""
+        return [
+            self.point(within(self.held_out, offload))
+            | {"seconds": self.seconds.get(offload)}
+            for offload in _OFFLOADS
+        ]
+
     def record(self) -> Record:
         """What does not depend on a threshold."""
         return {
@@ -116,32 +115,72 @@ class _Client(NamedTuple):
         }
 
 
+class Study(NamedTuple):
+    """The clients of a run, by id, and what their figures were measured with."""
+
+    setting: Record
+    clients: list[GatedClient]
+
+    def curve(self) -> Record:
+        """What thresholds give, for each client and in the mean, as JSON holds it."""
+        points = [client.points() for client in self.clients]
+        return self.setting | {
+            "mean": [_mean(group) for group in zip(*points, strict=True)],
+            "clients": [
+                client.record() | {"points": own}
+                for client, own in zip(self.clients, points, strict=True)
+            ],
+        }
+
+    def thresholds(self, target: Target) -> Record:
+        """The threshold of each client that meets a target, as JSON holds it.
+
+        Of those that do it is the one with the highest offload within a budget, and
+        with the lowest for an accuracy.
+
+        Raises:
+          UserError: a client has none.
+        """
+        choices = [client.choose(target) for client in self.clients]
+        if None in choices:
+            worst = min(self.clients, key=lambda c: c.held_out.accuracy.max())
+            most = worst.held_out.accuracy.max()
+            offload = worst.held_out.offload[reaching(worst.held_out, most)]
+            raise UserError(
+                f"target_accuracy: {target.value} cannot be reached by client "
+                f"{worst.id} on the held-out samples; the most is "
+                f"{math.floor(1e4 * most) / 1e4} at offload {offload:.2f}"
+            )
+        return self.setting | {
+            "target": {target.kind: target.value},
+            "clients": [
+                client.record() | client.point(choice)
+                for client, choice in zip(self.clients, choices, strict=True)
+                if choice is not None
+            ],
+        }
+
+
 def study(
     folder: Path,
     *,
     criterion: str = "entropy",
-    target: Target | None = None,
     which: str = "latest",
     data_dir: str | None = None,
     batch_size: int | None = None,
 ) -> Study:
-    """Finds every client's thresholds, and measures what they give.
+    """Computes both answers of every client to the held-out and the test samples.
 
     Args:
       folder: of the run.
       criterion: of `CRITERIA`.
-      target: that each client's threshold is to meet; of those that do, it is the one
-        with the highest offload within a budget, and the lowest for an accuracy.
       which: the checkpoint, see `restore`.
       data_dir: see `restore`.
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
-      UserError: there is no such run, it held out no samples, or the target cannot be
-        met.
+      UserError: there is no such run, or it held out no samples.
     """
-    if target is not None:
-        target.check()
     experiment, state = restore(folder, which, data_dir=data_dir)
     if experiment.validation is None:
         raise UserError(
@@ -149,31 +188,20 @@ def study(
             "train with --validation-share, such as 0.1"
         )
     size = experiment.config.run.eval_batch_size if batch_size is None else batch_size
-    clients = sorted(_clients(experiment, state, criterion, size))
-    head = {"rounds": int(state.round), "criterion": criterion}
-    points = {c.id: _points(c) for c in clients}
-    record = head | {
+    setting = {
+        "rounds": int(state.round),
+        "criterion": criterion,
         "validation_samples": len(experiment.validation.labels),
         "test_samples": len(experiment.test.labels),
         "batch_size": size,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "mean": [_mean(group) for group in zip(*points.values(), strict=True)],
-        "clients": [c.record() | {"points": points[c.id]} for c in clients],
     }
-    if target is None:
-        return Study(record, None)
-    chosen = [
-        c.record() | c.point(choice)
-        for c, choice in zip(clients, _choices(clients, target), strict=True)
-    ]
-    return Study(
-        record, head | {"target": {target.kind: target.value}, "clients": chosen}
-    )
+    return Study(setting, sorted(_clients(experiment, state, criterion, size)))
 
 
 def _clients(
     experiment: Experiment, state: RunState, criterion: str, batch_size: int
-) -> Iterator[_Client]:
+) -> Iterator[GatedClient]:
     """Computes both answers to all samples, client by client."""
     info = DATASETS[experiment.config.data.dataset]
     largest = CRITERIA[criterion].largest(info.num_classes)
@@ -205,7 +233,7 @@ def _clients(
                 points = [within(every, offload) for offload in _TIMED]
                 times = _times(run, test_inputs[0], every.thresholds[points])
                 seconds = dict(zip(_TIMED, times, strict=True))
-            yield _Client(
+            yield GatedClient(
                 id=i,
                 cut=group.cut,
                 feature_bytes=layers[group.cut - 1].output_bytes,
@@ -253,34 +281,9 @@ def _times(run: Run, inputs: Array, thresholds: Floats) -> list[float]:
     return (np.median(spent[1:], axis=0) / len(inputs)).tolist()
 
 
-def _points(client: _Client) -> list[Record]:
-    """Those of the curve, by `_OFFLOADS` on the held-out samples."""
-    return [
-        client.point(within(client.held_out, offload))
-        | {"seconds": client.seconds.get(offload)}
-        for offload in _OFFLOADS
-    ]
-
-
 def _mean(records: Sequence[Record]) -> Record:
     """Of every figure over clients; None if it was not measured."""
     return {
         name: None if value is None else float(np.mean([r[name] for r in records]))
         for name, value in records[0].items()
     }
-
-
-def _choices(clients: Sequence[_Client], target: Target) -> list[int]:
-    """The point that each client chooses."""
-    choices = [client.choose(target) for client in clients]
-    found = [choice for choice in choices if choice is not None]
-    if len(found) < len(clients):
-        worst = min(clients, key=lambda client: client.held_out.accuracy.max())
-        best = worst.held_out.accuracy.max()
-        offload = worst.held_out.offload[reaching(worst.held_out, best)]
-        raise UserError(
-            f"target_accuracy: {target.value} cannot be reached by client {worst.id} "
-            f"on the held-out samples; the most is {math.floor(1e4 * best) / 1e4} at "
-            f"offload {offload:.2f}"
-        )
-    return found
