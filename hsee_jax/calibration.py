@@ -83,10 +83,14 @@ def curve(scores: Scores, thresholds: Floats) -> Curve:
     return Curve(thresholds, correct[below] / count, (count - below) / count)
 
 
-def reaching(curve: Curve, accuracy: float) -> int | None:
-    """The point of the smallest offload with at least this accuracy, or None."""
-    (enough,) = np.nonzero(curve.accuracy >= accuracy)
-    return int(enough[-1]) if len(enough) else None
+def reaching(curve: Curve, accuracy: float) -> int:
+    """The point of the smallest offload with at least this accuracy.
+
+    Args:
+      curve: with such a point.
+      accuracy: at most the highest of the curve.
+    """
+    return int(np.flatnonzero(curve.accuracy >= accuracy)[-1])
 
 
 def within(curve: Curve, budget: float, cost: float = 1.0) -> int:

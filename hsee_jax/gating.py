@@ -52,10 +52,11 @@ class Target:
 
     def __post_init__(self) -> None:
         """Refuses a value that no threshold could ever give."""
-        ends, most = ("0 or more", math.inf) if self.kind == "bytes" else ("0..1", 1)
-        if not 0 <= self.value <= most:
+        some = self.kind == "bytes" and 1 < self.value < math.inf
+        if not (some or 0 <= self.value <= 1):
+            allowed = "0 or more" if self.kind == "bytes" else "0..1"
             raise UserError(
-                f"target_{self.kind}: {self.value} is not allowed; allowed is {ends}"
+                f"target_{self.kind}: {self.value} is not allowed; allowed is {allowed}"
             )
 
 
@@ -72,8 +73,8 @@ class GatedClient(NamedTuple):
     test: Scores
     seconds: dict[float, float]  # of a sample, by offload; measured once for each cut
 
-    def choose(self, target: Target) -> int | None:
-        """The point of the held-out curve that meets a target at the best price."""
+    def choose(self, target: Target) -> int:
+        """The point of the held-out curve that meets a target, which can be met."""
         if target.kind == "accuracy":
             return reaching(self.held_out, target.value)
         cost = self.feature_bytes if target.kind == "bytes" else 1
@@ -139,12 +140,11 @@ class Study(NamedTuple):
         with the lowest for an accuracy.
 
         Raises:
-          UserError: a client has none.
+          UserError: a client has none; it says what is possible.
         """
-        choices = [client.choose(target) for client in self.clients]
-        if None in choices:
-            worst = min(self.clients, key=lambda c: c.held_out.accuracy.max())
-            most = worst.held_out.accuracy.max()
+        worst = min(self.clients, key=lambda client: client.held_out.accuracy.max())
+        most = worst.held_out.accuracy.max()
+        if target.kind == "accuracy" and target.value > most:
             offload = worst.held_out.offload[reaching(worst.held_out, most)]
             raise UserError(
                 f"target_accuracy: {target.value} cannot be reached by client "
@@ -154,9 +154,8 @@ class Study(NamedTuple):
         return self.setting | {
             "target": {target.kind: target.value},
             "clients": [
-                client.record() | client.point(choice)
-                for client, choice in zip(self.clients, choices, strict=True)
-                if choice is not None
+                client.record() | client.point(client.choose(target))
+                for client in self.clients
             ],
         }
 
