@@ -30,6 +30,7 @@ from hsee_jax.federation import (
     group_clients,
     server_of,
 )
+from hsee_jax.inference import Answers, Gate, make_gate
 from hsee_jax.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.mesh import make_mesh
 from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
@@ -59,6 +60,7 @@ from hsee_jax.strategies import (
 )
 
 __all__ = [
+    "Answers",
     "Batch",
     "Branch",
     "BranchSpec",
@@ -70,6 +72,7 @@ __all__ = [
     "ExitMetrics",
     "Experiment",
     "Federation",
+    "Gate",
     "Group",
     "InputPipeline",
     "LayerMean",
@@ -101,6 +104,7 @@ __all__ = [
     "layer_mean",
     "local",
     "make_evaluation",
+    "make_gate",
     "make_mesh",
     "make_round",
     "masked_cross_entropy",

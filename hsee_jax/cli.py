@@ -1,4 +1,4 @@
-"""The command line: ``hsee train | eval | info | report | data``.
+"""The command line: ``hsee train | eval | gate | info | report | data``.
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
 2, divergence is one line and status 3.
@@ -32,6 +32,7 @@ from hsee_jax.terminal import (
     results_table,
     show,
     show_log,
+    text_table,
 )
 
 
@@ -129,26 +130,8 @@ def _train(words: Sequence[str]) -> None:
 
 def _evaluate(words: Sequence[str]) -> None:
     """Restore a run and evaluate it on its test set."""
-    parser = Parser(
-        prog="hsee eval",
-        description=_evaluate.__doc__,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        help="latest, or best by mean server accuracy",
-    )
-    parser.add_argument("--data-dir", help="where the data are, if not where they were")
-    parser.add_argument(
-        "--json", action="store_true", help="print all digits, as in summary.json"
-    )
-    add_cache(parser)
-    given = parser.parse(words)
-    use_cache(vars(given))
-    if given.checkpoint not in ("latest", "best"):
-        raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    parser = _run_parser("hsee eval", _evaluate.__doc__, files="summary.json")
+    given = _parse_run(parser, words)
 
     from hsee_jax import runs
 
@@ -158,6 +141,91 @@ def _evaluate(words: Sequence[str]) -> None:
         print(json.dumps(figures, indent=2))
     else:
         _print_results(figures, given.run)
+
+
+def _gate(words: Sequence[str]) -> None:
+    """Find thresholds for early exits and what they give."""
+    parser = _run_parser("hsee gate", _gate.__doc__, files="curve.json")
+    parser.add_argument(
+        "--criterion",
+        default="entropy",
+        help="how unsure an exit is: entropy (the default), confidence (1 minus the "
+        "highest probability) or margin (1 minus its lead over the second)",
+    )
+    targets = {
+        "offload": "at most this share is sent to the server",
+        "accuracy": "at least this accuracy, at the lowest offload",
+        "bytes": "at most so many bytes of features are sent, mean of a sample",
+    }
+    one = parser.add_argument_group(
+        "a target",
+        "each client's threshold meets it on the samples held out by "
+        "--validation-share and is kept in thresholds.json; without one there is only "
+        "the curve",
+    ).add_mutually_exclusive_group()
+    for name, meaning in targets.items():
+        one.add_argument(f"--target-{name}", type=float, help=meaning)
+    parser.add_argument(
+        "--batch-size", type=int, help="of the inference; the run's eval_batch_size"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files, which are replaced; RUN/gate"
+    )
+    given = _parse_run(parser, words)
+
+    from hsee_jax import gate_report, gating, runs
+    from hsee_jax.inference import CRITERIA
+
+    if given.criterion not in CRITERIA:
+        raise unknown("criterion", given.criterion, tuple(CRITERIA))
+    if given.batch_size is not None and given.batch_size < 1:
+        raise UserError(
+            f"batch_size: {given.batch_size} is not allowed; allowed is 1 or more"
+        )
+    values = {name: vars(given)[f"target_{name}"] for name in targets}
+    chosen = [gating.Target(*item) for item in values.items() if item[1] is not None]
+    out = given.run / "gate" if given.out is None else given.out
+    runs.check_writable(out)
+    study = gating.study(
+        given.run,
+        criterion=given.criterion,
+        which=given.checkpoint,
+        data_dir=given.data_dir,
+        batch_size=given.batch_size,
+    )
+    curve = study.curve()
+    thresholds = study.thresholds(chosen[0]) if chosen else None
+    gate_report.write(curve, thresholds, out)
+    if given.json:
+        print(json.dumps({"curve": curve, "thresholds": thresholds}, indent=2))
+    else:
+        for table in gate_report.tables(curve, thresholds):
+            show(text_table(*table))
+
+
+def _run_parser(prog: str, description: str | None, *, files: str) -> Parser:
+    """The flags of a command that reads a run."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="latest, or best by mean server accuracy",
+    )
+    parser.add_argument("--data-dir", help="where the data are, if not where they were")
+    parser.add_argument(
+        "--json", action="store_true", help=f"print all digits, as in {files}"
+    )
+    add_cache(parser)
+    return parser
+
+
+def _parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    given = parser.parse(words)
+    use_cache(vars(given))
+    if given.checkpoint not in ("latest", "best"):
+        raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    return given
 
 
 def _info(words: Sequence[str]) -> None:
@@ -248,6 +316,7 @@ def _print_results(figures: dict[str, Any], folder: Path) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _evaluate,
+    "gate": _gate,
     "info": _info,
     "report": _report,
     "data": _data,

@@ -75,6 +75,11 @@ class DataConfig(Checked):
     )
     max_train_samples: int | None = option(None, "use only the first so many")
     max_test_samples: int | None = option(None, "use only the first so many")
+    validation_share: float = option(
+        0.0,
+        "share of the training samples held out from all clients, for the thresholds "
+        "of hsee gate",
+    )
     augment: str = option(
         "none",
         "of training images: random crop of the image padded by 4, and flip",
@@ -95,6 +100,9 @@ class DataConfig(Checked):
         for name in ("max_train_samples", "max_test_samples"):
             value = getattr(self, name)
             self.require(name, "1 or more", value is None or value >= 1)
+        self.require(
+            "validation_share", "0 or more, less than 1", 0 <= self.validation_share < 1
+        )
         self.require("alpha", "more than 0", 0 < self.alpha < float("inf"))
         self.require("classes_per_client", "1 or more", self.classes_per_client >= 1)
 
@@ -285,7 +293,9 @@ class RunConfig(Checked):
     data_seed: int = option(
         0, "of participation, batches, turns and augmentation; see --seed"
     )
-    partition_seed: int = option(0, "of the partition; see --seed")
+    partition_seed: int = option(
+        0, "of the partition and of what is held out; see --seed"
+    )
 
     def check(self) -> None:
         """Checks numbers."""
@@ -412,7 +422,7 @@ def _typed(item: dataclasses.Field[Any], value: Any) -> Any:
 
 
 PRESETS: dict[str, Config] = {
-    # Minutes on two CPU cores. A client has 1,000 images, so its own layers are
+    # Minutes on two CPU cores. A client has 900 images, so its own layers are
     # averaged as well.
     "demo": override(
         Config(),
@@ -424,6 +434,7 @@ PRESETS: dict[str, Config] = {
         batch_size=16,
         eval_every=6,
         checkpoint_every=6,
+        validation_share=0.1,
     ),
     "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
     "cifar100": override(Config(), dataset="cifar100", augment="crop_flip"),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
-from hsee_jax.config import Config, flatten
+from hsee_jax.config import Config, flatten, override
 from hsee_jax.data import dataset_info, load_dataset
 from hsee_jax.engine import (
     RoundFn,
@@ -21,9 +21,9 @@ from hsee_jax.engine import (
 from hsee_jax.evaluate import ClientResult, EvaluateFn, make_evaluation
 from hsee_jax.federation import Client, Federation, Strategy, group_clients
 from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
-from hsee_jax.model import Model, deal_cuts, resnet18
+from hsee_jax.model import LayerCost, Model, deal_cuts, layer_costs, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
-from hsee_jax.partition import Share, manifest, partition
+from hsee_jax.partition import Share, hold_out, manifest, partition
 from hsee_jax.plan import (
     EMPTY,
     RoundPlan,
@@ -47,7 +47,8 @@ class Experiment(NamedTuple):
     strategy: Strategy
     manifest: list[Share]  # who has what of the training set
     test: Dataset  # on the devices
-    train: Dataset  # on the devices
+    validation: Dataset | None  # on the devices: training samples that were held out
+    train: Dataset  # on the devices: all of them
     shards: Shards  # of ``train``
     slots: tuple[int, ...]  # of each group, in a round
     store: Store
@@ -99,6 +100,10 @@ class Experiment(NamedTuple):
         check_finite(plan, metrics, round=round + 1)
         return self.store.put(state, plan.ids, some, means), metrics
 
+    def costs(self) -> tuple[LayerCost, ...]:
+        """Of all layers and heads; FLOPs are of the convolution itself, in any form."""
+        return layer_costs(build_model(override(self.config, conv="grouped")))
+
     def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
         """Evaluates all clients on the whole of ``data``, which is on the devices."""
         return sorted(
@@ -142,8 +147,8 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
 
     Args:
       config: the run.
-      data: training and test set, if not those that the configuration names; of the
-        same shape and labels.
+      data: training and test set, on the host, if not those that the configuration
+        names; of the same shape and labels.
 
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
@@ -162,9 +167,11 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     strategy = build_strategy(config, federation)
     train, test = load_dataset(config.data) if data is None else data
     info = dataset_info(config.data)
-    parts = partition(train.labels, config)
+    kept, held = hold_out(len(train.labels), config)
+    parts = [kept[part] for part in partition(train.labels[kept], config)]
     shares = manifest(parts, train.labels, cuts=cuts, num_classes=info.num_classes)
     shards = dict(enumerate(parts))
+    validation = Dataset(*(a[held] for a in train)) if len(held) else None
     steps = steps_per_round(shards, config.run.batch_size)
     schedule = make_schedule(
         config.optim, num_rounds=config.run.rounds, steps_per_round=steps
@@ -188,6 +195,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         strategy=strategy,
         manifest=shares,
         train=train,
+        validation=validation and place(validation, federation.mesh, SAME),
         test=place(test, federation.mesh, SAME),
         shards=shards,
         slots=slots,

@@ -1,4 +1,4 @@
-"""The figures of a report; the only file that imports matplotlib.
+"""The figures of a report.
 
 Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), but for yellow;
 no distinction rests on colour alone.

@@ -1,4 +1,4 @@
-"""Dealing the training samples to clients; every sample goes to exactly one of them.
+"""Dealing the training samples: some are held out, the others go to a client each.
 
 `iid` and `quantity` ignore labels; `dirichlet` draws every label's shares over the
 clients from Dirichlet(alpha) (Hsu et al., arXiv:1909.06335); `classes` deals out
@@ -15,6 +15,27 @@ from hsee_jax.base import UserError
 from hsee_jax.config import Config
 
 Indices = npt.NDArray[np.int32]
+_HELD_OUT = 1  # stream of random numbers
+
+
+def hold_out(count: int, config: Config) -> tuple[Indices, Indices]:
+    """Sets samples aside that no client is to have, drawn evenly from all.
+
+    Args:
+      count: M, of training samples.
+      config: `validation_share` and `partition_seed`.
+
+    Returns:
+      The ascending indices of the samples for the clients, and of those held out: at
+      least one unless the share is 0.
+    """
+    share = config.data.validation_share
+    rng = np.random.default_rng((config.run.partition_seed, _HELD_OUT))
+    held = np.zeros(count, np.bool_)
+    if share > 0:
+        held[rng.permutation(count)[: max(1, round(share * count))]] = True
+    kept, out = np.flatnonzero(~held), np.flatnonzero(held)
+    return kept.astype(np.int32), out.astype(np.int32)
 
 
 class Share(NamedTuple):

@@ -190,16 +190,25 @@ def load_config(path: Path) -> Config:
     return from_dict(values)
 
 
+def check_writable(folder: Path) -> None:
+    """Looks whether a folder can be written to, or made.
+
+    Raises:
+      UserError: it cannot.
+    """
+    places = (folder, *folder.absolute().parents)
+    nearest = next(place for place in places if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"out: {nearest} is not a folder that can be written to")
+
+
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("resume: is not allowed together with overwrite")
     if resume:
         read_config(folder)
         return
-    places = (folder, *folder.absolute().parents)
-    nearest = next(place for place in places if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"out: {nearest} is not a folder that can be written to")
+    check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     try:

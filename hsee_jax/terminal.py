@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -86,6 +86,18 @@ def cost_table(costs: tuple[LayerCost, ...]) -> Table:
         )
     table.add_row("", final.name, f"{final.parameters:,}", f"{final.flops / 1e6:,.3f}")
     table.add_row("", "total", f"{total_parameters:,}", f"{total_flops / 1e6:,.3f}")
+    return table
+
+
+def text_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Table:
+    """A table of cells that are text already."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

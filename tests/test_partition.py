@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsee_jax.base import UserError
+from hsee_jax.base import Dataset, UserError
 from hsee_jax.config import Config, override
+from hsee_jax.experiment import build
 from hsee_jax.federation import Client, group_clients
-from hsee_jax.partition import partition
+from hsee_jax.partition import hold_out, partition
 from hsee_jax.plan import EMPTY, num_slots, plan_round
 
 KINDS = ("iid", "dirichlet", "classes", "quantity")
@@ -60,6 +61,60 @@ def test_kinds_differ_as_they_should():
 def test_more_clients_than_samples():
     with pytest.raises(UserError, match=r"num_clients: 5 .* allowed are 1\.\.4"):
         partition(np.zeros(4, np.int32), override(Config(), num_clients=5))
+
+
+def numbered(count, first=0):
+    """Images of which each names itself."""
+    numbers = np.arange(first, first + count)
+    pixels = np.zeros((count, 28, 28, 1), np.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 1, 0] = numbers % 256, numbers // 256
+    return Dataset(pixels, (numbers % 10).astype(np.int32))
+
+
+def numbers(data):
+    pixels = np.asarray(data.images).astype(int)
+    return pixels[:, 0, 0, 0] + 256 * pixels[:, 0, 1, 0]
+
+
+def test_what_is_held_out_is_drawn_from_all_and_no_clients(tiny_network):
+    """A tenth of 600, for any partition; the test set stays what it was."""
+    train, test = numbered(600), numbered(50, first=600)
+    base = override(Config(), validation_share=0.1, num_clients=3, cuts=("1", "2"))
+    drawn = []
+    for changes in (
+        {"partition": "iid"},
+        {"partition": "dirichlet", "participation": 0.5},
+        {"partition_seed": 1},
+    ):
+        experiment = build(override(base, **changes), data=(train, test))
+        held, every = numbers(experiment.validation), numbers(experiment.train)
+        np.testing.assert_array_equal(experiment.validation.labels, held % 10)
+        assert len(held) == 60
+        of_clients = np.concatenate([every[s] for s in experiment.shards.values()])
+        for share in experiment.manifest:
+            assert share.indices == every[experiment.shards[share.id]].tolist()
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate([held, of_clients])), np.arange(600)
+        )
+        np.testing.assert_array_equal(numbers(experiment.test), np.arange(600, 650))
+        # 60 of 0..599, evenly: the mean is 299.5 with a deviation of 173 / sqrt(60)
+        assert abs(held.mean() - 299.5) < 4 * 173 / 60**0.5
+        drawn.append(held.tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_nothing_or_at_least_one_sample_is_held_out(tiny_network):
+    train = numbered(12)
+    kept, held = hold_out(12, override(Config(), validation_share=0.01))
+    assert (len(kept), len(held)) == (11, 1)
+    kept, held = hold_out(12, Config())
+    assert (len(kept), len(held)) == (12, 0)
+    config = override(Config(), cuts=("1",))
+    experiment = build(config, data=(train, train))
+    assert experiment.validation is None
+    whole = partition(train.labels, config)
+    for one, other in zip(whole, experiment.shards.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def draw(groups, shards, round=0, **changes):

@@ -6,8 +6,17 @@ import sys
 from pathlib import Path
 
 import hsee_jax
+from hsee_jax import cli
 from hsee_jax.config import options
 
+SMALL = hsee_jax.override(
+    hsee_jax.preset("demo"),
+    rounds=1,
+    num_clients=2,
+    cuts=("1", "3"),
+    max_train_samples=32,
+    max_test_samples=8,
+)
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -32,20 +41,21 @@ def test_the_library_example_runs(tmp_path):
 
 
 def test_the_restore_example_runs(tmp_path, monkeypatch, tiny_network):
-    config = hsee_jax.override(
-        hsee_jax.preset("demo"),
-        rounds=1,
-        num_clients=2,
-        cuts=("1", "3"),
-        max_train_samples=32,
-        max_test_samples=8,
-    )
     monkeypatch.chdir(tmp_path)
-    hsee_jax.train(config, Path("runs/demo"))
+    hsee_jax.train(SMALL, Path("runs/demo"))
     names = {}
     exec(block("restore"), names)
     assert len(names["client"].layers) == 1
     assert len(names["server"].layers) == 2
+
+
+def test_the_gate_example_runs(tmp_path, monkeypatch, tiny_network, capsys):
+    monkeypatch.chdir(tmp_path)
+    hsee_jax.train(SMALL, Path("runs/demo"))
+    assert cli.main("gate runs/demo --target-offload 0.3".split()) == 0
+    names = {}
+    exec(block("gate"), names)
+    assert names["answers"].predictions.shape == (8,)
 
 
 def test_the_commands_use_flags_that_exist():
@@ -53,6 +63,7 @@ def test_the_commands_use_flags_that_exist():
     known |= {"seed", "out", "resume", "overwrite", "config", "checkpoint", "json"}
     known |= {"coordinator", "num-processes", "process-id", "compilation-cache"}
     known |= {"tensorboard"}
+    known |= {"criterion", "target-offload", "target-accuracy", "target-bytes"}
     lines = [line for line in README.splitlines() if "hsee " in line]
     flags = {flag for line in lines for flag in re.findall(r"--([a-z-]+)", line)}
     flags -= {"file-format", "help"}

@@ -157,9 +157,9 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
 
     # what cannot start does not touch the run either
     bad = override(SMALL, max_train_samples=2)
-    with pytest.raises(UserError, match="num_clients: 3 is more than the 2"):
+    with pytest.raises(UserError, match="num_clients: 3 is more than the 1"):
         runs.train(bad, run, overwrite=True)
-    with pytest.raises(UserError, match="num_clients: 3 is more than the 2"):
+    with pytest.raises(UserError, match="num_clients: 3 is more than the 1"):
         runs.train(bad, tmp_path / "new")
     assert runs.read_config(run) == SMALL
     assert not (tmp_path / "new").exists()

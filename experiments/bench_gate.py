@@ -1,0 +1,114 @@
+"""What gated inference saves: time against the share of samples that is sent.
+
+Shows: the server's time for a batch when 100, 50, 20 and 5 % of its samples are sent,
+relative to a server that runs all of them without a gate, and the same for client and
+server together. Thresholds are set so that exactly this share is sent; images and
+weights are random, on which speed does not depend.
+Expected: with 20 % sent at most 0.35 of the server's time; with 100 % no more than a
+few percent above 1, the price of the gate.
+Cost: about four minutes on two CPU cores.
+Command: python experiments/bench_gate.py [--quick] [--out FOLDER]
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench
+import jax
+import numpy as np
+import optax
+
+import hsee_jax
+from hsee_jax.base import Array
+
+SHARES = (1.0, 0.5, 0.2, 0.05)
+COLUMNS = (
+    "width",
+    "batch",
+    "cut",
+    "sent",
+    "server ms",
+    "range",
+    "relative to all",
+    "both ms",
+    "both relative to all",
+)
+
+
+def rows_of(width: int, batch: int, cut: int, *, repeats: int) -> list[bench.Row]:
+    """One client's figures, all timed in turns."""
+    model = hsee_jax.resnet18(num_classes=10, input_shape=(32, 32, 3), width=width)
+    network = jax.jit(partial(hsee_jax.init_network, model))(jax.random.key(0))
+    none = optax.identity()
+    specs = (
+        hsee_jax.client_spec(model, cut, none),
+        hsee_jax.server_spec(model, cut, none),
+    )
+    client = hsee_jax.init_client(network, cut, none)
+    server = hsee_jax.init_server(network, cut, none)
+    gate = hsee_jax.make_gate(*specs, batch_size=batch)
+    images = np.random.default_rng(0).standard_normal((batch, 32, 32, 3), np.float32)
+    inputs, mask = jax.device_put((images, np.ones(batch, bool)))
+    features, _, uncertainty = gate.on_client(client, inputs)
+
+    @jax.jit
+    def server_part(server: hsee_jax.Branch, features: Array) -> Array:
+        return hsee_jax.forward(specs[1], server, features, mask, train=False)[1]
+
+    def run_server(features: Array = features) -> Any:
+        return jax.device_get(server_part(server, features))
+
+    def run_both() -> Any:
+        return run_server(gate.on_client(client, inputs)[0])
+
+    order = np.argsort(uncertainty)
+    calls = {"server": run_server, "both": run_both}
+    for share in SHARES:
+        exits = batch - max(1, round(share * batch))
+        threshold = float(uncertainty[order[exits]])
+        assert (uncertainty < threshold).sum() == exits
+        sent = np.sort(order[exits:])
+        calls[f"server {share}"] = partial(gate.on_server, server, features, sent)
+        calls[f"both {share}"] = partial(gate.answer, client, server, inputs, threshold)
+    times = bench.time_in_turns(calls, repeats=repeats)
+    rows = []
+    for share in SHARES:
+        part, both = times[f"server {share}"], times[f"both {share}"]
+        rows.append(
+            {
+                "width": width,
+                "batch": batch,
+                "cut": cut,
+                "sent": share,
+                "server ms": 1e3 * part.median,
+                "range": f"{1e3 * part.low:.3g}-{1e3 * part.high:.3g}",
+                "relative to all": part.median / times["server"].median,
+                "both ms": 1e3 * both.median,
+                "both relative to all": both.median / times["both"].median,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Prints the table and writes its rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny, for tests")
+    parser.add_argument("--out", type=Path, default=bench.RESULTS)
+    arguments = parser.parse_args()
+    sizes = [(2, 16)] if arguments.quick else [(8, 256), (16, 128)]
+    repeats = 1 if arguments.quick else 9
+    rows = [
+        row
+        for width, batch in sizes
+        for cut in ((3,) if arguments.quick else (3, 5))
+        for row in rows_of(width, batch, cut, repeats=repeats)
+    ]
+    print(bench.table(rows, COLUMNS))
+    print(f"\nwrote {bench.write('gate', rows, out=arguments.out)}")
+
+
+if __name__ == "__main__":
+    main()
