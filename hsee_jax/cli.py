@@ -282,6 +282,7 @@ def _report(words: Sequence[str]) -> None:
 
     from hsee_jax import report
     from hsee_jax.curves import read_curves
+    from hsee_jax.tables import markdown
 
     curves = read_curves(given.runs)
     if given.tensorboard is not None:
@@ -289,7 +290,7 @@ def _report(words: Sequence[str]) -> None:
     alone = len(given.runs) == 1
     out = given.out or (given.runs[0] / "report" if alone else Path("report"))
     page = report.write_report(curves, out)
-    print(report.markdown(report.results(curves)))
+    print(markdown(report.results(curves)))
     print(page)
 
 

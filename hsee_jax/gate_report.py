@@ -10,20 +10,7 @@ from typing import Any, NamedTuple
 
 from hsee_jax.base import UserError
 from hsee_jax.runs import Record
-
-
-class Table(NamedTuple):
-    """Cells of text under a title."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        lines = [self.columns, ("---:",) * len(self.columns), *self.rows]
-        cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{self.title}\n\n{cells}\n"
+from hsee_jax.tables import Table, markdown
 
 
 class _Column(NamedTuple):
@@ -104,7 +91,8 @@ def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
             if part is not None:
                 text = json.dumps(part, indent=2)
                 (folder / f"{name}.json").write_text(text + "\n")
-        text = "\n".join(table.markdown() for table in tables(curve, thresholds))
+        pages = tables(curve, thresholds)
+        text = "\n".join(f"{t.title}\n\n{markdown(t)}" for t in pages)
         (folder / "curve.md").write_text(text)
         _picture(curve, thresholds, folder / "curve.png")
     except OSError as error:

@@ -4,7 +4,6 @@ import base64
 import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,14 +12,7 @@ from hsee_jax.config import SEEDS, flatten
 from hsee_jax.curves import BRANCHES, OWN, Curve, Run, Values, shown, spread
 from hsee_jax.figures import Picture, draw
 from hsee_jax.runs import Record, speed
-
-
-class Table(NamedTuple):
-    """Text in rows and columns."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+from hsee_jax.tables import Table, markdown
 
 
 def results(curves: Sequence[Curve]) -> Table:
@@ -94,13 +86,6 @@ def _options(curves: Sequence[Curve]) -> Table:
     return Table(title, ("option", "value"), rows)
 
 
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
-    lines = (table.header, ("---",) * len(table.header), *table.rows)
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
-
-
 def write_report(curves: Sequence[Curve], out: Path) -> Path:
     """Writes figures as PNGs, ``report.md``, and all of it in one ``report.html``.
 
@@ -148,7 +133,7 @@ def _html_picture(picture: Picture) -> str:
 
 
 def _html_table(table: Table) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
 
     rows = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in table.rows)

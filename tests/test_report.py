@@ -19,7 +19,8 @@ from hsee_jax.base import UserError
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.curves import read_curves
 from hsee_jax.figures import draw
-from hsee_jax.report import by_cut, markdown, results, write_events, write_report
+from hsee_jax.report import by_cut, results, write_events, write_report
+from hsee_jax.tables import markdown
 
 EXIT, SERVER = ((0.1, 0.3), (0.2, 0.4)), ((0.5, 0.5), (0.6, 0.8))  # rounds 2 and 4
 

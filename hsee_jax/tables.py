@@ -1,0 +1,19 @@
+"""Tables of text, and what becomes of them in Markdown."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """Text in rows and columns."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, without its title."""
+    lines = (table.header, ("---",) * len(table.header), *table.rows)
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
