@@ -1,7 +1,8 @@
 """The command line: ``hsee train | eval | gate | info | report | data``.
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
-2, divergence is one line and status 3.
+2, divergence is one line and status 3. A training that SIGTERM or Ctrl-C stops ends
+after the round with a checkpoint, and status 128 + the signal's number.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import jax
 
-from hsee_jax.base import DivergenceError, UserError
+from hsee_jax.base import DivergenceError, Stopped, UserError
 from hsee_jax.config import PRESETS, DataConfig, unknown
 from hsee_jax.flags import (
     Parser,
@@ -49,17 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], tuple(COMMANDS))
-        COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]](words[1:]) or 0
     except UserError as error:
         print(f"hsee: {error}", file=sys.stderr)
         return 2
     except DivergenceError as error:
         print(f"hsee: {error}", file=sys.stderr)
         return 3
-    return 0
 
 
-def _train(words: Sequence[str]) -> None:
+def _train(words: Sequence[str]) -> int | None:
     """Train a federation and write a run folder."""
     parser = Parser(
         prog="hsee train",
@@ -116,16 +116,22 @@ def _train(words: Sequence[str]) -> None:
 
     if processes.is_first():
         show_log()
-    with Progress(config.run.rounds) as progress:
-        summary = runs.train(
-            config,
-            out,
-            resume=resume,
-            overwrite=overwrite,
-            on_round=progress.show if processes.is_first() else lambda record: None,
-        )
+    with Progress(config.run.rounds) as progress, processes.StopSignals() as signals:
+        try:
+            summary = runs.train(
+                config,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                on_round=progress.show if processes.is_first() else lambda record: None,
+                stop=signals,
+            )
+        except Stopped as stopped:
+            print(f"hsee: {stopped}; --resume --out {out} goes on", file=sys.stderr)
+            return 128 + signals.received
     if processes.is_first():
         _print_results(summary, out)
+    return None
 
 
 def _evaluate(words: Sequence[str]) -> None:
@@ -314,7 +320,7 @@ def _print_results(figures: dict[str, Any], folder: Path) -> None:
     show(results_table(figures, title=title))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": _train,
     "eval": _evaluate,
     "gate": _gate,

@@ -5,7 +5,10 @@ devices are then one array, of which each process holds its part.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Callable
+from types import FrameType
 
 import jax
 import numpy as np
@@ -72,6 +75,37 @@ def _checked(
             f"process_id: {index} is not allowed; allowed are 0..{count - 1}"
         )
     return coordinator, count, index
+
+
+class StopSignals:
+    """In a ``with`` statement, takes note of SIGTERM and Ctrl-C; a second one kills."""
+
+    def __init__(self) -> None:
+        """Nothing has come yet."""
+        self.received = 0
+
+    def __enter__(self) -> "StopSignals":
+        """Listens."""
+        wanted = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in wanted}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+        print("hsee: stops after this round, at once if told again", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        """Whether one has come, to any process; all of them must ask."""
+        if jax.process_count() > 1:
+            received = multihost_utils.process_allgather(np.int32(self.received))
+            self.received = int(np.max(received))
+        return self.received > 0
 
 
 def is_first() -> bool:

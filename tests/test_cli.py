@@ -1,7 +1,9 @@
 """The command line, in processes of its own where it matters."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from hsee_jax import cli
 from hsee_jax.config import Config, flatten, options, override, preset, takes_many
 from hsee_jax.data import load_dataset
 from hsee_jax.strategies import STRATEGIES, options_of
+from hsee_jax.terminal import Progress
 
 SMALL = (
     "--width 2 --stem 7x7 --num-clients 3 --cuts 8 layer4 --max-train-samples 60 "
@@ -129,6 +132,37 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
             "hsee: npz: 50 training and 50 test images of 12x12x1 in 10 classes, from "
             f"train.npz and test.npz in {tmp_path}\n"
         )
+
+
+def test_sigterm_stops_after_the_round_and_resume_goes_on(
+    tiny_network, tmp_path, monkeypatch, capsys
+):
+    """Told in round 2, while its line is shown; the next round is the last."""
+    words = ["--num-clients", "2", "--cuts", "1", "--max-train-samples", "32"]
+    words += ["--max-test-samples", "8", "--rounds", "5", "--checkpoint-every", "9"]
+    show = Progress.show
+
+    def tell(self, record):
+        show(self, record)
+        if record["round"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def rounds(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [(r["round"], r["train"]) for r in map(json.loads, lines)]
+
+    before = signal.getsignal(signal.SIGTERM)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli.main(["train", *words, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "show", tell)
+        status = cli.main(["train", *words, "--out", str(stopped)])
+    assert status == 128 + signal.SIGTERM
+    assert "stopped after round 3; --resume" in capsys.readouterr().err
+    assert rounds(stopped) == rounds(whole)[:3]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
+    assert rounds(stopped) == rounds(whole)
 
 
 def test_info_lists_every_layer_and_cut():

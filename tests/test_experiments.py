@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hsee_jax
@@ -189,22 +190,40 @@ def test_the_accelerator_takes_the_telling_rows_first():
 
 
 def test_the_accelerator_keeps_to_its_time_and_goes_on(
-    mini, tiny_network, monkeypatch, capsys
+    mini, tiny_network, tmp_path, monkeypatch, capsys
 ):
-    clock = itertools.count(0, 1).__next__  # a second passes with every look at it
-    monkeypatch.setattr(time, "monotonic", clock)
-    words = ["--sets", "mini", "--seeds", "0", "--seconds", "9", "--row-seconds", "2"]
+    """From plain npz files; the second call ends what the first one began."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 20)):
+        images = rng.integers(0, 256, (count, 28, 28, 1), np.uint8)
+        labels = np.arange(count) % 10
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
+    common = rows.ROWS / "mini" / "set.toml"
+    common.write_text(common.read_text() + 'dataset = "npz"\n')
+    words = ["--sets", "mini", "--seeds", "0", "--data-dir", str(tmp_path)]
     words += [f"--runs={mini['folder']}", f"--results={mini['results']}"]
-    assert accelerator.main(words) == 0
-    first = capsys.readouterr().out.splitlines()
-    assert first[0].startswith("mini/averaging seed 0: stopped after round")
-    monkeypatch.undo()
-    monkeypatch.setattr(rows, "ROWS", mini["folder"].parent / "rows")
+    with monkeypatch.context() as patch:  # a second passes with every look at the clock
+        patch.setattr(time, "monotonic", itertools.count(0, 1).__next__)
+        assert accelerator.main([*words, "--seconds", "3", "--row-seconds", "0.5"]) == 0
+    (first,) = capsys.readouterr().out.splitlines()
+    assert first.startswith("mini/averaging seed 0: stopped after round")
     assert accelerator.main([*words, "--list"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "mini/averaging seed 0",
-        "mini/sequential seed 0",
-    ]
+    both = ["mini/averaging seed 0", "mini/sequential seed 0"]
+    assert capsys.readouterr().out.splitlines() == both
+    assert accelerator.main(words) == 0
+    ends = capsys.readouterr().out.splitlines()
+    assert [end.partition(": exit 0.")[0] for end in ends] == both
+    assert accelerator.main([*words, "--list"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_the_accelerator_leaves_out_what_is_not_there(mini, tmp_path, capsys):
+    common = rows.ROWS / "mini" / "set.toml"
+    common.write_text(common.read_text() + 'dataset = "cifar10"\n')
+    assert accelerator.main(["--sets", "mini", "--data-dir", str(tmp_path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("mini/averaging seed 0: left out: data_dir: ")
+    assert accelerator.main(["--sets", "maxi"]) == 2
 
 
 DRIVER = """
