@@ -175,7 +175,8 @@ def test_an_own_dataset_of_any_shape(tmp_path):
     assert build_model(config).input_shape == (12, 20, 2)
     config = override(config, num_clients=2, cuts=("1", "2"), width=2, batch_size=8)
     experiment = build(config)
-    assert sorted(len(shard) for shard in experiment.shards.values()) == [20, 20]
+    assert sorted(len(shard) for shard in experiment.shards.values()) == [18, 18]
+    assert len(experiment.validation.labels) == 4
     assert experiment.test.images.shape == (5, 12, 20, 2)
     write_npz(tmp_path, (images[:, :6], labels), (images[:5, :6], labels[:5]))
     assert dataset_info(config.data).input_shape == (6, 20, 2)  # read again

@@ -29,23 +29,26 @@ def first_devices(count):
 
 
 @pytest.mark.parametrize(
-    ("name", "participation"),
+    ("name", "participation", "counts"),
     [
-        ("sequential", 1.0),
-        ("averaging", 0.6),
-        pytest.param("sequential", 0.6, marks=pytest.mark.slow),
-        pytest.param("averaging", 1.0, marks=pytest.mark.slow),
-        pytest.param("epoch", 1.0, marks=pytest.mark.slow),
-        pytest.param("epoch", 0.6, marks=pytest.mark.slow),
-        pytest.param("steps", 1.0, marks=pytest.mark.slow),
-        pytest.param("steps", 0.6, marks=pytest.mark.slow),
-        pytest.param("clients", 0.6, marks=pytest.mark.slow),
-        pytest.param("joint", 0.6, marks=pytest.mark.slow),
-        pytest.param("joint", 1.0, marks=pytest.mark.slow),
+        ("sequential", 1.0, (2, 8)),
+        ("averaging", 0.6, (1, 4)),
     ],
 )
-def test_the_number_of_devices_does_not_matter(name, participation):
+def test_the_number_of_devices_does_not_matter(name, participation, counts):
     """Groups of 2, 2 and 1 clients, with empty slots; the loop knows no devices."""
+    check_devices(name, participation, counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_no_number_of_devices_matters_in_any_strategy(name, participation):
+    check_devices(name, participation, (1, 2, 4, 8))
+
+
+def check_devices(name, participation, counts):
+    """Equal to the loop on one device, in training and in evaluation."""
     make, options = STRATEGIES[name]
     shards, few = tiny_shards(SIZES), participation < 1
     federation = tiny_federation(CUTS)
@@ -57,7 +60,7 @@ def test_the_number_of_devices_does_not_matter(name, participation):
     data = tiny_data(11, seed=5)
     evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4)
     scores = evaluate(state, place(data, None, SAME))
-    for count in (1, 2, 4, 8):
+    for count in counts:
         mesh = first_devices(count)
         federation = tiny_federation(CUTS, mesh=mesh)
         strategy = make(federation, **options)
@@ -76,7 +79,7 @@ def test_the_number_of_devices_does_not_matter(name, participation):
             for one in (log, spread_log)
         ]
         assert_same(*totals, rtol=1e-4)
-        if count == 4 and not few:
+        if count == counts[-1] and not few:
             evaluate = make_evaluation(
                 federation, strategy, PIPELINE, batch_size=4, axis="vmap"
             )

@@ -11,6 +11,7 @@ from hsee_jax import runs
 from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.data import load_dataset
+from hsee_jax.partition import hold_out
 
 SMALL = override(
     preset("demo"),
@@ -91,7 +92,9 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
     shares = json.loads(text)
     assert [(share["id"], share["cut"]) for share in shares] == [(0, 1), (1, 3), (2, 1)]
     every = [index for share in shares for index in share["indices"]]
-    assert sorted(every) == list(range(60))
+    _, held = hold_out(60, config)
+    assert len(held) == 6
+    assert sorted([*every, *held.tolist()]) == list(range(60))
     labels = load_dataset(config.data)[0].labels
     for share in shares:
         assert share["samples"] == len(share["indices"]) == sum(share["label_counts"])
