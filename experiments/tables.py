@@ -47,7 +47,7 @@ def set_table(set: str, folder: Path = rows.RESULTS) -> str:
             cells.append(spread([result[figure] for result in results], 0))
         lines.append(f"| {' | '.join(cells)} |")
         machines += [machine(result) for result in results]
-    known = [m for m in dict.fromkeys(machines)]
+    known = dict.fromkeys(machines)
     return "\n".join([*lines, *(f"\nRun on {m}." for m in known)])
 
 
