@@ -73,6 +73,6 @@ class Runner:
 
     def __call__(self) -> hsee_jax.ExitMetrics:
         """Trains a round and returns its metrics, on the host."""
-        self.state, metrics = self.experiment.run_round(self.state)
+        self.state, _, progress = self.experiment.run_round(self.state)
         jax.block_until_ready(self.state)
-        return jax.device_get(metrics)
+        return progress.metrics

@@ -23,7 +23,7 @@ import rows
 
 import hsee_jax
 from hsee_jax.flags import use_cache
-from hsee_jax.runs import read_config
+from hsee_jax.folder import read_config
 
 FOLDER = Path("runs/rows")
 

@@ -84,13 +84,15 @@ class Stopped(Exception):
     """Training was asked to stop before its end; it can be resumed.
 
     Attributes:
-      round: rounds done, all of them in the last checkpoint.
+      rounds: done, all of them in the last checkpoint.
+      steps: done in the round after them, in the last checkpoint too.
     """
 
-    def __init__(self, round: int) -> None:
+    def __init__(self, rounds: int, steps: int) -> None:
         """Says where."""
-        super().__init__(f"stopped after round {round}")
-        self.round = round
+        where = f"{steps} steps into round {rounds + 1}"
+        super().__init__(f"stopped {where if steps else f'after round {rounds}'}")
+        self.rounds, self.steps = rounds, steps
 
 
 class DivergenceError(Exception):

@@ -179,7 +179,8 @@ def _gate(words: Sequence[str]) -> None:
     )
     given = _parse_run(parser, words)
 
-    from hsee_jax import gate_report, gating, runs
+    from hsee_jax import gate_report, gating
+    from hsee_jax.folder import check_writable
     from hsee_jax.inference import CRITERIA
 
     if given.criterion not in CRITERIA:
@@ -191,7 +192,7 @@ def _gate(words: Sequence[str]) -> None:
     values = {name: vars(given)[f"target_{name}"] for name in targets}
     chosen = [gating.Target(*item) for item in values.items() if item[1] is not None]
     out = given.run / "gate" if given.out is None else given.out
-    runs.check_writable(out)
+    check_writable(out)
     study = gating.study(
         given.run,
         criterion=given.criterion,

@@ -8,6 +8,7 @@ marked [ours] are choices that the paper leaves open.
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,6 +150,22 @@ class ClientsConfig(Checked):
         "cut layers, numbers or names, dealt out in turn: 3 5 7 3 5 7 ...",
     )
     participation: float = option(1.0, "share of the clients drawn for each round")
+    dropout: float = option(
+        0.0,
+        "probability that a client misses a round: it keeps its state, and is not in "
+        "the averages",
+    )
+    absences: tuple[str, ...] = option(
+        (),
+        "rounds that clients miss for certain, as CLIENT:FROM-TO, rounds from 1; "
+        "--absences-file reads them from a file",
+    )
+    on_nonfinite: str = option(
+        "leave_out",
+        "a client whose loss or gradient is not finite does not take that step, and "
+        "leave_out leaves it out of the round's averages; stop ends the run",
+        choices=("leave_out", "stop"),
+    )
     init: str = option(
         "shared",
         "weights at the start: slices of one network, or drawn per client [ours]",
@@ -158,10 +175,31 @@ class ClientsConfig(Checked):
     def check(self) -> None:
         """Checks numbers."""
         object.__setattr__(self, "cuts", tuple(str(cut) for cut in self.cuts))
+        object.__setattr__(self, "absences", tuple(self.absences))
         self.require("num_clients", "1 or more", self.num_clients >= 1)
         self.require(
             "participation", "more than 0, at most 1", 0 < self.participation <= 1
         )
+        self.require("dropout", "0 or more, less than 1", 0 <= self.dropout < 1)
+        for absence in self.absences:
+            client, first, last = parse_absence(absence)
+            if not (0 <= client < self.num_clients and 1 <= first <= last):
+                raise _not_an_absence(absence)
+
+
+def parse_absence(text: str) -> tuple[int, int, int]:
+    """Client, first and last round of one of `absences`."""
+    found = re.fullmatch(r"(\d+):(\d+)-(\d+)", text)
+    if found is None:
+        raise _not_an_absence(text)
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _not_an_absence(text: str) -> UserError:
+    return UserError(
+        f"absences: {text} is not allowed; allowed is CLIENT:FROM-TO with a client's "
+        "id and rounds from 1"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from hsee_jax.base import UserError
 from hsee_jax.config import SEEDS, Config, flatten, override
+from hsee_jax.folder import Record, read_config
 from hsee_jax.partition import Share
-from hsee_jax.runs import Record, read_config
 
 BRANCHES = ("exit", "server")
 Values = npt.NDArray[np.float64]

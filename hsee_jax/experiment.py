@@ -1,6 +1,6 @@
 """From a `Config` to everything that a run is composed of; no files are written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.augment import InputPipeline
-from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
-from hsee_jax.config import Config, flatten, override
+from hsee_jax.base import Array, Dataset, Key, UserError
+from hsee_jax.config import Config, flatten, override, parse_absence
 from hsee_jax.data import dataset_info, load_dataset
 from hsee_jax.engine import (
+    Progress,
     RoundFn,
     check_finite,
     client_axis,
@@ -19,15 +20,18 @@ from hsee_jax.engine import (
     make_round,
 )
 from hsee_jax.evaluate import ClientResult, EvaluateFn, make_evaluation
-from hsee_jax.federation import Client, Federation, Strategy, group_clients
+from hsee_jax.federation import Client, Federation, Group, Strategy, group_clients
 from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
 from hsee_jax.model import LayerCost, Model, deal_cuts, layer_costs, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
 from hsee_jax.partition import Share, hold_out, manifest, partition
 from hsee_jax.plan import (
     EMPTY,
+    Absence,
     RoundPlan,
+    missing,
     num_slots,
+    participants,
     plan_round,
     steps_per_round,
     take_seats,
@@ -72,16 +76,28 @@ class Experiment(NamedTuple):
             seed=config.run.data_seed,
             round=round,
             slots=self.slots,
+            missing=_missing(config, round),
         )
 
-    def run_round(self, state: Any) -> tuple[Any, ExitMetrics]:
+    def run_round(
+        self,
+        state: Any,
+        begun: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[Any, RoundPlan, Progress]:
         """Trains the next round; the buffers of ``state`` are given up.
 
+        Args:
+          state: before.
+          begun: how much of the round has been done; None is nothing.
+          stop: see `RoundFn`.
+
         Returns:
-          The state, and metrics ``[N]`` of the slots, empty ones included.
+          The state, what the round was, and how far it has come.
 
         Raises:
-          DivergenceError: a loss is not finite.
+          DivergenceError: no client could take all of its steps, or, with
+            `on_nonfinite`, one could not.
         """
         round = int(state.round)
         plan = self.plan(round)
@@ -90,15 +106,24 @@ class Experiment(NamedTuple):
             float(active and (uniform or len(self.shards[i])))
             for i, active in zip(plan.ids.tolist(), plan.active, strict=True)
         ]
-        some, means, metrics = self.round_fn(
+        some, means, progress = self.round_fn(
             self.store.take(state, plan.ids),
             self.train,
             plan,
             self.learning_rates[round],
             np.array(weights, np.float32),
+            begun,
+            stop,
         )
-        check_finite(plan, metrics, round=round + 1)
-        return self.store.put(state, plan.ids, some, means), metrics
+        check_finite(
+            plan,
+            progress.metrics,
+            round=round + 1,
+            stop=self.config.clients.on_nonfinite == "stop",
+        )
+        midway = not progress.finished
+        state = self.store.put(state, plan.ids, some, means, midway=midway)
+        return state, plan, progress
 
     def costs(self) -> tuple[LayerCost, ...]:
         """Of all layers and heads; FLOPs are of the convolution itself, in any form."""
@@ -111,6 +136,36 @@ class Experiment(NamedTuple):
             for ids in self.store.chunks()
             for result in self.evaluate_fn(self.store.take(state, ids), data, ids)
         )
+
+
+def _missing(config: Config, round: int) -> set[int]:
+    """The clients that miss a round, counted from 0."""
+    clients = config.clients
+    return missing(
+        range(clients.num_clients),
+        dropout=clients.dropout,
+        absences=[Absence(*parse_absence(text)) for text in clients.absences],
+        seed=config.run.data_seed,
+        round=round,
+    )
+
+
+def _check_attendance(config: Config, groups: Sequence[Group]) -> None:
+    """Refuses a run with a round in which no client takes part."""
+    if config.clients.dropout == 0 and not config.clients.absences:
+        return
+    for round in range(config.run.rounds):
+        drawn = participants(
+            groups,
+            participation=config.clients.participation,
+            seed=config.run.data_seed,
+            round=round,
+        )
+        if not drawn - _missing(config, round):
+            raise UserError(
+                f"dropout: {config.clients.dropout} is not allowed with these absences "
+                f"and seeds; no client is left in round {round + 1}"
+            )
 
 
 def _key(seed: int, stream: int) -> Key:
@@ -165,6 +220,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         make_mesh() if axis == "vmap" else None,
     )
     strategy = build_strategy(config, federation)
+    _check_attendance(config, federation.groups)
     train, test = load_dataset(config.data) if data is None else data
     info = dataset_info(config.data)
     kept, held = hold_out(len(train.labels), config)

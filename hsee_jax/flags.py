@@ -1,6 +1,7 @@
 """Flags of the command line, made from the fields of `Config`."""
 
 import argparse
+import csv
 import difflib
 import os
 from collections.abc import Sequence
@@ -96,26 +97,49 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             help=f"{item.metadata['help']} (demo: {shown})".replace("%", "%%"),
         )
     parser.add_argument("--seed", type=int, metavar="INT", help="sets all three seeds")
+    parser.add_argument(
+        "--absences-file",
+        type=Path,
+        metavar="FILE",
+        help="CSV with the columns client,from,to: sets --absences",
+    )
+
+
+def _absences(path: Path) -> tuple[str, ...]:
+    """`absences` from a CSV file with the columns client, from and to."""
+    try:
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            return tuple(f"{row['client']}:{row['from']}-{row['to']}" for row in rows)
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"absences_file: {path} cannot be read; allowed is CSV with the columns "
+            "client,from,to"
+        ) from error
 
 
 def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """The preset, file or stored run that was named, with the given flags applied."""
-    from hsee_jax import runs
+    from hsee_jax.folder import load_config, read_config
     from hsee_jax.strategies import STRATEGIES, options_of
 
     changes = {name: given[name] for name in options() if name in given}
     if "data_dir" in changes:
         changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
+    if "absences_file" in given:
+        if "absences" in changes:
+            raise UserError("absences_file: is not allowed together with absences")
+        changes["absences"] = _absences(given["absences_file"])
     if "seed" in given:
         changes = {name: given["seed"] for name in SEEDS} | changes
     if "preset" in given and "config" in given:
         raise UserError("config: is not allowed together with a preset")
     if "config" in given:
-        base = runs.load_config(given["config"])
+        base = load_config(given["config"])
     elif "preset" in given:
         base = preset(given["preset"])
     else:
-        base = preset("demo") if stored is None else runs.read_config(stored)
+        base = preset("demo") if stored is None else read_config(stored)
     config = override(base, **changes)
     strategy = config.strategy.strategy
     for name in changes:

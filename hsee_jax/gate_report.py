@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsee_jax.base import UserError
-from hsee_jax.runs import Record
+from hsee_jax.folder import Record
 from hsee_jax.tables import Table, markdown
 
 

@@ -33,10 +33,11 @@ from hsee_jax.calibration import (
 from hsee_jax.data import dataset_info
 from hsee_jax.experiment import Experiment
 from hsee_jax.federation import RunState, server_of
+from hsee_jax.folder import Record
 from hsee_jax.inference import CRITERIA, Answers, make_gate
 from hsee_jax.mesh import fetch
 from hsee_jax.model import LayerCost
-from hsee_jax.runs import Record, restore
+from hsee_jax.runs import restore
 
 _OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
 _TIMED = _OFFLOADS[::5]

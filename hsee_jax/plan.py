@@ -9,7 +9,7 @@ The clients of a round sit in the *slots* of its stacks. Groups have a fixed num
 slots, whoever takes part, and those left over are empty.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hsee_jax.federation import Group
 
-_PARTICIPATION, _BATCHES, _TURNS = range(3)
+_PARTICIPATION, _BATCHES, _TURNS, _DROPOUT = range(4)
 EMPTY = -1  # the id in a slot that no client sits in
 
 
@@ -28,7 +28,15 @@ class RoundPlan(NamedTuple):
     active: npt.NDArray[np.bool_]  # [N]: who takes part
     indices: npt.NDArray[np.int32]  # [T, N, B]: samples; 0 where padded
     mask: npt.NDArray[np.bool_]  # [T, N, B]: false on padding and on absent clients
-    order: npt.NDArray[np.int32]  # [T, A]: slots of those who take part, in turn
+    order: npt.NDArray[np.int32]  # [T, A]: slots of those who were drawn, in turn
+
+
+class Absence(NamedTuple):
+    """Rounds that a client misses, counted from 1."""
+
+    client: int
+    first: int
+    last: int
 
 
 def steps_per_round(
@@ -48,6 +56,31 @@ def participants(
         return set(ids.tolist())
     draws = np.random.default_rng((seed, _PARTICIPATION, round)).random(ids[-1] + 1)
     return set(ids[np.argsort(draws[ids])[:count]].tolist())
+
+
+def missing(
+    ids: Iterable[int],
+    *,
+    dropout: float,
+    absences: Collection[Absence],
+    seed: int,
+    round: int,
+) -> set[int]:
+    """The clients that miss a round, drawn for it or not.
+
+    Args:
+      ids: of all clients.
+      dropout: the probability that a client misses the round by chance.
+      absences: those that are known.
+      seed: of the draws.
+      round: counted from 0.
+    """
+    known = {a.client for a in absences if a.first <= round + 1 <= a.last}
+    if dropout == 0:
+        return known
+    every = np.array(list(ids))
+    draws = np.random.default_rng((seed, _DROPOUT, round)).random(every.max() + 1)
+    return known | set(every[draws[every] < dropout].tolist())
 
 
 def num_slots(
@@ -101,6 +134,7 @@ def plan_round(
     seed: int,
     round: int,
     slots: Sequence[int] | None = None,
+    missing: Collection[int] = (),
 ) -> RoundPlan:
     """Draws a round.
 
@@ -115,6 +149,7 @@ def plan_round(
       seed: of the run's data order.
       round: counted from 0.
       slots: of each group, see `num_slots`; None is one for each member.
+      missing: clients that were drawn in vain: they keep their turns, without samples.
     """
     who = participants(groups, participation=participation, seed=seed, round=round)
     slots = [len(group.ids) for group in groups] if slots is None else slots
@@ -122,14 +157,14 @@ def plan_round(
     steps = steps_per_round(shards, batch_size)
     indices = np.zeros((len(ids), steps * batch_size), np.int32)
     mask = np.zeros(indices.shape, np.bool_)
-    active = np.isin(ids, list(who))
-    (seats,) = np.nonzero(active)
+    active = np.isin(ids, list(who - set(missing)))
+    (seats,) = np.nonzero(np.isin(ids, list(who)))
     turns = np.zeros((len(seats), steps))
     for k, n in enumerate(seats):
         i = int(ids[n])
         count = len(shards[i])
         indices[n, :count] = _rng(seed, _BATCHES, i, round).permutation(shards[i])
-        mask[n, :count] = True
+        mask[n, :count] = active[n]
         turns[k] = _rng(seed, _TURNS, i, round).random(steps)
     if turn == "epoch":
         turns[:] = turns[:, :1]

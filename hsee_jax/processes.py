@@ -98,7 +98,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
-        print("hsee: stops after this round, at once if told again", file=sys.stderr)
+        print("hsee: stops after this step, at once if told again", file=sys.stderr)
 
     def __call__(self) -> bool:
         """Whether one has come, to any process; all of them must ask."""

@@ -11,7 +11,8 @@ from hsee_jax.base import UserError
 from hsee_jax.config import SEEDS, flatten
 from hsee_jax.curves import BRANCHES, OWN, Curve, Run, Values, shown, spread
 from hsee_jax.figures import Picture, draw
-from hsee_jax.runs import Record, speed
+from hsee_jax.folder import Record
+from hsee_jax.runs import speed
 from hsee_jax.tables import Table, markdown
 
 

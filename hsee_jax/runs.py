@@ -6,7 +6,8 @@ figures) and ``checkpoints/``.
 """
 
 import json
-import os
+import logging
+import math
 import platform
 import shutil
 import time
@@ -14,31 +15,37 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hsee_jax.base import DivergenceError, ExitMetrics, Stopped, UserError
-from hsee_jax.checkpoint import Checkpoints
-from hsee_jax.config import Config, flatten, from_dict, override, to_json
+from hsee_jax.base import (
+    DivergenceError,
+    ExitMetrics,
+    Metrics,
+    Stopped,
+    UserError,
+)
+from hsee_jax.checkpoint import Checkpoint, Writer, find, load
+from hsee_jax.config import Config, override, to_json
+from hsee_jax.engine import Progress, all_finite
 from hsee_jax.evaluate import ClientResult, means
 from hsee_jax.experiment import Experiment, build
 from hsee_jax.federation import RunState
+from hsee_jax.folder import (
+    Record,
+    check_same,
+    check_start,
+    locked,
+    read_config,
+    replace_file,
+    writing,
+)
+from hsee_jax.plan import RoundPlan
 from hsee_jax.processes import in_first, is_first
 
-Record = dict[str, Any]
-
-# What --resume may change: the length, and what has no effect on the training.
-_MAY_CHANGE = (
-    "rounds",
-    "data_dir",
-    "eval_every",
-    "eval_batch_size",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "client_axis",
-)
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -63,8 +70,8 @@ def train(
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
       on_round: called with what is written to ``metrics.jsonl``.
-      stop: asked after every round but the last, in every process; true ends the run
-        there, with a checkpoint.
+      stop: asked between steps, in every process; true ends the run there, with a
+        checkpoint.
 
     Returns:
       The content of ``summary.json``.
@@ -75,56 +82,88 @@ def train(
       DivergenceError: a loss is not finite; the last checkpoint is a good one.
       Stopped: by ``stop``.
     """
-    since = time.perf_counter()
-    in_first(partial(_check_folder, folder, resume=resume, overwrite=overwrite))
+    begin = time.perf_counter()
+    check = partial(check_start, folder, resume=resume, overwrite=overwrite)
+    in_first(check)
     if resume:
-        _check_same(config, read_config(folder))
+        check_same(config, read_config(folder))
     experiment = build(config)
-    records: list[Record] = []
-    if resume:
-        state, records = _resumed(experiment, folder)
-    else:
-        state = experiment.init()
-    in_first(partial(_start_folder, folder, experiment, records))
+    with locked(folder):
+        in_first(check)
+        place = (
+            _Place(experiment.init()) if not resume else _resumed(experiment, folder)
+        )
+        in_first(partial(_start_folder, folder, experiment, place))
+        return _train(experiment, folder, place, on_round, stop, begin)
 
+
+class _Place(NamedTuple):
+    """Where training begins."""
+
+    state: Any
+    records: tuple[Record, ...] = ()  # of the rounds done
+    begun: Progress | None = None  # of the next one
+    seconds: float = 0.0  # that it has taken
+    checkpoint: Checkpoint | None = None
+
+
+def _train(
+    experiment: Experiment,
+    folder: Path,
+    place: _Place,
+    on_round: Callable[[Record], None],
+    stop: Callable[[], bool],
+    begin: float,
+) -> Record:
+    """The loop of `train`, called at ``begin``, in a folder that is ready."""
+    config = experiment.config
+    stored = {"config": json.loads(to_json(config))}
+    state, begun, before = place.state, place.begun, place.seconds
+    records = list(place.records)
     results: list[ClientResult] = []
-    keep = config.run.keep_checkpoints
-    with Checkpoints(folder / "checkpoints", keep=keep) as checkpoints:
+    with Writer(
+        folder / "checkpoints",
+        keep=config.run.keep_checkpoints,
+        after=place.checkpoint,
+    ) as checkpoints:
         if len(records) == config.run.rounds:  # resumed when all was done
             results = experiment.evaluate(state, experiment.test)
         while len(records) < config.run.rounds:
             start = time.perf_counter()
-            state, metrics = experiment.run_round(state)
+            state, plan, progress = experiment.run_round(state, begun, stop)
             jax.block_until_ready(state)
-            seconds = time.perf_counter() - start
+            seconds = before + time.perf_counter() - start
+            if not progress.finished:
+                notes = stored | _midway(progress, seconds)
+                settled = experiment.store.settled(state)
+                checkpoints.save(len(records), progress.steps, settled, notes)
+                raise Stopped(len(records), progress.steps)
+            begun, before = None, 0.0
             number = len(records) + 1
             last = number == config.run.rounds
             stopped = not last and stop()
             save = last or stopped or number % config.run.checkpoint_every == 0
-            record = _record(number, metrics, seconds)
+            record = _record(number, plan, progress.metrics, seconds)
             if save or number % config.run.eval_every == 0:
                 results = experiment.evaluate(state, experiment.test)
-                _check_results(results, round=number)
+                _check_results(results, config, round=number)
                 record["test"] = _scores(results)
-            record["wall_seconds"] = time.perf_counter() - since
-            since = time.perf_counter()
+            record["wall_seconds"] = time.perf_counter() - begin
+            begin = time.perf_counter()
             records.append(record)
             if is_first():
-                with (folder / "metrics.jsonl").open("a") as file:
+                with writing(folder / "metrics.jsonl") as path, path.open("a") as file:
                     file.write(json.dumps(record) + "\n")
             on_round(record)
             if save:
-                checkpoints.save(
-                    number,
-                    experiment.store.settled(state),
-                    score=means(results)[1],
-                    metadata={"config": json.loads(to_json(config))},
-                )
+                notes = stored | {"score": means(results)[1]}
+                settled = experiment.store.settled(state)
+                checkpoints.save(number, 0, settled, notes)
             if stopped:
-                raise Stopped(number)
+                raise Stopped(number, 0)
     summary = _summary(config, results, records)
     if is_first():
-        _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -144,10 +183,14 @@ def restore(
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        number = checkpoints.find(which)
-        experiment = build(config)
-        return experiment, checkpoints.restore(number, experiment.store.like())
+    checkpoint = find(folder / "checkpoints", which)
+    if checkpoint is None:
+        raise UserError(
+            f"run: {folder} has no checkpoint; allowed is a run that has reached its "
+            "first one (see checkpoint_every)"
+        )
+    experiment = build(config)
+    return experiment, load(checkpoint, experiment.store.like())
 
 
 def evaluate(
@@ -159,142 +202,102 @@ def evaluate(
     return {"rounds": int(state.round), **_scores(results)}
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration of a run.
-
-    Raises:
-      UserError: there is no run in the folder.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
+def _resumed(experiment: Experiment, folder: Path) -> _Place:
+    checkpoint = find(folder / "checkpoints", midway=True)
+    if checkpoint is None:
+        _log.warning("%s has no checkpoint; the run begins anew", folder)
+        return _Place(experiment.init())
+    rounds = experiment.config.run.rounds
+    if rounds < checkpoint.rounds + (checkpoint.steps > 0):
         raise UserError(
-            f"run: {folder} is not a run; allowed is a folder that `hsee train` wrote"
+            f"rounds: {rounds} is not allowed with --resume; the run has done "
+            f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
-    return load_config(path)
-
-
-def load_config(path: Path) -> Config:
-    """Reads a configuration file.
-
-    Raises:
-      UserError: it is not there, not JSON, or not a valid configuration.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"config: {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: {path} is not an object of sections")
-    return from_dict(values)
-
-
-def check_writable(folder: Path) -> None:
-    """Looks whether a folder can be written to, or made.
-
-    Raises:
-      UserError: it cannot.
-    """
-    places = (folder, *folder.absolute().parents)
-    nearest = next(place for place in places if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"out: {nearest} is not a folder that can be written to")
-
-
-def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise UserError("resume: is not allowed together with overwrite")
-    if resume:
-        read_config(folder)
-        return
-    check_writable(folder)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    try:
-        read_config(folder)
-    except UserError as error:
-        raise UserError(
-            f"out: {folder} is neither empty nor a run; allowed is a new folder"
-        ) from error
-    if not overwrite:
-        raise UserError(
-            f"out: {folder} holds a run already; allowed is a new folder, or --resume "
-            "to go on with it, or --overwrite to replace it"
-        )
-
-
-def _check_same(config: Config, stored: Config) -> None:
-    theirs = flatten(stored)
-    for name, value in flatten(config).items():
-        if name not in _MAY_CHANGE and value != theirs[name]:
-            raise UserError(
-                f"{name}: {value} is not allowed with --resume; the run has "
-                f"{theirs[name]}"
-            )
-
-
-def _resumed(experiment: Experiment, folder: Path) -> tuple[Any, list[Record]]:
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        number = checkpoints.find()
-        rounds = experiment.config.run.rounds
-        if rounds < number:
-            raise UserError(
-                f"rounds: {rounds} is not allowed with --resume; the run has done "
-                f"{number}"
-            )
-        state = checkpoints.restore(number, experiment.store.like())
+    state = load(checkpoint, experiment.store.like())
     path = folder / "metrics.jsonl"
     try:
         lines = path.read_text().splitlines()
-        records = [json.loads(line) for line in lines[:number]]
+        records = [json.loads(line) for line in lines[: checkpoint.rounds]]
     except (OSError, ValueError) as error:
         raise UserError(f"run: {path} cannot be read: {error}") from error
-    if len(records) < number:
-        raise UserError(f"run: {path} has {len(records)} lines for {number} rounds")
-    return experiment.store.adopted(state), records
+    if len(records) < checkpoint.rounds:
+        raise UserError(
+            f"run: {path} has {len(records)} lines for {checkpoint.rounds} rounds"
+        )
+    begun, seconds = _begun(checkpoint)
+    state = experiment.store.adopted(state)
+    return _Place(state, tuple(records), begun, seconds, checkpoint)
 
 
-def _start_folder(folder: Path, experiment: Experiment, records: list[Record]) -> None:
-    """Leaves the run's beginning, the records, and with no records nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not records:
+def _midway(progress: Progress, seconds: float) -> Record:
+    """What a checkpoint in the middle of a round notes."""
+    sums = [[figure.tolist() for figure in branch] for branch in progress.metrics]
+    return {"metrics": sums, "seconds": seconds}
+
+
+def _begun(checkpoint: Checkpoint) -> tuple[Progress | None, float]:
+    """The inverse of `_midway`; nothing for a checkpoint between rounds."""
+    if checkpoint.steps == 0:
+        return None, 0.0
+    branches = checkpoint.notes["metrics"]
+    metrics = ExitMetrics(*(Metrics(*map(np.array, sums)) for sums in branches))
+    return Progress(checkpoint.steps, False, metrics), checkpoint.notes["seconds"]
+
+
+def _start_folder(folder: Path, experiment: Experiment, place: _Place) -> None:
+    """Leaves what a run has to the place where it begins, and nothing else.
+
+    The configuration comes first: with it alone a run can be resumed.
+    """
+    if place.checkpoint is None:
         for derived in ("checkpoints", "report"):
             shutil.rmtree(folder / derived, ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    _replace(folder / "metrics.jsonl", lines)
+    replace_file(folder / "config.json", to_json(experiment.config) + "\n")
+    lines = "".join(json.dumps(record) + "\n" for record in place.records)
+    replace_file(folder / "metrics.jsonl", lines)
     shares = [share._asdict() for share in experiment.manifest]
-    _replace(
+    replace_file(
         folder / "partition.json", json.dumps(shares, separators=(",", ":")) + "\n"
     )
-    _replace(folder / "config.json", to_json(experiment.config) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _check_results(results: list[ClientResult], config: Config, *, round: int) -> None:
+    """Test losses that are not finite are a divergence, of one client or of all."""
+    branches = [
+        (result.id, name, np.isfinite(getattr(result, f"{name}_loss")))
+        for name in ("exit", "server")
+        for result in results
+    ]
+    diverged = [(i, name) for i, name, finite in branches if not finite]
+    enough = 1 if config.clients.on_nonfinite == "stop" else len(results)
+    if len({i for i, _ in diverged}) >= enough:
+        raise DivergenceError(*diverged[0], round)
 
 
-def _check_results(results: list[ClientResult], *, round: int) -> None:
-    """A test loss that is not finite is a divergence of its branch."""
-    for result in results:
-        for branch in ("exit", "server"):
-            if not np.isfinite(getattr(result, f"{branch}_loss")):
-                raise DivergenceError(result.id, branch, round)
+def _record(
+    number: int, plan: RoundPlan, metrics: ExitMetrics, seconds: float
+) -> Record:
+    """What a round is remembered by; training figures are means over its samples.
 
-
-def _record(number: int, metrics: ExitMetrics, seconds: float) -> Record:
-    """What a round is remembered by; training figures are means over its samples."""
-    count = int(np.sum(metrics.exit.count))
+    The samples of clients with a step that was refused are not among them.
+    """
+    fine = all_finite(metrics)
+    count = np.sum(metrics.exit.count[fine])
     train = {
-        f"{name}_{figure}": float(np.sum(total) / count)
+        f"{name}_{figure}": float(np.sum(total[fine]) / count)
         for name, branch in metrics._asdict().items()
         for figure, total in (("loss", branch.loss_sum), ("accuracy", branch.correct))
     }
-    return {"round": number, "seconds": seconds, "images": count, "train": train}
+    drawn = np.unique(plan.order)
+    return {
+        "round": number,
+        "seconds": seconds,
+        "images": int(np.sum(metrics.exit.count)),
+        "missed": plan.ids[drawn][~plan.active[drawn]].tolist(),
+        "left_out": plan.ids[~fine].tolist(),
+        "train": train,
+    }
 
 
 def _scores(results: list[ClientResult]) -> Record:
@@ -302,8 +305,16 @@ def _scores(results: list[ClientResult]) -> Record:
     return {
         "mean_exit_accuracy": exit_mean,
         "mean_server_accuracy": server_mean,
-        "clients": [result._asdict() for result in results],
+        "clients": [
+            {name: _plain(value) for name, value in result._asdict().items()}
+            for result in results
+        ],
     }
+
+
+def _plain(value: float) -> float | None:
+    """A figure as JSON can hold it."""
+    return value if math.isfinite(value) else None
 
 
 def speed(records: list[Record]) -> Record:
@@ -326,6 +337,11 @@ def _summary(
         "rounds": config.run.rounds,
         **_scores(results),
         **speed(records),
+        # rounds of clients, over all of them
+        **{
+            f"{name}_rounds": sum(len(record[name]) for record in records)
+            for name in ("missed", "left_out")
+        },
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {
             "python": platform.python_version(),

@@ -127,6 +127,9 @@ def branch_step(
 ) -> tuple[Branch, Array, Metrics]:
     """One step on the branch's own cross-entropy.
 
+    A step whose loss, gradients or batch statistics are not finite is not taken: the
+    branch stays as it is, and the loss in the metrics is NaN.
+
     Args:
       spec: what the branch computes.
       branch: its state. A batch of padding alone leaves it exactly as it is.
@@ -142,8 +145,9 @@ def branch_step(
         return _loss(spec, _with_params(branch, params), batch)
 
     grads, (features, stats, metrics) = jax.grad(loss_fn, has_aux=True)(_params(branch))
-    branch = _update(spec, branch, grads, stats, learning_rate, metrics.count > 0)
-    return branch, jax.lax.stop_gradient(features), metrics
+    taken, refused = _judge(metrics.count, (metrics.loss_sum, grads, stats))
+    branch = _update(spec, branch, grads, stats, learning_rate, taken)
+    return branch, jax.lax.stop_gradient(features), _without_loss(metrics, refused)
 
 
 def detached_step(
@@ -185,6 +189,8 @@ def joint_step(
 ) -> tuple[Branch, Branch, ExitMetrics]:
     """Like `detached_step`, but the server's gradient flows back to the client.
 
+    The step is taken by both or, if anything is not finite, by none.
+
     Args:
       client_spec: see `detached_step`, as all but:
       server_spec: what its server computes.
@@ -212,13 +218,16 @@ def joint_step(
     (exit_grads, server_grads), (exit_aux, server_aux) = jax.grad(
         loss_fn, has_aux=True
     )((_params(client), _params(server)))
-    some = exit_aux[2].count > 0
+    metrics = ExitMetrics(exit_aux[2], server_aux[2])
+    losses = (metrics.exit.loss_sum, metrics.server.loss_sum)
+    results = (losses, exit_grads, server_grads, exit_aux[1], server_aux[1])
+    taken, refused = _judge(metrics.exit.count, results)
     return (
-        _update(client_spec, client, exit_grads, exit_aux[1], learning_rates[0], some),
+        _update(client_spec, client, exit_grads, exit_aux[1], learning_rates[0], taken),
         _update(
-            server_spec, server, server_grads, server_aux[1], learning_rates[1], some
+            server_spec, server, server_grads, server_aux[1], learning_rates[1], taken
         ),
-        ExitMetrics(exit_aux[2], server_aux[2]),
+        ExitMetrics(*(_without_loss(branch, refused) for branch in metrics)),
     )
 
 
@@ -252,21 +261,41 @@ def _loss(
     return loss, (features, stats, metrics)
 
 
+def _judge(count: Array, results: PyTree) -> tuple[Array, Array]:
+    """Whether a step is taken, and whether it is refused; neither without a sample.
+
+    Args:
+      count: samples, ``int32 []``.
+      results: what must be finite, of any shapes.
+
+    Returns:
+      Two ``bool []``.
+    """
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(results)]
+    finite = jnp.all(jnp.stack(checks))
+    return (count > 0) & finite, (count > 0) & ~finite
+
+
+def _without_loss(metrics: Metrics, refused: Array) -> Metrics:
+    """Metrics of a step, marked if it was refused."""
+    return metrics._replace(loss_sum=jnp.where(refused, jnp.nan, metrics.loss_sum))
+
+
 def _update(
     spec: BranchSpec,
     branch: Branch,
     grads: tuple[PyTree, ...],
     stats: tuple[PyTree, ...],
     learning_rate: Array,
-    some: Array,
+    taken: Array,
 ) -> Branch:
-    """Moves every layer by its own optimizer, or none unless ``some``, bool []."""
+    """Moves every layer by its own optimizer, or none unless ``taken``, bool []."""
 
     def move(layer: LayerState, grad: PyTree, batch_stats: PyTree) -> LayerState:
         updates, opt_state = spec.optimizer.update(grad, layer.opt_state, layer.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, layer.params, updates)
         moved = LayerState(params, batch_stats, opt_state)
-        return jax.tree.map(lambda new, old: jnp.where(some, new, old), moved, layer)
+        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, layer)
 
     *layers, head = map(move, _layers(branch), grads, stats)
     return Branch(tuple(layers), head)

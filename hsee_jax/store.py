@@ -38,7 +38,15 @@ class Store(Protocol):
     def take(self, state: Any, ids: Ids) -> RunState:
         """The state of some clients, for a round or to be evaluated."""
 
-    def put(self, state: Any, ids: Ids, some: RunState, means: Means) -> Any:
+    def put(
+        self,
+        state: Any,
+        ids: Ids,
+        some: RunState,
+        means: Means,
+        *,
+        midway: bool = False,
+    ) -> Any:
         """The state after a round; ``state`` is given up.
 
         Args:
@@ -46,6 +54,7 @@ class Store(Protocol):
           ids: of the round.
           some: what became of the clients taken.
           means: that were sent to all, see `Strategy.aggregate`.
+          midway: the round has not ended.
         """
 
     def settled(self, state: Any) -> RunState:
@@ -93,7 +102,15 @@ class DeviceStore:
         """See `Store`."""
         return state
 
-    def put(self, state: RunState, ids: Ids, some: RunState, means: Means) -> RunState:
+    def put(
+        self,
+        state: RunState,
+        ids: Ids,
+        some: RunState,
+        means: Means,
+        *,
+        midway: bool = False,
+    ) -> RunState:
         """See `Store`."""
         return some
 
@@ -185,7 +202,13 @@ class HostStore:
         return some if self._mesh is None else place(some, self._mesh, self._layout)
 
     def put(
-        self, state: HostState, ids: Ids, some: RunState, means: Means
+        self,
+        state: HostState,
+        ids: Ids,
+        some: RunState,
+        means: Means,
+        *,
+        midway: bool = False,
     ) -> HostState:
         """See `Store`."""
         some, seats = fetch(some), split(ids, self._slots)
@@ -199,7 +222,8 @@ class HostStore:
             jax.tree.map(write, state.rows.clients[g], some.clients[g])
             if not self._shared:
                 jax.tree.map(write, state.rows.servers[g], some.servers[g])
-            state.since[g][to] = some.round
+            # They have the means of a round that has not ended, whose number is next.
+            state.since[g][to] = some.round + midway
         servers = some.servers if self._shared else state.rows.servers
         if means and state.means:
             means = self._latest(state.means, means)

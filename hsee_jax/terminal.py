@@ -135,6 +135,9 @@ class Progress:
             for name in ("exit", "server")
         )
         text = f"round {record['round']}/{self._rounds}: training loss {line}"
+        for name, what in (("missed", "missed"), ("left_out", "not finite, left out")):
+            if record[name]:
+                text += f"; {what}: {' '.join(map(str, record[name]))}"
         if "test" in record:
             text += (
                 f"; test accuracy exit {record['test']['mean_exit_accuracy']:.4f}"

@@ -155,7 +155,7 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
         runs.restore(run)
     with pytest.raises(UserError, match="has no checkpoint"):
-        runs.train(runs.read_config(run), run, resume=True)
+        runs.train(read_config(run), run, resume=True)
     assert sorted(path.name for path in run.iterdir()) == ["config.json"]
 
     # what cannot start does not touch the run either
@@ -164,7 +164,7 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
         runs.train(bad, run, overwrite=True)
     with pytest.raises(UserError, match="num_clients: 3 is more than the 1"):
         runs.train(bad, tmp_path / "new")
-    assert runs.read_config(run) == SMALL
+    assert read_config(run) == SMALL
     assert not (tmp_path / "new").exists()
 
 

@@ -12,14 +12,22 @@ from jax.sharding import Mesh
 
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import DivergenceError, ExitMetrics, Key
-from hsee_jax.engine.common import RoundFn, data_layout, layout
+from hsee_jax.engine.common import (
+    Progress,
+    RoundFn,
+    all_finite,
+    data_layout,
+    layout,
+)
 from hsee_jax.engine.loop import looped
 from hsee_jax.engine.scan import scanned
 from hsee_jax.federation import Strategy
 from hsee_jax.plan import RoundPlan
 
 __all__ = [
+    "Progress",
     "RoundFn",
+    "all_finite",
     "check_finite",
     "client_axis",
     "data_layout",
@@ -58,14 +66,23 @@ def make_round(
     return scanned(strategy, pipeline, key, mesh)
 
 
-def check_finite(plan: RoundPlan, metrics: ExitMetrics, *, round: int) -> None:
-    """Refuses a round in which a loss was not finite.
+def check_finite(
+    plan: RoundPlan, metrics: ExitMetrics, *, round: int, stop: bool = False
+) -> None:
+    """Refuses a round in which no client could take all of its steps.
+
+    Args:
+      plan: the round's.
+      metrics: of the round.
+      round: its number, from 1.
+      stop: refuse it already if one client could not.
 
     Raises:
-      DivergenceError: naming a client and a branch that saw it, the lowest cut first
-        (at a shared server all later turns of the round see it too); ``round`` is
-        from 1.
+      DivergenceError: naming a client and a branch of it, the lowest cut first.
     """
+    some = metrics.exit.count > 0
+    if not stop and all_finite(metrics)[some].any():
+        return
     for name, branch in metrics._asdict().items():
         for n in np.flatnonzero(~np.isfinite(branch.loss_sum))[:1]:
             raise DivergenceError(int(plan.ids[n]), name, round)

@@ -1,6 +1,7 @@
 """What both forms of a round share."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,26 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import PartitionSpec
 
-from hsee_jax.base import Array, Dataset, ExitMetrics, Key
+from hsee_jax.base import Array, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.federation import Means, RunState, Strategy
 from hsee_jax.mesh import SAME, SPREAD
 from hsee_jax.plan import RoundPlan
 
 Floats = npt.NDArray[np.float32]
+
+
+class Progress(NamedTuple):
+    """How far a round has come; a step is as many turns as there are clients in it."""
+
+    steps: int  # done
+    finished: bool
+    metrics: ExitMetrics  # of them, numpy [N]
+
+
+def nothing_done(plan: RoundPlan) -> Progress:
+    """The beginning of a round."""
+    zeros = Metrics(*(np.zeros(len(plan.ids)) for _ in Metrics._fields))
+    return Progress(0, False, ExitMetrics(zeros, zeros))
 
 
 class RoundFn(Protocol):
@@ -26,8 +41,13 @@ class RoundFn(Protocol):
         plan: RoundPlan,
         learning_rates: Floats,
         weights: Floats,
-    ) -> tuple[RunState, Means, ExitMetrics]:
-        """Trains a round.
+        begun: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[RunState, Means, Progress]:
+        """Trains a round, or the rest of one.
+
+        A client with a step that was refused (see `branch_step`) is left out of the
+        averages from there to the end of the round.
 
         Args:
           state: of the clients in the plan's slots, before; its buffers are given up.
@@ -36,10 +56,12 @@ class RoundFn(Protocol):
           plan: T steps of N slots.
           learning_rates: ``float32 [T]``.
           weights: ``float32 [N]``, of each slot in the averages; 0 for the absent.
+          begun: where the state is in the round; None is its beginning.
+          stop: asked between steps, in every process; true ends the call there.
 
         Returns:
-          The state after, the last means of what is averaged, if it was, and the
-          metrics of the whole round, numpy arrays ``[N]``.
+          The state after, the last means of what is averaged, if it was, and how far
+          the round has come.
         """
 
 
@@ -67,6 +89,12 @@ def step_key(key: Key, client: Array, step: Array) -> Key:
 def sizes_of(state: RunState) -> list[int]:
     """The slots of each stack of clients."""
     return [len(jax.tree.leaves(stack)[0]) for stack in state.clients]
+
+
+def all_finite(metrics: ExitMetrics) -> Any:
+    """Of each slot, whether every step was taken, ``bool [N]``."""
+    losses = metrics.exit.loss_sum + metrics.server.loss_sum
+    return (jnp if isinstance(losses, jax.Array) else np).isfinite(losses)
 
 
 def sequence(strategy: Strategy, order: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """A round as a loop on the host: one compiled turn for each client and batch."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,11 @@ from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key
 from hsee_jax.engine.common import (
     Floats,
+    Progress,
     RoundFn,
+    all_finite,
     due_after,
+    nothing_done,
     sequence,
     sizes_of,
     step_key,
@@ -57,21 +61,28 @@ def looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
         plan: RoundPlan,
         learning_rates: Floats,
         weights: Floats,
-    ) -> tuple[RunState, Means, ExitMetrics]:
+        begun: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[RunState, Means, Progress]:
         sizes = sizes_of(state)
         group_of, _ = positions(sizes)
-        round, first = int(state.round), int(state.round) * len(learning_rates)
+        num_steps, num_turns = plan.order.shape
+        round, first = int(state.round), int(state.round) * num_steps
+        steps, _, totals = begun or nothing_done(plan)
         means: Means = {}
         log: list[tuple[int, ExitMetrics]] = []
         state = jax.device_put(state)
         clients, servers = _unstack(strategy, state)
 
         def averaged(state: RunState, means: Means) -> tuple[RunState, Means]:
+            counted = np.where(all_finite(totals), weights, np.float32(0))
             state = _stack(strategy, state, clients, servers)
-            state, new = aggregate(state, split(weights, sizes))
+            state, new = aggregate(state, split(counted, sizes))
             return state, newest(means, new) if means else new
 
-        for k, (t, n) in enumerate(zip(*sequence(strategy, plan.order), strict=True)):
+        turns = list(zip(*sequence(strategy, plan.order), strict=True))
+        for k in range(steps * num_turns, len(turns)):
+            t, n = turns[k]
             if plan.mask[t, n].any():
                 s = 0 if strategy.shared else n
                 clients[n], servers[s], metrics = turn(
@@ -85,21 +96,37 @@ def looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
                     group=group_of[n],
                 )
                 log.append((n, metrics))
-            last = (k + 1) % plan.order.shape[1] == 0  # of the step
-            if last and due_after(strategy, "steps", first + t + 1):
+            steps, turns_left = divmod(k + 1, num_turns)
+            if turns_left:
+                continue
+            if due_after(strategy, "steps", first + steps):
+                totals, log = _added(totals, log), []
                 state, means = averaged(state, means)
                 clients, servers = _unstack(strategy, state)
-        if due_after(strategy, "rounds", round + 1):
+            if stop is not None and steps < num_steps and stop():
+                break
+        totals = _added(totals, log)
+        finished = steps == num_steps
+        if finished and due_after(strategy, "rounds", round + 1):
             state, means = averaged(state, means)
         else:
             state = _stack(strategy, state, clients, servers)
-        totals = jax.tree.map(
-            lambda *sums: np.bincount([n for n, _ in log], sums, len(plan.ids)),
-            *jax.device_get([metrics for _, metrics in log]),
-        )
-        return state.replace(round=state.round + 1), means, totals
+        state = state.replace(round=state.round + np.int32(finished))
+        return state, means, Progress(steps, finished, totals)
 
     return run
+
+
+def _added(totals: ExitMetrics, log: list[tuple[int, ExitMetrics]]) -> ExitMetrics:
+    """Sums by slot, and what turns measured added to them in their order."""
+    slots = np.array([n for n, _ in log], int)
+
+    def add(total: Any, *values: Any) -> Any:
+        total = total.copy()
+        np.add.at(total, slots, values)
+        return total
+
+    return jax.tree.map(add, totals, *jax.device_get([metrics for _, metrics in log]))
 
 
 # Compiled calls for a whole member: one by one its many leaves take longer.

@@ -7,16 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hsee_jax.aggregate import latest
 from hsee_jax.augment import InputPipeline
-from hsee_jax.base import Array, Batch, Dataset, ExitMetrics, Key
+from hsee_jax.base import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.engine.common import (
     Floats,
+    Progress,
     RoundFn,
+    all_finite,
     due_after,
     layout,
+    nothing_done,
     sequence,
     sizes_of,
     step_key,
@@ -33,6 +36,16 @@ from hsee_jax.federation import (
 from hsee_jax.mesh import CLIENTS, SAME, constrain, fetch, over_clients, place
 from hsee_jax.plan import RoundPlan
 
+_SEGMENT = 32  # steps between two looks at whether to stop
+
+
+class _Carry(NamedTuple):
+    """What changes in a round."""
+
+    state: RunState
+    means: Means
+    totals: tuple[ExitMetrics, ...]  # one a group, leaves [S]
+
 
 class _GroupPlan(NamedTuple):
     """A group's part of a `RoundPlan`, S slots."""
@@ -47,7 +60,6 @@ def scanned(
     strategy: Strategy, pipeline: InputPipeline, key: Key, mesh: Mesh | None
 ) -> RoundFn:
     """See `hsee_jax.engine.make_round`."""
-    Carry = tuple[RunState, Means]
 
     def fetch_batch(
         key: Key, who: Array, step: Array, data: Dataset, rows: Array, mask: Array
@@ -79,44 +91,58 @@ def scanned(
 
         return turn
 
+    each = layout(strategy).clients
+    sharding = None if mesh is None else NamedSharding(mesh, SAME)
+
+    @partial(jax.jit, out_shardings=sharding)
+    def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(strategy.aggregate, state, weights)[1],
+        )
+
     @partial(jax.jit, donate_argnums=0)
     def run(
-        state: RunState,
+        carry: _Carry,
         key: Key,
         data: Dataset,
         plan: tuple[_GroupPlan, ...],
         same: tuple[Array, Array],
-    ) -> tuple[RunState, Means, tuple[ExitMetrics, ...]]:
+        steps: tuple[Array, Array],
+    ) -> _Carry:
         order, learning_rates = same
-        weights = tuple(g.weights for g in plan)
-        first = state.round * len(learning_rates)
-        sizes = sizes_of(state)
+        num_steps, num_turns = order.shape
+        first = carry.state.round * num_steps
+        sizes = sizes_of(carry.state)
 
-        def average_if(due: Array | bool, carry: Carry) -> Carry:
-            def average(carry: Carry) -> Carry:
-                state, means = strategy.aggregate(carry[0], weights)
-                return state, latest(carry[1], means)
+        def average_if(due: Array | bool, carry: _Carry) -> _Carry:
+            def average(carry: _Carry) -> _Carry:
+                weights = tuple(
+                    jnp.where(all_finite(own), group.weights, 0.0)
+                    for own, group in zip(carry.totals, plan, strict=True)
+                )
+                state, means = strategy.aggregate(carry.state, weights)
+                return _Carry(state, latest(carry.means, means), carry.totals)
 
             if due is False:
                 return carry
             return jax.lax.cond(due, average, lambda carry: carry, carry)
 
-        def all_at_once(carry: Carry, t: Array) -> tuple[Carry, Any]:
+        def all_at_once(t: Array, carry: _Carry) -> _Carry:
             batches = tuple(
                 fetch_batches(key, g.ids, first + t, data, g.indices[t], g.mask[t])
                 for g in plan
             )
             assert strategy.step is not None
             state, metrics = strategy.step(
-                carry[0], batches, order[t], learning_rates[t]
+                carry.state, batches, order[t], learning_rates[t]
             )
+            totals = jax.tree.map(jnp.add, carry.totals, metrics)
             due = due_after(strategy, "steps", first + t + 1)
-            return average_if(due, (state, carry[1])), metrics
+            return average_if(due, _Carry(state, carry.means, totals))
 
-        def one_turn(
-            state: RunState, turn: tuple[Array, Array]
-        ) -> tuple[RunState, Any]:
-            t, n = turn
+        def one_turn(k: Array, carry: _Carry) -> _Carry:
+            t, n = (turns[k] for turns in sequence(strategy, order))
             batch = fetch_batch(
                 key,
                 jnp.concatenate([g.ids for g in plan])[n],
@@ -128,32 +154,31 @@ def scanned(
             batch = constrain(batch, mesh, PartitionSpec(CLIENTS))
             turns = [on_group(g) for g in range(len(plan))]
             group_of, member_of = map(jnp.asarray, positions(sizes))
-            return jax.lax.switch(
-                group_of[n], turns, state, member_of[n], batch, learning_rates[t]
+            state, metrics = jax.lax.switch(
+                group_of[n], turns, carry.state, member_of[n], batch, learning_rates[t]
             )
+            by_slot = jax.tree.map(
+                lambda a: jnp.zeros(sum(sizes), a.dtype).at[n].set(a), metrics
+            )
+            totals = jax.tree.map(jnp.add, carry.totals, split(by_slot, sizes))
+            return carry._replace(state=state, totals=totals)
 
-        none: Means = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(strategy.aggregate, state, weights)[1],
-        )
+        begin, end = steps
         if strategy.step is not None:
-            (state, means), metrics = jax.lax.scan(
-                all_at_once, (state, none), jnp.arange(len(learning_rates))
-            )
-            totals = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
+            carry = jax.lax.fori_loop(begin, end, all_at_once, carry)
         else:
-            steps, slots = sequence(strategy, order)
-            state, metrics = jax.lax.scan(one_turn, state, (steps, slots))
-            totals = split(
-                jax.tree.map(
-                    lambda a: jax.ops.segment_sum(a, slots, sum(sizes)), metrics
-                ),
-                sizes,
+            carry = jax.lax.fori_loop(
+                begin * num_turns, end * num_turns, one_turn, carry
             )
-            means = none
-        due = due_after(strategy, "rounds", state.round + 1)
-        state, means = average_if(due, (state, means))
-        return state.replace(round=state.round + 1), means, totals
+        finished = end == num_steps
+        due = due_after(strategy, "rounds", carry.state.round + 1)
+        carry = average_if(due if due is False else due & finished, carry)
+        rounds = carry.state.round + finished.astype(jnp.int32)
+        return _Carry(
+            carry.state.replace(round=rounds),
+            constrain(carry.means, mesh, SAME),
+            constrain(carry.totals, mesh, each),
+        )
 
     def run_and_fetch(
         state: RunState,
@@ -161,8 +186,11 @@ def scanned(
         plan: RoundPlan,
         learning_rates: Floats,
         weights: Floats,
-    ) -> tuple[RunState, Means, ExitMetrics]:
+        begun: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[RunState, Means, Progress]:
         sizes = sizes_of(state)
+        step, _, before = begun or nothing_done(plan)
         groups = map(
             _GroupPlan,
             split(plan.ids, sizes),
@@ -170,17 +198,35 @@ def scanned(
             split(plan.mask, sizes, axis=1),
             split(weights, sizes),
         )
-        each = layout(strategy).clients
         by_step = PartitionSpec(None, *each)
-        specs = _GroupPlan(each, by_step, by_step, each)
-        state, means, totals = run(
-            state,
-            key,
-            data,
-            place(tuple(groups), mesh, (specs,) * len(sizes)),
-            place((plan.order, learning_rates), mesh, SAME),
+        specs = (_GroupPlan(each, by_step, by_step, each),) * len(sizes)
+        placed = place(tuple(groups), mesh, specs)
+        same = place((plan.order, learning_rates), mesh, SAME)
+        sums = ExitMetrics(
+            *(
+                Metrics(*map(np.asarray, branch, (np.float32, np.int32, np.int32)))
+                for branch in before
+            )
         )
-        totals = jax.tree.map(lambda *parts: np.concatenate(parts), *fetch(totals))
-        return state, means, totals
+        carry = _Carry(
+            state,
+            no_means(state, tuple(group.weights for group in placed)),
+            place(split(sums, sizes), mesh, each),
+        )
+        num_steps = len(plan.order)
+        while step < num_steps:
+            begin, step = step, num_steps if stop is None else step + _SEGMENT
+            step = min(step, num_steps)
+            carry = run(
+                carry, key, data, placed, same, (np.int32(begin), np.int32(step))
+            )
+            if stop is not None and step < num_steps:
+                jax.block_until_ready(carry.totals)
+                if stop():
+                    break
+        totals = jax.tree.map(
+            lambda *parts: np.concatenate(parts), *fetch(carry.totals)
+        )
+        return carry.state, carry.means, Progress(step, step == num_steps, totals)
 
     return run_and_fetch

@@ -1,0 +1,161 @@
+"""A run's folder: whether a run may start in it, its lock, and how files get there."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hsee_jax.base import UserError
+from hsee_jax.config import Config, flatten, from_dict
+from hsee_jax.processes import in_first
+
+_log = logging.getLogger(__name__)
+Record = dict[str, Any]  # what a file of it holds, as JSON
+
+# What --resume may change: the length, and what has no effect on the training.
+_MAY_CHANGE = (
+    "rounds",
+    "data_dir",
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "client_axis",
+)
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+      UserError: there is no run in the folder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"run: {folder} is not a run; allowed is a folder that `hsee train` wrote"
+        )
+    return load_config(path)
+
+
+def load_config(path: Path) -> Config:
+    """Reads a configuration file.
+
+    Raises:
+      UserError: it is not there, not JSON, or not a valid configuration.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"config: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} is not an object of sections")
+    return from_dict(values)
+
+
+def check_writable(folder: Path) -> None:
+    """Looks whether a folder can be written to, or made.
+
+    Raises:
+      UserError: it cannot.
+    """
+    places = (folder, *folder.absolute().parents)
+    nearest = next(place for place in places if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"out: {nearest} is not a folder that can be written to")
+
+
+def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Looks whether a run may start in a folder, or go on.
+
+    Raises:
+      UserError: it may not.
+    """
+    if resume and overwrite:
+        raise UserError("resume: is not allowed together with overwrite")
+    if resume:
+        read_config(folder)
+        return
+    check_writable(folder)
+    found = folder.iterdir() if folder.exists() else ()
+    if all(path.name == ".lock" or path.suffix == ".tmp" for path in found):
+        return  # nothing, or what is left of a run killed at its start
+    try:
+        read_config(folder)
+    except UserError as error:
+        raise UserError(
+            f"out: {folder} is neither empty nor a run; allowed is a new folder"
+        ) from error
+    if not overwrite:
+        raise UserError(
+            f"out: {folder} holds a run already; allowed is a new folder, or --resume "
+            "to go on with it, or --overwrite to replace it"
+        )
+
+
+def check_same(config: Config, stored: Config) -> None:
+    """Looks whether a run may go on with another configuration than it has.
+
+    Raises:
+      UserError: a field that has an effect differs.
+    """
+    theirs = flatten(stored)
+    for name, value in flatten(config).items():
+        if name not in _MAY_CHANGE and value != theirs[name]:
+            raise UserError(
+                f"{name}: {value} is not allowed with --resume; the run has "
+                f"{theirs[name]}"
+            )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is made; the lock dies with the process.
+
+    Raises:
+      UserError: another one is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            with writing(folder / ".lock") as path:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"out: {folder} is being written by another process; allowed is "
+                    "another folder, or to wait for its end"
+                ) from error
+            except OSError:  # a file system without locks
+                _log.warning("%s cannot be locked", folder)
+
+        in_first(lock)
+        yield
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Says in a line why a file cannot be written."""
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(
+            f"out: {path} cannot be written: {error.strerror or error}; after a "
+            "checkpoint --resume goes on from it"
+        ) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file at once or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(text)
+        temporary.replace(path)
