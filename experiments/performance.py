@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench
+import bench_gate
 import bench_round
 import bench_scaling
 
@@ -59,6 +60,12 @@ SECTIONS = (
     _scaling("memory", "Peak memory against the number of clients"),
     _scaling("precision", "Precision, and a loop or one scan (vmap)"),
     _scaling("population", "Rounds of a few clients out of many"),
+    Section(
+        "gate",
+        "Early exits: time against the share of samples that is sent",
+        bench_gate.COLUMNS,
+        {backend: [] for backend in BACKENDS},
+    ),
 )
 
 
