@@ -102,6 +102,7 @@ def train(
             stopped = not last and stop()
             save = last or stopped or number % config.run.checkpoint_every == 0
             record = _record(number, metrics, seconds)
+            record["link"] = experiment.crossed(number, metrics)._asdict()
             if save or number % config.run.eval_every == 0:
                 results = experiment.evaluate(state, experiment.test)
                 _check_results(results, round=number)
@@ -123,6 +124,7 @@ def train(
             if stopped:
                 raise Stopped(number)
     summary = _summary(config, results, records)
+    summary["link"] = experiment.link_summary(records)
     if is_first():
         _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
