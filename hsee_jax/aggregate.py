@@ -97,32 +97,68 @@ def receive(
       optimizer_state: ``"keep"`` each its own, ``"average"``, or ``"reset"``.
     """
     later = mean.round > since
-    keep = batch_norm == "keep_local"
-    local = jax.tree.map(lambda is_norm: keep and is_norm, batch_norm_params(layer))
+    common = _common(layer, optimizer, batch_norm, optimizer_state)
 
-    def take(own: Array, new: Array, local: bool = False) -> Array:
-        if local:
+    def take(own: Array, new: Array, common: bool = True) -> Array:
+        if not common:
             return own
         if jnp.issubdtype(own.dtype, jnp.integer):
             new = jnp.round(new)
         return jnp.where(later, new.astype(own.dtype), own)
 
-    params = jax.tree.map(take, layer.params, mean.params, local)
-    batch_stats = layer.batch_stats
-    if not keep:
-        batch_stats = jax.tree.map(take, batch_stats, mean.batch_stats)
+    params = jax.tree.map(take, layer.params, mean.params, common.params)
+    batch_stats = jax.tree.map(
+        take, layer.batch_stats, mean.batch_stats, common.batch_stats
+    )
     opt_state = layer.opt_state
     if optimizer_state == "average":
-        local_state = optax.tree_map_params(
-            optimizer,
-            lambda _, local: local,
-            opt_state,
-            local,
-            transform_non_params=lambda _: False,
-        )
-        opt_state = jax.tree.map(take, opt_state, mean.opt_state, local_state)
+        opt_state = jax.tree.map(take, opt_state, mean.opt_state, common.opt_state)
     elif optimizer_state == "reset":
         opt_state = jax.tree.map(take, opt_state, optimizer.init(params))
+    return LayerState(params, batch_stats, opt_state)
+
+
+def sent(
+    layer: LayerState,
+    *,
+    optimizer: optax.GradientTransformation,
+    batch_norm: str = "average",
+    optimizer_state: str = "keep",
+) -> list[Array]:
+    """What a holder sends for a mean, and what it gets back has the same shapes.
+
+    Args:
+      layer: the holder's state.
+      optimizer: see `receive`.
+      batch_norm: see `receive`.
+      optimizer_state: see `receive`.
+    """
+    common = _common(layer, optimizer, batch_norm, optimizer_state)
+    leaves = zip(jax.tree.leaves(layer), jax.tree.leaves(common), strict=True)
+    return [leaf for leaf, is_common in leaves if is_common]
+
+
+def _common(
+    layer: LayerState,
+    optimizer: optax.GradientTransformation,
+    batch_norm: str,
+    optimizer_state: str,
+) -> LayerState:
+    """True on what is averaged, false on what each holder has of its own."""
+    keep = batch_norm == "keep_local"
+    params = jax.tree.map(
+        lambda is_norm: not (keep and is_norm), batch_norm_params(layer)
+    )
+    batch_stats = jax.tree.map(lambda _: not keep, layer.batch_stats)
+    opt_state = jax.tree.map(lambda _: False, layer.opt_state)
+    if optimizer_state == "average":
+        opt_state = optax.tree_map_params(
+            optimizer,
+            lambda _, common: common,
+            layer.opt_state,
+            params,
+            transform_non_params=lambda _: True,
+        )
     return LayerState(params, batch_stats, opt_state)
 
 

@@ -253,10 +253,17 @@ def _info(words: Sequence[str]) -> None:
     config = config_from(given)
     use_cache(given)
 
-    from hsee_jax.experiment import build_model
-    from hsee_jax.model import layer_costs
+    from hsee_jax.experiment import build_federation, build_strategy
+    from hsee_jax.model import layer_costs, layer_inputs
+    from hsee_jax.traffic import sample_bytes
 
-    show(cost_table(layer_costs(build_model(config))))
+    federation = build_federation(config)
+    boundary = build_strategy(config, federation).boundary
+    crossing = [
+        sample_bytes(features, federation.link, boundary)
+        for features in layer_inputs(federation.model)[1:]
+    ]
+    show(cost_table(layer_costs(federation.model), crossing))
 
 
 def _report(words: Sequence[str]) -> None:

@@ -7,12 +7,14 @@ the points.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hsee_jax.aggregate import layer_mean, receive
+from hsee_jax.aggregate import layer_mean, receive, sent
 from hsee_jax.base import Array, Batch, ExitMetrics, Key, PyTree
 from hsee_jax.federation import (
     Federation,
@@ -63,7 +65,8 @@ def compose(
         ``"clients"`` that hold it, or ``"all_holders"``; where clients take part, exit
         heads are averaged over each cut. A shared server is not averaged.
       boundary: ``"detached"``: no gradient crosses the cut; ``"joint"``: the server's
-        flows back, see `joint_step`.
+        flows back, see `joint_step`; ``"none"``: likewise, but the client holds the
+        server's layers too, and no link lies between them.
       exit_gradient: see `joint_step`.
       turn: at a shared server, ``"batch"``: in each step it takes one batch of every
         client, in the given order; ``"epoch"``: all of a client's round, then the next
@@ -96,7 +99,7 @@ def compose(
         return Branch(server.layers[: depths[group]] + part.layers, part.head)
 
     step_both: Callable = detached_step
-    if boundary == "joint":
+    if boundary != "detached":
         step_both = partial(joint_step, exit_gradient=exit_gradient)
 
     def turn_fn(
@@ -142,10 +145,11 @@ def compose(
         step = _in_parallel(federation, turn_fn)
     elif boundary == "detached" and turn == "batch":
         step = _clients_then_server(federation, serve)
-    aggregate, receive_all = _averaging(
+    aggregate, receive_all, sent_by_clients = _averaging(
         federation,
         shared=shared,
         average=average,
+        boundary=boundary,
         batch_norm=batch_norm,
         optimizer_state=optimizer_state,
         spread=mesh is not None and step is not None,
@@ -156,11 +160,13 @@ def compose(
         step=step,
         aggregate=aggregate,
         receive=receive_all,
+        sent=sent_by_clients,
         part=part_of,
         shared=shared,
         turn_unit=turn if shared else "batch",
         period=0 if average == "none" else period,
         period_unit=period_unit,
+        boundary=boundary,
     )
 
 
@@ -246,21 +252,28 @@ def _averaging(
     *,
     shared: bool,
     average: str,
+    boundary: str,
     batch_norm: str,
     optimizer_state: str,
     spread: bool,
-) -> tuple[Callable, Callable]:
-    """`Strategy.aggregate` and `Strategy.receive`.
+) -> tuple[Callable, Callable, Callable]:
+    """`Strategy.aggregate`, `Strategy.receive` and `Strategy.sent`.
 
     Args:
       federation: who trains what.
       shared: see `compose`.
       average: see `compose`.
+      boundary: see `compose`.
       batch_norm: see `receive`.
       optimizer_state: see `receive`.
       spread: whether the stacks are spread over the federation's mesh.
     """
     held = _held(federation, average)
+    how: dict[str, Any] = {
+        "optimizer": federation.optimizer,
+        "batch_norm": batch_norm,
+        "optimizer_state": optimizer_state,
+    }
 
     def means_of(state: RunState, weights: tuple[Array, ...]) -> Means:
         layers = _layers_of(state)
@@ -279,12 +292,7 @@ def _averaging(
         state: RunState, means: Means, since: tuple[Array, ...]
     ) -> RunState:
         layers = _layers_of(state)
-        take = partial(
-            receive,
-            optimizer=federation.optimizer,
-            batch_norm=batch_norm,
-            optimizer_state=optimizer_state,
-        )
+        take: Callable = partial(receive, **how)
         for name, places in held.items():
             for part, g, i in places:
                 layers[part, g][i] = jax.vmap(take, (0, None, 0))(
@@ -311,7 +319,19 @@ def _averaging(
             state, weights
         )
 
-    return aggregate, receive_all
+    def sent_by_clients(state: RunState) -> tuple[PyTree, ...]:
+        layers = _layers_of(state)
+        theirs = ("client", "server") if boundary == "none" else ("client",)
+        return tuple(
+            [
+                sent(layers[part, g][i], **how)
+                for part, g, i in chain(*held.values())
+                if part in theirs and g == group
+            ]
+            for group in range(len(federation.groups))
+        )
+
+    return aggregate, receive_all, sent_by_clients
 
 
 Place = tuple[str, int, int]  # "client" or "server", group, layer of the branch

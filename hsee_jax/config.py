@@ -149,6 +149,12 @@ class ClientsConfig(Checked):
         ("3", "5", "7"),
         "cut layers, numbers or names, dealt out in turn: 3 5 7 3 5 7 ...",
     )
+    link: str = option(
+        "full",
+        "form in which features leave a client, in training and after it: that of the "
+        "computation, half precision, or 256 levels of each sample's own [ours]",
+        choices=("full", "float16", "int8"),
+    )
     participation: float = option(1.0, "share of the clients drawn for each round")
     dropout: float = option(
         0.0,

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from hsee_jax.augment import InputPipeline
-from hsee_jax.base import Array, Dataset, Key, UserError
+from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
 from hsee_jax.config import Config, flatten, override, parse_absence
 from hsee_jax.data import dataset_info, load_dataset
 from hsee_jax.engine import (
@@ -20,7 +21,14 @@ from hsee_jax.engine import (
     make_round,
 )
 from hsee_jax.evaluate import ClientResult, EvaluateFn, make_evaluation
-from hsee_jax.federation import Client, Federation, Group, Strategy, group_clients
+from hsee_jax.federation import (
+    Client,
+    Federation,
+    Group,
+    Strategy,
+    group_clients,
+    split,
+)
 from hsee_jax.mesh import SAME, make_mesh, place, place_blocks, processes
 from hsee_jax.model import LayerCost, Model, deal_cuts, layer_costs, resnet18
 from hsee_jax.optim import make_optimizer, make_schedule
@@ -38,6 +46,7 @@ from hsee_jax.plan import (
 )
 from hsee_jax.store import DeviceStore, HostStore, Store
 from hsee_jax.strategies import STRATEGIES, options_of
+from hsee_jax.traffic import Bytes, Traffic, averages_in, by_cut, crossed, traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
 Shards = dict[int, npt.NDArray[np.int32]]  # client id -> its samples
@@ -55,6 +64,7 @@ class Experiment(NamedTuple):
     train: Dataset  # on the devices: all of them
     shards: Shards  # of ``train``
     slots: tuple[int, ...]  # of each group, in a round
+    traffic: tuple[Traffic, ...]  # of a client of each group
     store: Store
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     round_fn: RoundFn
@@ -125,6 +135,31 @@ class Experiment(NamedTuple):
         state = self.store.put(state, plan.ids, some, means, midway=midway)
         return state, plan, progress
 
+    def crossed(self, number: int, metrics: ExitMetrics) -> Bytes:
+        """What crossed the links in a round, counted from 1, of these metrics."""
+        steps = self.learning_rates.shape[1]
+        counts = split(metrics.exit.count, self.slots)
+        return crossed(self.traffic, counts, averages_in(self.strategy, number, steps))
+
+    def link_summary(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What crossed the links in a whole run, and by cut those of one client.
+
+        Args:
+          records: of the rounds, as in ``metrics.jsonl``.
+        """
+        rounds, steps = self.learning_rates.shape
+        averages = [averages_in(self.strategy, r + 1, steps) for r in range(rounds)]
+        links = [record["link"] for record in records if "link" in record]
+        return {
+            **{name: sum(link[name] for link in links) for name in Bytes._fields},
+            "cuts": by_cut(
+                self.traffic,
+                self.manifest,
+                batch_size=self.config.run.batch_size,
+                averages=float(np.mean(averages)),
+            ),
+        }
+
     def costs(self) -> tuple[LayerCost, ...]:
         """Of all layers and heads; FLOPs are of the convolution itself, in any form."""
         return layer_costs(build_model(override(self.config, conv="grouped")))
@@ -186,6 +221,23 @@ def build_model(config: Config) -> Model:
     )
 
 
+def build_federation(config: Config, mesh: Mesh | None = None) -> Federation:
+    """The clients of a configuration, and the network that they train.
+
+    Raises:
+      UserError: an unknown layer, or more cuts than clients.
+    """
+    model = build_model(config)
+    cuts = deal_cuts(config.clients.cuts, config.clients.num_clients, model.layer_names)
+    return Federation(
+        model,
+        group_clients(Client(i, cut) for i, cut in enumerate(cuts)),
+        make_optimizer(config.optim),
+        mesh,
+        config.clients.link,
+    )
+
+
 def build_strategy(config: Config, federation: Federation) -> Strategy:
     """The strategy that a configuration names, with the options that it reads.
 
@@ -208,17 +260,12 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
     """
-    model = build_model(config)
-    cuts = deal_cuts(config.clients.cuts, config.clients.num_clients, model.layer_names)
     axis = client_axis(config.run.client_axis)
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
-    federation = Federation(
-        model,
-        group_clients(Client(i, cut) for i, cut in enumerate(cuts)),
-        make_optimizer(config.optim),
-        make_mesh() if axis == "vmap" else None,
-    )
+    federation = build_federation(config, make_mesh() if axis == "vmap" else None)
+    groups = federation.groups
+    cuts = [cut for _, cut in sorted((i, g.cut) for g in groups for i in g.ids)]
     strategy = build_strategy(config, federation)
     _check_attendance(config, federation.groups)
     train, test = load_dataset(config.data) if data is None else data
@@ -255,6 +302,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         test=place(test, federation.mesh, SAME),
         shards=shards,
         slots=slots,
+        traffic=traffic_of(federation, strategy),
         store=(HostStore if on_host else DeviceStore)(federation, strategy, slots),
         learning_rates=np.asarray(rates, np.float32).reshape(-1, steps),
         round_fn=make_round(

@@ -49,13 +49,14 @@ class Federation(NamedTuple):
     groups: tuple[Group, ...]
     optimizer: optax.GradientTransformation  # without learning rate
     mesh: Mesh | None = None  # over whose devices stacks of clients are spread
+    link: str = "full"  # from clients to servers, see `hsee_jax.link`
 
     def specs(self, group: int) -> tuple[BranchSpec, BranchSpec]:
         """Of a group's clients, and of the servers behind them."""
         cut = self.groups[group].cut
         return (
             client_spec(self.model, cut, self.optimizer),
-            server_spec(self.model, cut, self.optimizer),
+            server_spec(self.model, cut, self.optimizer, self.link),
         )
 
 
@@ -143,11 +144,14 @@ class Strategy(NamedTuple):
     aggregate: Callable[[RunState, tuple[Array, ...]], tuple[RunState, Means]]
     # The same for slots whose state is of an earlier round, int32 [S] a group.
     receive: Callable[[RunState, Means, tuple[Array, ...]], RunState]
+    # What each client sends for such a mean, a tree a group, leaves [S, ...].
+    sent: Callable[[RunState], tuple[PyTree, ...]]
     part: Callable[[Branch, int], Branch]  # a server's layers behind a group's cut
     shared: bool  # one server for all, or one replica each
     turn_unit: str  # "batch": all clients' turns step by step; "epoch": one by one
     period: int  # aggregate after so many ...
     period_unit: str  # ... "rounds" or "steps"; a period of 0 is never
+    boundary: str  # "detached" or "joint"; "none": client and server are at one place
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

@@ -35,8 +35,9 @@ from hsee_jax.experiment import Experiment
 from hsee_jax.federation import RunState, server_of
 from hsee_jax.folder import Record
 from hsee_jax.inference import CRITERIA, Answers, make_gate
+from hsee_jax.link import message_bytes
 from hsee_jax.mesh import fetch
-from hsee_jax.model import LayerCost
+from hsee_jax.model import LayerCost, layer_inputs
 from hsee_jax.runs import restore
 
 _OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
@@ -66,7 +67,7 @@ class GatedClient(NamedTuple):
 
     id: int
     cut: int
-    feature_bytes: int  # of a sample
+    feature_bytes: int  # of a sample, as the link has them
     client_flops: int  # of a sample, in the layers and the exit
     server_flops: int  # in the layers and the final head behind them
     largest: float  # uncertainty that can be
@@ -212,7 +213,8 @@ def _clients(
     info = dataset_info(experiment.config.data)
     largest = CRITERIA[criterion].largest(info.num_classes)
     state, held_out, test = fetch((state, experiment.validation, experiment.test))
-    layers = experiment.costs()
+    layers, federation = experiment.costs(), experiment.federation
+    features = layer_inputs(federation.model)
 
     def batches(data: Dataset) -> list[Array]:
         starts = range(0, len(data.labels), batch_size)
@@ -220,8 +222,8 @@ def _clients(
         return [normalize(part, info.mean, info.std) for part in parts]
 
     held_out_inputs, test_inputs = batches(held_out), batches(test)
-    for g, group in enumerate(experiment.federation.groups):
-        specs = experiment.federation.specs(g)
+    for g, group in enumerate(federation.groups):
+        specs = federation.specs(g)
         gate = make_gate(*specs, batch_size=batch_size, criterion=criterion)
         client_flops, server_flops = _flops(layers, group.cut)
         seconds: dict[float, float] = {}
@@ -242,7 +244,7 @@ def _clients(
             yield GatedClient(
                 id=i,
                 cut=group.cut,
-                feature_bytes=layers[group.cut - 1].output_bytes,
+                feature_bytes=message_bytes(features[group.cut], federation.link),
                 client_flops=client_flops,
                 server_flops=server_flops,
                 largest=largest,

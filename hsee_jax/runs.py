@@ -144,6 +144,7 @@ def _train(
             stopped = not last and stop()
             save = last or stopped or number % config.run.checkpoint_every == 0
             record = _record(number, plan, progress.metrics, seconds)
+            record["link"] = experiment.crossed(number, progress.metrics)._asdict()
             if save or number % config.run.eval_every == 0:
                 results = experiment.evaluate(state, experiment.test)
                 _check_results(results, config, round=number)
@@ -162,6 +163,7 @@ def _train(
             if stopped:
                 raise Stopped(number, 0)
     summary = _summary(config, results, records)
+    summary["link"] = experiment.link_summary(records)
     if is_first():
         replace_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -14,6 +14,7 @@ import optax
 from flax import struct
 
 from hsee_jax.base import Array, Batch, ExitMetrics, Metrics, PyTree, Stage, Variables
+from hsee_jax.link import cross
 from hsee_jax.losses import masked_cross_entropy
 from hsee_jax.model import Model, Network
 
@@ -24,6 +25,7 @@ class BranchSpec(NamedTuple):
     stages: tuple[Stage, ...]  # may be empty: a server behind the last cut
     head: Stage
     optimizer: optax.GradientTransformation  # without learning rate; one layer's
+    link: str = "full"  # that its inputs come over, see `hsee_jax.link`
 
 
 class LayerState(struct.PyTreeNode):
@@ -49,10 +51,17 @@ def client_spec(
 
 
 def server_spec(
-    model: Model, cut: int, optimizer: optax.GradientTransformation
+    model: Model, cut: int, optimizer: optax.GradientTransformation, link: str = "full"
 ) -> BranchSpec:
-    """Layers cut+1..L and the final head."""
-    return BranchSpec(model.stages[cut:], model.final_head, optimizer)
+    """Layers cut+1..L and the final head.
+
+    Args:
+      model: L layers.
+      cut: of the clients.
+      optimizer: of each layer.
+      link: that the features come over, see `hsee_jax.link`.
+    """
+    return BranchSpec(model.stages[cut:], model.final_head, optimizer, link)
 
 
 def _layer_state(
@@ -96,7 +105,7 @@ def forward(
     Args:
       spec: what the branch computes.
       branch: its weights.
-      inputs: ``[B, ...]``.
+      inputs: ``[B, ...]``, as they are before they cross the link.
       mask: ``bool [B]``, false on padding.
       train: whether BatchNorm uses, and updates, the statistics of this batch.
       head_gradient: the share of the head's gradient that reaches the layers.
@@ -106,6 +115,7 @@ def forward(
       batch statistics of every layer, the head's last.
     """
     stats = []
+    inputs = cross(inputs, spec.link)
     for stage, layer in zip(spec.stages, branch.layers, strict=True):
         inputs, new = stage.apply(_variables(layer), inputs, mask, train=train)
         stats.append(new)

@@ -14,12 +14,13 @@ averaging      each own  option    servers, or clients  any
 local          each own  detached  nothing              any
 splitfed_v1    each own  joint     all, every round     one cut
 splitfed_v2    shared    joint     clients, each round  one cut
-fedavg         each own  joint     all, every round     cut behind the last layer
-centralized    each own  joint     nothing              one client, with all the data
+fedavg         each own  none      all, every round     cut behind the last layer
+centralized    each own  none      nothing              one client, with all the data
 =============  ========  ========  ===================  ==============================
 
-Where the boundary is joint, the loss of the final head trains all layers, and exits are
-probes that change nothing (unless `exit_gradient` says otherwise).
+Where the boundary is joint or none, the loss of the final head trains all layers, and
+exits are probes that change nothing (unless `exit_gradient` says otherwise). With none,
+no features cross a link.
 """
 
 import inspect
@@ -156,11 +157,12 @@ def fedavg(
             f"cuts: {_shown(federation)} is not allowed with fedavg, whose clients "
             f"hold all layers; allowed is {last}"
         )
+    _check_no_link(federation, "fedavg")
     return compose(
         federation,
         shared=False,
         average="all_holders",
-        boundary="joint",
+        boundary="none",
         batch_norm=batch_norm,
         optimizer_state=optimizer_state,
     )
@@ -173,7 +175,8 @@ def centralized(federation: Federation) -> Strategy:
         raise UserError(
             f"num_clients: {count} is not allowed with centralized; allowed is 1"
         )
-    return compose(federation, shared=False, average="none", boundary="joint")
+    _check_no_link(federation, "centralized")
+    return compose(federation, shared=False, average="none", boundary="none")
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -201,6 +204,14 @@ def _check_one_cut(federation: Federation, name: str) -> None:
         raise UserError(
             f"cuts: {_shown(federation)} is not allowed with {name}, whose clients are "
             "all cut alike; allowed is one cut"
+        )
+
+
+def _check_no_link(federation: Federation, name: str) -> None:
+    if federation.link != "full":
+        raise UserError(
+            f"link: {federation.link} is not allowed with {name}, where no features "
+            "are sent; allowed is full"
         )
 
 

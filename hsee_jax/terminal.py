@@ -20,6 +20,7 @@ from rich.table import Table
 
 from hsee_jax.data import OnBytes
 from hsee_jax.model import LayerCost
+from hsee_jax.traffic import Bytes
 
 
 def results_table(figures: dict[str, Any], *, title: str) -> Table:
@@ -45,11 +46,12 @@ def results_table(figures: dict[str, Any], *, title: str) -> Table:
     return table
 
 
-def cost_table(costs: tuple[LayerCost, ...]) -> Table:
+def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table:
     """A row for each cut: its last layer's cost, and the client's share of the network.
 
     Args:
       costs: of L layers, L exit heads and the final head (see `layer_costs`).
+      crossing: the link of a sample in training, by each of the L cuts.
     """
     count = len(costs) // 2
     layers, heads, final = costs[:count], costs[count:-1], costs[-1]
@@ -58,7 +60,8 @@ def cost_table(costs: tuple[LayerCost, ...]) -> Table:
     table = Table(
         title="per layer, and per cut after it (one sample, forward)",
         caption="A client holds the layers up to its cut, and an exit head; shares "
-        "are of the network without exits.",
+        "are of the network without exits. Up and down are the bytes that cross the "
+        "link in training.",
     )
     for name in (
         "cut",
@@ -69,9 +72,12 @@ def cost_table(costs: tuple[LayerCost, ...]) -> Table:
         "client parameters",
         "client MFLOPs",
         "share",
+        "up",
+        "down",
     ):
         table.add_column(name, justify="left" if name == "layer" else "right")
-    for cut, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
+    rows = zip(layers, heads, crossing, strict=True)
+    for cut, (layer, head, sample) in enumerate(rows, start=1):
         parameters = sum(part.parameters for part in layers[:cut]) + head.parameters
         flops = sum(part.flops for part in layers[:cut]) + head.flops
         table.add_row(
@@ -83,6 +89,8 @@ def cost_table(costs: tuple[LayerCost, ...]) -> Table:
             f"{parameters:,}",
             f"{flops / 1e6:,.3f}",
             f"{flops / total_flops:.1%}",
+            f"{sample.up_bytes:,}",
+            f"{sample.down_bytes:,}",
         )
     table.add_row("", final.name, f"{final.parameters:,}", f"{final.flops / 1e6:,.3f}")
     table.add_row("", "total", f"{total_parameters:,}", f"{total_flops / 1e6:,.3f}")

@@ -57,6 +57,17 @@ def test_train_prints_every_client(run):
     assert summary["images_per_second"] > 0
     assert {"python", "jax", "orbax-checkpoint"} <= set(summary["versions"])
 
+    # behind both cuts 16 features of 4 bytes, and a label; the clients' layers each way
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        up, down = record["link"]["up_bytes"], record["link"]["down_bytes"]
+        assert up - down == record["images"] * 68 > 0
+        assert down == records[0]["link"]["down_bytes"] > 0
+    for name in ("up_bytes", "down_bytes"):
+        assert summary["link"][name] == sum(r["link"][name] for r in records)
+    assert [one["cut"] for one in summary["link"]["cuts"]] == [8, 9]
+
 
 def test_eval_repeats_the_figures_to_the_last_digit(run):
     folder, _ = run
@@ -173,6 +184,7 @@ def test_info_lists_every_layer_and_cut():
     assert table["total"][2] == "11,173,962"
     assert table["layer1.0"][:3] == ["2", "layer1.0", "73,984"]
     assert table["layer1.0"][4] == str(f"{32 * 32 * 64 * 4:,}")
+    assert table["layer1.0"][8:] == [f"{32 * 32 * 64 * 4 + 4:,}", "0"]
     # two 3x3 convolutions of 64 channels; border taps on padding are not counted
     full = 2 * 2 * 9 * 64 * 64 * 32 * 32 / 1e6
     assert 0.9 * full < float(table["layer1.0"][3].replace(",", "")) < 1.02 * full
@@ -226,6 +238,11 @@ BAD = [
     ("train --compilation-cache /dev/null/x", "compilation_cache: /dev/null/x"),
     ("train --strategy fedavg", "cuts: 2 4 6 is not allowed with fedavg"),
     ("train --strategy splitfed_v2", "allowed is one cut"),
+    (
+        "train --strategy fedavg --cuts 9 --link int8",
+        "link: int8 is not allowed with fedavg",
+    ),
+    ("train --link int4", "link: int4 is unknown (did you mean int8?)"),
     ("train --strategy centralized", "num_clients: 6 is not allowed"),
     ("train --turn epoch", "turn: epoch has no effect on averaging"),
     ("train --exit-gradient 1", "exit_gradient: 1.0"),

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 
 import hsee_jax
-from hsee_jax.experiment import build_model, build_strategy
-from hsee_jax.federation import Client, Federation, group_clients
-from hsee_jax.model import deal_cuts
-from hsee_jax.optim import make_optimizer
+from hsee_jax.experiment import build_federation, build_strategy
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -58,17 +55,15 @@ def test_a_row_says_what_it_is_and_can_be_composed(row):
     assert head[2].startswith(f"# Command: python experiments/run.py {row}")
     config = rows.config_of(rows.Run(row, 7))
     assert (config.run.model_seed, config.run.data_seed) == (7, 7)
-    model = build_model(config)
-    cuts = deal_cuts(config.clients.cuts, config.clients.num_clients, model.layer_names)
-    groups = group_clients(Client(i, cut) for i, cut in enumerate(cuts))
-    optimizer = make_optimizer(config.optim)
-    build_strategy(config, Federation(model, groups, optimizer))
+    build_strategy(config, build_federation(config))
 
 
 def test_every_dataset_has_all_rows_and_they_differ():
     studies = [set for set in rows.sets() if set != "demo"]
     names = [{row.partition("/")[2] for row in rows.rows(set)} for set in studies]
-    assert all(found == names[0] for found in names)
+    # full size is computed in bfloat16, of which float16 would save nothing
+    halves = {"averaging-float16", "sequential-float16"}
+    assert all(found - halves == names[0] for found in names)
     assert {"centralized", "local-mixed", "splitfed_v1", "fedavg"} < names[0]
     for set in studies:
         own = [

@@ -10,10 +10,10 @@ import hsee_jax
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
     "base config data.info data.arrays data.archives data.prepared data.download data "
-    "partition augment losses conv resnet model optim mesh split aggregate federation "
-    "compose strategies plan engine.common engine.loop engine.scan engine evaluate "
-    "inference calibration store experiment processes folder checkpoint runs tables "
-    "gating gate_report terminal flags curves figures report cli"
+    "partition augment losses conv resnet model optim mesh link split aggregate "
+    "federation compose strategies plan engine.common engine.loop engine.scan engine "
+    "traffic evaluate inference calibration store experiment processes folder "
+    "checkpoint runs tables gating gate_report terminal flags curves figures report cli"
 ).split()
 
 
