@@ -35,7 +35,8 @@ from hsee_jax.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.mesh import make_mesh
 from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
 from hsee_jax.plan import RoundPlan, plan_round
-from hsee_jax.runs import restore, train
+from hsee_jax.restored import Restored, restore, restore_client
+from hsee_jax.runs import train
 from hsee_jax.split import (
     Branch,
     BranchSpec,
@@ -80,6 +81,7 @@ __all__ = [
     "Metrics",
     "Model",
     "Network",
+    "Restored",
     "RoundPlan",
     "RunState",
     "Stage",
@@ -115,6 +117,7 @@ __all__ = [
     "receive",
     "resnet18",
     "restore",
+    "restore_client",
     "sequential",
     "server_of",
     "server_spec",
