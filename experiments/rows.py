@@ -100,7 +100,7 @@ def load(run: Run, folder: Path = RESULTS) -> Result | None:
     result: Result = json.loads(path.read_text())
     wanted = settings(config_of(run))
     # A field that is younger than the result had its default.
-    known = flatten(hsee_jax.Config()) | result["config"]
+    known = json.loads(json.dumps(flatten(hsee_jax.Config()))) | result["config"]
     return result if all(known[name] == v for name, v in wanted.items()) else None
 
 

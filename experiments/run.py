@@ -43,7 +43,7 @@ def perform(
       changes: of the configuration, the machine's own.
       folder: of the runs.
       results: where the result goes.
-      seconds: after which it stops, with a checkpoint, at the end of a round.
+      seconds: after which it stops, with a checkpoint.
     """
     config = rows.config_of(run, **changes)
     place = folder / f"{run.row}-{run.seed}"
@@ -56,7 +56,7 @@ def perform(
             stop=lambda: time.monotonic() > end,
         )
     except hsee_jax.Stopped as stopped:
-        return f"{stopped} of {config.run.rounds}"
+        return f"{stopped} ({config.run.rounds} rounds)"
     except hsee_jax.DivergenceError as error:
         return f"failed: {error}"
     summary["cpu_cores"] = len(os.sched_getaffinity(0))
@@ -70,8 +70,7 @@ def _start(config: hsee_jax.Config, place: Path) -> dict[str, bool]:
     if not (place / "config.json").is_file():
         return {}
     same = rows.settings(read_config(place)) == rows.settings(config)
-    kept = any((place / "checkpoints").glob("*/digests.json"))
-    return {"resume": True} if same and kept else {"overwrite": True}
+    return {"resume": True} if same else {"overwrite": True}
 
 
 def _worker(run: rows.Run, core: int | None, options: dict[str, Any]) -> str:

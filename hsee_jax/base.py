@@ -90,7 +90,7 @@ class Stopped(Exception):
 
     def __init__(self, rounds: int, steps: int) -> None:
         """Says where."""
-        where = f"{steps} steps into round {rounds + 1}"
+        where = f"in round {rounds + 1} after step {steps}"
         super().__init__(f"stopped {where if steps else f'after round {rounds}'}")
         self.rounds, self.steps = rounds, steps
 

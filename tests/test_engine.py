@@ -87,10 +87,16 @@ def test_a_loss_that_is_not_finite_names_client_branch_and_round():
         round=0,
     )
     good = Metrics(np.ones(3), np.ones(3), np.ones(3))
-    check_finite(plan, ExitMetrics(good, good), round=1)
+    check_finite(plan, ExitMetrics(good, good), round=1, stop=True)
     bad = good._replace(loss_sum=np.array([1.0, 2.0, np.nan]))
+    check_finite(plan, ExitMetrics(good, bad), round=4)
     with pytest.raises(DivergenceError, match="server loss of client 5 .* round 4"):
-        check_finite(plan, ExitMetrics(good, bad), round=4)
+        check_finite(plan, ExitMetrics(good, bad), round=4, stop=True)
+    # the only other ones took no part
+    alone = Metrics(*(np.array([0.0, 0.0, 1.0]) for _ in Metrics._fields))
+    bad = alone._replace(loss_sum=np.array([0.0, 0.0, np.inf]))
+    with pytest.raises(DivergenceError, match="exit loss of client 5 .* round 4"):
+        check_finite(plan, ExitMetrics(bad, alone), round=4)
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])

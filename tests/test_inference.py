@@ -22,7 +22,7 @@ from hsee_jax.calibration import (
     reaching,
     within,
 )
-from hsee_jax.checkpoint import Checkpoints
+from hsee_jax.checkpoint import Writer
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.data import load_dataset
 from hsee_jax.experiment import build
@@ -267,11 +267,11 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hsee_jax.experiment.build_model", lambda *args: model)
         experiment = build(CONFIG)
-        with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        with Writer(folder / "checkpoints", keep=1) as checkpoints:
             state = experiment.store.settled(experiment.init())
             large = jax.tree.map(lambda leaf: 3 * leaf, state.clients)  # and unlike
             state = state.replace(clients=large)
-            checkpoints.save(1, state, score=0.0, metadata={})
+            checkpoints.save(1, 0, state, {"score": 0.0})
         (folder / "config.json").write_text(to_json(CONFIG))
         yield folder
 

@@ -12,8 +12,8 @@ ORDER = (
     "base config data.info data.arrays data.archives data.prepared data.download data "
     "partition augment losses conv resnet model optim mesh split aggregate federation "
     "compose strategies plan engine.common engine.loop engine.scan engine evaluate "
-    "inference calibration store experiment processes folder checkpoint restored runs tables gating "
-    "gate_report terminal flags curves figures report cli"
+    "inference calibration store experiment processes folder checkpoint restored runs "
+    "tables gating gate_report export terminal flags curves figures report cli"
 ).split()
 
 

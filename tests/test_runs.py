@@ -1,7 +1,6 @@
 """Run folders: resuming, restoring, diverging."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from hsee_jax import runs
 from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.data import load_dataset
+from hsee_jax.folder import read_config
 from hsee_jax.partition import hold_out
 
 SMALL = override(
@@ -154,8 +154,6 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
         runs.train(SMALL, run)
     with pytest.raises(UserError, match="has no checkpoint"):
         runs.reopen(run)
-    with pytest.raises(UserError, match="has no checkpoint"):
-        runs.train(read_config(run), run, resume=True)
     assert sorted(path.name for path in run.iterdir()) == ["config.json"]
 
     # what cannot start does not touch the run either
@@ -176,31 +174,9 @@ def test_latest_and_best_are_kept(tmp_path, monkeypatch):
     config = override(SMALL, checkpoint_every=1, keep_checkpoints=1)
     runs.train(config, tmp_path / "run")
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert sorted(name for name in kept if name.isdecimal()) == ["2", "3"]
+    assert sorted(kept) == ["2", "3"]
     assert int(runs.reopen(tmp_path / "run", "best")[1].round) == 2
 
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has 0 lines for 3 rounds"):
         runs.train(config, tmp_path / "run", resume=True)
-
-
-def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
-    """A bit flipped, a byte cut off or the file gone, in every file of a checkpoint."""
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    runs.train(override(SMALL, rounds=1), whole)
-    for original in sorted((whole / "checkpoints" / "1").rglob("*")):
-        content = original.read_bytes() if original.is_file() else b""
-        if not content or original.name == "digests.json":
-            continue
-        flipped = content[:-1] + bytes([content[-1] ^ 1])
-        for damaged in (flipped, content[:-1], None):
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(whole, folder)
-            path = folder / original.relative_to(whole)
-            path.unlink()
-            if damaged is not None:
-                path.write_bytes(damaged)
-            with pytest.raises(UserError, match="checkpoint 1 .* cannot be") as error:
-                runs.reopen(folder)
-            assert str(path) in str(error.value)
-            assert "\n" not in str(error.value)

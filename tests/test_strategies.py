@@ -47,10 +47,12 @@ def train(
     participation=1.0,
     uniform=False,
     few=False,
+    missing=((), ()),
 ):
     """Trains on noise; returns the state, and (plan, rates, metrics) of each round.
 
-    With ``few`` the state waits on the host, and slots are for those who take part.
+    With ``few`` the state waits on the host, and slots are for those who take part;
+    ``missing`` are the clients that miss each round.
     """
     mesh, draw = federation.mesh, {"seed": 11, "participation": participation}
     slots = num_slots(
@@ -74,6 +76,7 @@ def train(
             turn=strategy.turn_unit,
             round=number,
             slots=slots,
+            missing=missing[number],
             **draw,
         )
         rates = np.linspace(0.05, 0.02, len(plan.indices), dtype=np.float32)
@@ -81,7 +84,7 @@ def train(
             float(active and (uniform or len(shards[i])))
             for i, active in zip(plan.ids, plan.active, strict=True)
         ]
-        some, means, metrics = run(
+        some, means, progress = run(
             store.take(state, plan.ids),
             data,
             plan,
@@ -89,7 +92,8 @@ def train(
             np.array(weights, np.float32),
         )
         state = store.put(state, plan.ids, some, means)
-        log.append((plan, rates, metrics))
+        assert progress.finished
+        log.append((plan, rates, progress.metrics))
     return store.settled(state), log
 
 

@@ -1,0 +1,426 @@
+"""Runs that are stopped, killed or damaged, and clients that fail."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_strategies import assert_same, branches, train
+from tiny import tiny_federation, tiny_model, tiny_shards
+
+import hsee_jax.engine.scan
+from hsee_jax import cli, runs
+from hsee_jax.base import DivergenceError, Stopped, UserError
+from hsee_jax.checkpoint import find
+from hsee_jax.config import override, preset
+from hsee_jax.folder import read_config
+from hsee_jax.plan import Absence, missing
+from hsee_jax.strategies import averaging, local, sequential
+
+SMALL = override(
+    preset("demo"),
+    num_clients=4,
+    cuts=("1", "2"),
+    max_train_samples=60,
+    max_test_samples=20,
+    batch_size=6,
+    rounds=3,
+    checkpoint_every=2,
+)
+ONE_CUT = {"cuts": ("2",)}
+EVERY = {
+    "sequential": {},
+    "averaging": {"period": 2, "period_unit": "steps"},
+    "local": {},
+    "splitfed_v1": ONE_CUT,
+    "splitfed_v2": ONE_CUT | {"turn": "epoch"},
+    "fedavg": {"cuts": ("3",)},
+    "centralized": {"num_clients": 1, "cuts": ("1",)},
+}
+
+
+def lines(folder):
+    text = (folder / "metrics.jsonl").read_text()
+    records = map(json.loads, text.splitlines())
+    return [{k: v for k, v in r.items() if "seconds" not in k} for r in records]
+
+
+def assert_same_run(one, other):
+    """The same lines and, bit for bit, the same state."""
+    assert lines(one) == lines(other)
+    states = [runs.reopen(folder)[1] for folder in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+class Every:
+    """Says stop whenever it has been asked so many times."""
+
+    def __init__(self, times):
+        self.times, self.asked = times, 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked % self.times == 0
+
+
+def train_with_stops(config, folder, times):
+    """Stopped and resumed until the end; returns where it was stopped."""
+    stop, places = Every(times), []
+    while True:
+        try:
+            runs.train(config, folder, resume=folder.exists(), stop=stop)
+            return places
+        except Stopped as stopped:
+            places.append((stopped.rounds, stopped.steps))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_stop_between_two_steps_changes_nothing(name, tiny_network, tmp_path):
+    """For every strategy; state of absent clients on the host for the paper's two."""
+    config = override(SMALL, strategy=name, **EVERY[name])
+    if name in ("sequential", "averaging"):
+        config = override(config, participation=0.5)
+    runs.train(config, tmp_path / "whole")
+    places = train_with_stops(config, tmp_path / "stopped", 2)
+    assert len(places) > 2 and any(steps for _, steps in places)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    kept = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
+    assert not {name for name in kept if "-" in name or "." in name}
+
+
+@pytest.mark.parametrize("name", ["sequential", "averaging", "splitfed_v2"])
+def test_a_scan_can_be_stopped_as_well(name, tiny_network, tmp_path, monkeypatch):
+    """One compiled program, whatever part of the round it runs."""
+    monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
+    changes = EVERY[name] | {"client_axis": "vmap", "rounds": 2}
+    config = override(SMALL, strategy=name, **changes)
+    runs.train(config, tmp_path / "whole")
+    assert train_with_stops(config, tmp_path / "stopped", 1)[0] == (0, 2)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_signal_stops_in_the_middle_of_a_round(tiny_network, tmp_path, monkeypatch):
+    """SIGTERM within the first turn of round 2, and the same run in the end."""
+    words = "--num-clients 2 --cuts 1 --max-train-samples 64 --max-test-samples 8 "
+    words = (words + "--batch-size 8 --rounds 2").split()
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli.main(["train", *words, "--out", str(whole)]) == 0
+    run_round = runs.Experiment.run_round
+
+    def tell(experiment, state, begun=None, stop=None):
+        if int(state.round) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_round(experiment, state, begun, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Experiment, "run_round", tell)
+        assert cli.main(["train", *words, "--out", str(stopped)]) == 143
+    place = find(stopped / "checkpoints", midway=True)
+    assert (place.rounds, place.steps) == (1, 1)
+    with pytest.raises(UserError, match="has no checkpoint"):  # of a whole round
+        runs.reopen(stopped)
+    with pytest.raises(UserError, match="the run has done 1 and a part"):
+        runs.train(override(read_config(stopped), rounds=1), stopped, resume=True)
+    assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
+    assert_same_run(whole, stopped)
+
+
+def damages(path):
+    """What can happen to a file: its content afterwards, or None if it is gone."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = bytes([content[middle] ^ 1])
+    yield "flip a bit", content[:middle] + flipped + content[middle + 1 :]
+    yield "truncate", content[:middle]
+    yield "delete", None
+
+
+def test_of_damaged_checkpoints_the_one_before_is_used(tiny_network, tmp_path, caplog):
+    """Every file of the latest checkpoint; prints what happened to each."""
+    config = override(SMALL, checkpoint_every=1, rounds=2)
+    runs.train(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    files = [path for path in sorted((folder / "2").rglob("*")) if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        content = path.read_bytes()
+        for what, changed in damages(path):
+            caplog.clear()
+            path.unlink()
+            if changed is not None:
+                path.write_bytes(changed)
+            found = find(folder)
+            path.write_bytes(content)
+            assert found.rounds == 1
+            (warning,) = caplog.messages
+            assert str(folder / "2") in warning and "earlier" in warning
+            print(f"{path.relative_to(folder)}: {what}: checkpoint {found.rounds}")
+    assert find(folder).rounds == 2
+
+    _, whole = runs.reopen(tmp_path / "run")
+    (folder / "2" / "notes.json").write_text("{}")
+    _, before = runs.reopen(tmp_path / "run")
+    assert int(before.round) == 1
+    runs.train(config, tmp_path / "run", resume=True)
+    _, again = runs.reopen(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "2.damaged"}
+
+    for name in "12":
+        (folder / name / "digests.json").unlink()
+    caplog.clear()
+    with pytest.raises(UserError, match=r"2/digests\.json is missing"):
+        runs.train(config, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"2/digests\.json is missing"):
+        runs.reopen(tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tiny_network, tmp_path, caplog):
+    """Killed in its first round, or while its folder was made."""
+    config = override(SMALL, rounds=1)
+    runs.train(config, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for name in (".lock", "config.json.tmp"):
+        (killed / name).write_text("{")
+    runs.train(config, killed)
+    shutil.rmtree(killed / "checkpoints")
+    (killed / "checkpoints" / "1.tmp" / "state").mkdir(parents=True)
+    (killed / "metrics.jsonl").write_text('{"round": 1, "sec')
+    runs.train(config, killed, resume=True)
+    assert "begins anew" in caplog.text
+    assert_same_run(tmp_path / "whole", killed)
+
+
+def test_two_processes_do_not_write_one_run(tiny_network, tmp_path):
+    """A lock of another open file is that of another process."""
+    config, refused = override(SMALL, rounds=2), []
+
+    def start_another(record):
+        for how in ("resume", "overwrite"):
+            with pytest.raises(UserError, match="written by another process") as error:
+                runs.train(config, tmp_path / "run", **{how: True})
+            refused.append(error)
+
+    runs.train(config, tmp_path / "run", on_round=start_another)
+    assert len(refused) == 4
+    runs.train(config, tmp_path / "alone")
+    assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["save_async", "write_text", "open"])
+def test_a_full_disk_is_one_clear_line(where, tiny_network, tmp_path, monkeypatch):
+    """In a checkpoint's arrays, its digests, or the log; there is one to go on from."""
+    config = override(SMALL, rounds=3, checkpoint_every=1)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(record):
+        if record["round"] == 2:
+            owner = Path if where != "save_async" else hsee_jax.checkpoint.ocp
+            monkeypatch.setattr(owner, where, refuse)
+
+    def refuse(*args, **kwargs):
+        raise full
+
+    with pytest.raises(UserError, match="No space left on device") as error:
+        runs.train(config, tmp_path / "run", on_round=fill)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda _: tiny_network_of())
+    runs.train(config, tmp_path / "run", resume=True)
+    runs.train(config, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import hsee_jax.experiment
+from test_survival import SMALL, tiny_network_of
+from hsee_jax import runs
+from hsee_jax.config import override
+hsee_jax.experiment.build_model = lambda config: tiny_network_of()
+folder = Path(sys.argv[2])
+config = override(SMALL, rounds=30, checkpoint_every=1, strategy="averaging")
+print("ready", flush=True)
+runs.train(config, folder, resume=(folder / "config.json").exists())
+"""
+
+
+def tiny_network_of():
+    return tiny_model(input_shape=(28, 28, 1), classes=10)
+
+
+@pytest.mark.slow
+def test_fifty_kills_leave_a_run_that_goes_on(tmp_path):
+    """SIGKILL at random moments; in the end the run is the one without kills."""
+
+    def start(folder):
+        command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "ready\n"
+        return child
+
+    begin = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    longest = time.monotonic() - begin
+    rng, folder = np.random.default_rng(0), tmp_path / "killed"
+    kills, rounds, finished = 0, [], 0
+    while kills < 50:
+        child = start(folder)
+        try:
+            status = child.wait(rng.uniform(0, 0.6 * longest))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+            checkpoint = find(folder / "checkpoints", midway=True)
+            rounds.append(checkpoint.rounds if checkpoint else 0)
+        else:
+            assert status == 0
+            assert_same_run(tmp_path / "whole", folder)
+            shutil.rmtree(folder)
+            finished += 1
+    print(f"rounds after each kill: {rounds}; finished in between: {finished}")
+    assert len(set(rounds)) > 5
+    assert start(folder).wait() == 0
+    assert_same_run(tmp_path / "whole", folder)
+
+
+SHARDS = tiny_shards({0: 6, 1: 5, 2: 7, 3: 4})
+CUTS = {0: 1, 1: 2, 2: 1, 3: 2}
+
+
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
+@pytest.mark.parametrize("make", [sequential, averaging])
+def test_a_client_that_breaks_is_as_one_that_is_away(make, axis, monkeypatch):
+    """Client 2 has a weight that is not finite: the others do not notice.
+
+    It is left out of the means, weighted anew; with `averaging` it receives them.
+    """
+    federation = tiny_federation(CUTS)
+    strategy = make(federation)
+    away, _ = train(strategy, federation, SHARDS, axis=axis, rounds=1, missing=((2,),))
+    broken = strategy._replace(init=broken_init(strategy))
+    state, log = train(broken, federation, SHARDS, axis=axis, rounds=1)
+    expected = branches(federation, strategy, away)
+    found = branches(federation, strategy, state)
+    (plan, _, metrics) = log[0]
+    assert plan.ids[~np.isfinite(metrics.exit.loss_sum)].tolist() == [2]
+    for i in CUTS:
+        clients, servers = zip(found[i], expected[i], strict=True)
+        if i != 2:
+            assert_same(*clients, rtol=1e-5, atol=1e-6)
+        assert_same(
+            *servers,
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+def broken_init(strategy):
+    """Client 2, the second of the first group, begins with a NaN in its exit."""
+
+    def init(key, ids=None):
+        state = strategy.init(key, ids)
+        first = state.clients[0]
+        params = first.head.params
+        kernel = jax.tree.leaves(params)[0].at[1].set(np.nan)
+        leaves, tree = jax.tree.flatten(params)
+        params = jax.tree.unflatten(tree, [kernel, *leaves[1:]])
+        first = first.replace(head=first.head.replace(params=params))
+        return state.replace(clients=(first, *state.clients[1:]))
+
+    return init
+
+
+def test_who_misses_a_round_keeps_its_state():
+    """It neither trains nor weighs; other clients draw what they would have drawn."""
+    federation = tiny_federation(CUTS)
+    strategy = local(federation)
+    some, log = train(
+        strategy, federation, SHARDS, axis="loop", missing=((1, 3), (0, 1))
+    )
+    every, _ = train(strategy, federation, SHARDS, axis="loop")
+    first, _ = train(strategy, federation, SHARDS, axis="loop", rounds=1)
+    fresh, _ = train(strategy, federation, SHARDS, axis="loop", rounds=0)
+    found, alone, once, never = (
+        branches(federation, strategy, state) for state in (some, every, first, fresh)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found[2], alone[2])
+    jax.tree.map(np.testing.assert_array_equal, found[1], never[1])
+    jax.tree.map(np.testing.assert_array_equal, found[0], once[0])
+    assert [plan.order.shape for plan, _, _ in log] == [(2, 4)] * 2  # none recompiles
+
+
+def test_a_client_misses_its_share_of_the_rounds():
+    """0.3 of 2,000 draws to 4 standard deviations, and two known absences."""
+    absences = [Absence(3, 2, 4), Absence(3, 9, 9)]
+    draws = [
+        missing(range(20), dropout=0.3, absences=absences, seed=1, round=round)
+        for round in range(100)
+    ]
+    assert abs(sum(map(len, draws)) / 2000 - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
+    assert len({tuple(sorted(draw)) for draw in draws}) > 90
+    known = [
+        missing(range(20), dropout=0.0, absences=absences, seed=1, round=round)
+        for round in range(10)
+    ]
+    assert known == [set(), {3}, {3}, {3}, set(), set(), set(), set(), {3}, set()]
+
+
+def test_failing_clients_are_counted_and_reported(tiny_network, tmp_path, capsys):
+    """By the command line, with a schedule from a file."""
+    schedule = tmp_path / "absent.csv"
+    schedule.write_text("client,from,to\n3,2,3\n0,3,9\n")
+    words = "--num-clients 4 --cuts 1 2 --max-train-samples 60 --max-test-samples 20 "
+    words += f"--batch-size 6 --rounds 3 --absences-file {schedule}"
+    assert cli.main(["train", *words.split(), "--out", str(tmp_path / "run")]) == 0
+    assert [r["missed"] for r in lines(tmp_path / "run")] == [[], [3], [0, 3]]
+    assert "missed: 0 3" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["missed_rounds"], summary["left_out_rounds"]) == (3, 0)
+    dropout = override(SMALL, dropout=0.4, participation=0.5, data_seed=1)
+    runs.train(dropout, tmp_path / "dropout")
+    missed = [r["missed"] for r in lines(tmp_path / "dropout")]
+    assert any(missed) and all(len(ids) < 2 for ids in missed)
+    assert cli.main("train --dropout 0.99 --rounds 40 --out run".split()) == 2
+    assert "no client is left in round" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["leave_out", "stop"])
+def test_a_diverging_client_is_left_out_or_stops(
+    policy, tiny_network, tmp_path, monkeypatch
+):
+    config = override(SMALL, on_nonfinite=policy)
+    build = runs.build
+
+    def with_a_broken_client(config):
+        experiment = build(config)
+        store = experiment.store
+        monkeypatch.setattr(
+            store, "init", broken_init(experiment.strategy._replace(init=store.init))
+        )
+        return experiment
+
+    monkeypatch.setattr(runs, "build", with_a_broken_client)
+    if policy == "stop":
+        with pytest.raises(DivergenceError, match="exit loss of client 2 .* round 1"):
+            runs.train(config, tmp_path / "run")
+        return
+    summary = runs.train(config, tmp_path / "run")
+    assert [r["left_out"] for r in lines(tmp_path / "run")] == [[2]] * 3
+    assert summary["left_out_rounds"] == 3
+    assert [c["exit_loss"] is None for c in summary["clients"]] == [
+        i == 2 for i in range(4)
+    ]
+    assert all(r["train"]["exit_loss"] > 0 for r in lines(tmp_path / "run"))
