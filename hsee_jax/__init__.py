@@ -21,6 +21,7 @@ from hsee_jax.config import Config, override, preset
 from hsee_jax.engine import make_round
 from hsee_jax.evaluate import ClientResult, make_evaluation
 from hsee_jax.experiment import Experiment, build
+from hsee_jax.export import export_client
 from hsee_jax.federation import (
     Client,
     Federation,
@@ -95,6 +96,7 @@ __all__ = [
     "client_spec",
     "compose",
     "detached_step",
+    "export_client",
     "fedavg",
     "forward",
     "from_linen",
