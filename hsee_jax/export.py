@@ -44,7 +44,7 @@ answers = segment.call(weights, images)
 ```
 
 `images` are {input[dtype]} `[b, {shapes[input]}]`, for any b. They are normalised
-inside, to `(images / 255 - mean) / std` with the figures of `card.json`. The answers are
+inside, to `(images / 255 - mean) / std` with the figures of `card.json`. The answers:
 
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: the {criterion} (entropy is in nats,

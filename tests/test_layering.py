@@ -46,6 +46,7 @@ def test_each_library_has_one_home():
     homes = {
         "flax.linen": {"resnet.py"},
         "orbax": {"checkpoint.py"},
+        "safetensors": {"export.py"},
         "matplotlib": {"figures.py", "gate_report.py"},
         "tensorboardX": {"report.py"},
     }
@@ -66,7 +67,7 @@ def test_import_is_light_and_fast():
         "print(time.process_time() - start);"
         "import hsee_jax.cli;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
-        "'tensorboardX'};"
+        "'tensorboardX', 'safetensors', 'flatbuffers'};"
         "print(heavy & set(sys.modules))"
     )
     times = []
