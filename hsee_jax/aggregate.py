@@ -54,7 +54,7 @@ def layer_mean(
 
     def weighted_sum(*leaves: Array) -> Array:
         parts = [
-            jnp.tensordot(share, leaf.astype(jnp.float32), 1)
+            jnp.tensordot(share, _counted(leaf.astype(jnp.float32), share), 1)
             for share, leaf in zip(shares, leaves, strict=True)
         ]
         return sum(parts[1:], parts[0])
@@ -68,6 +68,11 @@ def layer_mean(
         means = jax.lax.psum(means, axis_name)
     params, batch_stats, opt_state = means
     return LayerMean(params, batch_stats, opt_state, jnp.where(some, round, 0))
+
+
+def _counted(leaf: Array, share: Array) -> Array:
+    """The rows with a share; others may hold anything, even what is not finite."""
+    return jnp.where(share.reshape(-1, *(1,) * (leaf.ndim - 1)) > 0, leaf, 0.0)
 
 
 def receive(

@@ -31,6 +31,7 @@ _RESULTS = {
 _COSTS = {
     "flops": _Column("MFLOPs", "{:,.3f}", 1e-6),
     "seconds": _Column("ms", "{:.3f}", 1e3),
+    "relative_seconds": _Column("of all sent", "{:.2f}"),
 }
 _CLIENTS = {
     "id": _Column("client", "{}"),

@@ -99,9 +99,15 @@ class GatedClient(NamedTuple):
 
     def points(self) -> list[Record]:
         """Those whose offload of the held-out samples is 1, 0.95 .. 0."""
+        all_sent = self.seconds[_TIMED[0]]
+
+        def times(seconds: float | None) -> Record:
+            relative = None if seconds is None else seconds / all_sent
+            return {"seconds": seconds, "relative_seconds": relative}
+
         return [
             self.point(within(self.held_out, offload))
-            | {"seconds": self.seconds.get(offload)}
+            | times(self.seconds.get(offload))
             for offload in _OFFLOADS
         ]
 

@@ -236,8 +236,8 @@ def _begun(checkpoint: Checkpoint) -> tuple[Progress | None, float]:
     """The inverse of `_midway`; nothing for a checkpoint between rounds."""
     if checkpoint.steps == 0:
         return None, 0.0
-    branches = checkpoint.notes["metrics"]
-    metrics = ExitMetrics(*(Metrics(*map(np.array, sums)) for sums in branches))
+    branches: Any = checkpoint.notes["metrics"]
+    metrics = ExitMetrics(*(Metrics(*map(np.array, sums)) for sums in branches))  # type: ignore[arg-type]
     return Progress(checkpoint.steps, False, metrics), checkpoint.notes["seconds"]
 
 

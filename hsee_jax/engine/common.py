@@ -27,8 +27,8 @@ class Progress(NamedTuple):
 
 def nothing_done(plan: RoundPlan) -> Progress:
     """The beginning of a round."""
-    zeros = Metrics(*(np.zeros(len(plan.ids)) for _ in Metrics._fields))
-    return Progress(0, False, ExitMetrics(zeros, zeros))
+    zeros: Any = np.zeros(len(plan.ids))
+    return Progress(0, False, ExitMetrics(*2 * (Metrics(zeros, zeros, zeros),)))
 
 
 class RoundFn(Protocol):

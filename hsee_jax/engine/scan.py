@@ -36,6 +36,7 @@ from hsee_jax.federation import (
 from hsee_jax.mesh import CLIENTS, SAME, constrain, fetch, over_clients, place
 from hsee_jax.plan import RoundPlan
 
+_DTYPES: Any = Metrics(np.float32, np.int32, np.int32)  # type: ignore[arg-type]
 _SEGMENT = 32  # steps between two looks at whether to stop
 
 
@@ -91,7 +92,7 @@ def scanned(
 
         return turn
 
-    each = layout(strategy).clients
+    each: Any = layout(strategy).clients
     sharding = None if mesh is None else NamedSharding(mesh, SAME)
 
     @partial(jax.jit, out_shardings=sharding)
@@ -202,12 +203,7 @@ def scanned(
         specs = (_GroupPlan(each, by_step, by_step, each),) * len(sizes)
         placed = place(tuple(groups), mesh, specs)
         same = place((plan.order, learning_rates), mesh, SAME)
-        sums = ExitMetrics(
-            *(
-                Metrics(*map(np.asarray, branch, (np.float32, np.int32, np.int32)))
-                for branch in before
-            )
-        )
+        sums = jax.tree.map(np.asarray, before, ExitMetrics(_DTYPES, _DTYPES))
         carry = _Carry(
             state,
             no_means(state, tuple(group.weights for group in placed)),
