@@ -21,6 +21,7 @@ from hsee_jax.config import Config, override, preset
 from hsee_jax.engine import make_round
 from hsee_jax.evaluate import ClientResult, make_evaluation
 from hsee_jax.experiment import Experiment, build
+from hsee_jax.export import export_client
 from hsee_jax.federation import (
     Client,
     Federation,
@@ -35,7 +36,8 @@ from hsee_jax.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.mesh import make_mesh
 from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
 from hsee_jax.plan import RoundPlan, plan_round
-from hsee_jax.runs import restore, train
+from hsee_jax.restored import Restored, restore, restore_client
+from hsee_jax.runs import train
 from hsee_jax.split import (
     Branch,
     BranchSpec,
@@ -80,6 +82,7 @@ __all__ = [
     "Metrics",
     "Model",
     "Network",
+    "Restored",
     "RoundPlan",
     "RunState",
     "Stage",
@@ -93,6 +96,7 @@ __all__ = [
     "client_spec",
     "compose",
     "detached_step",
+    "export_client",
     "fedavg",
     "forward",
     "from_linen",
@@ -115,6 +119,7 @@ __all__ = [
     "receive",
     "resnet18",
     "restore",
+    "restore_client",
     "sequential",
     "server_of",
     "server_spec",

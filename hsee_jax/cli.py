@@ -1,4 +1,4 @@
-"""The command line: ``hsee train | eval | gate | info | report | data``.
+"""The command line: ``hsee train | eval | gate | export | info | report | data``.
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
 2, divergence is one line and status 3. A training that SIGTERM or Ctrl-C stops ends
@@ -136,7 +136,8 @@ def _train(words: Sequence[str]) -> int | None:
 
 def _evaluate(words: Sequence[str]) -> None:
     """Restore a run and evaluate it on its test set."""
-    parser = _run_parser("hsee eval", _evaluate.__doc__, files="summary.json")
+    parser = _run_parser("hsee eval", _evaluate.__doc__)
+    _add_figures(parser, file="summary.json")
     given = _parse_run(parser, words)
 
     from hsee_jax import runs
@@ -151,7 +152,8 @@ def _evaluate(words: Sequence[str]) -> None:
 
 def _gate(words: Sequence[str]) -> None:
     """Find thresholds for early exits and what they give."""
-    parser = _run_parser("hsee gate", _gate.__doc__, files="curve.json")
+    parser = _run_parser("hsee gate", _gate.__doc__)
+    _add_figures(parser, file="curve.json")
     parser.add_argument(
         "--criterion",
         default="entropy",
@@ -210,7 +212,26 @@ def _gate(words: Sequence[str]) -> None:
             show(text_table(*table))
 
 
-def _run_parser(prog: str, description: str | None, *, files: str) -> Parser:
+def _export(words: Sequence[str]) -> None:
+    """Write a client's layers and exit as a folder that stands alone."""
+    parser = _run_parser("hsee export", _export.__doc__)
+    parser.add_argument(
+        "--client", type=int, required=True, metavar="ID", help="which client"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the files; an earlier export there is replaced; "
+        "RUN/export/client-ID",
+    )
+    given = _parse_run(parser, words)
+
+    from hsee_jax.export import export_client
+
+    print(export_client(given.run, given.client, which=given.checkpoint, out=given.out))
+
+
+def _run_parser(prog: str, description: str | None) -> Parser:
     """The flags of a command that reads a run."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run's folder")
@@ -219,12 +240,16 @@ def _run_parser(prog: str, description: str | None, *, files: str) -> Parser:
         default="latest",
         help="latest, or best by mean server accuracy",
     )
-    parser.add_argument("--data-dir", help="where the data are, if not where they were")
-    parser.add_argument(
-        "--json", action="store_true", help=f"print all digits, as in {files}"
-    )
     add_cache(parser)
     return parser
+
+
+def _add_figures(parser: Parser, *, file: str) -> None:
+    """The flags of a command that computes figures of a run from its data."""
+    parser.add_argument("--data-dir", help="where the data are, if not where they were")
+    parser.add_argument(
+        "--json", action="store_true", help=f"print all digits, as in {file}"
+    )
 
 
 def _parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
@@ -253,11 +278,12 @@ def _info(words: Sequence[str]) -> None:
     config = config_from(given)
     use_cache(given)
 
+    from hsee_jax.data import dataset_info
     from hsee_jax.experiment import build_federation, build_strategy
     from hsee_jax.model import layer_costs, layer_inputs
     from hsee_jax.traffic import sample_bytes
 
-    federation = build_federation(config)
+    federation = build_federation(config, dataset_info(config.data))
     boundary = build_strategy(config, federation).boundary
     crossing = [
         sample_bytes(features, federation.link, boundary)
@@ -332,6 +358,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": _train,
     "eval": _evaluate,
     "gate": _gate,
+    "export": _export,
     "info": _info,
     "report": _report,
     "data": _data,

@@ -12,6 +12,7 @@ from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
 from hsee_jax.config import Config, flatten, override, parse_absence
 from hsee_jax.data import dataset_info, load_dataset
+from hsee_jax.data.info import DatasetInfo
 from hsee_jax.engine import (
     Progress,
     RoundFn,
@@ -207,9 +208,14 @@ def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-def build_model(config: Config) -> Model:
-    """The network that a configuration describes."""
-    info = dataset_info(config.data)
+def build_model(config: Config, info: DatasetInfo | None = None) -> Model:
+    """The network that a configuration describes.
+
+    Args:
+      config: of the run.
+      info: on its data; None looks it up.
+    """
+    info = info or dataset_info(config.data)
     return resnet18(
         num_classes=info.num_classes,
         input_shape=info.input_shape,
@@ -221,13 +227,20 @@ def build_model(config: Config) -> Model:
     )
 
 
-def build_federation(config: Config, mesh: Mesh | None = None) -> Federation:
-    """The clients of a configuration, and the network that they train.
+def build_federation(
+    config: Config, info: DatasetInfo, mesh: Mesh | None = None
+) -> Federation:
+    """The clients that a configuration describes, and their network.
+
+    Args:
+      config: of the run.
+      info: on its data.
+      mesh: see `Federation`.
 
     Raises:
-      UserError: an unknown layer, or more cuts than clients.
+      UserError: the cuts do not fit the network or the clients.
     """
-    model = build_model(config)
+    model = build_model(config, info)
     cuts = deal_cuts(config.clients.cuts, config.clients.num_clients, model.layer_names)
     return Federation(
         model,
@@ -263,16 +276,21 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     axis = client_axis(config.run.client_axis)
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
-    federation = build_federation(config, make_mesh() if axis == "vmap" else None)
-    groups = federation.groups
-    cuts = [cut for _, cut in sorted((i, g.cut) for g in groups for i in g.ids)]
+    info = dataset_info(config.data)
+    mesh = make_mesh() if axis == "vmap" else None
+    federation = build_federation(config, info, mesh)
     strategy = build_strategy(config, federation)
     _check_attendance(config, federation.groups)
     train, test = load_dataset(config.data) if data is None else data
-    info = dataset_info(config.data)
     kept, held = hold_out(len(train.labels), config)
     parts = [kept[part] for part in partition(train.labels[kept], config)]
-    shares = manifest(parts, train.labels, cuts=cuts, num_classes=info.num_classes)
+    cuts = {i: group.cut for group in federation.groups for i in group.ids}
+    shares = manifest(
+        parts,
+        train.labels,
+        cuts=[cuts[i] for i in range(len(cuts))],
+        num_classes=info.num_classes,
+    )
     shards = dict(enumerate(parts))
     validation = Dataset(*(a[held] for a in train)) if len(held) else None
     steps = steps_per_round(shards, config.run.batch_size)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hsee_jax.base import UserError
 from hsee_jax.config import Config, flatten, from_dict
+from hsee_jax.data.info import DatasetInfo
 from hsee_jax.processes import in_first
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,27 @@ def load_config(path: Path) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is not an object of sections")
     return from_dict(values)
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """What a run's network knows of its data, which need not be there any more.
+
+    Raises:
+      UserError: it is not there, or damaged.
+    """
+    path = folder / "data.json"
+    try:
+        shape, classes, *moments = DatasetInfo(**json.loads(path.read_text()))
+        height, width, channels = map(int, shape)
+        mean, std = (tuple(map(float, values)) for values in moments)
+        if not len(mean) == len(std) == channels:
+            raise ValueError("a mean and a deviation for each channel")
+        return DatasetInfo((height, width, channels), int(classes), mean, std)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"run: {path} is missing or damaged; `hsee train --resume --out {folder}` "
+            "writes it anew"
+        ) from error
 
 
 def check_writable(folder: Path) -> None:

@@ -38,7 +38,7 @@ from hsee_jax.inference import CRITERIA, Answers, make_gate
 from hsee_jax.link import message_bytes
 from hsee_jax.mesh import fetch
 from hsee_jax.model import LayerCost, layer_inputs
-from hsee_jax.runs import restore
+from hsee_jax.runs import reopen
 
 _OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
 _TIMED = _OFFLOADS[::5]
@@ -182,13 +182,13 @@ def study(
       folder: of the run.
       criterion: of `CRITERIA`.
       which: the checkpoint, see `restore`.
-      data_dir: see `restore`.
+      data_dir: see `reopen`.
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
       UserError: there is no such run, or it held out no samples.
     """
-    experiment, state = restore(folder, which, data_dir=data_dir)
+    experiment, state = reopen(folder, which, data_dir=data_dir)
     if experiment.validation is None:
         raise UserError(
             f"validation_share: {folder} held out no samples to find thresholds with; "

@@ -1,8 +1,8 @@
-"""A run in a folder: train, resume, evaluate, restore.
+"""A run in a folder: train, resume, reopen, evaluate.
 
-The folder holds ``config.json``, ``partition.json`` (each client's `Share` of the
-training set), ``metrics.jsonl`` (an object a round), ``summary.json`` (the final
-figures) and ``checkpoints/``.
+The folder holds ``config.json``, ``data.json`` (the `DatasetInfo`), ``partition.json``
+(each client's `Share` of the training set), ``metrics.jsonl`` (an object a round),
+``summary.json`` (the final figures) and ``checkpoints/``.
 """
 
 import json
@@ -29,6 +29,7 @@ from hsee_jax.base import (
 )
 from hsee_jax.checkpoint import Checkpoint, Writer, find, load
 from hsee_jax.config import Config, override, to_json
+from hsee_jax.data import dataset_info
 from hsee_jax.engine import Progress, all_finite
 from hsee_jax.evaluate import ClientResult, means
 from hsee_jax.experiment import Experiment, build
@@ -44,6 +45,7 @@ from hsee_jax.folder import (
 )
 from hsee_jax.plan import RoundPlan
 from hsee_jax.processes import in_first, is_first
+from hsee_jax.restored import checkpoint_of
 
 _log = logging.getLogger(__name__)
 
@@ -169,14 +171,14 @@ def _train(
     return summary
 
 
-def restore(
+def reopen(
     folder: Path, which: str = "latest", *, data_dir: str | None = None
 ) -> tuple[Experiment, RunState]:
     """Composes a run's experiment again and reads its state.
 
     Args:
       folder: of the run.
-      which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
+      which: see `restore`.
       data_dir: where the data are, if not where they were.
 
     Raises:
@@ -185,12 +187,7 @@ def restore(
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
-    checkpoint = find(folder / "checkpoints", which)
-    if checkpoint is None:
-        raise UserError(
-            f"run: {folder} has no checkpoint; allowed is a run that has reached its "
-            "first one (see checkpoint_every)"
-        )
+    checkpoint = checkpoint_of(folder, which)
     experiment = build(config)
     return experiment, load(checkpoint, experiment.store.like())
 
@@ -198,8 +195,8 @@ def restore(
 def evaluate(
     folder: Path, which: str = "latest", *, data_dir: str | None = None
 ) -> Record:
-    """The figures of a checkpoint, as ``summary.json`` has them; see `restore`."""
-    experiment, state = restore(folder, which, data_dir=data_dir)
+    """The figures of a checkpoint, as ``summary.json`` has them; see `reopen`."""
+    experiment, state = reopen(folder, which, data_dir=data_dir)
     results = experiment.evaluate(experiment.store.adopted(state), experiment.test)
     return {"rounds": int(state.round), **_scores(results)}
 
@@ -252,10 +249,12 @@ def _start_folder(folder: Path, experiment: Experiment, place: _Place) -> None:
     The configuration comes first: with it alone a run can be resumed.
     """
     if place.checkpoint is None:
-        for derived in ("checkpoints", "report"):
+        for derived in ("checkpoints", "report", "gate", "export"):
             shutil.rmtree(folder / derived, ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)
     replace_file(folder / "config.json", to_json(experiment.config) + "\n")
+    info = dataset_info(experiment.config.data)
+    replace_file(folder / "data.json", json.dumps(info._asdict(), indent=2) + "\n")
     lines = "".join(json.dumps(record) + "\n" for record in place.records)
     replace_file(folder / "metrics.jsonl", lines)
     shares = [share._asdict() for share in experiment.manifest]

@@ -26,4 +26,4 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def tiny_network(monkeypatch):
     """Runs train three small layers, named layer1 to layer3, in place of a ResNet."""
     model = tiny_model(input_shape=(28, 28, 1), classes=10)
-    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda config: model)
+    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda *args: model)

@@ -249,6 +249,7 @@ BAD = [
     ("train --validation-share 1", "validation_share: 1.0"),
     ("eval nowhere", "nowhere is not a run"),
     ("eval", "run"),
+    ("export nowhere --client 0", "nowhere is not a run"),
     ("info --width 0", "width: 0"),
     ("info --dataset npz --data-dir nowhere", "train.npz and test.npz"),
     ("train --dataset npz --data-dir nowhere", "train.npz and test.npz"),

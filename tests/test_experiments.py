@@ -229,7 +229,7 @@ import rows, run
 from tiny import tiny_model
 import hsee_jax.experiment
 model = tiny_model(input_shape=(28, 28, 1), classes=10)
-hsee_jax.experiment.build_model = lambda config: model
+hsee_jax.experiment.build_model = lambda *args: model
 rows.ROWS = Path({rows!r})
 changes = {{"rounds": 40, "checkpoint_every": 2}}
 config_of = rows.config_of

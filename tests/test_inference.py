@@ -265,7 +265,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     model = tiny_model(input_shape=(28, 28, 1), classes=10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hsee_jax.experiment.build_model", lambda config: model)
+        patch.setattr("hsee_jax.experiment.build_model", lambda *args: model)
         experiment = build(CONFIG)
         with Writer(folder / "checkpoints", keep=1) as checkpoints:
             state = experiment.store.settled(experiment.init())
@@ -290,7 +290,7 @@ def test_a_study_is_what_the_networks_answer(run, study):
     chosen = study.thresholds(Target("offload", 0.3))
     client = chosen["clients"][1]
     assert (client["id"], client["cut"]) == (1, 3)
-    experiment, state = runs.restore(run)
+    experiment, state = runs.reopen(run)
     assert len(experiment.validation.labels) == chosen["validation_samples"] == 50
     own = jax.tree.map(lambda leaf: leaf[0], state.clients[1])
     server = jax.tree.map(lambda leaf: leaf[0], state.servers[1])

@@ -13,7 +13,8 @@ ORDER = (
     "partition augment losses conv resnet model optim mesh link split aggregate "
     "federation compose strategies plan engine.common engine.loop engine.scan engine "
     "traffic evaluate inference calibration store experiment processes folder "
-    "checkpoint runs tables gating gate_report terminal flags curves figures report cli"
+    "checkpoint restored runs tables gating gate_report export terminal flags curves "
+    "figures report cli"
 ).split()
 
 
@@ -46,6 +47,7 @@ def test_each_library_has_one_home():
     homes = {
         "flax.linen": {"resnet.py"},
         "orbax": {"checkpoint.py"},
+        "safetensors": {"export.py"},
         "matplotlib": {"figures.py", "gate_report.py"},
         "tensorboardX": {"report.py"},
     }
@@ -66,7 +68,7 @@ def test_import_is_light_and_fast():
         "print(time.process_time() - start);"
         "import hsee_jax.cli;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
-        "'tensorboardX'};"
+        "'tensorboardX', 'safetensors', 'flatbuffers'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

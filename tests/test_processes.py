@@ -19,7 +19,7 @@ sys.path.insert(0, {tests!r})
 from tiny import tiny_model
 import hsee_jax.experiment, hsee_jax.cli
 model = tiny_model(input_shape=(28, 28, 1), classes=10)
-hsee_jax.experiment.build_model = lambda config: model
+hsee_jax.experiment.build_model = lambda *args: model
 sys.exit(hsee_jax.cli.main(sys.argv[1:]))
 """
 FLAGS = {

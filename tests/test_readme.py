@@ -62,7 +62,7 @@ def test_the_commands_use_flags_that_exist():
     known = {name.replace("_", "-") for name in options()}
     known |= {"seed", "out", "resume", "overwrite", "config", "checkpoint", "json"}
     known |= {"coordinator", "num-processes", "process-id", "compilation-cache"}
-    known |= {"tensorboard", "absences-file"}
+    known |= {"tensorboard", "absences-file", "client"}
     known |= {"criterion", "target-offload", "target-accuracy", "target-bytes"}
     lines = [line for line in README.splitlines() if "hsee " in line]
     flags = {flag for line in lines for flag in re.findall(r"--([a-z-]+)", line)}

@@ -62,8 +62,8 @@ def test_going_on_equals_not_stopping(tmp_path, strategy):
     resumed = runs.train(config, tmp_path / "stopped", resume=True)
 
     assert {k: whole[k] for k in SCORES} == {k: resumed[k] for k in SCORES}
-    _, one = runs.restore(tmp_path / "whole")
-    _, other = runs.restore(tmp_path / "stopped")
+    _, one = runs.reopen(tmp_path / "whole")
+    _, other = runs.reopen(tmp_path / "stopped")
     assert int(one.round) == 3
     jax.tree.map(np.testing.assert_array_equal, one, other)
     records = [without_times(lines(tmp_path / name)) for name in ("whole", "stopped")]
@@ -124,7 +124,7 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "build", with_a_wild_rate)
     with pytest.raises(DivergenceError, match=r"of client \d is not finite in round 2"):
         runs.train(config, tmp_path / "run")
-    _, state = runs.restore(tmp_path / "run")
+    _, state = runs.reopen(tmp_path / "run")
     assert int(state.round) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert [record["round"] for record in lines(tmp_path / "run")] == [1]
@@ -153,7 +153,7 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         runs.train(SMALL, run)
     with pytest.raises(UserError, match="has no checkpoint"):
-        runs.restore(run)
+        runs.reopen(run)
     assert sorted(path.name for path in run.iterdir()) == ["config.json"]
 
     # what cannot start does not touch the run either
@@ -175,7 +175,7 @@ def test_latest_and_best_are_kept(tmp_path, monkeypatch):
     runs.train(config, tmp_path / "run")
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert sorted(kept) == ["2", "3"]
-    assert int(runs.restore(tmp_path / "run", "best")[1].round) == 2
+    assert int(runs.reopen(tmp_path / "run", "best")[1].round) == 2
 
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has 0 lines for 3 rounds"):

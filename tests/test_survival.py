@@ -62,7 +62,7 @@ def lines(folder):
 def assert_same_run(one, other):
     """The same lines and, bit for bit, the same state."""
     assert lines(one) == lines(other)
-    states = [runs.restore(folder)[1] for folder in (one, other)]
+    states = [runs.reopen(folder)[1] for folder in (one, other)]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -135,7 +135,7 @@ def test_a_signal_stops_in_the_middle_of_a_round(tiny_network, tmp_path, monkeyp
     place = find(stopped / "checkpoints", midway=True)
     assert (place.rounds, place.steps) == (1, 1)
     with pytest.raises(UserError, match="has no checkpoint"):  # of a whole round
-        runs.restore(stopped)
+        runs.reopen(stopped)
     with pytest.raises(UserError, match="the run has done 1 and a part"):
         runs.train(override(read_config(stopped), rounds=1), stopped, resume=True)
     assert cli.main(["train", "--resume", "--out", str(stopped)]) == 0
@@ -175,12 +175,12 @@ def test_of_damaged_checkpoints_the_one_before_is_used(tiny_network, tmp_path, c
             print(f"{path.relative_to(folder)}: {what}: checkpoint {found.rounds}")
     assert find(folder).rounds == 2
 
-    _, whole = runs.restore(tmp_path / "run")
+    _, whole = runs.reopen(tmp_path / "run")
     (folder / "2" / "notes.json").write_text("{}")
-    _, before = runs.restore(tmp_path / "run")
+    _, before = runs.reopen(tmp_path / "run")
     assert int(before.round) == 1
     runs.train(config, tmp_path / "run", resume=True)
-    _, again = runs.restore(tmp_path / "run")
+    _, again = runs.reopen(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert {path.name for path in folder.iterdir()} == {"1", "2", "2.damaged"}
 
@@ -190,7 +190,7 @@ def test_of_damaged_checkpoints_the_one_before_is_used(tiny_network, tmp_path, c
     with pytest.raises(UserError, match=r"2/digests\.json is missing"):
         runs.train(config, tmp_path / "run", resume=True)
     with pytest.raises(UserError, match=r"2/digests\.json is missing"):
-        runs.restore(tmp_path / "run")
+        runs.reopen(tmp_path / "run")
 
 
 def test_a_run_without_a_checkpoint_begins_anew(tiny_network, tmp_path, caplog):
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_clear_line(where, tiny_network, tmp_path, monkeypatc
         runs.train(config, tmp_path / "run", on_round=fill)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
-    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda _: tiny_network_of())
+    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda *_: tiny_network_of())
     runs.train(config, tmp_path / "run", resume=True)
     runs.train(config, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -258,7 +258,7 @@ import hsee_jax.experiment
 from test_survival import SMALL, tiny_network_of
 from hsee_jax import runs
 from hsee_jax.config import override
-hsee_jax.experiment.build_model = lambda config: tiny_network_of()
+hsee_jax.experiment.build_model = lambda *_: tiny_network_of()
 folder = Path(sys.argv[2])
 config = override(SMALL, rounds=30, checkpoint_every=1, strategy="averaging")
 print("ready", flush=True)

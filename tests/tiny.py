@@ -1,5 +1,6 @@
 """A network of three unlike layers, and a federation on noise, small enough to loop."""
 
+import json
 import math
 
 import flax.linen as nn
@@ -9,7 +10,10 @@ import numpy as np
 
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Dataset
-from hsee_jax.config import OptimConfig
+from hsee_jax.checkpoint import Writer
+from hsee_jax.config import OptimConfig, to_json
+from hsee_jax.data import dataset_info
+from hsee_jax.experiment import build_federation, build_strategy
 from hsee_jax.federation import Client, Federation, group_clients
 from hsee_jax.model import Model, from_linen
 from hsee_jax.optim import make_optimizer
@@ -101,3 +105,25 @@ def tiny_shards(sizes: dict[int, int]) -> dict[int, np.ndarray]:
     order = np.random.default_rng(1).permutation(sum(sizes.values())).astype(np.int32)
     ends = np.cumsum(list(sizes.values()))[:-1]
     return dict(zip(sizes, np.split(order, ends), strict=True))
+
+
+def write_run(folder, config, rounds: int = 1) -> None:
+    """The folder of a run with a checkpoint of noise, without training."""
+    info = dataset_info(config.data)
+    strategy = build_strategy(config, build_federation(config, info))
+    rng = np.random.default_rng(rounds)
+
+    def draw(path, leaf):
+        if leaf.dtype == jnp.int32:
+            return jnp.full(leaf.shape, rounds, leaf.dtype)
+        noise = 0.3 * rng.normal(size=leaf.shape)
+        if jax.tree_util.keystr(path).endswith("['var']"):
+            noise = 1 + abs(noise)
+        return jnp.asarray(noise, leaf.dtype)
+
+    like = jax.eval_shape(strategy.init, jax.random.key(0))
+    state = jax.tree_util.tree_map_with_path(draw, like)
+    with Writer(folder / "checkpoints", keep=2) as writer:
+        writer.save(rounds, 0, state, {"score": 1 / rounds})
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "data.json").write_text(json.dumps(info._asdict()))

@@ -1,0 +1,212 @@
+"""Exported clients, loaded where there is no hsee_jax."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import write_run
+
+import hsee_jax
+from hsee_jax import cli
+from hsee_jax.augment import normalize
+from hsee_jax.base import UserError
+from hsee_jax.config import override, preset
+
+SMALL = override(preset("demo"), num_clients=3, cuts=("1", "3"))
+BEFORE = """
+import sys
+sys.modules["hsee_jax"] = None
+import numpy as np
+images = np.load("images.npy")
+"""
+AFTER = """
+np.savez("five.npz", **answers)
+np.savez("one.npz", **segment.call(weights, images[:1]))
+print(*segment.platforms)
+"""
+
+
+def answers_elsewhere(place):
+    """Of five images and of the first, by the code of the export's README."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
+    np.save(place / "images.npy", images)
+    readme = (place / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert code.count("\n") <= 8
+    result = subprocess.run(
+        [sys.executable, "-c", BEFORE + code + AFTER],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "cpu cuda tpu\n"
+    return images, np.load(place / "five.npz"), np.load(place / "one.npz")
+
+
+def assert_answers(folder, i, place):
+    """They are those of the client's branch; returns the logits."""
+    images, five, one = answers_elsewhere(place)
+    spec, branch = hsee_jax.restore_client(folder, i)
+    inputs = normalize(images, (0.286,), (0.353,))
+    answer = jax.jit(partial(hsee_jax.forward, spec, train=False))
+    features, logits, _ = answer(branch, inputs, jnp.ones(5, bool))
+    for found, count in ((five, 5), (one, 1)):
+        for name, expected in (("logits", logits), ("features", features)):
+            assert found[name].dtype == np.float32
+            np.testing.assert_allclose(
+                found[name], expected[:count], rtol=1e-5, atol=1e-5
+            )
+    assert np.ptp(logits, axis=0).min() > 1e-3  # they depend on the image
+    return five["logits"], five["uncertainty"]
+
+
+@pytest.fixture
+def run(tiny_network, tmp_path):
+    write_run(tmp_path / "run", SMALL)
+    return tmp_path / "run"
+
+
+def write_known(run, rounds):
+    """What training and `hsee gate` left."""
+    figures = {"id": 2, "exit_accuracy": 0.25, "server_accuracy": 0.5}
+    other = {"id": 0, "exit_accuracy": 1, "server_accuracy": 1, "threshold": 1}
+    summary = {"rounds": 1, "clients": [other, figures]}
+    thresholds = {"rounds": rounds, "criterion": "margin"}
+    thresholds["clients"] = [other, figures | {"threshold": 0.75}]
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "gate").mkdir(exist_ok=True)
+    (run / "gate" / "thresholds.json").write_text(json.dumps(thresholds))
+
+
+def test_an_export_stands_alone(run):
+    """A client of cut 1: 36 + 8 parameters in the layer and 50 in the exit."""
+    write_known(run, rounds=1)
+    place = hsee_jax.export_client(run, 2)
+    assert place == run / "export" / "client-2"
+    logits, uncertainty = assert_answers(run, 2, place)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares = np.sort(shares / shares.sum(-1, keepdims=True))
+    np.testing.assert_allclose(uncertainty, 1 - shares[:, -1] + shares[:, -2], 1e-4)
+
+    card = json.loads((place / "card.json").read_text())
+    for name, digest in card.pop("sha256").items():
+        assert hashlib.sha256((place / name).read_bytes()).hexdigest() == digest
+    assert set(card.pop("versions")) == {"hsee-jax", "jax"}
+    assert card.pop("flops") > 28 * 28 * 36
+    assert card == {
+        "format": 1,
+        "client": 2,
+        "dataset": "fashion_mnist_small",
+        "rounds": 1,
+        "cut": 1,
+        "layer": "layer1",
+        "input": {"shape": [28, 28, 1], "dtype": "uint8"},
+        "classes": 10,
+        "mean": [0.286],
+        "std": [0.353],
+        "criterion": "margin",
+        "threshold": 0.75,
+        "exit_accuracy": 0.25,
+        "server_accuracy": 0.5,
+        "parameters": 94,
+        "features": {"shape": [28, 28, 4], "dtype": "float32", "bytes": 12544},
+        "platforms": ["cpu", "cuda", "tpu"],
+    }
+    weights = load_file(place / "weights.safetensors")
+    assert sorted(weights) == [
+        "exit/Dense_0/bias",
+        "exit/Dense_0/kernel",
+        *(f"layer1/BatchNorm_0/{name}" for name in ("bias", "mean", "scale", "var")),
+        "layer1/Conv_0/kernel",
+    ]
+    layer = hsee_jax.restore(run).client(2).layers[0]
+    for name, tree in (("scale", layer.params), ("var", layer.batch_stats)):
+        np.testing.assert_array_equal(
+            weights[f"layer1/BatchNorm_0/{name}"], tree["BatchNorm_0"][name]
+        )
+
+
+def test_what_is_known_of_another_round_is_not_told(run):
+    """And an export takes the place of an earlier one, but of nothing else."""
+    write_known(run, rounds=1)
+    place = hsee_jax.export_client(run, 2)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    (place / "notes").touch()
+    (place / "weights.safetensors").write_text("changed")
+    hsee_jax.export_client(run, 2)
+    assert {name: (place / name).read_bytes() for name in before} == before
+    assert (place / "notes").exists()
+
+    write_run(run, SMALL, rounds=3)
+    write_known(run, rounds=2)
+    hsee_jax.export_client(run, 2)
+    card = json.loads((place / "card.json").read_text())
+    assert (card["rounds"], card["criterion"]) == (3, "entropy")
+    unknown = ("threshold", "exit_accuracy", "server_accuracy")
+    assert [card[name] for name in unknown] == [None] * 3
+    hsee_jax.export_client(run, 2, which="best")
+    assert json.loads((place / "card.json").read_text())["exit_accuracy"] == 0.25
+
+    thesis = run.parent / "thesis"
+    thesis.mkdir()
+    (thesis / "README.md").write_text("years of work")
+    with pytest.raises(UserError, match="neither empty nor an export"):
+        hsee_jax.export_client(run, 2, out=thesis)
+    assert [path.name for path in thesis.iterdir()] == ["README.md"]
+
+
+def test_a_client_of_resnet18(tmp_path):
+    """Strides, shortcuts, and BatchNorm in the exit."""
+    config = override(
+        SMALL, cuts=("layer2.0",), width=2, exit_head="bn_linear", strategy="sequential"
+    )
+    write_run(tmp_path, config)
+    place = hsee_jax.export_client(tmp_path, 1)
+    assert_answers(tmp_path, 1, place)
+    weights = load_file(place / "weights.safetensors")
+    assert weights["layer1.0/conv1/conv/kernel"].shape == (3, 3, 2, 2)
+    assert {"layer2.0/bn_down/bn/mean", "exit/bn/bn/var"} <= set(weights)
+    card = json.loads((place / "card.json").read_text())
+    assert card["features"]["shape"] == [14, 14, 4]
+    trained = {name for name in weights if not name.endswith(("/mean", "/var"))}
+    assert card["parameters"] == sum(weights[name].size for name in trained)
+
+
+def test_the_command_exports(run, monkeypatch, capsys):
+    caches = []
+    monkeypatch.setattr(cli, "use_cache", caches.append)
+    out = run.parent / "out"
+    words = f"export {run} --client 1 --checkpoint best --compilation-cache off"
+    assert cli.main([*words.split(), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert json.loads((out / "card.json").read_text())["cut"] == 3
+    assert caches[0]["compilation_cache"] == "off"
+    assert caches[0]["checkpoint"] == "best"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--client 3", "client: 3 is not in the run; allowed are 0..2"),
+        ("--client 0 --out /dev/null/x", "out: /dev/null is not a folder"),
+        ("--client 0 --checkpoint bset", "did you mean best?"),
+        ("--client first", "--client: invalid int value"),
+        ("", "--client"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(run, capsys, words, message):
+    assert cli.main(["export", str(run), *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert not (run / "export").exists()
