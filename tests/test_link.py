@@ -358,7 +358,7 @@ def test_a_run_counts_what_crossed(monkeypatch):
     exit head of 10 classes. Two of three clients take part in a round of two steps.
     """
     model = tiny_model((DenseLayer(8), DenseLayer(5)), (28, 28, 1), 10)
-    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda config: model)
+    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda *_: model)
     up, first = {1: 8 + 12, 2: 5 + 12}, 28 * 28 * 8 + 8
     weights = {1: 4 * (first + 90), 2: 4 * (first + 45 + 60)}
     config = override(
