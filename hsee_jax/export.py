@@ -4,10 +4,11 @@
 computes with, ``card.json`` says what they are, and ``README.md`` how to load them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -55,8 +56,9 @@ inside, to `(images / 255 - mean) / std` with the figures of `card.json`. The an
 Samples whose uncertainty is below `threshold` are answered by the exit, the others by
 the server; if it is null, none was chosen. FLOPs and bytes are those of one sample.
 
-This needs jax, flatbuffers and safetensors, and runs on {places}. It was written by jax
-{versions[jax]}; JAX promises that its versions of the next six months read it.
+This needs jax, flatbuffers and safetensors, and runs on {places}.
+It was written by jax {versions[jax]}; JAX promises that its versions of the next six
+months read it.
 """
 
 
@@ -169,8 +171,21 @@ def _program(
 
     shape = export.symbolic_shape("b, ...", like=(None, *info.input_shape))
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    program = export.export(jax.jit(segment), platforms=_PLATFORMS)(weights, images)
+    with _without_sources():
+        program = export.export(jax.jit(segment), platforms=_PLATFORMS)(weights, images)
     return bytes(program.serialize())
+
+
+@contextlib.contextmanager
+def _without_sources() -> Iterator[None]:
+    """Programs made in it keep no paths of this machine."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _known(path: Path, rounds: int, i: int) -> Record:

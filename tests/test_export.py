@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 from tiny import write_run
@@ -19,6 +20,7 @@ from hsee_jax import cli
 from hsee_jax.augment import normalize
 from hsee_jax.base import UserError
 from hsee_jax.config import override, preset
+from hsee_jax.experiment import build_model
 
 SMALL = override(preset("demo"), num_clients=3, cuts=("1", "3"))
 BEFORE = """
@@ -35,8 +37,9 @@ print(*segment.platforms)
 
 
 def answers_elsewhere(place):
-    """Of five images and of the first, by the code of the export's README."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
+    """To five images, ever brighter, and to the first, by the code of its README."""
+    noise = np.random.default_rng(0).integers(0, 50, (5, 28, 28, 1), np.uint8)
+    images = noise + np.arange(0, 250, 50, np.uint8)[:, None, None, None]
     np.save(place / "images.npy", images)
     readme = (place / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
@@ -53,10 +56,9 @@ def answers_elsewhere(place):
     return images, np.load(place / "five.npz"), np.load(place / "one.npz")
 
 
-def assert_answers(folder, i, place):
-    """They are those of the client's branch; returns the logits."""
+def assert_answers(place, spec, branch):
+    """They are those of a branch; returns logits and uncertainty."""
     images, five, one = answers_elsewhere(place)
-    spec, branch = hsee_jax.restore_client(folder, i)
     inputs = normalize(images, (0.286,), (0.353,))
     answer = jax.jit(partial(hsee_jax.forward, spec, train=False))
     features, logits, _ = answer(branch, inputs, jnp.ones(5, bool))
@@ -66,7 +68,7 @@ def assert_answers(folder, i, place):
             np.testing.assert_allclose(
                 found[name], expected[:count], rtol=1e-5, atol=1e-5
             )
-    assert np.ptp(logits, axis=0).min() > 1e-3  # they depend on the image
+    assert np.ptp(logits, axis=0).min() > 1e-2  # they depend on the image
     return five["logits"], five["uncertainty"]
 
 
@@ -93,7 +95,8 @@ def test_an_export_stands_alone(run):
     write_known(run, rounds=1)
     place = hsee_jax.export_client(run, 2)
     assert place == run / "export" / "client-2"
-    logits, uncertainty = assert_answers(run, 2, place)
+    branch = hsee_jax.restore_client(run, 2)
+    logits, uncertainty = assert_answers(place, *branch)
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares = np.sort(shares / shares.sum(-1, keepdims=True))
     np.testing.assert_allclose(uncertainty, 1 - shares[:, -1] + shares[:, -2], 1e-4)
@@ -129,11 +132,7 @@ def test_an_export_stands_alone(run):
         *(f"layer1/BatchNorm_0/{name}" for name in ("bias", "mean", "scale", "var")),
         "layer1/Conv_0/kernel",
     ]
-    layer = hsee_jax.restore(run).client(2).layers[0]
-    for name, tree in (("scale", layer.params), ("var", layer.batch_stats)):
-        np.testing.assert_array_equal(
-            weights[f"layer1/BatchNorm_0/{name}"], tree["BatchNorm_0"][name]
-        )
+    assert b".py" not in (place / "segment.jaxexport").read_bytes()
 
 
 def test_what_is_known_of_another_round_is_not_told(run):
@@ -165,14 +164,25 @@ def test_what_is_known_of_another_round_is_not_told(run):
     assert [path.name for path in thesis.iterdir()] == ["README.md"]
 
 
-def test_a_client_of_resnet18(tmp_path):
-    """Strides, shortcuts, and BatchNorm in the exit."""
-    config = override(
-        SMALL, cuts=("layer2.0",), width=2, exit_head="bn_linear", strategy="sequential"
-    )
-    write_run(tmp_path, config)
+def test_a_client_of_resnet18(tmp_path, monkeypatch):
+    """Strides, shortcuts, and BatchNorm in the exit; later layers take time alone."""
+    config = override(SMALL, cuts=("4",), width=2, exit_head="bn_linear")
+    config = override(config, strategy="sequential")
+
+    def first_layers(*args):
+        model = build_model(*args)
+        return model._replace(
+            stages=model.stages[:4],
+            exit_heads=model.exit_heads[:4],
+            layer_names=model.layer_names[:4],
+        )
+
+    monkeypatch.setattr("hsee_jax.experiment.build_model", first_layers)
+    state = write_run(tmp_path, config)
     place = hsee_jax.export_client(tmp_path, 1)
-    assert_answers(tmp_path, 1, place)
+    spec = hsee_jax.client_spec(first_layers(config), 4, optax.identity())
+    branch = jax.tree.map(lambda leaf: leaf[1], state.clients[0])
+    assert_answers(place, spec, branch)
     weights = load_file(place / "weights.safetensors")
     assert weights["layer1.0/conv1/conv/kernel"].shape == (3, 3, 2, 2)
     assert {"layer2.0/bn_down/bn/mean", "exit/bn/bn/var"} <= set(weights)

@@ -47,6 +47,8 @@ def test_the_restore_example_runs(tmp_path, monkeypatch, tiny_network):
     exec(block("restore"), names)
     assert len(names["client"].layers) == 1
     assert len(names["server"].layers) == 2
+    assert len(names["network"].layers) == 3
+    assert len(names["alone"].layers) == len(names["spec"].stages) == 1
 
 
 def test_the_gate_example_runs(tmp_path, monkeypatch, tiny_network, capsys):

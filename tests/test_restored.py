@@ -1,6 +1,5 @@
 """Runs restored without their data, on other devices, and client by client."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import write_run
+from tiny import noise_state, write_run
 
 import hsee_jax
 from hsee_jax import restored, runs
 from hsee_jax.base import Batch, UserError
 from hsee_jax.checkpoint import load
-from hsee_jax.config import override, preset, to_json
+from hsee_jax.config import override, preset
 from hsee_jax.data import dataset_info
-from hsee_jax.folder import read_config
 
 SMALL = override(
     preset("demo"),
@@ -38,15 +36,17 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.fixture(params=["averaging", "sequential"])
-def folder(request, tiny_network, tmp_path):
-    write_run(tmp_path / "run", override(SMALL, strategy=request.param))
+@pytest.fixture
+def folder(tiny_network, tmp_path):
+    write_run(tmp_path / "run", SMALL)
     return tmp_path / "run"
 
 
-def test_branches_are_found_by_the_ids_of_clients(folder):
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+def test_branches_are_found_by_the_ids_of_clients(strategy, tmp_path):
     """Clients 1 and 3 have cut 1, the first group; 0, 2 and 4 have cut 3."""
-    run = hsee_jax.restore(str(folder))
+    write_run(tmp_path, override(SMALL, strategy=strategy))
+    run = hsee_jax.restore(str(tmp_path))
     assert [group.ids for group in run.federation.groups] == [(1, 3), (0, 2, 4)]
     for i, group, member in ((3, 0, 1), (2, 1, 1), (4, 1, 2)):
         client = jax.tree.map(lambda leaf, m=member: leaf[m], run.state.clients[group])
@@ -71,11 +71,15 @@ def test_the_whole_network_of_a_client_answers_and_trains(folder):
     spec = hsee_jax.server_spec(run.federation.model, 0, run.federation.optimizer)
     images = jax.random.normal(jax.random.key(0), (8, 28, 28, 1))
     batch = Batch(images, jnp.arange(8), jnp.ones(8, bool))
-    answer = jax.jit(partial(hsee_jax.forward, train=False), static_argnums=0)
-    client_spec, server_spec = run.specs(3)
-    features, _, _ = answer(client_spec, run.client(3), images, batch.mask)
-    _, expected, _ = answer(server_spec, run.server(3), features, batch.mask)
-    _, logits, _ = answer(spec, network, images, batch.mask)
+    forward = partial(hsee_jax.forward, mask=batch.mask, train=False)
+
+    @jax.jit
+    def answers(network, client, server):
+        client_spec, server_spec = run.specs(3)
+        features, _, _ = forward(client_spec, client, images)
+        return [forward(spec, network, images), forward(server_spec, server, features)]
+
+    (_, logits, _), (_, expected, _) = answers(network, run.client(3), run.server(3))
     np.testing.assert_allclose(logits, expected, rtol=1e-6)
 
     step = jax.jit(partial(hsee_jax.branch_step, spec))
@@ -112,7 +116,7 @@ def test_one_client_is_read_alone(folder, monkeypatch):
 
 
 def test_the_best_checkpoint_or_none(folder):
-    write_run(folder, read_config(folder), rounds=2)  # with a lower score
+    write_run(folder, SMALL, rounds=2)  # with a lower score
     assert int(hsee_jax.restore(folder).state.round) == 2
     assert int(hsee_jax.restore(folder, "best").state.round) == 1
     with pytest.raises(UserError, match="did you mean best"):
@@ -132,22 +136,8 @@ def test_a_run_is_restored_without_its_data(tmp_path):
         images = rng.integers(0, 256, (40, 28, 28, 1), np.uint8)
         np.savez(data / split, images=images, labels=np.arange(40) % 10)
     config = override(SMALL, dataset="npz", data_dir=str(data))
-    runs.train(config, folder)
-    _, state = runs.reopen(folder)
-    info = hsee_jax.restore(folder).info
-    assert info == dataset_info(config.data)
-    facts = folder / "data.json"
-    text = facts.read_text()
-    for damaged in ("", "[1]", '{"mean": 0}', text[:-9], text.replace("28", '"wide"')):
-        facts.write_text(damaged)
-        with pytest.raises(UserError, match="data.json is missing or damaged") as error:
-            hsee_jax.restore(folder)
-        assert "\n" not in str(error.value)
-    facts.unlink()
-    with pytest.raises(UserError, match="data.json is missing or damaged"):
-        hsee_jax.restore(folder)
-    runs.train(config, folder, resume=True)  # writes it anew
-
+    state = write_run(folder, config)
+    info = dataset_info(config.data)
     shutil.rmtree(data)
     run = hsee_jax.restore(folder)
     assert run.info == info
@@ -156,47 +146,80 @@ def test_a_run_is_restored_without_its_data(tmp_path):
         runs.reopen(folder)
 
 
+def test_without_what_is_known_of_the_data_there_is_one_line(tmp_path):
+    write_run(tmp_path, SMALL)
+    path = tmp_path / "data.json"
+    text = path.read_text()
+    for damaged in ("", "[1]", '{"mean": 0}', text[:-9], text.replace("28", '"wide"')):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="data.json is missing or damaged") as error:
+            hsee_jax.restore(tmp_path)
+        assert "\n" not in str(error.value)
+    path.unlink()
+    with pytest.raises(UserError, match="data.json is missing or damaged"):
+        hsee_jax.restore(tmp_path)
+
+
 ONE_DEVICE = """
 import sys
-from pathlib import Path
 sys.path.insert(0, {tests!r})
 import jax, numpy as np
-import hsee_jax, hsee_jax.experiment
-from hsee_jax.config import from_dict
+import hsee_jax.experiment
 from tiny import tiny_model
 model = tiny_model(input_shape=(28, 28, 1), classes=10)
 hsee_jax.experiment.build_model = lambda *args: model
 assert jax.device_count() == 1
 np.savez("leaves", *jax.tree.leaves(hsee_jax.restore("eight").state))
-hsee_jax.train(from_dict({config!r}), Path("one"))
 """
 
 
-def test_eight_devices_to_one_and_back(tmp_path, request):
-    """Read on one what eight wrote; trained on by eight what one began."""
-    config = override(SMALL, client_axis="vmap", rounds=2)
-    runs.train(config, tmp_path / "eight")
+def assert_spread(state, whole):
+    """Over eight slots a group, of which the first are those of ``whole``."""
+    for stacks, wholes in (
+        (state.clients, whole.clients),
+        (state.servers, whole.servers),
+    ):
+        assert {len(leaf.devices()) for leaf in jax.tree.leaves(stacks)} == {8}
+        first = jax.tree.map(lambda leaf, other: leaf[: len(other)], stacks, wholes)
+        assert_same(first, wholes)
+
+
+def test_eight_devices_to_one(tmp_path, request):
+    config = override(SMALL, client_axis="vmap")
     assert jax.device_count() == 8
-    _, spread = runs.reopen(tmp_path / "eight")
-    assert len(spread.clients[0].head.params["Dense_0"]["bias"].devices()) == 8
-    begun = override(config, client_axis="auto", rounds=1)
-    stored = json.loads(to_json(begun))
-    code = ONE_DEVICE.format(tests=str(request.path.parent), config=stored)
+    state = jax.tree.map(
+        lambda leaf, like: jax.device_put(np.resize(leaf, like.shape), like.sharding),
+        noise_state(config),
+        hsee_jax.build(config).store.like(),
+    )
+    write_run(tmp_path / "eight", config, state=state)
+    code = ONE_DEVICE.format(tests=str(request.path.parent))
     subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
         check=True,
     )
-    eight = hsee_jax.restore(tmp_path / "eight").state
+    whole = hsee_jax.restore(tmp_path / "eight").state
+    assert_spread(state, whole)
     with np.load(tmp_path / "leaves.npz") as leaves:
-        assert_same(jax.tree.leaves(eight), list(leaves.values()))
-    for stack, slots in zip(eight.clients, spread.clients, strict=True):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_array_equal(a, b[: len(a)]), stack, slots
-        )
-    runs.train(config, tmp_path / "one", resume=True)
-    one = hsee_jax.restore(tmp_path / "one").state
+        assert_same(jax.tree.leaves(whole), list(leaves.values()))
+
+
+def test_one_device_to_eight(tmp_path):
+    state = write_run(tmp_path, override(SMALL, client_axis="vmap"))
+    _, spread = runs.reopen(tmp_path)
+    assert_spread(spread, state)
+
+
+@pytest.mark.slow
+def test_eight_devices_train_on_what_one_began(tmp_path):
+    config = override(SMALL, rounds=2, learning_rate=0.01, client_axis="vmap")
+    runs.train(config, tmp_path / "eight")
+    runs.train(override(config, client_axis="loop", rounds=1), tmp_path / "one")
+    (tmp_path / "one" / "data.json").unlink()
+    runs.train(config, tmp_path / "one", resume=True)  # writes it anew
+    one, eight = (hsee_jax.restore(tmp_path / name).state for name in ("one", "eight"))
     assert int(one.round) == 2
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, eight

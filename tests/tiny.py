@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -107,23 +108,30 @@ def tiny_shards(sizes: dict[int, int]) -> dict[int, np.ndarray]:
     return dict(zip(sizes, np.split(order, ends), strict=True))
 
 
-def write_run(folder, config, rounds: int = 1) -> None:
-    """The folder of a run with a checkpoint of noise, without training."""
-    info = dataset_info(config.data)
-    strategy = build_strategy(config, build_federation(config, info))
+def noise_state(config, rounds: int = 1):
+    """The state of a run after some rounds, but of noise."""
+    federation = build_federation(config, dataset_info(config.data))
     rng = np.random.default_rng(rounds)
 
     def draw(path, leaf):
         if leaf.dtype == jnp.int32:
             return jnp.full(leaf.shape, rounds, leaf.dtype)
         noise = 0.3 * rng.normal(size=leaf.shape)
-        if jax.tree_util.keystr(path).endswith("['var']"):
-            noise = 1 + abs(noise)
+        if re.search(r"'(scale|bias|var)'\]$", jax.tree_util.keystr(path)):
+            noise = 1 + abs(noise)  # some of what the layers compute is not 0
         return jnp.asarray(noise, leaf.dtype)
 
-    like = jax.eval_shape(strategy.init, jax.random.key(0))
-    state = jax.tree_util.tree_map_with_path(draw, like)
+    init = build_strategy(config, federation).init
+    like = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, like)
+
+
+def write_run(folder, config, rounds: int = 1, state=None):
+    """The folder of a run with a checkpoint of a state, or of noise; returns it."""
+    state = noise_state(config, rounds) if state is None else state
     with Writer(folder / "checkpoints", keep=2) as writer:
         writer.save(rounds, 0, state, {"score": 1 / rounds})
     (folder / "config.json").write_text(to_json(config))
+    info = dataset_info(config.data)
     (folder / "data.json").write_text(json.dumps(info._asdict()))
+    return state
