@@ -24,6 +24,7 @@ from hsee_jax.data.info import DatasetInfo
 from hsee_jax.experiment import build_federation
 from hsee_jax.folder import Record, check_writable
 from hsee_jax.inference import CRITERIA
+from hsee_jax.link import message_bytes
 from hsee_jax.model import Model, layer_costs, layer_inputs
 from hsee_jax.restored import Restored, restore
 from hsee_jax.split import Branch, BranchSpec, LayerState, forward
@@ -54,7 +55,8 @@ inside, to `(images / 255 - mean) / std` with the figures of `card.json`. The an
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
 
 Samples whose uncertainty is below `threshold` are answered by the exit, the others by
-the server; if it is null, none was chosen. FLOPs and bytes are those of one sample.
+the server; if it is null, none was chosen. FLOPs and bytes are those of one sample;
+the bytes are what the link `{features[link]}` of the training makes of the features.
 
 This needs jax, flatbuffers and safetensors, and runs on {places}.
 It was written by jax {versions[jax]}; JAX promises that its versions of the next six
@@ -227,7 +229,8 @@ def _card(
         "features": {
             "shape": features.shape[1:],
             "dtype": features.dtype.name,
-            "bytes": features.size * features.dtype.itemsize,
+            "link": run.federation.link,
+            "bytes": message_bytes(features, run.federation.link),
         },
         "platforms": _PLATFORMS,
         "versions": {name: metadata.version(name) for name in ("hsee-jax", "jax")},

@@ -122,7 +122,12 @@ def test_an_export_stands_alone(run):
         "exit_accuracy": 0.25,
         "server_accuracy": 0.5,
         "parameters": 94,
-        "features": {"shape": [28, 28, 4], "dtype": "float32", "bytes": 12544},
+        "features": {
+            "shape": [28, 28, 4],
+            "dtype": "float32",
+            "link": "full",
+            "bytes": 4 * 28 * 28 * 4,
+        },
         "platforms": ["cpu", "cuda", "tpu"],
     }
     weights = load_file(place / "weights.safetensors")
@@ -167,7 +172,7 @@ def test_what_is_known_of_another_round_is_not_told(run):
 def test_a_client_of_resnet18(tmp_path, monkeypatch):
     """Strides, shortcuts, and BatchNorm in the exit; later layers take time alone."""
     config = override(SMALL, cuts=("4",), width=2, exit_head="bn_linear")
-    config = override(config, strategy="sequential")
+    config = override(config, strategy="sequential", link="int8")
 
     def first_layers(*args):
         model = build_model(*args)
@@ -188,6 +193,7 @@ def test_a_client_of_resnet18(tmp_path, monkeypatch):
     assert {"layer2.0/bn_down/bn/mean", "exit/bn/bn/var"} <= set(weights)
     card = json.loads((place / "card.json").read_text())
     assert card["features"]["shape"] == [14, 14, 4]
+    assert card["features"]["bytes"] == 14 * 14 * 4 + 2 * 4  # and two float32
     trained = {name for name in weights if not name.endswith(("/mean", "/var"))}
     assert card["parameters"] == sum(weights[name].size for name in trained)
 

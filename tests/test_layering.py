@@ -68,7 +68,7 @@ def test_import_is_light_and_fast():
         "print(time.process_time() - start);"
         "import hsee_jax.cli;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
-        "'tensorboardX', 'safetensors', 'flatbuffers'};"
+        "'tensorboardX', 'safetensors'};"
         "print(heavy & set(sys.modules))"
     )
     times = []
