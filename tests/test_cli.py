@@ -319,7 +319,7 @@ def different(item, current):
     if choices:
         return next(choice for choice in choices if choice != current)
     if takes_many(item):
-        return ("1", "layer2")
+        return ("1:2-3",) if item.name == "absences" else ("1", "layer2")
     if item.type is float:
         return 0.125
     return "folder" if item.type == str | None else (current or 3) + 1
