@@ -88,7 +88,7 @@ def test_rows_are_chosen_by_themselves_and_by_sets(mini):
 def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, tiny_network, capsys):
     one = rows.Run("mini/averaging", 1)
     assert runner.perform(one, changes={}, **mini, seconds=0) == (
-        "stopped after round 1 of 3"
+        "stopped after round 1 (3 rounds)"
     )
     assert rows.load(one, mini["results"]) is None
     end = runner.perform(one, changes={}, **mini)
@@ -202,7 +202,7 @@ def test_the_accelerator_keeps_to_its_time_and_goes_on(
         patch.setattr(time, "monotonic", itertools.count(0, 1).__next__)
         assert accelerator.main([*words, "--seconds", "3", "--row-seconds", "0.5"]) == 0
     (first,) = capsys.readouterr().out.splitlines()
-    assert first.startswith("mini/averaging seed 0: stopped after round")
+    assert first.startswith("mini/averaging seed 0: stopped ")
     assert accelerator.main([*words, "--list"]) == 0
     both = ["mini/averaging seed 0", "mini/sequential seed 0"]
     assert capsys.readouterr().out.splitlines() == both
