@@ -235,12 +235,10 @@ def _clients_then_server(federation: Federation, serve: Callable) -> StepFn:
 
         server = constrain(state.servers[0], mesh, SAME)
         server, metrics = jax.lax.scan(take_turn, server, order)
-        served = split(
-            jax.tree.map(
-                lambda a: jnp.zeros(sum(sizes), a.dtype).at[order].set(a), metrics
-            ),
-            sizes,
+        by_slot = jax.tree.map(
+            lambda a: jnp.zeros(sum(sizes), a.dtype).at[order].set(a), metrics
         )
+        served = constrain(split(by_slot, sizes), mesh, SAME)
         state = state.replace(clients=clients, servers=(server,))
         return state, tuple(map(ExitMetrics, exits, served))
 

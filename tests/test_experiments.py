@@ -88,7 +88,7 @@ def test_rows_are_chosen_by_themselves_and_by_sets(mini):
 def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, tiny_network, capsys):
     one = rows.Run("mini/averaging", 1)
     assert runner.perform(one, changes={}, **mini, seconds=0) == (
-        "stopped after round 1 (3 rounds)"
+        "stopped in round 1 after step 1 (3 rounds)"
     )
     assert rows.load(one, mini["results"]) is None
     end = runner.perform(one, changes={}, **mini)

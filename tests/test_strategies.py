@@ -47,12 +47,12 @@ def train(
     participation=1.0,
     uniform=False,
     few=False,
-    missing=((), ()),
+    missing=None,
 ):
     """Trains on noise; returns the state, and (plan, rates, metrics) of each round.
 
     With ``few`` the state waits on the host, and slots are for those who take part;
-    ``missing`` are the clients that miss each round.
+    ``missing`` are the clients that miss a round, by its number.
     """
     mesh, draw = federation.mesh, {"seed": 11, "participation": participation}
     slots = num_slots(
@@ -76,7 +76,7 @@ def train(
             turn=strategy.turn_unit,
             round=number,
             slots=slots,
-            missing=missing[number],
+            missing=(missing or {}).get(number, ()),
             **draw,
         )
         rates = np.linspace(0.05, 0.02, len(plan.indices), dtype=np.float32)

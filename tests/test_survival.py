@@ -326,7 +326,9 @@ def test_a_client_that_breaks_is_as_one_that_is_away(make, axis, monkeypatch):
     """
     federation = tiny_federation(CUTS)
     strategy = make(federation)
-    away, _ = train(strategy, federation, SHARDS, axis=axis, rounds=1, missing=((2,),))
+    away, _ = train(
+        strategy, federation, SHARDS, axis=axis, rounds=1, missing={0: (2,)}
+    )
     broken = strategy._replace(init=broken_init(strategy))
     state, log = train(broken, federation, SHARDS, axis=axis, rounds=1)
     expected = branches(federation, strategy, away)
@@ -363,7 +365,7 @@ def test_who_misses_a_round_keeps_its_state():
     federation = tiny_federation(CUTS)
     strategy = local(federation)
     some, log = train(
-        strategy, federation, SHARDS, axis="loop", missing=((1, 3), (0, 1))
+        strategy, federation, SHARDS, axis="loop", missing={0: (1, 3), 1: (0, 1)}
     )
     every, _ = train(strategy, federation, SHARDS, axis="loop")
     first, _ = train(strategy, federation, SHARDS, axis="loop", rounds=1)
