@@ -67,7 +67,9 @@ def short_resnet(monkeypatch):
     monkeypatch.setattr(experiment, "build_model", shorter)
 
 
-@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+@pytest.mark.parametrize(
+    "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_pytorch_trains_alike(strategy, short_resnet):
     """Three clients of two cuts, from the same weights, over several rounds."""
     bench_round = import_round()

@@ -145,6 +145,7 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
         )
 
 
+@pytest.mark.slow
 def test_sigterm_stops_after_the_round_and_resume_goes_on(
     tiny_network, tmp_path, monkeypatch, capsys
 ):

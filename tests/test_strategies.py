@@ -209,8 +209,12 @@ def test_sequential_equals_the_reference(turn, participation):
     [
         (1.0, {}),
         (0.6, {"average": "all_holders", "weights": "uniform"}),
-        (0.6, {"batch_norm": "keep_local", "optimizer_state": "average"}),
         (1.0, {"period": 2, "unit": "steps", "optimizer_state": "reset"}),
+        pytest.param(
+            0.6,
+            {"batch_norm": "keep_local", "optimizer_state": "average"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(1.0, {"period": 2}, marks=pytest.mark.slow),
         pytest.param(1.0, {"period": 0}, marks=pytest.mark.slow),
     ],
@@ -380,7 +384,7 @@ def test_with_one_client_averaging_is_sequential():
 @pytest.mark.parametrize(
     ("make", "axis"),
     [
-        (sequential, "loop"),
+        pytest.param(sequential, "loop", marks=pytest.mark.slow),
         pytest.param(averaging, "vmap", marks=pytest.mark.slow),
         pytest.param(sequential, "vmap", marks=pytest.mark.slow),
         pytest.param(averaging, "loop", marks=pytest.mark.slow),

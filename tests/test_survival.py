@@ -193,6 +193,7 @@ def test_of_damaged_checkpoints_the_one_before_is_used(tiny_network, tmp_path, c
         runs.reopen(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_anew(tiny_network, tmp_path, caplog):
     """Killed in its first round, or while its folder was made."""
     config = override(SMALL, rounds=1)
