@@ -185,6 +185,7 @@ def test_the_accelerator_takes_the_telling_rows_first():
     )
 
 
+@pytest.mark.slow
 def test_the_accelerator_keeps_to_its_time_and_goes_on(
     mini, tiny_network, tmp_path, monkeypatch, capsys
 ):

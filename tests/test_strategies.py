@@ -244,11 +244,12 @@ ALIKE = dict.fromkeys(CUTS, 2)
     ("make", "cuts", "setting", "participation"),
     [
         pytest.param(local, CUTS, {"shared": False}, 1.0, marks=pytest.mark.slow),
-        (
+        pytest.param(
             splitfed_v1,
             ALIKE,
             {"shared": False, "joint": 0.0, "policy": EVERYTHING},
             1.0,
+            marks=pytest.mark.slow,
         ),
         (
             splitfed_v2,
@@ -281,7 +282,7 @@ def test_baselines_equal_the_reference(make, cuts, setting, participation):
 @pytest.mark.parametrize(
     ("make", "turn", "exit_gradient"),
     [
-        (averaging, None, 0.5),
+        pytest.param(averaging, None, 0.5, marks=pytest.mark.slow),
         pytest.param(sequential, "epoch", 1.0, marks=pytest.mark.slow),
         pytest.param(sequential, "batch", 0.0, marks=pytest.mark.slow),
     ],
