@@ -193,6 +193,7 @@ def test_info_lists_every_layer_and_cut():
     assert table["layer4.1"][5] == "11,173,962"
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_unless_switched_off(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -50,6 +50,7 @@ def test_one_compilation_for_each_distinct_cut(make, axis):
     )
 
 
+@pytest.mark.slow
 def test_both_forms_agree_when_images_are_augmented():
     """Random crops are the client's own, whoever shares its batch of clients."""
     import test_strategies

@@ -169,6 +169,7 @@ def test_what_is_known_of_another_round_is_not_told(run):
     assert [path.name for path in thesis.iterdir()] == ["README.md"]
 
 
+@pytest.mark.slow
 def test_a_client_of_resnet18(tmp_path, monkeypatch):
     """Strides, shortcuts, and BatchNorm in the exit; later layers take time alone."""
     config = override(SMALL, cuts=("4",), width=2, exit_head="bn_linear")

@@ -32,7 +32,7 @@ def first_devices(count):
     ("name", "participation", "counts"),
     [
         ("sequential", 1.0, (2, 8)),
-        ("averaging", 0.6, (1, 4)),
+        pytest.param("averaging", 0.6, (1, 4), marks=pytest.mark.slow),
     ],
 )
 def test_the_number_of_devices_does_not_matter(name, participation, counts):

@@ -46,9 +46,8 @@ def without_times(records):
     ]
 
 
-@pytest.mark.parametrize(
-    "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
 def test_going_on_equals_not_stopping(tmp_path, strategy):
     """Stopped after round 3 with a checkpoint of round 2: bit for bit the same."""
     config = override(SMALL, strategy=strategy)

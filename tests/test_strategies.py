@@ -208,7 +208,11 @@ def test_sequential_equals_the_reference(turn, participation):
     ("participation", "changes"),
     [
         (1.0, {}),
-        (0.6, {"average": "all_holders", "weights": "uniform"}),
+        pytest.param(
+            0.6,
+            {"average": "all_holders", "weights": "uniform"},
+            marks=pytest.mark.slow,
+        ),
         (1.0, {"period": 2, "unit": "steps", "optimizer_state": "reset"}),
         pytest.param(
             0.6,

@@ -278,7 +278,8 @@ def test_fifty_kills_leave_a_run_that_goes_on(tmp_path):
     def start(folder):
         command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(folder)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert child.stdout.readline() == "ready\n"
+        with child.stdout as lines:
+            assert lines.readline() == "ready\n"
         return child
 
     begin = time.monotonic()
