@@ -272,7 +272,7 @@ def tiny_network_of():
 
 
 @pytest.mark.slow
-def test_fifty_kills_leave_a_run_that_goes_on(tmp_path):
+def test_fifty_kills_leave_a_run_that_goes_on(tiny_network, tmp_path):
     """SIGKILL at random moments; in the end the run is the one without kills."""
 
     def start(folder):
