@@ -85,6 +85,7 @@ def test_rows_are_chosen_by_themselves_and_by_sets(mini):
         rows.select(["maxi"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, tiny_network, capsys):
     one = rows.Run("mini/averaging", 1)
     assert runner.perform(one, changes={}, **mini, seconds=0) == (

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hsee_jax
 from hsee_jax import cli
 from hsee_jax.config import options
@@ -25,6 +27,7 @@ def block(label):
     return re.search(rf"<!-- {label} -->\n```\w+\n(.*?)```", README, re.S).group(1)
 
 
+@pytest.mark.slow
 def test_the_library_example_runs(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", block("example")],

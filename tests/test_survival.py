@@ -105,7 +105,8 @@ def test_a_stop_between_two_steps_changes_nothing(name, tiny_network, tmp_path):
     assert not {name for name in kept if "-" in name or "." in name}
 
 
-@pytest.mark.parametrize("name", ["averaging", slow("sequential"), slow("splitfed_v2")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["averaging", "sequential", "splitfed_v2"])
 def test_a_scan_can_be_stopped_as_well(name, tiny_network, tmp_path, monkeypatch):
     """One compiled program, whatever part of the round it runs."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
