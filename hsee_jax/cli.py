@@ -2,7 +2,7 @@
 
 Every field of `Config` is a flag. Errors are one line on standard error and exit status
 2, divergence is one line and status 3. A training that SIGTERM or Ctrl-C stops ends
-after the round with a checkpoint, and status 128 + the signal's number.
+between two steps with a checkpoint, and status 128 + the signal's number.
 """
 
 import argparse

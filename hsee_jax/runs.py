@@ -81,7 +81,7 @@ def train(
     Raises:
       UserError: the configuration, the data or the folder do not allow it; the folder
         is as it was.
-      DivergenceError: a loss is not finite; the last checkpoint is a good one.
+      DivergenceError: see `Experiment.run_round`; the last checkpoint is a good one.
       Stopped: by ``stop``.
     """
     begin = time.perf_counter()
