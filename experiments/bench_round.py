@@ -6,7 +6,7 @@ each reaches. Before the timing both train from the same weights, and their loss
 agree: step by step in a small federation, and over the first round of what is timed.
 Expected: on two CPU cores a ratio to eager PyTorch of at least 1.3 at width 8, 1.0 at
 width 16 and 0.75 at width 64; no figure is expected on a GPU before it is measured.
-Cost: about seven minutes on two CPU cores; --compile adds minutes.
+Cost: about 25 minutes on two CPU cores; --compile adds minutes.
 Command: python experiments/bench_round.py [--sizes w8-b8-n32 ...]
 """
 
