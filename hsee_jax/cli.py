@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from hsee_jax.base import DivergenceError, Stopped, UserError
-from hsee_jax.config import PRESETS, DataConfig, unknown
+from hsee_jax.config import PRESETS, DataConfig
+from hsee_jax.fields import unknown
 from hsee_jax.flags import (
     Parser,
     add_cache,

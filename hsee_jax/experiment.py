@@ -310,6 +310,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         multiple=1 if federation.mesh is None else federation.mesh.size,
     )
     train, shards = _place_data(federation, strategy, slots, train, shards)
+    store = (HostStore if on_host else DeviceStore)(federation, strategy, slots)
     return Experiment(
         config=config,
         federation=federation,
@@ -320,8 +321,8 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         test=place(test, federation.mesh, SAME),
         shards=shards,
         slots=slots,
-        traffic=traffic_of(federation, strategy),
-        store=(HostStore if on_host else DeviceStore)(federation, strategy, slots),
+        traffic=traffic_of(federation, strategy, store.like()),
+        store=store,
         learning_rates=np.asarray(rates, np.float32).reshape(-1, steps),
         round_fn=make_round(
             strategy,

@@ -18,9 +18,8 @@ from hsee_jax.config import (
     options,
     override,
     preset,
-    takes_many,
-    value_type,
 )
+from hsee_jax.fields import takes_many, value_type
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,10 +12,11 @@ import jax
 
 from hsee_jax.base import UserError
 from hsee_jax.checkpoint import Checkpoint, find, load
-from hsee_jax.config import Config, unknown
+from hsee_jax.config import Config
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.experiment import build_federation, build_strategy
 from hsee_jax.federation import Federation, RunState, Strategy, server_of
+from hsee_jax.fields import unknown
 from hsee_jax.folder import read_config, read_info
 from hsee_jax.split import Branch, BranchSpec
 

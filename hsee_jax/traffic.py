@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.engine.common import due_after
-from hsee_jax.federation import Federation, Strategy
+from hsee_jax.federation import Federation, RunState, Strategy
 from hsee_jax.link import message_bytes, nbytes
 from hsee_jax.model import layer_inputs
 from hsee_jax.partition import Share
@@ -58,20 +58,26 @@ def sample_bytes(features: jax.ShapeDtypeStruct, link: str, boundary: str) -> By
     return Bytes(message_bytes(features, link) + nbytes(label), gradient)
 
 
-def traffic_of(federation: Federation, strategy: Strategy) -> tuple[Traffic, ...]:
-    """Of the clients of each group."""
+def traffic_of(
+    federation: Federation, strategy: Strategy, state: RunState
+) -> tuple[Traffic, ...]:
+    """Of the clients of each group.
+
+    Args:
+      federation: the clients.
+      strategy: how they train.
+      state: of any number of clients a group; shapes are enough.
+    """
     features = layer_inputs(federation.model)
-    ids = (jax.ShapeDtypeStruct((1,), jnp.int32),) * len(federation.groups)
-    weights = jax.eval_shape(
-        lambda key, ids: strategy.sent(strategy.init(key, ids)), jax.random.key(0), ids
-    )
+    weights = jax.eval_shape(strategy.sent, state)
+    sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in state.clients]
     return tuple(
         Traffic(
             group.cut,
             sample_bytes(features[group.cut], federation.link, strategy.boundary),
-            nbytes(sent),
+            nbytes(sent) // size,
         )
-        for group, sent in zip(federation.groups, weights, strict=True)
+        for group, sent, size in zip(federation.groups, weights, sizes, strict=True)
     )
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from hsee_jax import cli
-from hsee_jax.config import Config, flatten, options, override, preset, takes_many
+from hsee_jax.config import Config, flatten, options, override, preset
 from hsee_jax.data import load_dataset
+from hsee_jax.fields import takes_many
 from hsee_jax.strategies import STRATEGIES, options_of
 from hsee_jax.terminal import Progress
 

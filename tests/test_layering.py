@@ -9,12 +9,12 @@ import hsee_jax
 
 PACKAGE = Path(hsee_jax.__file__).parent
 ORDER = (
-    "base config data.info data.arrays data.archives data.prepared data.download data "
-    "partition augment losses conv resnet model optim mesh link split aggregate "
-    "federation compose strategies plan engine.common engine.loop engine.scan engine "
-    "traffic evaluate inference calibration store experiment processes folder "
-    "checkpoint restored runs tables gating gate_report export terminal flags curves "
-    "figures report cli"
+    "base fields config data.info data.arrays data.archives data.prepared "
+    "data.download data partition augment losses conv resnet model optim mesh link "
+    "split aggregate federation compose strategies plan engine.common engine.loop "
+    "engine.scan engine traffic evaluate inference calibration store experiment "
+    "processes folder checkpoint restored runs tables gating gate_report export "
+    "terminal flags curves figures report cli"
 ).split()
 
 

@@ -267,12 +267,17 @@ def test_the_bytes_of_a_message_are_those_of_its_arrays(link, dtype):
     assert size == 6 * each[link]
 
 
+def traffic_with(federation, strategy):
+    state = jax.eval_shape(strategy.init, jax.random.key(0))
+    return traffic_of(federation, strategy, state)
+
+
 def test_the_bytes_of_a_sample_by_strategy():
     """Behind cut 1 there are 5 x 5 x 4 floats, behind cut 3 there are 8."""
 
     def samples(make, cuts=(1, 3), link="full", **chosen):
         federation = tiny_federation(dict(enumerate(cuts)))._replace(link=link)
-        traffic = traffic_of(federation, make(federation, **chosen))
+        traffic = traffic_with(federation, make(federation, **chosen))
         return [one.sample for one in traffic]
 
     assert samples(local) == [(404, 0), (36, 0)]
@@ -292,7 +297,7 @@ def test_the_bytes_of_an_average_are_those_of_the_clients_layers():
 
     def weights(make, cuts=(1, 3, 1, 3), **chosen):
         federation = tiny_federation(dict(enumerate(cuts)))
-        traffic = traffic_of(federation, make(federation, **chosen))
+        traffic = traffic_with(federation, make(federation, **chosen))
         return [one.weights for one in traffic]
 
     shapes = jax.eval_shape(
