@@ -1,6 +1,8 @@
 """A strict session: no silent promotion of dtype or rank, and eight devices.
 
-Programs that several tests compile alike are compiled once, through JAX's own cache.
+Tests compile more than they compute: XLA does without its costly optimizations, unless
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 is set, and programs that several tests compile alike
+are compiled once, through JAX's own cache.
 """
 
 import atexit
@@ -11,6 +13,7 @@ import tempfile
 _cache = tempfile.mkdtemp(prefix="hsee-jax-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
