@@ -2,7 +2,7 @@
 
 Shows: what the parts show; a part that fails or takes too long does not stop the
 others, and is named at the end.
-Cost: the parts' sum: about half an hour on two CPU cores.
+Cost: the parts' sum: about 50 minutes on two CPU cores.
 Command: python experiments/bench_all.py [--out FOLDER] [PARTS ...], where a part is a
 name that --list prints. It needs no network; without PyTorch its columns stay empty.
 """

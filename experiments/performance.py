@@ -1,7 +1,8 @@
 """Renders the sections on performance from the results of the benchmarks.
 
 Shows: nothing of its own; every figure is read from results/bench-*.json, and what has
-no result is "not measured". README.md has those on rounds, RESULTS.md the details.
+no result is "not measured". README.md has all but the convolutions, which RESULTS.md
+has.
 Cost: a second.
 Command: python experiments/performance.py
 """

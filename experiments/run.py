@@ -6,7 +6,7 @@ Cost: each row and set names its own.
 Command: python experiments/run.py SET|SET/ROW ... [--seeds 0 1 2] [--data-dir FOLDER]
 
 What is done already is skipped, and a run that was stopped, at any moment, goes on from
-its last checkpoint when the same command is given again.
+its last checkpoint, if it has one, when the same command is given again.
 """
 
 import argparse

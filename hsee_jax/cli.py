@@ -169,8 +169,8 @@ def _gate(words: Sequence[str]) -> None:
     one = parser.add_argument_group(
         "a target",
         "each client's threshold meets it on the samples held out by "
-        "--validation-share and is kept in thresholds.json; without one there is only "
-        "the curve",
+        "--validation-share in training and is kept in thresholds.json; without a "
+        "target there is only the curve",
     ).add_mutually_exclusive_group()
     for name, meaning in targets.items():
         one.add_argument(f"--target-{name}", type=float, help=meaning)

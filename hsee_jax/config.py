@@ -122,8 +122,8 @@ class ClientsConfig(Checked):
     participation: float = option(1.0, "share of the clients drawn for each round")
     dropout: float = option(
         0.0,
-        "probability that a client misses a round: it keeps its state, and is not in "
-        "the averages",
+        "probability that a client misses a round: it does not train in it, and is not "
+        "in the averages",
     )
     absences: tuple[str, ...] = option(
         (),

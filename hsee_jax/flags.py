@@ -120,7 +120,7 @@ def _absences(path: Path) -> tuple[str, ...]:
 def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """The preset, file or stored run that was named, with the given flags applied."""
     from hsee_jax.folder import load_config, read_config
-    from hsee_jax.strategies import STRATEGIES, options_of
+    from hsee_jax.strategies import readers_of
 
     changes = {name: given[name] for name in options() if name in given}
     if "data_dir" in changes:
@@ -142,7 +142,7 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     config = override(base, **changes)
     strategy = config.strategy.strategy
     for name in changes:
-        readers = [other for other in STRATEGIES if name in options_of(other)]
+        readers = readers_of(name)
         if readers and strategy not in readers:
             raise UserError(
                 f"{name}: {changes[name]} has no effect on {strategy}; it is read by "

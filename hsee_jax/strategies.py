@@ -199,6 +199,15 @@ def options_of(name: str) -> tuple[str, ...]:
     return tuple(parameters)[1:]
 
 
+def readers_of(option: str) -> list[str]:
+    """The strategies that read a field of `StrategyConfig`; none where all do.
+
+    `weights` is no option of theirs: a round reads it for those who average.
+    """
+    like = "optimizer_state" if option == "weights" else option
+    return [name for name in STRATEGIES if like in options_of(name)]
+
+
 def _check_one_cut(federation: Federation, name: str) -> None:
     if len(federation.groups) > 1:
         raise UserError(

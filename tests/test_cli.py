@@ -248,6 +248,11 @@ BAD = [
     ("train --link int4", "link: int4 is unknown (did you mean int8?)"),
     ("train --strategy centralized", "num_clients: 6 is not allowed"),
     ("train --turn epoch", "turn: epoch has no effect on averaging"),
+    (
+        "train --strategy sequential --weights uniform",
+        "weights: uniform has no effect on sequential; it is read by averaging, "
+        "splitfed_v1, splitfed_v2, fedavg",
+    ),
     ("train --exit-gradient 1", "exit_gradient: 1.0"),
     ("train --validation-share 1", "validation_share: 1.0"),
     ("eval nowhere", "nowhere is not a run"),
