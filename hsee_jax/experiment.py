@@ -107,8 +107,8 @@ class Experiment(NamedTuple):
           The state, what the round was, and how far it has come.
 
         Raises:
-          DivergenceError: no client could take all of its steps, or, with
-            `on_nonfinite`, one could not.
+          DivergenceError: the round has ended, and no client could take all of its
+            steps, or, with `on_nonfinite`, one could not.
         """
         round = int(state.round)
         plan = self.plan(round)
@@ -126,13 +126,14 @@ class Experiment(NamedTuple):
             begun,
             stop,
         )
-        check_finite(
-            plan,
-            progress.metrics,
-            round=round + 1,
-            stop=self.config.clients.on_nonfinite == "stop",
-        )
         midway = not progress.finished
+        if not midway:
+            check_finite(
+                plan,
+                progress.metrics,
+                round=round + 1,
+                stop=self.config.clients.on_nonfinite == "stop",
+            )
         state = self.store.put(state, plan.ids, some, means, midway=midway)
         return state, plan, progress
 

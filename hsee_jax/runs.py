@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from hsee_jax.base import (
     DivergenceError,
@@ -43,7 +44,7 @@ from hsee_jax.folder import (
     replace_file,
     writing,
 )
-from hsee_jax.plan import RoundPlan
+from hsee_jax.plan import EMPTY, RoundPlan
 from hsee_jax.processes import in_first, is_first
 from hsee_jax.restored import checkpoint_of
 
@@ -96,6 +97,7 @@ def train(
             _Place(experiment.init()) if not resume else _resumed(experiment, folder)
         )
         in_first(partial(_start_folder, folder, experiment, place))
+        begin -= place.wall_seconds
         return _train(experiment, folder, place, on_round, stop, begin)
 
 
@@ -105,7 +107,8 @@ class _Place(NamedTuple):
     state: Any
     records: tuple[Record, ...] = ()  # of the rounds done
     begun: Progress | None = None  # of the next one
-    seconds: float = 0.0  # that it has taken
+    seconds: float = 0.0  # that it has taken in training
+    wall_seconds: float = 0.0  # and in all
     checkpoint: Checkpoint | None = None
 
 
@@ -136,7 +139,8 @@ def _train(
             jax.block_until_ready(state)
             seconds = before + time.perf_counter() - start
             if not progress.finished:
-                notes = stored | _midway(progress, seconds)
+                wall_seconds = time.perf_counter() - begin
+                notes = stored | _midway(plan, progress, seconds, wall_seconds)
                 settled = experiment.store.settled(state)
                 checkpoints.save(len(records), progress.steps, settled, notes)
                 raise Stopped(len(records), progress.steps)
@@ -223,24 +227,39 @@ def _resumed(experiment: Experiment, folder: Path) -> _Place:
         raise UserError(
             f"run: {path} has {len(records)} lines for {checkpoint.rounds} rounds"
         )
-    begun, seconds = _begun(checkpoint)
-    state = experiment.store.adopted(state)
-    return _Place(state, tuple(records), begun, seconds, checkpoint)
-
-
-def _midway(progress: Progress, seconds: float) -> Record:
-    """What a checkpoint in the middle of a round notes."""
-    sums = [[figure.tolist() for figure in branch] for branch in progress.metrics]
-    return {"metrics": sums, "seconds": seconds}
-
-
-def _begun(checkpoint: Checkpoint) -> tuple[Progress | None, float]:
-    """The inverse of `_midway`; nothing for a checkpoint between rounds."""
+    place = _Place(
+        experiment.store.adopted(state), tuple(records), checkpoint=checkpoint
+    )
     if checkpoint.steps == 0:
-        return None, 0.0
-    branches: Any = checkpoint.notes["metrics"]
-    metrics = ExitMetrics(*(Metrics(*map(np.array, sums)) for sums in branches))  # type: ignore[arg-type]
-    return Progress(checkpoint.steps, False, metrics), checkpoint.notes["seconds"]
+        return place
+    seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
+    begun = _begun(experiment.plan(checkpoint.rounds), checkpoint)
+    return place._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def _midway(
+    plan: RoundPlan, progress: Progress, seconds: float, wall_seconds: float
+) -> Record:
+    """What a checkpoint in the middle of a round notes."""
+    return {
+        "seconds": seconds,
+        "wall_seconds": wall_seconds,
+        "ids": plan.ids.tolist(),
+        "metrics": [[sums.tolist() for sums in branch] for branch in progress.metrics],
+    }
+
+
+def _begun(plan: RoundPlan, checkpoint: Checkpoint) -> Progress:
+    """How far a round had come, with each client's sums in the slot it has now."""
+    notes: Any = checkpoint.notes
+    seats = {i: n for n, i in enumerate(notes["ids"]) if i != EMPTY}
+
+    def moved(sums: list[float]) -> npt.NDArray[np.float64]:
+        ids = plan.ids.tolist()
+        return np.array([sums[seats[i]] if i in seats else 0.0 for i in ids])
+
+    metrics = ExitMetrics(*(Metrics(*map(moved, sums)) for sums in notes["metrics"]))  # type: ignore[arg-type]
+    return Progress(checkpoint.steps, False, metrics)
 
 
 def _start_folder(folder: Path, experiment: Experiment, place: _Place) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from hsee_jax.aggregate import latest
 from hsee_jax.base import Key, PyTree
@@ -126,6 +126,14 @@ class DeviceStore:
         """See `Store`."""
         ids = split(self._ids, self._slots)
         return self._init.eval_shape(jax.random.key(0), ids)
+
+
+def _host() -> jax.Device:
+    """What keeps its arrays in host memory; JAX may have been told to use no CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 class HostState(struct.PyTreeNode):
@@ -248,8 +256,12 @@ class HostStore:
 
     def like(self) -> RunState:
         """See `Store`."""
-        ids = tuple(self._members)
-        return jax.eval_shape(self._init, jax.random.key(0), ids)
+        shapes = jax.eval_shape(self._init, jax.random.key(0), tuple(self._members))
+        host = SingleDeviceSharding(_host())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
+            shapes,
+        )
 
     def _room(self, some: RunState) -> HostState:
         """Rows for all clients, by the example of some."""

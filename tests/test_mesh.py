@@ -13,13 +13,15 @@ from hsee_jax.evaluate import make_evaluation
 from hsee_jax.mesh import SAME, make_mesh, place
 from hsee_jax.strategies import averaging, sequential
 
+JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
 STRATEGIES = {
     "sequential": (sequential, {}),
     "epoch": (sequential, {"turn": "epoch"}),
     "averaging": (averaging, {"average": "all_holders"}),
     "steps": (averaging, {"period": 2, "period_unit": "steps"}),
     "clients": (compose, {"shared": True, "average": "clients"}),
-    "joint": (compose, {"shared": True, "average": "clients", "boundary": "joint"}),
+    "joint": (compose, JOINT),
+    "joint-steps": (compose, JOINT | {"period": 2, "period_unit": "steps"}),
 }
 
 

@@ -101,6 +101,9 @@ def test_a_stop_between_two_steps_changes_nothing(name, tiny_network, tmp_path):
     places = train_with_stops(config, tmp_path / "stopped", 4)
     assert len(places) > 1 and all(steps for _, steps in places)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    text = (tmp_path / "stopped" / "metrics.jsonl").read_text()
+    for record in map(json.loads, text.splitlines()):
+        assert record["wall_seconds"] > record["seconds"]
     kept = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
     assert not {name for name in kept if "-" in name or "." in name}
 
@@ -115,6 +118,41 @@ def test_a_scan_can_be_stopped_as_well(name, tiny_network, tmp_path, monkeypatch
     runs.train(config, tmp_path / "whole")
     assert train_with_stops(config, tmp_path / "stopped", 3) == [(1, 2)]
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), slow("loop", "vmap")])
+def test_a_round_goes_on_in_other_slots(
+    first, then, tiny_network, tmp_path, monkeypatch
+):
+    """On eight devices each cut has eight slots for its clients, in a loop two."""
+    monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
+    config = override(SMALL, rounds=1, client_axis=then)
+    runs.train(config, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        runs.train(override(config, client_axis=first), stopped, stop=lambda: True)
+    runs.train(config, stopped, resume=True)
+    (one,), (other,) = lines(tmp_path / "whole"), lines(stopped)
+    for name, value in one.pop("train").items():
+        np.testing.assert_allclose(other["train"][name], value, rtol=1e-3)
+    for record in (one, other):
+        for name in ("train", "test"):
+            record.pop(name, None)
+    assert one == other
+
+
+def test_a_round_that_has_not_ended_is_not_judged(tiny_network, monkeypatch):
+    """No client is finite; the stop has its way, and the end of the round says so."""
+    experiment = runs.build(override(SMALL, strategy="sequential", turn="epoch"))
+    state = experiment.init()
+    clients = jax.tree.map(
+        lambda leaf: leaf * np.nan if leaf.dtype == np.float32 else leaf, state.clients
+    )
+    state = state.replace(clients=clients)
+    state, _, progress = experiment.run_round(state, None, lambda: True)
+    assert not progress.finished
+    with pytest.raises(DivergenceError, match="round 1"):
+        experiment.run_round(state, progress)
 
 
 def test_a_signal_stops_in_the_middle_of_a_round(tiny_network, tmp_path, monkeypatch):

@@ -162,7 +162,10 @@ def scanned(
                 lambda a: jnp.zeros(sum(sizes), a.dtype).at[n].set(a), metrics
             )
             totals = jax.tree.map(jnp.add, carry.totals, split(by_slot, sizes))
-            return carry._replace(state=state, totals=totals)
+            steps, turns_left = jnp.divmod(k + 1, num_turns)
+            due = due_after(strategy, "steps", first + steps)
+            due = due if due is False else due & (turns_left == 0)
+            return average_if(due, _Carry(state, carry.means, totals))
 
         begin, end = steps
         if strategy.step is not None:
