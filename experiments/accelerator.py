@@ -2,7 +2,7 @@
 
 Shows: what the rows say, see `rows/`.
 Cost: what --seconds and --row-seconds allow; the next call goes on where this one
-stopped.
+stopped, by itself or by a signal.
 Command: python experiments/accelerator.py --data-dir FOLDER --seconds 540
 
 The folder may hold plain npz files alone, `cifar10/train.npz` and `cifar10/test.npz`
@@ -13,7 +13,7 @@ is not there is left out, and named.
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import rows
@@ -21,6 +21,7 @@ import run
 
 import hsee_jax
 from hsee_jax.flags import use_cache
+from hsee_jax.processes import StopSignals
 
 SETS = ("cifar10", "cifar100", "stl10")
 # What a reader looks for first; the other rows follow in the order of their names.
@@ -30,14 +31,14 @@ FIRST = ("centralized", "averaging-mixed", "sequential-mixed", "local-mixed")
 def in_order_of_value(sets: Iterable[str], seeds: Iterable[int]) -> list[rows.Run]:
     """All runs: those of the first seed before the next, the telling rows before all.
 
-    Among equals the sets keep their order.
+    The sets keep their order.
     """
 
-    def rank(pair: tuple[int, str]) -> tuple[int, int, str]:
+    def rank(pair: tuple[int, str]) -> tuple[bool, int, int, str]:
         place, row = pair
         name = row.partition("/")[2]
         first = FIRST.index(name) if name in FIRST else len(FIRST)
-        return (first, place, row)
+        return (first == len(FIRST), place, first, row)
 
     pairs = [(place, row) for place, set in enumerate(sets) for row in rows.rows(set)]
     return [rows.Run(row, seed) for seed in seeds for _, row in sorted(pairs, key=rank)]
@@ -54,41 +55,45 @@ def main(words: Sequence[str] | None = None) -> int:
     given = run.parse(parser, words)
     changes: dict[str, Any] = {"data_dir": given.data_dir} if given.data_dir else {}
     end = time.monotonic() + given.seconds
+    missing: list[str] = []
     try:
         for set in given.sets:
             rows.select([set])
         use_cache({})
-        missing: list[str] = []
-        for one in in_order_of_value(given.sets, given.seeds):
-            name, left = f"{one.row} seed {one.seed}", end - time.monotonic()
-            if rows.load(one, given.results) is not None:
-                continue
-            if given.list:
-                print(name)
-                continue
-            if left <= 0:
-                break
-            dataset = rows.config_of(one).data.dataset
-            if dataset in missing:
-                continue
-            try:
-                how = run.perform(
-                    one,
-                    changes=changes,
-                    folder=given.runs,
-                    results=given.results,
-                    seconds=min(left, given.row_seconds or left),
-                )
-            except hsee_jax.UserError as error:
-                if not str(error).startswith("data_dir"):
-                    raise
-                missing.append(dataset)
-                how = f"left out: {error}"
-            print(f"{name}: {how}", flush=True)
+        with StopSignals() as signals:
+
+            def until(end: float) -> Callable[[], bool]:
+                return lambda: time.monotonic() > end or signals()
+
+            for one in in_order_of_value(given.sets, given.seeds):
+                name, left = f"{one.row} seed {one.seed}", end - time.monotonic()
+                dataset = rows.config_of(one).data.dataset
+                if dataset in missing or rows.load(one, given.results) is not None:
+                    continue
+                if given.list:
+                    print(name)
+                    continue
+                if left <= 0 or signals():
+                    break
+                last = time.monotonic() + min(left, given.row_seconds or left)
+                try:
+                    how = run.perform(
+                        one,
+                        changes=changes,
+                        folder=given.runs,
+                        results=given.results,
+                        stop=until(last),
+                    )
+                except hsee_jax.UserError as error:
+                    if not str(error).startswith("data_dir"):
+                        raise
+                    missing.append(dataset)
+                    how = f"left out: {error}"
+                print(f"{name}: {how}", flush=True)
     except hsee_jax.UserError as error:
         print(f"accelerator.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 128 + signals.received if signals.received else 0
 
 
 if __name__ == "__main__":

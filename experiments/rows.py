@@ -3,7 +3,7 @@
 A set is a folder of `rows/` whose ``set.toml`` names a preset and what all its rows
 change; a row's own file changes more. All begin with what they show, their cost and
 their command. A finished run leaves one JSON file: its row, seed, configuration and
-summary.
+summary, or that it ``diverged``.
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import hsee_jax
 from hsee_jax.config import SEEDS, flatten
+from hsee_jax.folder import BOOKKEEPING
 from hsee_jax.strategies import STRATEGIES, options_of
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
 RESULTS = HERE / "results"
 COMMON = "set.toml"
-_ELSEWHERE = {"data_dir"}  # fields of the machine, not of the row
 
 Result = dict[str, Any]
 
@@ -84,12 +84,12 @@ def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
 def settings(config: hsee_jax.Config) -> dict[str, Any]:
     """The fields that make a result what it is, as JSON holds them.
 
-    Neither those of the machine, nor options that the strategy does not read.
+    Neither bookkeeping, nor options that the strategy does not read.
     """
     every = {name for strategy in STRATEGIES for name in options_of(strategy)}
     unread = every - set(options_of(config.strategy.strategy))
     values = json.loads(json.dumps(flatten(config)))
-    return {k: v for k, v in values.items() if k not in unread | _ELSEWHERE}
+    return {k: v for k, v in values.items() if k not in unread | {*BOOKKEEPING}}
 
 
 def load(run: Run, folder: Path = RESULTS) -> Result | None:

@@ -5,17 +5,20 @@ Shows: what the rows say, see `rows/`; their results go to `results/`, and
 Cost: each row and set names its own.
 Command: python experiments/run.py SET|SET/ROW ... [--seeds 0 1 2] [--data-dir FOLDER]
 
-What is done already is skipped, and a run that was stopped, at any moment, goes on from
+What is done already is skipped. SIGTERM and Ctrl-C stop the runs at work after their
+step, with a checkpoint; a run that was stopped or killed, at any moment, goes on from
 its last checkpoint, if it has one, when the same command is given again.
 """
 
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ import rows
 
 import hsee_jax
 from hsee_jax.flags import use_cache
-from hsee_jax.folder import read_config
+from hsee_jax.folder import check_same, read_config
+from hsee_jax.processes import StopSignals
+from hsee_jax.terminal import show_log
 
 FOLDER = Path("runs/rows")
 
@@ -34,79 +39,105 @@ def perform(
     changes: dict[str, Any],
     folder: Path = FOLDER,
     results: Path = rows.RESULTS,
-    seconds: float = float("inf"),
+    stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Trains one run, or goes on with it; returns how it ended, in a line.
+
+    A divergence is a result too.
 
     Args:
       run: which.
       changes: of the configuration, the machine's own.
       folder: of the runs.
       results: where the result goes.
-      seconds: after which it stops, with a checkpoint.
+      stop: see `hsee_jax.train`.
     """
     config = rows.config_of(run, **changes)
     place = folder / f"{run.row}-{run.seed}"
-    end = time.monotonic() + seconds
     try:
-        summary = hsee_jax.train(
-            config,
-            place,
-            **_start(config, place),  # type: ignore[arg-type]
-            stop=lambda: time.monotonic() > end,
-        )
+        summary = hsee_jax.train(config, place, **_start(config, place), stop=stop)
+        figures = [summary[f"mean_{name}_accuracy"] for name in ("exit", "server")]
+        end = f"exit {figures[0]:.4f}, server {figures[1]:.4f}"
     except hsee_jax.Stopped as stopped:
         return f"{stopped} ({config.run.rounds} rounds)"
     except hsee_jax.DivergenceError as error:
-        return f"failed: {error}"
+        summary, end = {"diverged": str(error)}, f"diverged: {error}"
     summary["cpu_cores"] = len(os.sched_getaffinity(0))
     rows.save(run, config, summary, results)
-    accuracies = [summary[f"mean_{name}_accuracy"] for name in ("exit", "server")]
-    return f"exit {accuracies[0]:.4f}, server {accuracies[1]:.4f}"
+    return end
 
 
-def _start(config: hsee_jax.Config, place: Path) -> dict[str, bool]:
+def _start(config: hsee_jax.Config, place: Path) -> dict[str, Any]:
     """Whether to go on with the run in a folder, to replace it, or neither."""
     if not (place / "config.json").is_file():
         return {}
-    same = rows.settings(read_config(place)) == rows.settings(config)
-    return {"resume": True} if same else {"overwrite": True}
+    try:
+        check_same(config, read_config(place))
+    except hsee_jax.UserError:
+        return {"overwrite": True}
+    return {"resume": True}
 
 
-def _worker(run: rows.Run, core: int | None, options: dict[str, Any]) -> str:
+def _worker(
+    run: rows.Run, core: int | None, stop: Callable[[], bool], options: dict[str, Any]
+) -> None:
     """`perform` in a process of its own, which keeps to one core if that is given."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it through ``stop``
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if core is not None:
         os.sched_setaffinity(0, {core})
     use_cache({})
-    return perform(run, **options)
+    show_log()
+    try:
+        end = perform(run, stop=stop, **options)
+    except hsee_jax.UserError as error:
+        raise SystemExit(f"run.py: {run.row} seed {run.seed}: {error}") from error
+    print(f"{run.row} seed {run.seed}: {end}", flush=True)
+
+
+def _end_with_parent() -> None:
+    """A killed runner leaves no run at work, whose folder would be locked."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def in_processes(
     runs: Sequence[rows.Run], *, jobs: int, options: dict[str, Any]
-) -> list[str]:
+) -> int:
     """Performs runs, each in a new process, so many at once, each on its own core.
 
+    SIGTERM and Ctrl-C stop the runs that are at work, with a checkpoint.
+
     Returns:
-      The lines of those that failed.
+      The exit status: 1 if a run failed, 128 + the number of a signal.
     """
-    waiting, failed = list(reversed(runs)), []
     context = multiprocessing.get_context("spawn")
-
-    def lane(core: int | None) -> None:
-        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-            while waiting:
-                run = waiting.pop()
-                end = pool.submit(_worker, run, core, options).result()
-                print(f"{run.row} seed {run.seed}: {end}", flush=True)
-                if end.startswith("failed"):
-                    failed.append(end)
-
+    stop = context.Event()
     cores: list[int | None] = [None]
     if jobs > 1:
-        cores = sorted(os.sched_getaffinity(0))[:jobs]  # type: ignore[assignment]
-    with ThreadPoolExecutor(len(cores)) as threads:
-        list(threads.map(lane, cores))
-    return failed
+        cores = [*sorted(os.sched_getaffinity(0))[:jobs]]
+    waiting, at_work, failed = list(runs), dict[Any, tuple[BaseProcess, Any]](), False
+    with StopSignals() as signals:
+        while at_work or (waiting and not signals.received):
+            while waiting and cores and not signals.received:
+                core = cores.pop()
+                process: BaseProcess = context.Process(
+                    target=_worker,
+                    args=(waiting.pop(0), core, stop.is_set, options),
+                    daemon=True,
+                )
+                process.start()
+                at_work[process.sentinel] = process, core
+            for sentinel in wait(at_work, timeout=1):
+                process, core = at_work.pop(sentinel)
+                process.join()
+                failed |= process.exitcode != 0
+                cores.append(core)
+            if signals.received:
+                stop.set()
+    return 128 + signals.received if signals.received else int(failed)
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Any:
@@ -136,11 +167,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{len(missing)} of {len(everything)} runs are to be done", flush=True)
         changes = {"data_dir": given.data_dir} if given.data_dir else {}
         options = {"changes": changes, "folder": given.runs, "results": given.results}
-        failed = in_processes(missing, jobs=given.jobs, options=options)
+        return in_processes(missing, jobs=given.jobs, options=options)
     except hsee_jax.UserError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

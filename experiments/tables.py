@@ -18,10 +18,22 @@ RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
 IN_README = ("demo", "cpu-small-cifar10", "cpu-small-fashion")
 SEEDS = (0, 1, 2)
 COLUMNS = ("row", "seeds", "exit accuracy", "server accuracy", "images/s", "seconds")
+FIGURES = {  # of the last four, and the digits that are shown
+    "mean_exit_accuracy": 3,
+    "mean_server_accuracy": 3,
+    "images_per_second": 0,
+    "wall_seconds": 0,
+}
 
 
-def spread(values: list[float], digits: int = 3) -> str:
+def _seed(seed: int, result: rows.Result) -> str:
+    return f"{seed} (diverged)" if "diverged" in result else str(seed)
+
+
+def spread(values: list[float], digits: int) -> str:
     """Mean and, of several values, their standard deviation (n - 1)."""
+    if not values:
+        return "none"
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
@@ -39,12 +51,10 @@ def set_table(set: str, folder: Path = rows.RESULTS) -> str:
         if not found:
             lines.append(f"| {name} |" + " not run |" * (len(COLUMNS) - 1))
             continue
-        results = list(found.values())
-        cells = [name, " ".join(map(str, found))]
-        for figure in ("mean_exit_accuracy", "mean_server_accuracy"):
-            cells.append(spread([result[figure] for result in results]))
-        for figure in ("images_per_second", "wall_seconds"):
-            cells.append(spread([result[figure] for result in results], 0))
+        results = [result for result in found.values() if "diverged" not in result]
+        cells = [name, " ".join(map(_seed, found, found.values()))]
+        for figure, digits in FIGURES.items():
+            cells.append(spread([result[figure] for result in results], digits))
         lines.append(f"| {' | '.join(cells)} |")
         machines += [machine(result) for result in results]
     known = dict.fromkeys(machines)

@@ -17,9 +17,8 @@ from hsee_jax.processes import in_first
 _log = logging.getLogger(__name__)
 Record = dict[str, Any]  # what a file of it holds, as JSON
 
-# What --resume may change: the length, and what has no effect on the training.
-_MAY_CHANGE = (
-    "rounds",
+# The fields that have no effect on the training.
+BOOKKEEPING = (
     "data_dir",
     "eval_every",
     "eval_batch_size",
@@ -27,6 +26,7 @@ _MAY_CHANGE = (
     "keep_checkpoints",
     "client_axis",
 )
+_MAY_CHANGE = ("rounds", *BOOKKEEPING)  # with --resume
 
 
 def read_config(folder: Path) -> Config:

@@ -88,7 +88,7 @@ def test_rows_are_chosen_by_themselves_and_by_sets(mini):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, tiny_network, capsys):
     one = rows.Run("mini/averaging", 1)
-    assert runner.perform(one, changes={}, **mini, seconds=0) == (
+    assert runner.perform(one, changes={}, **mini, stop=lambda: True) == (
         "stopped in round 1 after step 1 (3 rounds)"
     )
     assert rows.load(one, mini["results"]) is None
@@ -171,12 +171,9 @@ def test_the_pages_show_the_results(tmp_path, monkeypatch):
 
 def test_the_accelerator_takes_the_telling_rows_first():
     runs = accelerator.in_order_of_value(["cifar10", "stl10"], [0, 1])
-    assert [one.row for one in runs[:5]] == [
-        "cifar10/centralized",
-        "stl10/centralized",
-        "cifar10/averaging-mixed",
-        "stl10/averaging-mixed",
-        "cifar10/sequential-mixed",
+    first = ["centralized", "averaging-mixed", "sequential-mixed", "local-mixed"]
+    assert [one.row for one in runs[:8]] == [
+        f"{set}/{name}" for set in ("cifar10", "stl10") for name in first
     ]
     assert [one.seed for one in runs] == sorted(one.seed for one in runs)
     assert (
@@ -234,46 +231,89 @@ import hsee_jax.experiment
 model = tiny_model(input_shape=(28, 28, 1), classes=10)
 hsee_jax.experiment.build_model = lambda *args: model
 rows.ROWS = Path({rows!r})
-changes = {{"rounds": 40, "checkpoint_every": 2}}
-config_of = rows.config_of
-rows.config_of = lambda one, **more: config_of(one, **(changes | more))
-folder = Path(sys.argv[1])
-for one in (rows.Run("mini/averaging", 0), rows.Run("mini/sequential", 0)):
-    if rows.load(one, folder / "results") is None:
-        run.perform(one, changes={{}}, folder=folder, results=folder / "results")
-print(__import__("tables").set_table("mini", folder / "results"))
+if __name__ == "__main__":
+    raise SystemExit(run.main())
 """
 
 
-@pytest.mark.slow
-def test_killing_the_runner_changes_no_figure(mini, tmp_path):
-    """Killed in the middle of the second row, and started again."""
-    code = DRIVER.format(
-        tests=str(Path(__file__).parent),
-        experiments=str(EXPERIMENTS),
-        rows=str(tmp_path / "rows"),
+@pytest.fixture
+def start(mini, tmp_path):
+    """Starts the runner on the small set, with folders of their own for each name."""
+    common = rows.ROWS / "mini" / "set.toml"
+    lengthened = common.read_text().replace("rounds = 3", "rounds = 60")
+    common.write_text(lengthened + "checkpoint_every = 2\n")
+    script = tmp_path / "driver.py"
+    script.write_text(
+        DRIVER.format(
+            tests=str(Path(__file__).parent),
+            experiments=str(EXPERIMENTS),
+            rows=str(rows.ROWS),
+        )
     )
 
-    def start(name):
+    def popen(name):
+        folders = [f"--{kind}={tmp_path / name / kind}" for kind in ("runs", "results")]
+        words = [sys.executable, str(script), "mini", "--seeds", "0", *folders]
         return subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / name)],
-            stdout=subprocess.PIPE,
-            text=True,
+            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
-    def accuracies(process):
-        text, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
-        return [line.split("|")[2:5] for line in text.splitlines() if "| 0 |" in line]
+    return popen
 
-    expected = accuracies(start("whole"))
-    killed = start("killed")
-    log = tmp_path / "killed" / "mini" / "sequential-0" / "metrics.jsonl"
+
+def accuracies(process, folder):
+    """Of both rows, when the runner has come to its end."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    results = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+    assert len(results) == 2
+    return [result["clients"] for result in results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopping_the_runner_changes_no_figure(start, tmp_path, number):
+    """The runner alone is told, in the middle of its second row, and started again."""
+    expected = accuracies(start("whole"), tmp_path / "whole" / "results")
+    stopped = start("stopped")
+    folder = tmp_path / "stopped" / "runs" / "mini" / "sequential-0"
+    log = folder / "metrics.jsonl"
     while not log.is_file() or len(log.read_text().splitlines()) < 7:
-        assert killed.poll() is None
+        assert stopped.poll() is None
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert len(log.read_text().splitlines()) < 40
-    assert accuracies(start("killed")) == expected
-    assert len(expected) == 2
+    stopped.send_signal(number)
+    text, errors = stopped.communicate(timeout=60)
+    killed = number == signal.SIGKILL
+    assert stopped.returncode == (-number if killed else 128 + number)
+    assert ("mini/sequential seed 0: stopped " in text) != killed
+    assert ("hsee: stops after this step" in errors) != killed
+    assert len(log.read_text().splitlines()) < 60
+    again = start("stopped")
+    assert accuracies(again, tmp_path / "stopped" / "results") == expected
+
+
+def test_a_run_that_diverges_is_a_result(mini, monkeypatch):
+    def diverge(*args, **options):
+        raise hsee_jax.DivergenceError(1, "exit", 2)
+
+    monkeypatch.setattr(hsee_jax, "train", diverge)
+    end = runner.perform(rows.Run("mini/averaging", 1), changes={}, **mini)
+    assert end.startswith("diverged: ")
+    assert rows.load(rows.Run("mini/averaging", 1), mini["results"]) is not None
+    table = tables.set_table("mini", mini["results"])
+    assert "| averaging | 1 (diverged) | none | none | none | none |" in table
+
+
+def test_bookkeeping_makes_no_other_result(mini, tmp_path):
+    """A run is resumed, and its result counts, where the training would be the same."""
+    one = rows.Run("mini/averaging", 0)
+    rows.save(one, rows.config_of(one), {}, mini["results"])
+    common = rows.ROWS / "mini" / "set.toml"
+    common.write_text(common.read_text() + "checkpoint_every = 1\n")
+    assert rows.load(one, mini["results"]) is not None
+    assert runner._start(rows.config_of(one), tmp_path) == {}
+    (tmp_path / "config.json").write_text(hsee_jax.config.to_json(rows.config_of(one)))
+    longer = rows.config_of(one, checkpoint_every=2)
+    assert runner._start(longer, tmp_path) == {"resume": True}
+    other = rows.config_of(one, batch_size=3)
+    assert runner._start(other, tmp_path) == {"overwrite": True}
