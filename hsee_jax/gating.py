@@ -38,7 +38,7 @@ from hsee_jax.inference import CRITERIA, Answers, make_gate
 from hsee_jax.link import message_bytes
 from hsee_jax.mesh import fetch
 from hsee_jax.model import LayerCost, layer_inputs
-from hsee_jax.runs import reopen
+from hsee_jax.runs import check_data, reopen
 
 _OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
 _TIMED = _OFFLOADS[::5]
@@ -186,7 +186,8 @@ def study(
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
-      UserError: there is no such run, or it held out no samples.
+      UserError: there is no such run, it held out no samples, or the training samples
+        are not those of the run any more.
     """
     experiment, state = reopen(folder, which, data_dir=data_dir)
     if experiment.validation is None:
@@ -194,6 +195,7 @@ def study(
             f"validation_share: {folder} held out no samples to find thresholds with; "
             "train with --validation-share, such as 0.1"
         )
+    check_data(experiment, folder)
     size = experiment.config.run.eval_batch_size if batch_size is None else batch_size
     setting = {
         "rounds": int(state.round),

@@ -41,6 +41,7 @@ from hsee_jax.folder import (
     check_start,
     locked,
     read_config,
+    read_info,
     replace_file,
     writing,
 )
@@ -186,14 +187,51 @@ def reopen(
       data_dir: where the data are, if not where they were.
 
     Raises:
-      UserError: there is no such run, it has no checkpoint, or its data are gone.
+      UserError: there is no such run, it has no checkpoint, or its data are gone, or
+        others.
     """
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
+    _check_info(config, folder)
     checkpoint = checkpoint_of(folder, which)
     experiment = build(config)
     return experiment, load(checkpoint, experiment.store.like())
+
+
+def _check_info(config: Config, folder: Path) -> None:
+    """Looks whether data are of the shape, classes and normalisation that a run has."""
+    try:
+        stored = read_info(folder)
+    except UserError:
+        return  # it is lost, and `train` writes it anew
+    found = dataset_info(config.data)
+    for name, theirs, value in zip(stored._fields, stored, found, strict=True):
+        if value != theirs:
+            raise UserError(
+                f"data_dir: the data found now, of {name} {value}, are not those of "
+                f"{folder}; allowed is {theirs}"
+            )
+
+
+def check_data(experiment: Experiment, folder: Path) -> None:
+    """Looks whether the training samples are those that a run has had.
+
+    The same indices are other images where a dataset is there in another form.
+
+    Raises:
+      UserError: they are not.
+    """
+    try:
+        stored = json.loads((folder / "partition.json").read_text())
+    except (OSError, ValueError):
+        return  # it is lost, and `train` writes it anew
+    if stored != [share._asdict() for share in experiment.manifest]:
+        raise UserError(
+            f"data_dir: the training samples found now are not those of {folder}; "
+            "allowed is the same dataset in the same form, be it prepared by "
+            "tensorflow-datasets, an archive or npz"
+        )
 
 
 def evaluate(
@@ -216,6 +254,8 @@ def _resumed(experiment: Experiment, folder: Path) -> _Place:
             f"rounds: {rounds} is not allowed with --resume; the run has done "
             f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
+    _check_info(experiment.config, folder)
+    check_data(experiment, folder)
     state = load(checkpoint, experiment.store.like())
     path = folder / "metrics.jsonl"
     try:

@@ -11,6 +11,7 @@ from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.data import load_dataset
 from hsee_jax.folder import read_config
+from hsee_jax.gating import study
 from hsee_jax.partition import hold_out
 
 SMALL = override(
@@ -110,6 +111,35 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
     runs.train(other, tmp_path / "run", overwrite=True)
     assert path.read_text() != text
     assert not (tmp_path / "run" / "report").exists()
+
+
+def test_the_same_dataset_in_another_order_is_refused(tmp_path):
+    """Where its samples count: not for the test images, of which all are asked."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 28, 28, 1), np.uint8)
+    labels = np.arange(60) % 10
+    orders = (np.arange(60), rng.permutation(60), np.flatnonzero(labels < 8))
+    for name, order in zip(("one", "other", "fewer"), orders, strict=True):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            path = tmp_path / name / split
+            np.savez(path, images=images[order], labels=labels[order])
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    config = override(SMALL, rounds=1, dataset="npz", data_dir=one)
+    config = override(config, max_test_samples=60)
+    folder = tmp_path / "run"
+    summary = runs.train(config, folder)
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    longer = override(config, rounds=2, data_dir=other)
+    with pytest.raises(UserError, match="data_dir: the training samples found now"):
+        runs.train(longer, folder, resume=True)
+    with pytest.raises(UserError, match="data_dir: the training samples found now"):
+        study(folder, data_dir=other)
+    assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
+    again = runs.evaluate(folder, data_dir=other)["mean_server_accuracy"]
+    assert again == pytest.approx(summary["mean_server_accuracy"])
+    with pytest.raises(UserError, match="data_dir: the data found now, of num_classes"):
+        runs.evaluate(folder, data_dir=str(tmp_path / "fewer"))
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
