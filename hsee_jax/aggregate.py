@@ -8,6 +8,7 @@ state, and the weights, are our choices.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import chex
 import jax
@@ -53,8 +54,10 @@ def layer_mean(
     shares = [weight / jnp.where(some, total, 1.0) for weight in weights]
 
     def weighted_sum(*leaves: Array) -> Array:
+        # Accelerators would round the weights of a product to 8 or 10 bits.
+        dot = partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
         parts = [
-            jnp.tensordot(share, _counted(leaf.astype(jnp.float32), share), 1)
+            dot(share, _counted(leaf.astype(jnp.float32), share))
             for share, leaf in zip(shares, leaves, strict=True)
         ]
         return sum(parts[1:], parts[0])

@@ -82,13 +82,8 @@ class DeviceStore:
         """
         self._ids = take_seats(federation.groups, slots, set())
         self._slots = tuple(slots)
-        mesh = federation.mesh
-        shardings = None
-        if mesh is not None:
-            shardings = jax.tree.map(
-                lambda spec: NamedSharding(mesh, spec), layout(strategy)
-            )
-        self._init = jax.jit(strategy.init, out_shardings=shardings)
+        where = _shardings(federation, strategy)
+        self._init = jax.jit(strategy.init, out_shardings=where)
 
     def init(self, key: Key) -> RunState:
         """See `Store`."""
@@ -126,6 +121,14 @@ class DeviceStore:
         """See `Store`."""
         ids = split(self._ids, self._slots)
         return self._init.eval_shape(jax.random.key(0), ids)
+
+
+def _shardings(federation: Federation, strategy: Strategy) -> PyTree | None:
+    """Where the state of clients in slots lies; without a mesh nothing is said."""
+    mesh = federation.mesh
+    if mesh is None:
+        return None
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(strategy))
 
 
 def _host() -> jax.Device:
@@ -166,8 +169,10 @@ class HostStore:
         self._slots = tuple(slots)
         self._shared = strategy.shared
         self._mesh, self._layout = federation.mesh, layout(strategy)
-        self._init = jax.jit(strategy.init)
-        self._receive = jax.jit(strategy.receive)
+        where = _shardings(federation, strategy)
+        self._draw = strategy.init
+        self._init = jax.jit(strategy.init, out_shardings=where)
+        self._receive = jax.jit(strategy.receive, out_shardings=where)
         self._latest = jax.jit(latest)
 
     def init(self, key: Key) -> HostState:
@@ -204,10 +209,12 @@ class HostStore:
         some = state.rows.replace(clients=copies(state.rows.clients))
         if not self._shared:
             some = some.replace(servers=copies(state.rows.servers))
+        if self._mesh is not None:
+            some = place(some, self._mesh, self._layout)
         if state.means:
             since = tuple(s[r] for s, r in zip(state.since, rows, strict=True))
             some = self._receive(some, state.means, since)
-        return some if self._mesh is None else place(some, self._mesh, self._layout)
+        return some
 
     def put(
         self,
@@ -256,7 +263,7 @@ class HostStore:
 
     def like(self) -> RunState:
         """See `Store`."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0), tuple(self._members))
+        shapes = jax.eval_shape(self._draw, jax.random.key(0), tuple(self._members))
         host = SingleDeviceSharding(_host())
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),

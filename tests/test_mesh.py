@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_strategies import CUTS, SIZES, assert_same, branches, train
@@ -11,6 +12,7 @@ from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 from hsee_jax.compose import compose
 from hsee_jax.evaluate import make_evaluation
 from hsee_jax.mesh import SAME, make_mesh, place
+from hsee_jax.store import HostStore
 from hsee_jax.strategies import averaging, sequential
 
 JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
@@ -129,3 +131,17 @@ def test_a_shared_server_takes_rows_and_sums(collectives):
     No device ever gathers the clients' stacks.
     """
     assert collectives(sequential) == {"all-to-all", "all-reduce"}
+
+
+def test_those_of_a_round_go_to_their_devices_alone():
+    """From the host, with the means that they have missed."""
+    federation = tiny_federation(dict.fromkeys(range(8), 1), mesh=first_devices(4))
+    strategy, ids = averaging(federation), np.arange(4, dtype=np.int32)
+    store = HostStore(federation, strategy, (4,))
+    state = store.init(jax.random.key(0))
+    some, means = strategy.aggregate(store.take(state, ids), (jnp.ones(4),))
+    state = store.put(state, ids, some, means)
+    absent = store.take(state, ids + 4)
+    for branch in (*absent.clients, *absent.servers):
+        for leaf in jax.tree.leaves(branch):
+            assert [len(part.data) for part in leaf.addressable_shards] == [1] * 4
