@@ -33,7 +33,7 @@ from hsee_jax.federation import (
 )
 from hsee_jax.inference import Answers, Gate, make_gate
 from hsee_jax.losses import masked_cross_entropy, predictive_entropy
-from hsee_jax.mesh import make_mesh
+from hsee_jax.mesh import make_mesh, place_blocks
 from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
 from hsee_jax.plan import RoundPlan, plan_round
 from hsee_jax.restored import Restored, restore, restore_client
@@ -113,6 +113,7 @@ __all__ = [
     "make_round",
     "masked_cross_entropy",
     "override",
+    "place_blocks",
     "plan_round",
     "predictive_entropy",
     "preset",

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from hsee_jax.base import Array, Batch, Dataset, Key
+from hsee_jax.fields import unknown
 
+_KINDS = ("none", "crop", "crop_flip")
 _PAD = 4  # pixels, the usual margin for 32x32 images
 
 
@@ -35,6 +37,8 @@ def augment(key: Key, images: Array, kind: str) -> Array:
       kind: ``"none"``, ``"crop"``: a window of the image padded by 4 pixels of 0, or
         ``"crop_flip"``: also mirrored left to right with probability one half.
     """
+    if kind not in _KINDS:
+        raise unknown("augment", kind, _KINDS)
     if kind == "none":
         return images
     chex.assert_rank(images, 4)

@@ -28,6 +28,7 @@ from hsee_jax.federation import (
     split,
     take_member,
 )
+from hsee_jax.fields import unknown
 from hsee_jax.mesh import CLIENTS, SAME, SPREAD, constrain, on_devices, over_clients
 from hsee_jax.model import init_network
 from hsee_jax.split import (
@@ -80,7 +81,22 @@ def compose(
       init: ``"shared"``: all parts are slices of one network; ``"per_client"``: each
         client's, and its server's, are drawn by themselves. A shared server is a slice
         of the one network.
+
+    Raises:
+      UserError: a name is unknown.
+      ValueError: a shared server is to be averaged.
     """
+    for name, value, allowed in (
+        ("average", average, ("none", "servers", "clients", "all_holders")),
+        ("boundary", boundary, ("detached", "joint", "none")),
+        ("turn", turn, ("batch", "epoch")),
+        ("period_unit", period_unit, ("rounds", "steps")),
+        ("batch_norm", batch_norm, ("auto", "average", "keep_local")),
+        ("optimizer_state", optimizer_state, ("keep", "average", "reset")),
+        ("init", init, ("shared", "per_client")),
+    ):
+        if value not in allowed:
+            raise unknown(name, value, allowed)
     if shared and average in ("servers", "all_holders"):
         raise ValueError(f"a shared server is not averaged, so not {average}")
     if batch_norm == "auto":

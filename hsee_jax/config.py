@@ -58,7 +58,9 @@ class DataConfig(Checked):
     alpha: float = option(
         0.3, "concentration of dirichlet (labels) and quantity (sizes); low is unequal"
     )
-    classes_per_client: int = option(2, "labels each client sees in classes")
+    classes_per_client: int = option(
+        2, "label-sorted pieces each client gets in classes"
+    )
 
     def check(self) -> None:
         """Checks numbers."""
@@ -208,7 +210,9 @@ class StrategyConfig(Checked):
         choices=("batch", "epoch"),
     )
     period: int = option(
-        1, "how often to average, in units of period_unit; 0 is never [ours]"
+        1,
+        "how often to average, in units of period_unit; 0 is never; a client that is "
+        "absent then loses what it has trained since the last time [ours]",
     )
     period_unit: str = option("rounds", "unit of period", choices=("rounds", "steps"))
     average: str = option(

@@ -43,11 +43,16 @@ def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
 
 
 class Federation(NamedTuple):
-    """Who trains what."""
+    """Who trains what.
+
+    The optimizer's updates are scaled by the learning rate and subtracted, as suits
+    optax's ``trace`` and ``scale_by_adam``; the updates of its aliases, such as
+    ``optax.adam``, have their sign turned already, and would climb.
+    """
 
     model: Model
     groups: tuple[Group, ...]
-    optimizer: optax.GradientTransformation  # without learning rate
+    optimizer: optax.GradientTransformation
     mesh: Mesh | None = None  # over whose devices stacks of clients are spread
     link: str = "full"  # from clients to servers, see `hsee_jax.link`
 

@@ -24,7 +24,7 @@ class BranchSpec(NamedTuple):
 
     stages: tuple[Stage, ...]  # may be empty: a server behind the last cut
     head: Stage
-    optimizer: optax.GradientTransformation  # without learning rate; one layer's
+    optimizer: optax.GradientTransformation  # of each layer; see `Federation`
     link: str = "full"  # that its inputs come over, see `hsee_jax.link`
 
 

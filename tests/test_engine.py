@@ -15,9 +15,10 @@ from tiny import (
 )
 
 from hsee_jax.base import DivergenceError, ExitMetrics, Metrics, Stage
-from hsee_jax.engine import check_finite, client_axis
+from hsee_jax.engine import check_finite, client_axis, make_round
 from hsee_jax.evaluate import make_evaluation
 from hsee_jax.federation import server_of, take_member
+from hsee_jax.mesh import SAME, make_mesh, place
 from hsee_jax.plan import plan_round
 from hsee_jax.split import forward
 from hsee_jax.strategies import averaging, sequential
@@ -98,6 +99,26 @@ def test_a_loss_that_is_not_finite_names_client_branch_and_round():
     bad = alone._replace(loss_sum=np.array([0.0, 0.0, np.inf]))
     with pytest.raises(DivergenceError, match="exit loss of client 5 .* round 4"):
         check_finite(plan, ExitMetrics(bad, alone), round=4)
+
+
+@pytest.mark.parametrize(("axis", "devices", "count"), [("loop", 1, 7), ("vmap", 2, 8)])
+def test_samples_that_are_not_there_are_refused(axis, devices, count):
+    """One is missing; the data are not in blocks. JAX would read the last sample."""
+    mesh = make_mesh(jax.devices()[:devices]) if devices > 1 else None
+    federation = tiny_federation({0: 1, 1: 1}, mesh=mesh)
+    strategy, key = averaging(federation), jax.random.key(0)
+    run = make_round(strategy, PIPELINE, key, axis=axis, mesh=mesh)
+    plan = plan_round(
+        federation.groups,
+        tiny_shards({0: 4, 1: 4}),
+        batch_size=2,
+        participation=1.0,
+        turn="batch",
+        seed=0,
+        round=0,
+    )
+    with pytest.raises(ValueError, match="the plan asks for sample 7, and a device"):
+        run(None, place(tiny_data(count), mesh, SAME), plan, None, None)
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])

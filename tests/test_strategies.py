@@ -353,6 +353,23 @@ def test_a_baseline_refuses_a_federation_that_is_not_its_own(make, cuts, message
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"average": "all"}, "average: all is unknown.*all_holders"),
+        ({"boundary": "detach"}, "boundary: detach .*did you mean detached"),
+        ({"period_unit": "round"}, "period_unit: round .*did you mean rounds"),
+        ({"batch_norm": "local"}, "batch_norm: local is unknown"),
+        ({"optimizer_state": "mean"}, "optimizer_state: mean is unknown"),
+        ({"init": "per-client"}, "init: per-client is unknown"),
+    ],
+)
+def test_a_misspelt_option_is_refused(options, message):
+    """Else it would be another algorithm, without a word."""
+    with pytest.raises(UserError, match=message):
+        averaging(tiny_federation(CUTS), **options)
+
+
+@pytest.mark.parametrize(
     ("average", "same"), [("servers", "keep_local"), ("all_holders", "average")]
 )
 def test_batch_norm_stays_local_where_only_servers_are_averaged(average, same):

@@ -51,8 +51,9 @@ class RoundFn(Protocol):
 
         Args:
           state: of the clients in the plan's slots, before; its buffers are given up.
-          data: the training samples, on the device; over several devices a block for
-            each, in which the plan's indices count.
+          data: the training samples, on the device; over a mesh a block for each
+            device, in which the plan's indices count, see `place_blocks`, where
+            `data_layout` says so.
           plan: T steps of N slots.
           learning_rates: ``float32 [T]``.
           weights: ``float32 [N]``, of each slot in the averages; 0 for the absent.
@@ -62,6 +63,9 @@ class RoundFn(Protocol):
         Returns:
           The state after, the last means of what is averaged, if it was, and how far
           the round has come.
+
+        Raises:
+          ValueError: the plan has indices of samples that are not there.
         """
 
 
@@ -79,6 +83,15 @@ def layout(strategy: Strategy) -> RunState:
 def data_layout(strategy: Strategy) -> PartitionSpec:
     """How the training samples lie over a mesh: a block for each device, or all."""
     return SAME if strategy.step is None else SPREAD
+
+
+def check_indices(plan: RoundPlan, samples: int) -> None:
+    """JAX would read the last sample in place of one that is not there."""
+    if plan.indices.max() >= samples:
+        raise ValueError(
+            f"the plan asks for sample {plan.indices.max()}, and a device has "
+            f"{samples}; over a mesh `place_blocks` gives each what it needs"
+        )
 
 
 def step_key(key: Key, client: Array, step: Array) -> Key:

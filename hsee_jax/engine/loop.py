@@ -15,6 +15,7 @@ from hsee_jax.engine.common import (
     Progress,
     RoundFn,
     all_finite,
+    check_indices,
     due_after,
     nothing_done,
     sequence,
@@ -64,6 +65,7 @@ def looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
         begun: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[RunState, Means, Progress]:
+        check_indices(plan, len(data.labels))
         sizes = sizes_of(state)
         group_of, _ = positions(sizes)
         num_steps, num_turns = plan.order.shape

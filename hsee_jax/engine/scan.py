@@ -17,6 +17,8 @@ from hsee_jax.engine.common import (
     Progress,
     RoundFn,
     all_finite,
+    check_indices,
+    data_layout,
     due_after,
     layout,
     nothing_done,
@@ -94,6 +96,7 @@ def scanned(
 
     each: Any = layout(strategy).clients
     sharding = None if mesh is None else NamedSharding(mesh, SAME)
+    blocks = 1 if mesh is None or data_layout(strategy) == SAME else mesh.size
 
     @partial(jax.jit, out_shardings=sharding)
     def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
@@ -193,6 +196,7 @@ def scanned(
         begun: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[RunState, Means, Progress]:
+        check_indices(plan, len(data.labels) // blocks)
         sizes = sizes_of(state)
         step, _, before = begun or nothing_done(plan)
         groups = map(
