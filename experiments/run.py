@@ -91,7 +91,8 @@ def _worker(
     try:
         end = perform(run, stop=stop, **options)
     except hsee_jax.UserError as error:
-        raise SystemExit(f"run.py: {run.row} seed {run.seed}: {error}") from error
+        print(f"run.py: {run.row} seed {run.seed}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     print(f"{run.row} seed {run.seed}: {end}", flush=True)
 
 
@@ -111,21 +112,23 @@ def in_processes(
     SIGTERM and Ctrl-C stop the runs that are at work, with a checkpoint.
 
     Returns:
-      The exit status: 1 if a run failed, 128 + the number of a signal.
+      The exit status: 1 if a run failed; 2 if one was refused, after which no other
+      begins; 128 + the number of a signal.
     """
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    told, tell = context.Pipe(duplex=False)
     cores: list[int | None] = [None]
     if jobs > 1:
         cores = [*sorted(os.sched_getaffinity(0))[:jobs]]
-    waiting, at_work, failed = list(runs), dict[Any, tuple[BaseProcess, Any]](), False
+    waiting, at_work = list(runs), dict[Any, tuple[BaseProcess, Any]]()
+    statuses: set[int | None] = {0}
     with StopSignals() as signals:
         while at_work or (waiting and not signals.received):
             while waiting and cores and not signals.received:
                 core = cores.pop()
                 process: BaseProcess = context.Process(
                     target=_worker,
-                    args=(waiting.pop(0), core, stop.is_set, options),
+                    args=(waiting.pop(0), core, told.poll, options),
                     daemon=True,
                 )
                 process.start()
@@ -133,11 +136,15 @@ def in_processes(
             for sentinel in wait(at_work, timeout=1):
                 process, core = at_work.pop(sentinel)
                 process.join()
-                failed |= process.exitcode != 0
+                statuses.add(process.exitcode)
                 cores.append(core)
+            if 2 in statuses:
+                waiting.clear()
             if signals.received:
-                stop.set()
-    return 128 + signals.received if signals.received else int(failed)
+                tell.close()  # all see the end of the pipe
+    if signals.received:
+        return 128 + signals.received
+    return 2 if 2 in statuses else int(statuses != {0})
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Any:

@@ -15,11 +15,12 @@ from hsee_jax.folder import Record
 from hsee_jax.runs import speed
 from hsee_jax.tables import Table, markdown
 
+_ACCURACIES = tuple(f"{branch} accuracy" for branch in BRANCHES)
+
 
 def results(curves: Sequence[Curve]) -> Table:
     """A row for each curve: its length, its final accuracy and its speed."""
-    accuracies = tuple(f"{branch} accuracy" for branch in BRANCHES)
-    header = ("curve", "seeds", "rounds", *accuracies, "images/s", "seconds")
+    header = ("curve", "seeds", "rounds", *_ACCURACIES, "images/s", "seconds")
     rows = []
     for curve in curves:
         speeds = [speed(run.records) for run in curve.runs]
@@ -39,14 +40,24 @@ def results(curves: Sequence[Curve]) -> Table:
 
 def by_cut(curves: Sequence[Curve]) -> Table:
     """A row for each cut of each curve."""
-    accuracies = tuple(f"{branch} accuracy" for branch in BRANCHES)
     rows = []
     for curve in curves:
         for cut, count in zip(*np.unique(curve.cuts, return_counts=True), strict=True):
             final = curve.final[:, :, curve.cuts == cut].mean(axis=-1)
             rows.append((curve.label, str(cut), str(count), *_accuracies(final)))
     title = "Results by cut: likewise, over the clients of each cut"
-    return Table(title, ("curve", "cut", "clients", *accuracies), rows)
+    return Table(title, ("curve", "cut", "clients", *_ACCURACIES), rows)
+
+
+def over_rounds(curves: Sequence[Curve]) -> Table:
+    """A row for each evaluated round of each curve."""
+    rows = [
+        (curve.label, str(number), *_accuracies(curve.accuracy[:, r].mean(axis=-1)))
+        for curve in curves
+        for r, number in enumerate(curve.rounds)
+    ]
+    title = "Results over rounds: likewise"
+    return Table(title, ("curve", "round", *_ACCURACIES), rows)
 
 
 def _accuracies(final: Values) -> Iterator[str]:
@@ -111,7 +122,10 @@ def write_report(curves: Sequence[Curve], out: Path) -> Path:
         ]
     )
     text = "\n".join(
-        [f"## {table.title}\n\n{markdown(table)}" for table in tables]
+        [
+            f"## {table.title}\n\n{markdown(table)}"
+            for table in (*tables, over_rounds(curves))
+        ]
         + [f"![{picture.title}]({picture.name})\n" for picture in pictures]
     )
     try:

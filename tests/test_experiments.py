@@ -133,6 +133,15 @@ def test_the_runner_refuses_what_it_does_not_know(capsys):
         runner.main(["demo", "--jobs", "0"])
 
 
+def test_a_refused_run_is_the_last(tmp_path, capfd):
+    """There are no data, and no row of the set could be run."""
+    folders = [f"--runs={tmp_path}", f"--results={tmp_path / 'results'}"]
+    words = ["cpu-small-cifar10", "--data-dir", str(tmp_path), *folders]
+    assert runner.main(words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("run.py: cpu-small-cifar10/averaging-all-mixed seed 0: data")
+
+
 def test_the_table_has_means_and_deviations(mini):
     """Of 0.1, 0.2 and 0.6 the mean is 0.3, the deviation sqrt(0.14 / 2) = 0.265."""
     for seed, accuracy in enumerate((0.1, 0.2, 0.6)):
@@ -210,6 +219,36 @@ def test_the_accelerator_keeps_to_its_time_and_goes_on(
     assert [end.partition(": exit 0.")[0] for end in ends] == both
     assert accelerator.main([*words, "--list"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["averaging-mixed", "sequential-mixed"])
+def test_a_full_size_row_shrunk_is_trained_as_on_an_accelerator(tmp_path, row):
+    """In bfloat16, stacked and spread: the losses are those of float32, one by one."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "cifar10").mkdir()
+    for split, count in (("train", 48), ("test", 8)):
+        images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+        labels = np.arange(count) % 10
+        np.savez(tmp_path / "cifar10" / split, images=images, labels=labels)
+    size = {"width": 2, "num_clients": 3, "batch_size": 8, "rounds": 2}
+    losses = []
+    for kind in ({"client_axis": "vmap"}, {"client_axis": "loop", "dtype": "float32"}):
+        folder = tmp_path / kind["client_axis"]
+        end = runner.perform(
+            rows.Run(f"cifar10/{row}", 0),
+            changes={"data_dir": str(tmp_path)} | size | kind,
+            folder=folder,
+            results=folder,
+        )
+        assert end.startswith("exit 0.")
+        (log,) = folder.rglob("metrics.jsonl")
+        records = [json.loads(line)["train"] for line in log.read_text().splitlines()]
+        losses.append([[r["exit_loss"], r["server_loss"]] for r in records])
+        (result,) = folder.glob("*.json")
+        dtype = json.loads(result.read_text())["config"]["dtype"]
+        assert dtype == kind.get("dtype", "bfloat16")
+    np.testing.assert_allclose(*losses, rtol=0.02)
 
 
 def test_the_accelerator_leaves_out_what_is_not_there(mini, tmp_path, capsys):

@@ -19,7 +19,13 @@ from hsee_jax.base import UserError
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.curves import read_curves
 from hsee_jax.figures import draw
-from hsee_jax.report import by_cut, results, write_events, write_report
+from hsee_jax.report import (
+    by_cut,
+    over_rounds,
+    results,
+    write_events,
+    write_report,
+)
 from hsee_jax.tables import markdown
 
 EXIT, SERVER = ((0.1, 0.3), (0.2, 0.4)), ((0.5, 0.5), (0.6, 0.8))  # rounds 2 and 4
@@ -114,7 +120,8 @@ def test_the_tables_hold_means_and_sample_deviations(four):
 
     Final exits of the seeds of averaging: (0.2 + 0.4) / 2 = 0.3, (0.6 + 0.4) / 2 = 0.5;
     their mean is 0.4 and their deviation 0.2 / sqrt(2) = 0.1414. By cut: 0.2 and 0.6,
-    deviation 0.4 / sqrt(2) = 0.2828; 0.4 twice. A round takes the median of 1, 2, 3 and
+    deviation 0.4 / sqrt(2) = 0.2828; 0.4 twice. After round 2 they are 0.2 and 0.1,
+    deviation 0.1 / sqrt(2) = 0.0707. A round takes the median of 1, 2, 3 and
     4 seconds for 100 images: 40 images/s; of 1 and 2 seconds: 66.7. With evaluation
     1.5 + 2.5 + 3.5 + 4.5 = 12 seconds, or 4.
     """
@@ -128,6 +135,13 @@ def test_the_tables_hold_means_and_sample_deviations(four):
     assert by_cut(curves).rows[:2] == [
         (two[0], "3", "1", "0.4000 ± 0.2828", "0.6000 ± 0.0000"),
         (two[0], "5", "1", "0.4000 ± 0.0000", "0.8000 ± 0.0000"),
+    ]
+    assert over_rounds(curves).rows == [
+        (two[0], "2", "0.1500 ± 0.0707", "0.5000 ± 0.0000"),
+        (two[0], "4", "0.4000 ± 0.1414", "0.7000 ± 0.0000"),
+        ("strategy=sequential", "2", "0.2000", "0.5000"),
+        ("strategy=sequential", "4", "0.3000", "0.7000"),
+        (curves[2].label, "2", "0.2000", "0.5000"),
     ]
     lines = markdown(results(curves)).splitlines()
     assert len(lines) == 5
@@ -183,7 +197,8 @@ def test_the_page_is_whole_and_alone(four, tmp_path):
     assert html.escape(odd.name) in text
 
     text = (page.parent / "report.md").read_text()
-    assert markdown(results(read_curves([*four, odd]))) in text
+    for table in (results, by_cut, over_rounds):
+        assert markdown(table(read_curves([*four, odd]))) in text
     pictures = re.findall(r"\]\((.*)\)", text)
     assert sorted(pictures) == sorted(p.name for p in page.parent.glob("*.png"))
 
