@@ -20,6 +20,7 @@ import rows
 import run
 
 import hsee_jax
+from hsee_jax.data import find_source
 from hsee_jax.flags import use_cache
 from hsee_jax.processes import StopSignals
 
@@ -67,8 +68,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
             for one in in_order_of_value(given.sets, given.seeds):
                 name, left = f"{one.row} seed {one.seed}", end - time.monotonic()
-                dataset = rows.config_of(one).data.dataset
-                if dataset in missing or rows.load(one, given.results) is not None:
+                data = rows.config_of(one, **changes).data
+                if data.dataset in missing or rows.load(one, given.results) is not None:
                     continue
                 if given.list:
                     print(name)
@@ -85,9 +86,9 @@ def main(words: Sequence[str] | None = None) -> int:
                         stop=until(last),
                     )
                 except hsee_jax.UserError as error:
-                    if not str(error).startswith("data_dir"):
+                    if find_source(data):
                         raise
-                    missing.append(dataset)
+                    missing.append(data.dataset)
                     how = f"left out: {error}"
                 print(f"{name}: {how}", flush=True)
     except hsee_jax.UserError as error:

@@ -25,8 +25,9 @@ from typing import Any
 import rows
 
 import hsee_jax
+from hsee_jax.config import flatten
 from hsee_jax.flags import use_cache
-from hsee_jax.folder import check_same, read_config
+from hsee_jax.folder import BOOKKEEPING, read_config
 from hsee_jax.processes import StopSignals
 from hsee_jax.terminal import show_log
 
@@ -71,18 +72,17 @@ def _start(config: hsee_jax.Config, place: Path) -> dict[str, Any]:
     """Whether to go on with the run in a folder, to replace it, or neither."""
     if not (place / "config.json").is_file():
         return {}
-    try:
-        check_same(config, read_config(place))
-    except hsee_jax.UserError:
-        return {"overwrite": True}
-    return {"resume": True}
+    ours, theirs = flatten(config), flatten(read_config(place))
+    same = all(ours[name] == theirs[name] for name in ours if name not in BOOKKEEPING)
+    return {"resume" if same else "overwrite": True}
 
 
 def _worker(
     run: rows.Run, core: int | None, stop: Callable[[], bool], options: dict[str, Any]
 ) -> None:
     """`perform` in a process of its own, which keeps to one core if that is given."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it through ``stop``
+    for number in (signal.SIGINT, signal.SIGTERM):  # they come through ``stop``
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if core is not None:
         os.sched_setaffinity(0, {core})
@@ -109,7 +109,8 @@ def in_processes(
 ) -> int:
     """Performs runs, each in a new process, so many at once, each on its own core.
 
-    SIGTERM and Ctrl-C stop the runs that are at work, with a checkpoint.
+    SIGTERM and Ctrl-C stop the runs that are at work, with a checkpoint; told again, at
+    once.
 
     Returns:
       The exit status: 1 if a run failed; 2 if one was refused, after which no other
@@ -123,25 +124,31 @@ def in_processes(
     waiting, at_work = list(runs), dict[Any, tuple[BaseProcess, Any]]()
     statuses: set[int | None] = {0}
     with StopSignals() as signals:
-        while at_work or (waiting and not signals.received):
-            while waiting and cores and not signals.received:
-                core = cores.pop()
-                process: BaseProcess = context.Process(
-                    target=_worker,
-                    args=(waiting.pop(0), core, told.poll, options),
-                    daemon=True,
-                )
-                process.start()
-                at_work[process.sentinel] = process, core
-            for sentinel in wait(at_work, timeout=1):
-                process, core = at_work.pop(sentinel)
-                process.join()
-                statuses.add(process.exitcode)
-                cores.append(core)
-            if 2 in statuses:
-                waiting.clear()
-            if signals.received:
-                tell.close()  # all see the end of the pipe
+        try:
+            while at_work or (waiting and not signals.received):
+                while waiting and cores and not signals.received:
+                    run, core = waiting.pop(0), cores.pop()
+                    process: BaseProcess = context.Process(
+                        target=_worker,
+                        args=(run, core, told.poll, options),
+                        name=f"{run.row} seed {run.seed}",
+                    )
+                    process.start()
+                    at_work[process.sentinel] = process, core
+                for sentinel in wait(at_work, timeout=0.1):
+                    process, core = at_work.pop(sentinel)
+                    process.join()
+                    if process.exitcode not in (0, 2):  # 2 has said why
+                        print(f"{process.name}: failed with status {process.exitcode}")
+                    statuses.add(process.exitcode)
+                    cores.append(core)
+                if 2 in statuses:
+                    waiting.clear()
+                if signals.received:
+                    tell.close()  # all see the end of the pipe
+        finally:
+            for process, _ in at_work.values():
+                process.kill()
     if signals.received:
         return 128 + signals.received
     return 2 if 2 in statuses else int(statuses != {0})

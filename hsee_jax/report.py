@@ -50,13 +50,13 @@ def by_cut(curves: Sequence[Curve]) -> Table:
 
 
 def over_rounds(curves: Sequence[Curve]) -> Table:
-    """A row for each evaluated round of each curve."""
+    """A row for each round of each curve that all its runs have evaluated."""
     rows = [
         (curve.label, str(number), *_accuracies(curve.accuracy[:, r].mean(axis=-1)))
         for curve in curves
         for r, number in enumerate(curve.rounds)
     ]
-    title = "Results over rounds: likewise"
+    title = "Results over rounds: mean over all clients; likewise over seeds"
     return Table(title, ("curve", "round", *_ACCURACIES), rows)
 
 

@@ -215,7 +215,7 @@ def _check_info(config: Config, folder: Path) -> None:
 
 
 def check_data(experiment: Experiment, folder: Path) -> None:
-    """Looks whether the training samples are those that a run has had.
+    """Looks, by the labels, whether the training samples are those of a run.
 
     The same indices are other images where a dataset is there in another form.
 

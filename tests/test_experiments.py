@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -138,7 +139,8 @@ def test_a_refused_run_is_the_last(tmp_path, capfd):
     folders = [f"--runs={tmp_path}", f"--results={tmp_path / 'results'}"]
     words = ["cpu-small-cifar10", "--data-dir", str(tmp_path), *folders]
     assert runner.main(words) == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    errors = capfd.readouterr().err.splitlines()
+    (line,) = (line for line in errors if line.startswith("run.py: "))
     assert line.startswith("run.py: cpu-small-cifar10/averaging-all-mixed seed 0: data")
 
 
@@ -260,6 +262,19 @@ def test_the_accelerator_leaves_out_what_is_not_there(mini, tmp_path, capsys):
     assert accelerator.main(["--sets", "maxi"]) == 2
 
 
+def test_a_signal_is_the_accelerators_end(mini, monkeypatch, capsys):
+    def perform(one, *, stop, **options):
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+        return "stopped"
+
+    monkeypatch.setattr(runner, "perform", perform)
+    words = ["--sets", "mini", f"--results={mini['results']}"]
+    assert accelerator.main(words) == 128 + signal.SIGTERM
+    assert capsys.readouterr().out == "mini/averaging seed 0: stopped\n"
+
+
 DRIVER = """
 import sys
 from pathlib import Path
@@ -293,9 +308,8 @@ def start(mini, tmp_path):
     def popen(name):
         folders = [f"--{kind}={tmp_path / name / kind}" for kind in ("runs", "results")]
         words = [sys.executable, str(script), "mini", "--seeds", "0", *folders]
-        return subprocess.Popen(
-            words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(words, text=True, start_new_session=True, **pipes)
 
     return popen
 
@@ -312,7 +326,10 @@ def accuracies(process, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopping_the_runner_changes_no_figure(start, tmp_path, number):
-    """The runner alone is told, in the middle of its second row, and started again."""
+    """In the middle of its second row; then it is started again.
+
+    It is killed by itself, and else told with all its processes, as by a terminal.
+    """
     expected = accuracies(start("whole"), tmp_path / "whole" / "results")
     stopped = start("stopped")
     folder = tmp_path / "stopped" / "runs" / "mini" / "sequential-0"
@@ -320,9 +337,9 @@ def test_stopping_the_runner_changes_no_figure(start, tmp_path, number):
     while not log.is_file() or len(log.read_text().splitlines()) < 7:
         assert stopped.poll() is None
         time.sleep(0.01)
-    stopped.send_signal(number)
-    text, errors = stopped.communicate(timeout=60)
     killed = number == signal.SIGKILL
+    (os.kill if killed else os.killpg)(stopped.pid, number)
+    text, errors = stopped.communicate(timeout=60)
     assert stopped.returncode == (-number if killed else 128 + number)
     assert ("mini/sequential seed 0: stopped " in text) != killed
     assert ("hsee: stops after this step" in errors) != killed
@@ -354,5 +371,6 @@ def test_bookkeeping_makes_no_other_result(mini, tmp_path):
     (tmp_path / "config.json").write_text(hsee_jax.config.to_json(rows.config_of(one)))
     longer = rows.config_of(one, checkpoint_every=2)
     assert runner._start(longer, tmp_path) == {"resume": True}
-    other = rows.config_of(one, batch_size=3)
-    assert runner._start(other, tmp_path) == {"overwrite": True}
+    for change in ({"batch_size": 3}, {"rounds": 2}, {"rounds": 4}):
+        other = rows.config_of(one, **change)
+        assert runner._start(other, tmp_path) == {"overwrite": True}

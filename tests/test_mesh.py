@@ -134,14 +134,22 @@ def test_a_shared_server_takes_rows_and_sums(collectives):
 
 
 def test_those_of_a_round_go_to_their_devices_alone():
-    """From the host, with the means that they have missed."""
+    """From the host, and there receive the means that they have missed."""
     federation = tiny_federation(dict.fromkeys(range(8), 1), mesh=first_devices(4))
     strategy, ids = averaging(federation), np.arange(4, dtype=np.int32)
     store = HostStore(federation, strategy, (4,))
     state = store.init(jax.random.key(0))
     some, means = strategy.aggregate(store.take(state, ids), (jnp.ones(4),))
     state = store.put(state, ids, some, means)
-    absent = store.take(state, ids + 4)
-    for branch in (*absent.clients, *absent.servers):
-        for leaf in jax.tree.leaves(branch):
+    seen, receive = [store._init(jax.random.key(0), (ids,))], store._receive
+    store._receive = lambda some, *more: seen.append(some) or receive(some, *more)
+    seen.append(store.take(state, ids + 4))
+    assert len(seen) == 3
+    for stack in (branch for one in seen for branch in (*one.clients, *one.servers)):
+        for leaf in jax.tree.leaves(stack):
             assert [len(part.data) for part in leaf.addressable_shards] == [1] * 4
+    jax.tree.map(
+        lambda leaf, mean: np.testing.assert_array_equal(leaf, [mean] * 4),
+        seen[-1].servers[0].head.params,
+        means["final head"].params,
+    )
