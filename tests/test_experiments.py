@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -225,6 +226,7 @@ def test_the_accelerator_keeps_to_its_time_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["averaging-mixed", "sequential-mixed"])
+@jax.numpy_dtype_promotion("standard")  # Flax's BatchNorm relies on it
 def test_a_full_size_row_shrunk_is_trained_as_on_an_accelerator(tmp_path, row):
     """In bfloat16, stacked and spread: the losses are those of float32, one by one."""
     rng = np.random.default_rng(0)
