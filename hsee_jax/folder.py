@@ -1,17 +1,18 @@
-"""A run's folder: whether a run may start in it, its lock, and how files get there."""
+"""A run's folder: whether a run may start or go on there, its lock, and its files."""
 
 import contextlib
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hsee_jax.base import UserError
 from hsee_jax.config import Config, flatten, from_dict
 from hsee_jax.data.info import DatasetInfo
+from hsee_jax.partition import Share
 from hsee_jax.processes import in_first
 
 _log = logging.getLogger(__name__)
@@ -134,6 +135,44 @@ def check_same(config: Config, stored: Config) -> None:
                 f"{name}: {value} is not allowed with --resume; the run has "
                 f"{theirs[name]}"
             )
+
+
+def check_info(folder: Path, found: DatasetInfo) -> None:
+    """Looks whether data are of the shape, classes and normalisation that a run has.
+
+    Raises:
+      UserError: they are not.
+    """
+    try:
+        stored = read_info(folder)
+    except UserError:
+        return  # it is lost, and `train` writes it anew
+    for name, theirs, value in zip(stored._fields, stored, found, strict=True):
+        if value != theirs:
+            raise UserError(
+                f"data_dir: the data found now, of {name} {value}, are not those of "
+                f"{folder}; allowed is {theirs}"
+            )
+
+
+def check_partition(folder: Path, shares: Sequence[Share]) -> None:
+    """Looks, by the labels, whether the training samples are those of a run.
+
+    The same indices are other images where a dataset is there in another form.
+
+    Raises:
+      UserError: they are not.
+    """
+    try:
+        stored = json.loads((folder / "partition.json").read_text())
+    except (OSError, ValueError):
+        return  # it is lost, and `train` writes it anew
+    if stored != [share._asdict() for share in shares]:
+        raise UserError(
+            f"data_dir: the training samples found now are not those of {folder}; "
+            "allowed is the same dataset in the same form, be it prepared by "
+            "tensorflow-datasets, an archive or npz"
+        )
 
 
 @contextlib.contextmanager

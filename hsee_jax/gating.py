@@ -33,12 +33,12 @@ from hsee_jax.calibration import (
 from hsee_jax.data import dataset_info
 from hsee_jax.experiment import Experiment
 from hsee_jax.federation import RunState, server_of
-from hsee_jax.folder import Record
+from hsee_jax.folder import Record, check_partition
 from hsee_jax.inference import CRITERIA, Answers, make_gate
 from hsee_jax.link import message_bytes
 from hsee_jax.mesh import fetch
 from hsee_jax.model import LayerCost, layer_inputs
-from hsee_jax.runs import check_data, reopen
+from hsee_jax.runs import reopen
 
 _OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
 _TIMED = _OFFLOADS[::5]
@@ -195,7 +195,7 @@ def study(
             f"validation_share: {folder} held out no samples to find thresholds with; "
             "train with --validation-share, such as 0.1"
         )
-    check_data(experiment, folder)
+    check_partition(folder, experiment.manifest)
     size = experiment.config.run.eval_batch_size if batch_size is None else batch_size
     setting = {
         "rounds": int(state.round),

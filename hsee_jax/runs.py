@@ -37,11 +37,12 @@ from hsee_jax.experiment import Experiment, build
 from hsee_jax.federation import RunState
 from hsee_jax.folder import (
     Record,
+    check_info,
+    check_partition,
     check_same,
     check_start,
     locked,
     read_config,
-    read_info,
     replace_file,
     writing,
 )
@@ -193,45 +194,10 @@ def reopen(
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
-    _check_info(config, folder)
+    check_info(folder, dataset_info(config.data))
     checkpoint = checkpoint_of(folder, which)
     experiment = build(config)
     return experiment, load(checkpoint, experiment.store.like())
-
-
-def _check_info(config: Config, folder: Path) -> None:
-    """Looks whether data are of the shape, classes and normalisation that a run has."""
-    try:
-        stored = read_info(folder)
-    except UserError:
-        return  # it is lost, and `train` writes it anew
-    found = dataset_info(config.data)
-    for name, theirs, value in zip(stored._fields, stored, found, strict=True):
-        if value != theirs:
-            raise UserError(
-                f"data_dir: the data found now, of {name} {value}, are not those of "
-                f"{folder}; allowed is {theirs}"
-            )
-
-
-def check_data(experiment: Experiment, folder: Path) -> None:
-    """Looks, by the labels, whether the training samples are those of a run.
-
-    The same indices are other images where a dataset is there in another form.
-
-    Raises:
-      UserError: they are not.
-    """
-    try:
-        stored = json.loads((folder / "partition.json").read_text())
-    except (OSError, ValueError):
-        return  # it is lost, and `train` writes it anew
-    if stored != [share._asdict() for share in experiment.manifest]:
-        raise UserError(
-            f"data_dir: the training samples found now are not those of {folder}; "
-            "allowed is the same dataset in the same form, be it prepared by "
-            "tensorflow-datasets, an archive or npz"
-        )
 
 
 def evaluate(
@@ -254,8 +220,8 @@ def _resumed(experiment: Experiment, folder: Path) -> _Place:
             f"rounds: {rounds} is not allowed with --resume; the run has done "
             f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
-    _check_info(experiment.config, folder)
-    check_data(experiment, folder)
+    check_info(folder, dataset_info(experiment.config.data))
+    check_partition(folder, experiment.manifest)
     state = load(checkpoint, experiment.store.like())
     path = folder / "metrics.jsonl"
     try:
