@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hsee_jax.base import Array
-from hsee_jax.conv import convolution
+from hsee_jax.core.types import Array
+from hsee_jax.nn.convolution import convolution
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 PASSES = ("forward", "wrt_input", "wrt_weights")

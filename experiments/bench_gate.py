@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import hsee_jax
-from hsee_jax.base import Array
+from hsee_jax.core.types import Array
 
 SHARES = (1.0, 0.5, 0.2, 0.05)
 COLUMNS = (

@@ -11,7 +11,7 @@ import numpy as np
 
 import hsee_jax
 from hsee_jax.data.info import DATASETS
-from hsee_jax.experiment import Experiment, build
+from hsee_jax.runs.build import Experiment, build
 
 CUTS = ("3", "5", "7")
 STRATEGIES = ("averaging", "sequential")

@@ -4,62 +4,31 @@ The method is Hetero-SplitEE (Oda et al., arXiv:2512.09313): clients keep the la
 one network up to a cut of their own, and an exit head there; a server trains the rest.
 """
 
-from hsee_jax.aggregate import LayerMean, layer_mean, receive
-from hsee_jax.augment import InputPipeline
-from hsee_jax.base import (
-    Batch,
-    Dataset,
-    DivergenceError,
-    ExitMetrics,
-    Metrics,
-    Stage,
-    Stopped,
-    UserError,
-)
-from hsee_jax.compose import compose
-from hsee_jax.config import Config, override, preset
+from hsee_jax.federation.aggregation import LayerMean, layer_mean, receive
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.core.types import Batch, Dataset, ExitMetrics, Metrics, Stage
+from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.algorithms.compose import compose
+from hsee_jax.config.schema import Config, override
+from hsee_jax.config.presets import preset
 from hsee_jax.engine import make_round
-from hsee_jax.evaluate import ClientResult, make_evaluation
-from hsee_jax.experiment import Experiment, build
-from hsee_jax.export import export_client
-from hsee_jax.federation import (
-    Client,
-    Federation,
-    Group,
-    RunState,
-    Strategy,
-    group_clients,
-    server_of,
-)
-from hsee_jax.inference import Answers, Gate, make_gate
-from hsee_jax.losses import masked_cross_entropy, predictive_entropy
-from hsee_jax.mesh import make_mesh, place_blocks
-from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
-from hsee_jax.plan import RoundPlan, plan_round
-from hsee_jax.restored import Restored, restore, restore_client
-from hsee_jax.runs import train
-from hsee_jax.split import (
-    Branch,
-    BranchSpec,
-    LayerState,
-    branch_step,
-    client_spec,
-    detached_step,
-    forward,
-    init_client,
-    init_server,
-    joint_step,
-    server_spec,
-)
-from hsee_jax.strategies import (
-    averaging,
-    centralized,
-    fedavg,
-    local,
-    sequential,
-    splitfed_v1,
-    splitfed_v2,
-)
+from hsee_jax.engine.evaluation import ClientResult, make_evaluation
+from hsee_jax.runs.build import Experiment, build
+from hsee_jax.deployment.export import export_client
+from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.strategy import Strategy, server_of
+from hsee_jax.inference.gate import Answers, Gate, make_gate
+from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.parallel.mesh import make_mesh, place_blocks
+from hsee_jax.nn.model import Model, Network, from_linen, init_network
+from hsee_jax.nn.resnet import resnet18
+from hsee_jax.engine.plan import RoundPlan, plan_round
+from hsee_jax.runs.restore import Restored, restore, restore_client
+from hsee_jax.runs.train import train
+from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, client_spec, forward, init_client, init_server, server_spec
+from hsee_jax.federation.step import branch_step, detached_step, joint_step
+from hsee_jax.algorithms.hetero_splitee import averaging, centralized, fedavg, local, sequential, splitfed_v1, splitfed_v2
 
 __all__ = [
     "Answers",

@@ -17,25 +17,12 @@ from typing import Any
 
 import jax
 
-from hsee_jax.base import DivergenceError, Stopped, UserError
-from hsee_jax.config import PRESETS, DataConfig
-from hsee_jax.fields import unknown
-from hsee_jax.flags import (
-    Parser,
-    add_cache,
-    add_options,
-    config_from,
-    use_cache,
-)
-from hsee_jax.terminal import (
-    Progress,
-    cost_table,
-    download_bar,
-    results_table,
-    show,
-    show_log,
-    text_table,
-)
+from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.config.presets import PRESETS
+from hsee_jax.config.schema import DataConfig
+from hsee_jax.core.errors import unknown
+from hsee_jax.flags import Parser, add_cache, add_options, config_from, use_cache
+from hsee_jax.terminal import Progress, cost_table, download_bar, results_table, show, show_log, text_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +91,7 @@ def _train(words: Sequence[str]) -> int | None:
     name = given.get("preset", "run" if "config" in given else "demo")
     config = config_from(given, stored=out if resume else None)
 
-    from hsee_jax import processes
+    from hsee_jax.parallel import processes
 
     processes.join(*map(given.get, ("coordinator", "num_processes", "process_id")))
     use_cache(given)
@@ -113,7 +100,7 @@ def _train(words: Sequence[str]) -> int | None:
             raise UserError("out: missing; several processes need a folder they share")
         out = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    from hsee_jax import runs
+    from hsee_jax.runs import train as runs
 
     if processes.is_first():
         show_log()
@@ -141,7 +128,7 @@ def _evaluate(words: Sequence[str]) -> None:
     _add_figures(parser, file="summary.json")
     given = _parse_run(parser, words)
 
-    from hsee_jax import runs
+    from hsee_jax.runs import train as runs
 
     show_log()
     figures = runs.evaluate(given.run, given.checkpoint, data_dir=given.data_dir)
@@ -182,9 +169,10 @@ def _gate(words: Sequence[str]) -> None:
     )
     given = _parse_run(parser, words)
 
-    from hsee_jax import gate_report, gating
-    from hsee_jax.folder import check_writable
-    from hsee_jax.inference import CRITERIA
+    from hsee_jax.report import gate as gate_report
+    from hsee_jax.inference import study as gating
+    from hsee_jax.runs.folder import check_writable
+    from hsee_jax.inference.gate import CRITERIA
 
     if given.criterion not in CRITERIA:
         raise unknown("criterion", given.criterion, tuple(CRITERIA))
@@ -227,7 +215,7 @@ def _export(words: Sequence[str]) -> None:
     )
     given = _parse_run(parser, words)
 
-    from hsee_jax.export import export_client
+    from hsee_jax.deployment.export import export_client
 
     print(export_client(given.run, given.client, which=given.checkpoint, out=given.out))
 
@@ -280,9 +268,10 @@ def _info(words: Sequence[str]) -> None:
     use_cache(given)
 
     from hsee_jax.data import dataset_info
-    from hsee_jax.experiment import build_federation, build_strategy
-    from hsee_jax.model import layer_costs, layer_inputs
-    from hsee_jax.traffic import sample_bytes
+    from hsee_jax.runs.build import build_federation, build_strategy
+    from hsee_jax.systems.costs import layer_costs
+    from hsee_jax.nn.model import layer_inputs
+    from hsee_jax.systems.traffic import sample_bytes
 
     federation = build_federation(config, dataset_info(config.data))
     boundary = build_strategy(config, federation).boundary
@@ -321,9 +310,9 @@ def _report(words: Sequence[str]) -> None:
     )
     given = parser.parse(words)
 
-    from hsee_jax import report
-    from hsee_jax.curves import read_curves
-    from hsee_jax.tables import markdown
+    from hsee_jax.report import page as report
+    from hsee_jax.report.curves import read_curves
+    from hsee_jax.report.tables import markdown
 
     curves = read_curves(given.runs)
     if given.tensorboard is not None:

@@ -10,16 +10,10 @@ from typing import Any, NoReturn
 
 import jax
 
-from hsee_jax.base import UserError
-from hsee_jax.config import (
-    PRESETS,
-    SEEDS,
-    Config,
-    options,
-    override,
-    preset,
-)
-from hsee_jax.fields import takes_many, value_type
+from hsee_jax.core.errors import UserError
+from hsee_jax.config.presets import PRESETS, preset
+from hsee_jax.config.schema import SEEDS, Config, options, override
+from hsee_jax.core.options import takes_many, value_type
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,8 +113,8 @@ def _absences(path: Path) -> tuple[str, ...]:
 
 def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """The preset, file or stored run that was named, with the given flags applied."""
-    from hsee_jax.folder import load_config, read_config
-    from hsee_jax.strategies import readers_of
+    from hsee_jax.runs.folder import load_config, read_config
+    from hsee_jax.algorithms.hetero_splitee import readers_of
 
     changes = {name: given[name] for name in options() if name in given}
     if "data_dir" in changes:

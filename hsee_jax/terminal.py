@@ -19,8 +19,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from hsee_jax.data import OnBytes
-from hsee_jax.model import LayerCost
-from hsee_jax.traffic import Bytes
+from hsee_jax.systems.costs import LayerCost
+from hsee_jax.systems.traffic import Bytes
 
 
 def results_table(figures: dict[str, Any], *, title: str) -> Table:

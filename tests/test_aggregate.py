@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsee_jax.aggregate import layer_mean, receive
-from hsee_jax.split import LayerState
+from hsee_jax.federation.aggregation import layer_mean, receive
+from hsee_jax.federation.branch import LayerState
 
 OPTIMIZER = optax.trace(0.9)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.augment import augment, normalize
+from hsee_jax.data.pipeline import augment, normalize
 
 
 def test_normalize_centres_and_scales_each_channel():

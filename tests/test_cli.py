@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from hsee_jax import cli
-from hsee_jax.config import Config, flatten, options, override, preset
+from hsee_jax.config.schema import Config, flatten, options, override
+from hsee_jax.config.presets import preset
 from hsee_jax.data import load_dataset
-from hsee_jax.fields import takes_many
-from hsee_jax.strategies import STRATEGIES, options_of
+from hsee_jax.core.options import takes_many
+from hsee_jax.algorithms.hetero_splitee import STRATEGIES, options_of
 from hsee_jax.terminal import Progress
 
 SMALL = (

@@ -5,18 +5,11 @@ import json
 
 import pytest
 
-from hsee_jax.base import UserError
-from hsee_jax.config import (
-    PRESETS,
-    Config,
-    flatten,
-    from_dict,
-    options,
-    override,
-    preset,
-    to_json,
-)
-from hsee_jax.model import deal_cuts, parse_cut, resnet18
+from hsee_jax.core.errors import UserError
+from hsee_jax.config.presets import PRESETS, preset
+from hsee_jax.config.schema import Config, flatten, from_dict, options, override, to_json
+from hsee_jax.nn.cuts import deal_cuts, parse_cut
+from hsee_jax.nn.resnet import resnet18
 
 NAMES = resnet18(num_classes=10, input_shape=(32, 32, 3)).layer_names
 

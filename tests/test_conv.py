@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from hsee_jax.config import options
-from hsee_jax.conv import convolution
-from hsee_jax.model import resnet18
+from hsee_jax.config.schema import options
+from hsee_jax.nn.convolution import convolution
+from hsee_jax.nn.resnet import resnet18
 
 MODES = ("grouped", "unrolled", "patches", "winograd", "auto")
 CLIENTS, BATCH = 3, 2

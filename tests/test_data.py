@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from tiny_archives import WRITE, noise, tar, tiny_archive
 
-from hsee_jax.base import UserError
-from hsee_jax.config import DataConfig, options, override, preset
+from hsee_jax.core.errors import UserError
+from hsee_jax.config.schema import DataConfig, options, override
+from hsee_jax.config.presets import preset
 from hsee_jax.data import archives, dataset_info, load_dataset, prepare, prepared
 from hsee_jax.data.info import DATASETS, OWN
-from hsee_jax.experiment import build, build_model
+from hsee_jax.runs.build import build, build_model
 
 REAL = Path(
     os.environ.get("HSEE_TFDS_DIR", Path(__file__).parents[2] / "shared/data/tfds")

@@ -11,7 +11,7 @@ import pytest
 from tiny_archives import tiny_archive
 
 from hsee_jax import cli
-from hsee_jax.base import UserError
+from hsee_jax.core.errors import UserError
 from hsee_jax.data import archives
 from hsee_jax.data import download as downloads
 

@@ -15,7 +15,7 @@ import pytest
 
 import hsee_jax
 from hsee_jax.data import dataset_info
-from hsee_jax.experiment import build_federation, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))

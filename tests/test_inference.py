@@ -10,26 +10,21 @@ import optax
 import pytest
 from tiny import CLASSES, tiny_data, tiny_model
 
-from hsee_jax import cli, gating, runs
-from hsee_jax.base import Dataset, UserError
-from hsee_jax.calibration import (
-    Judged,
-    Scores,
-    all_thresholds,
-    calibration_error,
-    curve,
-    judge,
-    reaching,
-    within,
-)
-from hsee_jax.checkpoint import Writer
-from hsee_jax.config import override, preset, to_json
+from hsee_jax import cli
+from hsee_jax.inference import study as gating
+from hsee_jax.runs import train as runs
+from hsee_jax.core.types import Dataset
+from hsee_jax.core.errors import UserError
+from hsee_jax.inference.calibration import Judged, Scores, all_thresholds, calibration_error, curve, judge, reaching, within
+from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.presets import preset
 from hsee_jax.data import load_dataset
-from hsee_jax.experiment import build
-from hsee_jax.gating import Target
-from hsee_jax.inference import CRITERIA, make_gate
-from hsee_jax.model import init_network
-from hsee_jax.split import client_spec, forward, init_client, init_server, server_spec
+from hsee_jax.runs.build import build
+from hsee_jax.inference.study import Target
+from hsee_jax.inference.gate import CRITERIA, make_gate
+from hsee_jax.nn.model import init_network
+from hsee_jax.federation.branch import client_spec, forward, init_client, init_server, server_spec
 
 MODEL = tiny_model()
 NONE = optax.identity()

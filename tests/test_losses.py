@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 
 
 def test_padding_rows_do_not_count():

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsee_jax.config import OptimConfig
-from hsee_jax.optim import make_optimizer, make_schedule
+from hsee_jax.config.schema import OptimConfig
+from hsee_jax.optim.optimizers import make_optimizer
+from hsee_jax.optim.schedules import make_schedule
 
 
 def test_sgd_is_heavy_ball_and_spares_biases():

@@ -13,10 +13,12 @@ import pytest
 from tiny import noise_state, write_run
 
 import hsee_jax
-from hsee_jax import restored, runs
-from hsee_jax.base import Batch, UserError
-from hsee_jax.checkpoint import load
-from hsee_jax.config import override, preset
+from hsee_jax.runs import restore as restored, train as runs
+from hsee_jax.core.types import Batch
+from hsee_jax.core.errors import UserError
+from hsee_jax.runs.checkpoint import load
+from hsee_jax.config.schema import override
+from hsee_jax.config.presets import preset
 from hsee_jax.data import dataset_info
 
 SMALL = override(

@@ -7,20 +7,11 @@ import optax
 import pytest
 from tiny import OPTIM, tiny_data, tiny_federation, tiny_model
 
-from hsee_jax.base import Batch
-from hsee_jax.losses import masked_cross_entropy
-from hsee_jax.model import init_network
-from hsee_jax.split import (
-    BranchSpec,
-    branch_step,
-    client_spec,
-    detached_step,
-    forward,
-    init_client,
-    init_server,
-    joint_step,
-    server_spec,
-)
+from hsee_jax.core.types import Batch
+from hsee_jax.nn.losses import masked_cross_entropy
+from hsee_jax.nn.model import init_network
+from hsee_jax.federation.branch import BranchSpec, client_spec, forward, init_client, init_server, server_spec
+from hsee_jax.federation.step import branch_step, detached_step, joint_step
 
 MODEL = tiny_model()
 NETWORK = jax.jit(lambda: init_network(MODEL, jax.random.key(0)))()

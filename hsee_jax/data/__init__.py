@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hsee_jax.base import Dataset, UserError
-from hsee_jax.config import DataConfig
+from hsee_jax.core.types import Dataset
+from hsee_jax.core.errors import UserError
+from hsee_jax.config.schema import DataConfig
 from hsee_jax.data import archives, arrays, prepared
 from hsee_jax.data.download import OnBytes, fetch
 from hsee_jax.data.info import DATASETS, OWN, PACKAGED, DatasetInfo, Source

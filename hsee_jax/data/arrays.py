@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.base import Dataset, UserError
+from hsee_jax.core.types import Dataset
+from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import DATASETS, OWN, DatasetInfo, Source
 
 _ALLOWED = (

@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Protocol
 
-from hsee_jax.base import UserError
+from hsee_jax.core.errors import UserError
 from hsee_jax.data.archives import Archive
 
 _TIMEOUT_S = 10.0  # to connect, and for each wait thereafter; there are no retries

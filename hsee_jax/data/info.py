@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
-from hsee_jax.base import Dataset
+from hsee_jax.core.types import Dataset
 
 
 class DatasetInfo(NamedTuple):

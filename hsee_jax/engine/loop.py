@@ -2,41 +2,114 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.aggregate import latest
-from hsee_jax.augment import InputPipeline
-from hsee_jax.base import Array, Dataset, ExitMetrics, Key
-from hsee_jax.engine.common import (
+from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine.plan import RoundPlan
+from hsee_jax.engine.round import (
     Floats,
-    Progress,
     RoundFn,
+    RoundProgress,
     all_finite,
     check_indices,
     due_after,
     nothing_done,
-    sequence,
-    sizes_of,
     step_key,
+    turn_sequence,
 )
-from hsee_jax.federation import (
+from hsee_jax.federation.aggregation import newest
+from hsee_jax.federation.branch import Branch
+from hsee_jax.federation.state import (
     Means,
     RunState,
-    Strategy,
     positions,
     put_member,
-    split,
+    split_stacks,
+    stack_sizes,
     take_member,
 )
-from hsee_jax.plan import RoundPlan
-from hsee_jax.split import Branch
+from hsee_jax.federation.strategy import Strategy
+
+Log = list[tuple[int, ExitMetrics]]  # slot, and what a turn measured
 
 
-def looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
-    """See `hsee_jax.engine.make_round`."""
+class Steps(Protocol):
+    """The steps of a round, on a state in the form that they work on."""
+
+    def load(self, state: RunState) -> None:
+        """Take over a state; its buffers are given up."""
+
+    def store(self) -> RunState:
+        """Give the state back."""
+
+    def take(self, t: int) -> Log:
+        """Take step ``t`` of the round, counted from 0."""
+
+
+def make_loop_round(
+    strategy: Strategy, pipeline: InputPipeline, key: Key
+) -> RoundFn:
+    """Compile the loop, see `hsee_jax.engine.make_round`."""
+    begin = _by_turns(strategy, pipeline, key)
+    if strategy.turn is None:
+        begin = _all_at_once(strategy, pipeline, key)
+    aggregate = jax.jit(strategy.aggregate, donate_argnums=0)
+    newer = jax.jit(newest)
+
+    def run(
+        state: RunState,
+        data: Dataset,
+        plan: RoundPlan,
+        learning_rates: Floats,
+        weights: Floats,
+        begun: RoundProgress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[RunState, Means, RoundProgress]:
+        check_indices(plan, len(data.labels))
+        sizes, num_steps = stack_sizes(state), len(plan.order)
+        number, first = int(state.round), int(state.round) * num_steps
+        done, _, totals = begun or nothing_done(plan)
+        means: Means = {}
+        steps = begin(data, plan, learning_rates, first, sizes)
+        steps.load(jax.device_put(state))
+        log: Log = []
+
+        def average() -> None:
+            nonlocal means, totals
+            totals = _added(totals, log)
+            log.clear()
+            counted = np.where(all_finite(totals), weights, np.float32(0))
+            state, new = aggregate(steps.store(), split_stacks(counted, sizes))
+            means = newer(means, new) if means else new
+            steps.load(state)
+
+        while done < num_steps:
+            log += steps.take(done)
+            done += 1
+            if due_after(strategy, "steps", first + done):
+                average()
+            if stop is not None and done < num_steps and stop():
+                break
+        finished = done == num_steps
+        if finished and due_after(strategy, "rounds", number + 1):
+            average()
+        totals, state = _added(totals, log), steps.store()
+        state = state.replace(round=state.round + np.int32(finished))
+        return state, means, RoundProgress(done, finished, totals)
+
+    return run
+
+
+Begin = Callable[[Dataset, RoundPlan, Floats, int, list[int]], Steps]
+
+
+def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
+    """Compile one turn; a step takes the turns of its clients one by one."""
 
     @partial(jax.jit, static_argnames="group", donate_argnums=(0, 1))
     def turn(
@@ -50,85 +123,89 @@ def looped(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
         *,
         group: int,
     ) -> tuple[Branch, Branch, ExitMetrics]:
+        assert strategy.turn is not None
         batch = pipeline.training(step_key(key, who, step), data, *rows)
         return strategy.turn(client, server, batch, rate, group=group)
 
-    aggregate = jax.jit(strategy.aggregate, donate_argnums=0)
-    newest = jax.jit(latest)
+    def begin(
+        data: Dataset, plan: RoundPlan, rates: Floats, first: int, sizes: list[int]
+    ) -> Steps:
+        return _Turns(strategy, turn, data, plan, rates, first, sizes)
 
-    def run(
-        state: RunState,
+    return begin
+
+
+class _Turns:
+    """Steps as turns: every client, and every server, by itself."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        turn: Callable,
         data: Dataset,
         plan: RoundPlan,
-        learning_rates: Floats,
-        weights: Floats,
-        begun: Progress | None = None,
-        stop: Callable[[], bool] | None = None,
-    ) -> tuple[RunState, Means, Progress]:
-        check_indices(plan, len(data.labels))
-        sizes = sizes_of(state)
-        group_of, _ = positions(sizes)
-        num_steps, num_turns = plan.order.shape
-        round, first = int(state.round), int(state.round) * num_steps
-        steps, _, totals = begun or nothing_done(plan)
-        means: Means = {}
-        log: list[tuple[int, ExitMetrics]] = []
-        state = jax.device_put(state)
-        clients, servers = _unstack(strategy, state)
+        rates: Floats,
+        first: int,
+        sizes: list[int],
+    ) -> None:
+        self._strategy, self._turn = strategy, turn
+        self._data, self._plan, self._rates = data, plan, rates
+        self._first, self._sizes = first, sizes
+        self._group_of, _ = positions(sizes)
+        self._sequence = list(zip(*turn_sequence(strategy, plan.order), strict=True))
 
-        def averaged(state: RunState, means: Means) -> tuple[RunState, Means]:
-            counted = np.where(all_finite(totals), weights, np.float32(0))
-            state = _stack(strategy, state, clients, servers)
-            state, new = aggregate(state, split(counted, sizes))
-            return state, newest(means, new) if means else new
+    def load(self, state: RunState) -> None:
+        """See `Steps`."""
+        self._state = state
+        self._clients = self._members(state.clients)
+        self._servers = list(state.servers)
+        if not self._strategy.shared:
+            self._servers = self._members(state.servers)
 
-        turns = list(zip(*sequence(strategy, plan.order), strict=True))
-        for k in range(steps * num_turns, len(turns)):
-            t, n = turns[k]
-            if plan.mask[t, n].any():
-                s = 0 if strategy.shared else n
-                clients[n], servers[s], metrics = turn(
-                    clients[n],
-                    servers[s],
-                    data,
-                    (plan.indices[t, n], plan.mask[t, n]),
-                    plan.ids[n],
-                    np.int32(first + t),
-                    learning_rates[t],
-                    group=group_of[n],
-                )
-                log.append((n, metrics))
-            steps, turns_left = divmod(k + 1, num_turns)
-            if turns_left:
+    def store(self) -> RunState:
+        """See `Steps`."""
+        servers = tuple(self._servers)
+        if not self._strategy.shared:
+            servers = self._stacks(self._state.servers, self._servers)
+        clients = self._stacks(self._state.clients, self._clients)
+        return self._state.replace(clients=clients, servers=servers)
+
+    def take(self, t: int) -> Log:
+        """See `Steps`."""
+        plan, log, turns = self._plan, [], self._plan.order.shape[1]
+        for t, n in self._sequence[t * turns : (t + 1) * turns]:
+            if not plan.mask[t, n].any():
                 continue
-            if due_after(strategy, "steps", first + steps):
-                totals, log = _added(totals, log), []
-                state, means = averaged(state, means)
-                clients, servers = _unstack(strategy, state)
-            if stop is not None and steps < num_steps and stop():
-                break
-        totals = _added(totals, log)
-        finished = steps == num_steps
-        if finished and due_after(strategy, "rounds", round + 1):
-            state, means = averaged(state, means)
-        else:
-            state = _stack(strategy, state, clients, servers)
-        state = state.replace(round=state.round + np.int32(finished))
-        return state, means, Progress(steps, finished, totals)
+            s = 0 if self._strategy.shared else n
+            self._clients[n], self._servers[s], metrics = self._turn(
+                self._clients[n],
+                self._servers[s],
+                self._data,
+                (plan.indices[t, n], plan.mask[t, n]),
+                plan.ids[n],
+                np.int32(self._first + t),
+                self._rates[t],
+                group=self._group_of[n],
+            )
+            log.append((n, metrics))
+        return log
 
-    return run
+    def _members(self, stacks: tuple[Branch, ...]) -> list[Branch]:
+        return [
+            _take(stack, np.int32(m))
+            for stack, size in zip(stacks, self._sizes, strict=True)
+            for m in range(size)
+        ]
 
-
-def _added(totals: ExitMetrics, log: list[tuple[int, ExitMetrics]]) -> ExitMetrics:
-    """Sums by slot, and what turns measured added to them in their order."""
-    slots = np.array([n for n, _ in log], int)
-
-    def add(total: Any, *values: Any) -> Any:
-        total = total.copy()
-        np.add.at(total, slots, values)
-        return total
-
-    return jax.tree.map(add, totals, *jax.device_get([metrics for _, metrics in log]))
+    def _stacks(
+        self, stacks: tuple[Branch, ...], members: list[Branch]
+    ) -> tuple[Branch, ...]:
+        """Write members into the buffers of their stacks."""
+        rows, filled = iter(members), list(stacks)
+        for g, size in enumerate(self._sizes):
+            for m in range(size):
+                filled[g] = _put(filled[g], np.int32(m), next(rows))
+        return tuple(filled)
 
 
 # Compiled calls for a whole member: one by one its many leaves take longer.
@@ -136,34 +213,85 @@ _take = jax.jit(take_member)
 _put = jax.jit(put_member, donate_argnums=0)
 
 
-def _unstack(strategy: Strategy, state: RunState) -> tuple[list[Branch], list[Branch]]:
-    """Every slot's branch by itself, and its server's, or the one shared server."""
+def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
+    """Compile a step of all clients, for a strategy without turns."""
 
-    def members(stacks: tuple[Branch, ...]) -> list[Branch]:
-        return [
-            _take(stack, np.int32(m))
-            for stack, size in zip(stacks, sizes_of(state), strict=True)
-            for m in range(size)
-        ]
+    def fetch_batch(
+        who: Array, step: Array, data: Dataset, rows: Array, mask: Array
+    ) -> Batch:
+        return pipeline.training(step_key(key, who, step), data, rows, mask)
 
-    servers = list(state.servers) if strategy.shared else members(state.servers)
-    return members(state.clients), servers
+    @partial(jax.jit, donate_argnums=0)
+    def step(
+        state: RunState,
+        data: Dataset,
+        groups: tuple[tuple[Array, Array, Array], ...],
+        order: Array,
+        number: Array,
+        rate: Array,
+    ) -> tuple[RunState, ExitMetrics]:
+        assert strategy.step is not None
+        fetch = jax.vmap(fetch_batch, (0, None, None, 0, 0))
+        batches = tuple(fetch(ids, number, data, *rows) for ids, *rows in groups)
+        state, metrics = strategy.step(state, batches, order, rate)
+        return state, jax.tree.map(lambda *m: jnp.concatenate(m), *metrics)
+
+    def begin(
+        data: Dataset, plan: RoundPlan, rates: Floats, first: int, sizes: list[int]
+    ) -> Steps:
+        return _Stacked(step, data, plan, rates, first, sizes)
+
+    return begin
 
 
-def _stack(
-    strategy: Strategy, state: RunState, clients: list[Branch], servers: list[Branch]
-) -> RunState:
-    """The inverse of `_unstack`, in the buffers of ``state``."""
-    sizes = sizes_of(state)
+class _Stacked:
+    """Steps of all clients at once, on their stacks."""
 
-    def stacks(stacks: tuple[Branch, ...], branches: list[Branch]) -> tuple[Any, ...]:
-        rows, filled = iter(branches), list(stacks)
-        for g, size in enumerate(sizes):
-            for m in range(size):
-                filled[g] = _put(filled[g], np.int32(m), next(rows))
-        return tuple(filled)
+    def __init__(
+        self,
+        step: Callable,
+        data: Dataset,
+        plan: RoundPlan,
+        rates: Floats,
+        first: int,
+        sizes: list[int],
+    ) -> None:
+        self._step, self._data, self._plan = step, data, plan
+        self._rates, self._first, self._sizes = rates, first, sizes
 
-    new_servers = tuple(servers)
-    if not strategy.shared:
-        new_servers = stacks(state.servers, servers)
-    return state.replace(clients=stacks(state.clients, clients), servers=new_servers)
+    def load(self, state: RunState) -> None:
+        """See `Steps`."""
+        self._state = state
+
+    def store(self) -> RunState:
+        """See `Steps`."""
+        return self._state
+
+    def take(self, t: int) -> Log:
+        """See `Steps`."""
+        plan = self._plan
+        rows = (plan.ids, plan.indices[t], plan.mask[t])
+        groups = tuple(zip(*(split_stacks(r, self._sizes) for r in rows), strict=True))
+        self._state, metrics = self._step(
+            self._state,
+            self._data,
+            groups,
+            plan.order[t],
+            np.int32(self._first + t),
+            self._rates[t],
+        )
+        slots = range(len(plan.ids))
+        return [(n, jax.tree.map(lambda m, n=n: m[n], metrics)) for n in slots]
+
+
+def _added(totals: ExitMetrics, log: Log) -> ExitMetrics:
+    """Add what turns measured, in their order, to sums by slot."""
+    slots = np.array([n for n, _ in log], int)
+
+    def add(total: Any, *values: Any) -> Any:
+        total = total.copy()
+        if values:
+            np.add.at(total, slots, np.stack(values).astype(total.dtype))
+        return total
+
+    return jax.tree.map(add, totals, *jax.device_get([metrics for _, metrics in log]))

@@ -1,0 +1,19 @@
+"""Training algorithms, one file a paper."""
+
+from hsee_jax.algorithms.fedavg import fedavg
+from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.algorithms.references import centralized, local
+from hsee_jax.algorithms.registry import ALGORITHMS, register
+from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
+
+__all__ = [
+    "ALGORITHMS",
+    "averaging",
+    "centralized",
+    "fedavg",
+    "local",
+    "register",
+    "sequential",
+    "splitfed_v1",
+    "splitfed_v2",
+]

@@ -1,0 +1,93 @@
+"""Hetero-SplitEE (Oda, Ono, Nakamura and Takase, arXiv:2512.09313): two strategies.
+
+Each client trains its layers and its exit on the exit's own cross-entropy and sends the
+features to the server, which trains the layers behind the cut on the final head's. No
+gradient flows back. *Sequential*: all clients share one server network, which takes
+their features one client after another. *Averaging*: each client has a server network
+of its own; now and then each layer is averaged over the networks that hold it.
+
+The paper leaves the options below open; their defaults are our choices. With
+``boundary="joint"`` the server's gradient flows back, as in split learning.
+"""
+
+from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.options import (
+    Average,
+    BatchNorm,
+    Boundary,
+    ExitGradient,
+    Init,
+    OptimizerState,
+    Period,
+    PeriodUnit,
+    ServerLrScale,
+    Turn,
+    Weights,
+)
+from hsee_jax.algorithms.registry import ALGORITHMS
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.strategy import Strategy
+
+
+@ALGORITHMS.register(summary="Hetero-SplitEE: one server for all clients, in turn")
+def sequential(
+    federation: Federation,
+    *,
+    turn: Turn = "batch",
+    boundary: Boundary = "detached",
+    exit_gradient: ExitGradient = 0.0,
+    server_lr_scale: ServerLrScale = 1.0,
+    init: Init = "shared",
+) -> Strategy:
+    """Share one server, which takes one client after another.
+
+    In every step all clients train in parallel, then the server takes one batch of each
+    in an order drawn from the run's key. With ``turn="epoch"`` it takes a client's
+    whole local epoch before the next client's.
+    """
+    return compose(
+        federation,
+        shared=True,
+        average="none",
+        turn=turn,
+        boundary=boundary,
+        exit_gradient=exit_gradient,
+        server_lr_scale=server_lr_scale,
+        init=init,
+    )
+
+
+@ALGORITHMS.register(summary="Hetero-SplitEE: a server per client, averaged by layer")
+def averaging(
+    federation: Federation,
+    *,
+    average: Average = "servers",
+    period: Period = 1,
+    period_unit: PeriodUnit = "rounds",
+    weights: Weights = "samples",
+    boundary: Boundary = "detached",
+    exit_gradient: ExitGradient = 0.0,
+    batch_norm: BatchNorm = "auto",
+    optimizer_state: OptimizerState = "keep",
+    server_lr_scale: ServerLrScale = 1.0,
+    init: Init = "shared",
+) -> Strategy:
+    """Give each client a server of its own, and average layer by layer.
+
+    The mean of layer l is over the servers of the clients with a cut below l; with
+    ``average="all_holders"`` over the clients that hold it as well.
+    """
+    return compose(
+        federation,
+        shared=False,
+        average=average,
+        period=period,
+        period_unit=period_unit,
+        weights=weights,
+        boundary=boundary,
+        exit_gradient=exit_gradient,
+        batch_norm=batch_norm,
+        optimizer_state=optimizer_state,
+        server_lr_scale=server_lr_scale,
+        init=init,
+    )

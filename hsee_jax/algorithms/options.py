@@ -1,0 +1,65 @@
+"""The options of the algorithms: each is declared once, whoever reads it."""
+
+from typing import Annotated
+
+from hsee_jax.core.options import at_least, between, one_of, positive
+from hsee_jax.optim.optimizers import MERGES
+
+Boundary = Annotated[
+    str,
+    "no gradient crosses the cut, or the server's flows back to the client, as in "
+    "split learning [ours: joint]",
+    one_of("detached", "joint"),
+]
+ExitGradient = Annotated[
+    float,
+    "with a joint boundary, the share of the exit's gradient that reaches the client's "
+    "layers: 0 makes it a probe, 1 sums both losses [ours]",
+    between(0, 1),
+]
+Turn = Annotated[
+    str,
+    "a shared server takes one batch of each client in turn, or a client's whole local "
+    "epoch [ours]",
+    one_of("batch", "epoch"),
+]
+Period = Annotated[
+    int,
+    "how often to average, in units of period_unit; 0 is never; an absent client loses "
+    "what it has trained since the last time [ours]",
+    at_least(0),
+]
+PeriodUnit = Annotated[str, "unit of period", one_of("rounds", "steps")]
+Average = Annotated[
+    str,
+    "a layer's mean is over the server replicas that hold it, or over all holders, "
+    "clients included [ours]",
+    one_of("servers", "all_holders"),
+]
+Weights = Annotated[
+    str,
+    "weights of the clients in a mean: their numbers of training samples, or uniform "
+    "[ours]",
+    one_of("samples", "uniform"),
+]
+BatchNorm = Annotated[
+    str,
+    "BatchNorm is averaged like the rest, or stays local (FedBN); auto is local where "
+    "only servers are averaged, each of which sees the features of its own client "
+    "[ours]",
+    one_of("auto", "average", "keep_local"),
+]
+OptimizerState = Annotated[
+    str,
+    "when layers are averaged, each replica follows its optimizer's rule (sgd and "
+    "adamw keep their state), takes the mean, or starts anew [ours]",
+    one_of(MERGES),
+]
+ServerLrScale = Annotated[
+    float, "the server's learning rate, relative to the clients' [ours]", positive
+]
+Init = Annotated[
+    str,
+    "weights at the start: slices of one network, or drawn per client [ours]",
+    one_of("shared", "per_client"),
+]

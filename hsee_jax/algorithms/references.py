@@ -1,0 +1,41 @@
+"""The two references between which a federation is expected to end.
+
+`local`: every client alone, the lower one. `centralized`: one network on all data,
+the upper one.
+"""
+
+from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.options import Init, ServerLrScale
+from hsee_jax.algorithms.registry import ALGORITHMS, require_full_link
+from hsee_jax.core.errors import UserError
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.strategy import Strategy
+
+
+@ALGORITHMS.register(summary="every client alone, with a server of its own")
+def local(
+    federation: Federation,
+    *,
+    server_lr_scale: ServerLrScale = 1.0,
+    init: Init = "shared",
+) -> Strategy:
+    """Train every client alone, with a server of its own."""
+    return compose(
+        federation,
+        shared=False,
+        average="none",
+        server_lr_scale=server_lr_scale,
+        init=init,
+    )
+
+
+@ALGORITHMS.register(summary="one client with all the data trains the whole network")
+def centralized(federation: Federation) -> Strategy:
+    """Train one network on all data by the final head alone."""
+    count = sum(len(group.ids) for group in federation.groups)
+    if count != 1:
+        raise UserError(
+            f"num_clients: {count} is not allowed with centralized; allowed is 1"
+        )
+    require_full_link(federation, "centralized")
+    return compose(federation, shared=False, average="none", boundary="none")

@@ -1,0 +1,34 @@
+"""The algorithms that a run can name."""
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.registry import Registry
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.link.codecs import FULL
+
+# Factories take a `Federation`.
+ALGORITHMS: Registry[Strategy] = Registry("strategy")
+register = ALGORITHMS.register
+
+
+def cuts_of(federation: Federation) -> str:
+    """Return the cuts of a federation as text."""
+    return " ".join(str(group.cut) for group in federation.groups)
+
+
+def require_one_cut(federation: Federation, name: str) -> None:
+    """Refuse a federation with several cuts."""
+    if len(federation.groups) > 1:
+        raise UserError(
+            f"cuts: {cuts_of(federation)} is not allowed with {name}, whose clients "
+            "all have the same cut; allowed is one cut"
+        )
+
+
+def require_full_link(federation: Federation, name: str) -> None:
+    """Refuse a codec where no features are sent."""
+    if federation.codec != FULL:
+        raise UserError(
+            f"link: this form of features has no effect on {name}, where no features "
+            "are sent; allowed is full"
+        )

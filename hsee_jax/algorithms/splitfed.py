@@ -1,0 +1,59 @@
+"""SplitFed (Thapa, Arachchige, Camtepe and Sun, AAAI 2022): versions 1 and 2.
+
+Clients and server train one network jointly: the gradient of the final loss flows back
+over the cut, which is the same for all clients. After every round the client parts are
+averaged; version 1 averages the servers too, version 2 has one server.
+
+Here the exits are probes that change nothing, and in version 2 the server takes one
+batch of each client in turn; ``turn="epoch"`` is the order of the paper.
+"""
+
+from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.options import BatchNorm, OptimizerState, Turn, Weights
+from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.strategy import Strategy
+
+
+@ALGORITHMS.register(summary="SplitFedV1: a server per client, everything averaged")
+def splitfed_v1(
+    federation: Federation,
+    *,
+    weights: Weights = "samples",
+    batch_norm: BatchNorm = "auto",
+    optimizer_state: OptimizerState = "keep",
+) -> Strategy:
+    """Average the client parts, and the servers, after every round."""
+    require_one_cut(federation, "splitfed_v1")
+    return compose(
+        federation,
+        shared=False,
+        average="all_holders",
+        boundary="joint",
+        weights=weights,
+        batch_norm=batch_norm,
+        optimizer_state=optimizer_state,
+    )
+
+
+@ALGORITHMS.register(summary="SplitFedV2: one server, client parts averaged")
+def splitfed_v2(
+    federation: Federation,
+    *,
+    turn: Turn = "batch",
+    weights: Weights = "samples",
+    batch_norm: BatchNorm = "auto",
+    optimizer_state: OptimizerState = "keep",
+) -> Strategy:
+    """Share one server, and average the client parts after every round."""
+    require_one_cut(federation, "splitfed_v2")
+    return compose(
+        federation,
+        shared=True,
+        average="clients",
+        boundary="joint",
+        turn=turn,
+        weights=weights,
+        batch_norm=batch_norm,
+        optimizer_state=optimizer_state,
+    )

@@ -1,0 +1,40 @@
+"""The configuration of a run, and its presets."""
+
+from hsee_jax.config.presets import PRESETS, preset
+from hsee_jax.config.schema import (
+    BOOKKEEPING,
+    SECTIONS,
+    SEEDS,
+    ClientsConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+    flatten,
+    from_dict,
+    options,
+    override,
+    to_json,
+)
+
+__all__ = [
+    "BOOKKEEPING",
+    "PRESETS",
+    "SECTIONS",
+    "SEEDS",
+    "ClientsConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "StrategyConfig",
+    "flatten",
+    "from_dict",
+    "options",
+    "override",
+    "preset",
+    "to_json",
+]

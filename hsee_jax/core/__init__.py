@@ -1,0 +1,49 @@
+"""What every other package rests on: types, errors, options and registries."""
+
+from hsee_jax.core.errors import DivergenceError, Stopped, UserError, unknown
+from hsee_jax.core.options import (
+    Option,
+    Rule,
+    at_least,
+    between,
+    one_of,
+    positive,
+    share,
+)
+from hsee_jax.core.registry import Entry, Registry
+from hsee_jax.core.types import (
+    Array,
+    Batch,
+    Dataset,
+    ExitMetrics,
+    Key,
+    Metrics,
+    PyTree,
+    Stage,
+    Variables,
+)
+
+__all__ = [
+    "Array",
+    "Batch",
+    "Dataset",
+    "DivergenceError",
+    "Entry",
+    "ExitMetrics",
+    "Key",
+    "Metrics",
+    "Option",
+    "PyTree",
+    "Registry",
+    "Rule",
+    "Stage",
+    "Stopped",
+    "UserError",
+    "Variables",
+    "at_least",
+    "between",
+    "one_of",
+    "positive",
+    "share",
+    "unknown",
+]

@@ -1,0 +1,157 @@
+"""Options: typed values with a help text and a check, read from annotations.
+
+A field of a configuration and a keyword of a registered factory are written alike::
+
+    width: Annotated[int, "channels of the first group", at_least(1)] = 64
+
+The command line, the check of a configuration and the reference are made from that.
+"""
+
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from hsee_jax.core.errors import UserError, unknown
+
+
+class Rule(NamedTuple):
+    """What a number has to fulfil."""
+
+    allowed: str  # in words, for the error
+    holds: Callable[[Any], bool]
+
+
+class Choices(NamedTuple):
+    """The names that a text may be; a registry grows, so it is asked at each check."""
+
+    names: Iterable[str]
+
+
+def at_least(least: float) -> Rule:
+    """Require a finite number of at least this size."""
+    return Rule(f"{least} or more", lambda value: least <= value < math.inf)
+
+
+def between(least: float, most: float) -> Rule:
+    """Require a number from ``least`` to ``most``, both included."""
+    return Rule(f"{least}..{most}", lambda value: least <= value <= most)
+
+
+def one_of(*names: str | Iterable[str]) -> Choices:
+    """Require one of some names, or a name in a registry."""
+    if len(names) == 1 and not isinstance(names[0], str):
+        return Choices(names[0])
+    return Choices(typing.cast(tuple[str, ...], names))
+
+
+positive = Rule("more than 0", lambda value: 0 < value < math.inf)
+share = Rule("0 or more, less than 1", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what its values are, and what they mean."""
+
+    name: str
+    kind: type  # str, int, float or bool: of the value, or of each entry of a tuple
+    default: Any
+    help: str = ""
+    rules: tuple[Rule, ...] = ()
+    names: Iterable[str] = ()  # what a text may be; empty allows any
+    many: bool = False  # the value is a tuple
+    optional: bool = False  # the value may be None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names that are allowed now, in the order of their registration."""
+        return tuple(self.names)
+
+    def checked(self, value: Any) -> Any:
+        """Return a value in the type of the option.
+
+        Args:
+          value: of Python or of JSON: a list stands for a tuple, an int for a float.
+
+        Raises:
+          UserError: the value is of another type, or it is not allowed.
+        """
+        if value is None and self.optional:
+            return None
+        value = self._typed(value)
+        for entry in value if self.many else (value,):
+            if self.choices and entry not in self.choices:
+                raise unknown(self.name, entry, self.choices)
+            for rule in self.rules:
+                if not rule.holds(entry):
+                    raise self.refusal(entry, rule.allowed)
+        return value
+
+    def refusal(self, value: Any, allowed: str) -> UserError:
+        """Return the error for a value that is not allowed."""
+        return UserError(f"{self.name}: {value} is not allowed; allowed is {allowed}")
+
+    def _typed(self, value: Any) -> Any:
+        if self.many:
+            if isinstance(value, list | tuple) and not any(
+                isinstance(entry, bool) or not isinstance(entry, int | self.kind)
+                for entry in value
+            ):
+                return tuple(self.kind(entry) for entry in value)
+        elif type(value) is self.kind or (self.kind is float and type(value) is int):
+            return self.kind(value)
+        shown = json.dumps(value, default=str)
+        what = f"a list of {self.kind.__name__}" if self.many else self.kind.__name__
+        raise self.refusal(shown, what if self.many else f"a {what}")
+
+
+def read_options(owner: Any, names: Iterable[str]) -> Mapping[str, Option]:
+    """Read options from the annotations and defaults of a class or a function.
+
+    Args:
+      owner: a class whose attributes are the defaults, or a function.
+      names: the annotated names to read; each needs a default.
+
+    Raises:
+      TypeError: an annotation is none of the types that an option can have.
+    """
+    hints = typing.get_type_hints(owner, include_extras=True)
+    if inspect.isfunction(owner):
+        parameters = inspect.signature(owner).parameters
+        defaults = {name: parameters[name].default for name in names}
+    else:
+        defaults = {name: getattr(owner, name) for name in names}
+    return {
+        name: _read(name, hints.get(name, type(default)), default)
+        for name, default in defaults.items()
+    }
+
+
+def _read(name: str, hint: Any, default: Any) -> Option:
+    extras = getattr(hint, "__metadata__", ())
+    kind = typing.get_args(hint)[0] if extras else hint
+    optional = isinstance(kind, types.UnionType) and type(None) in kind.__args__
+    if optional:
+        kind = next(part for part in kind.__args__ if part is not type(None))
+    many = typing.get_origin(kind) is tuple
+    if many:
+        kind = typing.get_args(kind)[0]
+    if kind not in (str, int, float, bool):
+        raise TypeError(
+            f"{name}: {hint} cannot be an option; allowed are str, int, float and bool, "
+            "a tuple of them, or None beside them"
+        )
+    return Option(
+        name,
+        kind,
+        default,
+        help=next((extra for extra in extras if isinstance(extra, str)), ""),
+        rules=tuple(extra for extra in extras if isinstance(extra, Rule)),
+        names=next((e.names for e in extras if isinstance(e, Choices)), ()),
+        many=many,
+        optional=optional,
+    )

@@ -1,0 +1,129 @@
+"""Registries: values of one kind by name, each with the options that it reads.
+
+A network, a codec, an optimizer, a partition, an algorithm or a criterion is a function
+that is registered once. Its keyword-only parameters with a default are its options; the
+command line, the configuration and the reference read them from here.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar, overload
+
+from hsee_jax.core.errors import unknown
+from hsee_jax.core.options import Option, read_options
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Entry(NamedTuple, Generic[T]):
+    """What is registered under a name."""
+
+    name: str
+    make: Callable[..., T]
+    options: Mapping[str, Option]  # by name, in the order of the signature
+    summary: str  # one line for the help
+
+
+class Registry(Mapping[str, Entry[T]]):
+    """Named factories of one kind; iterating gives their names."""
+
+    def __init__(self, kind: str) -> None:
+        """Start empty.
+
+        Args:
+          kind: the option that names an entry, such as ``"network"``.
+        """
+        self.kind = kind
+        self._entries: dict[str, Entry[T]] = {}
+
+    @overload
+    def register(self, make: F, /) -> F: ...
+
+    @overload
+    def register(self, /, *, summary: str) -> Callable[[F], F]: ...
+
+    def register(self, make: Any = None, /, *, summary: str = "") -> Any:
+        """Register a factory under its own name; works as a decorator.
+
+        Args:
+          make: the factory. Its keyword-only parameters with a default are options.
+          summary: one line for the help; without it, the first line of its docstring.
+
+        Raises:
+          ValueError: an entry has this name, or gives an option another type.
+        """
+        if make is None:
+            return lambda make: self._add(make, summary)
+        return self._add(make, summary)
+
+    def make(
+        self, name: str, *context: Any, options: Mapping[str, Any] = {}, **more: Any
+    ) -> T:
+        """Call the factory of an entry.
+
+        Args:
+          name: of the entry.
+          context: what the factory takes beside its options, by position.
+          options: values of its options; the others keep their defaults, and values
+            that it does not read are passed over.
+          more: what the factory takes beside its options, by name.
+
+        Raises:
+          UserError: there is no such entry, or its factory refuses the options.
+        """
+        entry = self.entry(name)
+        own = {key: options[key] for key in entry.options if key in options}
+        return entry.make(*context, **more, **own)
+
+    def entry(self, name: str) -> Entry[T]:
+        """Return an entry; raise `UserError` if there is none of this name."""
+        if name not in self._entries:
+            raise unknown(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def readers(self, option: str) -> list[str]:
+        """Return the names of the entries that read an option."""
+        return [name for name, entry in self.items() if option in entry.options]
+
+    def options(self) -> dict[str, Option]:
+        """Return the options of all entries; of equal names, the first."""
+        found: dict[str, Option] = {}
+        for entry in self._entries.values():
+            for name, option in entry.options.items():
+                found.setdefault(name, option)
+        return found
+
+    def __getitem__(self, name: str) -> Entry[T]:
+        """Return the entry of a name."""
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in the order of registration."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """Return how many entries there are."""
+        return len(self._entries)
+
+    def _add(self, make: Callable[..., T], summary: str) -> Callable[..., T]:
+        name = make.__name__
+        if name in self._entries:
+            raise ValueError(f"{self.kind}: {name} is registered already")
+        keywords = [
+            parameter.name
+            for parameter in inspect.signature(make).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default is not parameter.empty
+        ]
+        options = read_options(make, keywords)
+        for option in options.values():
+            known = self.options().get(option.name, option)
+            if (known.kind, known.many) != (option.kind, option.many):
+                raise ValueError(
+                    f"{self.kind}: {name} reads {option.name} as another type than "
+                    f"{self.readers(option.name)[0]}"
+                )
+        lines = (make.__doc__ or "").strip().splitlines()
+        self._entries[name] = Entry(name, make, options, summary or "".join(lines[:1]))
+        return make

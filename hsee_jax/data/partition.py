@@ -1,0 +1,195 @@
+"""Dealing the training samples: some are held out, each client gets some of the others.
+
+A partition is registered under its name; `partition` draws it and sees to it that no
+client is left without a sample.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import at_least, positive
+from hsee_jax.core.registry import Registry
+
+Indices = npt.NDArray[np.int32]
+Labels = npt.NDArray[np.int32]
+Parts = Sequence[npt.NDArray[np.integer]]
+_HELD_OUT = 1  # stream of random numbers
+
+
+class DealFn(Protocol):
+    """Deals samples to clients."""
+
+    def __call__(
+        self, labels: Labels, num_clients: int, rng: np.random.Generator
+    ) -> Parts:
+        """Return the indices of each client's samples in any order.
+
+        Args:
+          labels: ``int32 [M]``.
+          num_clients: N, at most M.
+          rng: the source of every draw.
+        """
+
+
+# Factories take nothing but their options.
+PARTITIONS: Registry[DealFn] = Registry("partition")
+register = PARTITIONS.register
+
+Alpha = Annotated[
+    float,
+    "concentration of the Dirichlet distribution; the lower, the less equal",
+    positive,
+]
+
+
+@PARTITIONS.register(summary="equal shares, labels ignored [ours]")
+def iid() -> DealFn:
+    """Deal equal shares at random."""
+
+    def deal(labels: Labels, num_clients: int, rng: np.random.Generator) -> Parts:
+        return np.array_split(rng.permutation(len(labels)), num_clients)
+
+    return deal
+
+
+@PARTITIONS.register(summary="each label in shares from a Dirichlet distribution")
+def dirichlet(*, alpha: Alpha = 0.3) -> DealFn:
+    """Draw the shares of each label from Dirichlet(alpha) (Hsu et al., 1909.06335)."""
+
+    def deal(labels: Labels, num_clients: int, rng: np.random.Generator) -> Parts:
+        by_label = [
+            _cut(rng.permutation(np.flatnonzero(labels == k)), rng, alpha, num_clients)
+            for k in np.unique(labels)
+        ]
+        return [np.concatenate(pieces) for pieces in zip(*by_label, strict=True)]
+
+    return deal
+
+
+@PARTITIONS.register(summary="some label-sorted pieces for each client")
+def classes(
+    *,
+    classes_per_client: Annotated[
+        int, "label-sorted pieces that each client gets", at_least(1)
+    ] = 2,
+) -> DealFn:
+    """Deal label-sorted pieces (McMahan et al., AISTATS 2017)."""
+
+    def deal(labels: Labels, num_clients: int, rng: np.random.Generator) -> Parts:
+        by_label_order = np.lexsort((rng.random(len(labels)), labels))
+        pieces = np.array_split(by_label_order, num_clients * classes_per_client)
+        hands = rng.permutation(len(pieces)).reshape(num_clients, -1)
+        return [np.concatenate([pieces[p] for p in hand]) for hand in hands]
+
+    return deal
+
+
+@PARTITIONS.register(summary="sizes from a Dirichlet distribution, labels ignored")
+def quantity(*, alpha: Alpha = 0.3) -> DealFn:
+    """Draw the sizes of the shares from Dirichlet(alpha)."""
+
+    def deal(labels: Labels, num_clients: int, rng: np.random.Generator) -> Parts:
+        return _cut(rng.permutation(len(labels)), rng, alpha, num_clients)
+
+    return deal
+
+
+def hold_out(count: int, share: float, *, seed: int) -> tuple[Indices, Indices]:
+    """Set samples aside that no client gets, drawn evenly from all.
+
+    Args:
+      count: M, of training samples.
+      share: of them, 0 or more and less than 1.
+      seed: of the draw.
+
+    Returns:
+      The ascending indices of the samples for the clients, and of the samples held
+      out: at least one unless the share is 0.
+    """
+    rng = np.random.default_rng((seed, _HELD_OUT))
+    held = np.zeros(count, np.bool_)
+    if share > 0:
+        held[rng.permutation(count)[: max(1, round(share * count))]] = True
+    kept, out = np.flatnonzero(~held), np.flatnonzero(held)
+    return kept.astype(np.int32), out.astype(np.int32)
+
+
+def partition(
+    labels: Labels, num_clients: int, deal: DealFn, *, seed: int
+) -> tuple[Indices, ...]:
+    """Deal all samples to the clients.
+
+    Args:
+      labels: ``int32 [M]``.
+      num_clients: N.
+      deal: how, from one of `PARTITIONS`.
+      seed: of the draw.
+
+    Returns:
+      For each client the ascending indices of its samples, ``int32 [M_i]``, at least
+      one.
+
+    Raises:
+      UserError: there are more clients than samples.
+    """
+    if num_clients > len(labels):
+        raise UserError(
+            f"num_clients: {num_clients} is more than the {len(labels)} training "
+            f"samples; allowed are 1..{len(labels)}"
+        )
+    parts = list(deal(labels, num_clients, np.random.default_rng(seed)))
+    for i, part in enumerate(parts):
+        if len(part) == 0:  # one sample of the client with the most
+            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
+            parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
+    return tuple(np.sort(part).astype(np.int32) for part in parts)
+
+
+def _cut(
+    indices: npt.NDArray[Any], rng: np.random.Generator, alpha: float, clients: int
+) -> Parts:
+    """Cut a list at random, in shares drawn from a symmetric Dirichlet distribution."""
+    shares = rng.dirichlet(np.full(clients, alpha))
+    ends = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(np.int64)
+    return np.split(indices, ends)
+
+
+class Share(NamedTuple):
+    """What a client has of the training set; an entry of ``partition.json``."""
+
+    id: int
+    cut: int
+    samples: int
+    label_counts: list[int]  # of each class
+    indices: list[int]  # of its samples, ascending
+
+
+def manifest(
+    parts: Sequence[Indices],
+    labels: Labels,
+    *,
+    cuts: Sequence[int],
+    num_classes: int,
+) -> list[Share]:
+    """Describe a partition completely, without the data.
+
+    Args:
+      parts: the samples of each client, see `partition`.
+      labels: ``int32 [M]``.
+      cuts: of each client.
+      num_classes: K, whether or not each class has a sample.
+    """
+    return [
+        Share(
+            id=i,
+            cut=cut,
+            samples=len(part),
+            label_counts=np.bincount(labels[part], minlength=num_classes).tolist(),
+            indices=part.tolist(),
+        )
+        for i, (part, cut) in enumerate(zip(parts, cuts, strict=True))
+    ]

@@ -1,0 +1,73 @@
+"""Compile the rounds of a strategy, on the devices that are there.
+
+`make_round` compiles a round in one of two forms, equal up to rounding. ``loop`` calls
+one compiled turn for each client and batch: on a CPU stacked convolutions, and
+convolutions inside a scan, are many times slower. ``vmap`` is one program: a loop over
+the steps, in each of which the clients of one cut run at once, spread over the devices.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hsee_jax.core.errors import DivergenceError
+from hsee_jax.core.types import ExitMetrics, Key
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine.loop import make_loop_round
+from hsee_jax.engine.plan import RoundPlan
+from hsee_jax.engine.round import RoundFn, all_finite
+from hsee_jax.engine.scan import make_scan_round
+from hsee_jax.federation.strategy import Strategy
+
+
+def client_axis(choice: str) -> str:
+    """Return ``loop`` or ``vmap``: what ``auto`` means here."""
+    if choice != "auto":
+        return choice
+    one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return "loop" if one_cpu else "vmap"
+
+
+def make_round(
+    strategy: Strategy,
+    pipeline: InputPipeline,
+    key: Key,
+    *,
+    axis: str = "auto",
+    mesh: Mesh | None = None,
+) -> RoundFn:
+    """Compile the rounds of a strategy, once for each cut.
+
+    Args:
+      strategy: an algorithm.
+      pipeline: how samples become batches.
+      key: root of the augmentation's randomness.
+      axis: ``"loop"``, ``"vmap"`` or ``"auto"``.
+      mesh: of the strategy's federation; ``vmap`` alone takes one.
+    """
+    if client_axis(axis) == "loop":
+        return make_loop_round(strategy, pipeline, key)
+    return make_scan_round(strategy, pipeline, key, mesh)
+
+
+def check_finite(
+    plan: RoundPlan, metrics: ExitMetrics, *, number: int, stop: bool = False
+) -> None:
+    """Refuse a round in which no client could take all of its steps.
+
+    Args:
+      plan: of the round.
+      metrics: of the round.
+      number: of the round, from 1.
+      stop: refuse it already if one client could not.
+
+    Raises:
+      DivergenceError: naming a client and one of its branches, the lowest cut first.
+    """
+    some = metrics.exit.count > 0
+    if not stop and all_finite(metrics)[some].any():
+        return
+    for name in ("exit", "server"):
+        losses = getattr(metrics, name).loss_sum
+        for n in np.flatnonzero(~np.isfinite(losses))[:1]:
+            raise DivergenceError(int(plan.ids[n]), name, number)

@@ -1,0 +1,182 @@
+"""What happens in a round: who takes part, with which samples, in which order.
+
+Drawn on the host, as arrays of fixed shape, so that the compiled step holds no
+data-dependent choice. Every draw is derived from (seed, what for, round), or (seed,
+what for, client, round), and carries nothing over: it depends neither on the order or
+grouping of the clients, nor on devices, nor on where a run was resumed.
+
+The clients of a round sit in the *slots* of its stacks. Groups have a fixed number of
+slots, whoever takes part, and those left over are empty.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.federation.federation import Group
+
+_PARTICIPATION, _BATCHES, _TURNS, _DROPOUT = range(4)
+EMPTY = -1  # the id in a slot that no client sits in
+
+
+class RoundPlan(NamedTuple):
+    """One round; N slots are those of the first group, then of the second ..."""
+
+    ids: npt.NDArray[np.int32]  # [N]: the client in each slot, or EMPTY
+    active: npt.NDArray[np.bool_]  # [N]: who takes part
+    indices: npt.NDArray[np.int32]  # [T, N, B]: samples; 0 where padded
+    mask: npt.NDArray[np.bool_]  # [T, N, B]: false on padding and on absent clients
+    order: npt.NDArray[np.int32]  # [T, A]: slots of those who were drawn, in turn
+
+
+class Absence(NamedTuple):
+    """Rounds that a client misses, counted from 1."""
+
+    client: int
+    first: int
+    last: int
+
+
+def steps_per_round(
+    shards: Mapping[int, npt.NDArray[np.int32]], batch_size: int
+) -> int:
+    """Return T, the batches of the client with the most samples."""
+    return -(-max(map(len, shards.values())) // batch_size)
+
+
+def participants(
+    groups: Sequence[Group], *, participation: float, seed: int, number: int
+) -> set[int]:
+    """Draw the clients that take part in a round: a share of them, at least one."""
+    ids = np.sort([i for group in groups for i in group.ids])
+    count = max(1, int(participation * len(ids) + 0.5))
+    if count == len(ids):
+        return set(ids.tolist())
+    draws = np.random.default_rng((seed, _PARTICIPATION, number)).random(ids[-1] + 1)
+    return set(ids[np.argsort(draws[ids])[:count]].tolist())
+
+
+def missing(
+    ids: Iterable[int],
+    *,
+    dropout: float,
+    absences: Collection[Absence],
+    seed: int,
+    number: int,
+) -> set[int]:
+    """Return the clients that miss a round, drawn for it or not.
+
+    Args:
+      ids: of all clients.
+      dropout: the probability that a client misses the round by chance.
+      absences: those that are known.
+      seed: of the draws.
+      number: of the round, from 0.
+    """
+    known = {a.client for a in absences if a.first <= number + 1 <= a.last}
+    if dropout == 0:
+        return known
+    every = np.array(list(ids))
+    draws = np.random.default_rng((seed, _DROPOUT, number)).random(every.max() + 1)
+    return known | set(every[draws[every] < dropout].tolist())
+
+
+def num_slots(
+    groups: Sequence[Group],
+    *,
+    participation: float,
+    seed: int,
+    rounds: int,
+    multiple: int = 1,
+) -> tuple[int, ...]:
+    """Return slots for each group, enough for all who take part in any round.
+
+    Args:
+      groups: the clients.
+      participation: see `plan_round`.
+      seed: see `plan_round`.
+      rounds: of the run.
+      multiple: of which each number is one: that of the devices.
+    """
+    draws = [
+        participants(groups, participation=participation, seed=seed, number=number)
+        for number in range(rounds if participation < 1 else 1)
+    ]
+    most = [max(len(drawn & set(group.ids)) for drawn in draws) for group in groups]
+    return tuple(-(-max(count, 1) // multiple) * multiple for count in most)
+
+
+def take_seats(
+    groups: Sequence[Group], slots: Sequence[int], who: set[int]
+) -> npt.NDArray[np.int32]:
+    """Return the client in each slot, ``int32 [N]``.
+
+    A group with a slot for every member seats them all, so that they stay where they
+    are; another seats those who take part.
+    """
+    seats = []
+    for group, count in zip(groups, slots, strict=True):
+        everyone = count >= len(group.ids)
+        seated = [i for i in group.ids if everyone or i in who]
+        seats.extend(seated + [EMPTY] * (count - len(seated)))
+    return np.array(seats, np.int32)
+
+
+def plan_round(
+    groups: Sequence[Group],
+    shards: Mapping[int, npt.NDArray[np.int32]],
+    *,
+    batch_size: int,
+    participation: float,
+    turn: str,
+    seed: int,
+    number: int,
+    slots: Sequence[int] | None = None,
+    missing: Collection[int] = (),
+) -> RoundPlan:
+    """Draw a round.
+
+    Args:
+      groups: the clients.
+      shards: each client's samples by id, ``int32 [M_i]``. All of them are used once;
+        the last batch is padded.
+      batch_size: B.
+      participation: the share of clients that take part, at least one.
+      turn: ``"batch"``: an order of the clients for each step, or ``"epoch"``: one for
+        the round.
+      seed: of the run's data order.
+      number: of the round, from 0.
+      slots: of each group, see `num_slots`; None is one for each member.
+      missing: clients that were drawn in vain: they keep their turns, without samples.
+    """
+    who = participants(groups, participation=participation, seed=seed, number=number)
+    slots = [len(group.ids) for group in groups] if slots is None else slots
+    ids = take_seats(groups, slots, who)
+    steps = steps_per_round(shards, batch_size)
+    indices = np.zeros((len(ids), steps * batch_size), np.int32)
+    mask = np.zeros(indices.shape, np.bool_)
+    active = np.isin(ids, list(who - set(missing)))
+    (seats,) = np.nonzero(np.isin(ids, list(who)))
+    turns = np.zeros((len(seats), steps))
+    for k, n in enumerate(seats):
+        i = int(ids[n])
+        count = len(shards[i])
+        indices[n, :count] = _rng(seed, _BATCHES, i, number).permutation(shards[i])
+        mask[n, :count] = active[n]
+        turns[k] = _rng(seed, _TURNS, i, number).random(steps)
+    if turn == "epoch":
+        turns[:] = turns[:, :1]
+    by_step = (len(ids), steps, batch_size)
+    return RoundPlan(
+        ids,
+        active,
+        indices.reshape(by_step).swapaxes(0, 1),
+        mask.reshape(by_step).swapaxes(0, 1),
+        seats[np.argsort(turns, axis=0)].T.astype(np.int32),
+    )
+
+
+def _rng(seed: int, stream: int, client: int, number: int) -> np.random.Generator:
+    return np.random.default_rng((seed, stream, client, number))

@@ -1,0 +1,132 @@
+"""Where the clients' state is between rounds.
+
+A `DeviceStore` keeps all clients on the devices, each in a slot of its own. A
+`HostStore` (see `hsee_jax.engine.host_store`) keeps many clients in host memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from flax import struct
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from hsee_jax.core.types import Key, PyTree
+from hsee_jax.engine.plan import EMPTY, take_seats
+from hsee_jax.engine.round import layout
+from hsee_jax.federation.aggregation import newest
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.state import Means, RunState, split_stacks
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.parallel.mesh import to_devices, to_host
+
+Ids = npt.NDArray[np.int32]  # [N]: the client in each slot of a round, or EMPTY
+
+
+class Store(Protocol):
+    """Keeps the state of all clients, and hands out that of some."""
+
+    def init(self, key: Key) -> Any:
+        """Draw the state before the first round from a typed key."""
+
+    def chunks(self) -> Iterator[Ids]:
+        """Yield all clients once, as the ids in the slots of one round after another."""
+
+    def take(self, state: Any, ids: Ids) -> RunState:
+        """Return the state of some clients, for a round or an evaluation."""
+
+    def put(
+        self,
+        state: Any,
+        ids: Ids,
+        some: RunState,
+        means: Means,
+        *,
+        midway: bool = False,
+    ) -> Any:
+        """Return the state after a round; ``state`` is given up.
+
+        Args:
+          state: before the round.
+          ids: of the round.
+          some: what became of the clients taken.
+          means: that were sent to all, see `Strategy.aggregate`.
+          midway: the round has not ended.
+        """
+
+    def to_checkpoint(self, state: Any) -> RunState:
+        """Return the state of all clients as a checkpoint holds it, a slot for each."""
+
+    def from_checkpoint(self, state: RunState) -> Any:
+        """Return the state that a checkpoint holds, the inverse of `to_checkpoint`."""
+
+    def checkpoint_shapes(self) -> RunState:
+        """Return shapes, dtypes and shardings of what `to_checkpoint` returns."""
+
+
+class DeviceStore:
+    """All clients on the devices, each in its own slot."""
+
+    def __init__(
+        self, federation: Federation, strategy: Strategy, slots: Sequence[int]
+    ) -> None:
+        """Prepare the store.
+
+        Args:
+          federation: the clients, and the mesh they are spread over.
+          strategy: of which the state is.
+          slots: in each group's stack; at least one for each member.
+        """
+        self._ids = take_seats(federation.groups, slots, set())
+        self._slots = tuple(slots)
+        where = state_shardings(federation, strategy)
+        self._init = jax.jit(strategy.init, out_shardings=where)
+
+    def init(self, key: Key) -> RunState:
+        """See `Store`."""
+        return self._init(key, split_stacks(self._ids, self._slots))
+
+    def chunks(self) -> Iterator[Ids]:
+        """See `Store`."""
+        yield self._ids
+
+    def take(self, state: RunState, ids: Ids) -> RunState:
+        """See `Store`."""
+        return state
+
+    def put(
+        self,
+        state: RunState,
+        ids: Ids,
+        some: RunState,
+        means: Means,
+        *,
+        midway: bool = False,
+    ) -> RunState:
+        """See `Store`."""
+        return some
+
+    def to_checkpoint(self, state: RunState) -> RunState:
+        """See `Store`."""
+        return state
+
+    def from_checkpoint(self, state: RunState) -> RunState:
+        """See `Store`."""
+        return state
+
+    def checkpoint_shapes(self) -> RunState:
+        """See `Store`."""
+        ids = split_stacks(self._ids, self._slots)
+        return self._init.eval_shape(jax.random.key(0), ids)
+
+
+def state_shardings(federation: Federation, strategy: Strategy) -> PyTree | None:
+    """Say where the state of clients in slots lies; None without a mesh."""
+    mesh = federation.mesh
+    if mesh is None:
+        return None
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(strategy))
+
+

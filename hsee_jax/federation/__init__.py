@@ -1,0 +1,58 @@
+"""A federation: branches and their steps, the cross-layer mean, state and strategies."""
+
+from hsee_jax.federation.aggregation import LayerMean, layer_mean, receive
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    LayerState,
+    client_spec,
+    decode,
+    encode,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.step import (
+    ForwardPass,
+    ServerStep,
+    branch_step,
+    client_backward,
+    client_forward,
+    detached_step,
+    joint_step,
+    server_step,
+)
+from hsee_jax.federation.strategy import Strategy, server_of
+
+__all__ = [
+    "Branch",
+    "BranchSpec",
+    "Client",
+    "Federation",
+    "ForwardPass",
+    "Group",
+    "LayerMean",
+    "LayerState",
+    "RunState",
+    "ServerStep",
+    "Strategy",
+    "branch_step",
+    "client_backward",
+    "client_forward",
+    "client_spec",
+    "decode",
+    "detached_step",
+    "encode",
+    "forward",
+    "group_clients",
+    "init_client",
+    "init_server",
+    "joint_step",
+    "layer_mean",
+    "receive",
+    "server_of",
+    "server_spec",
+]

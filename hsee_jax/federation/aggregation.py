@@ -1,0 +1,193 @@
+"""The cross-layer mean: each layer is averaged over the branches that hold it.
+
+The branches of one cut are stacked, so a layer's holders come as a few groups, each
+with a leading axis. `layer_mean` is what a server computes and sends, `receive` what a
+holder makes of it, now or, if it is absent, when it comes back. The paper says that
+server layers are aggregated across clients; what is done with BatchNorm and optimizer
+state, and the weights, are our choices.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from hsee_jax.core.types import Array, PyTree
+from hsee_jax.federation.branch import LayerState
+from hsee_jax.optim.optimizers import OptimizerLike, as_optimizer
+
+
+class LayerMean(struct.PyTreeNode):
+    """The mean of a layer; leaves are float32, without a leading axis."""
+
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree  # None in place of the leaves that each holder keeps
+    round: Array  # int32 []: number of its round, from 1; 0: nobody took part
+
+
+def layer_mean(
+    holders: Sequence[LayerState],
+    weights: Sequence[Array],
+    *,
+    number: Array,
+    optimizer: OptimizerLike,
+    axis_name: str | None = None,
+) -> LayerMean:
+    """Compute the weighted mean over the holders of one layer.
+
+    Args:
+      holders: one state a group, leaves ``[G, ...]``.
+      weights: ``float32 [G]`` for each group, not normalised.
+      number: ``int32 []``, of the round, from 1.
+      optimizer: whose rule says which leaves of its state are averaged.
+      axis_name: the mesh axis over which further holders are spread.
+    """
+    chex.assert_rank(list(weights), 1)
+    total = sum(map(jnp.sum, weights[1:]), jnp.sum(weights[0]))
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
+    some = total > 0
+    shares = [weight / jnp.where(some, total, 1.0) for weight in weights]
+
+    def weighted_sum(*leaves: Array) -> Array:
+        # Accelerators would round the weights of a product to 8 or 10 bits.
+        dot = partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
+        parts = [
+            dot(share, _counted(leaf.astype(jnp.float32), share))
+            for share, leaf in zip(shares, leaves, strict=True)
+        ]
+        return sum(parts[1:], parts[0])
+
+    averaged = [
+        (h.params, h.batch_stats, shared_state(optimizer, h.opt_state)) for h in holders
+    ]
+    means = jax.tree.map(weighted_sum, *averaged)
+    if axis_name is not None:
+        means = jax.lax.psum(means, axis_name)
+    params, batch_stats, opt_state = means
+    return LayerMean(params, batch_stats, opt_state, jnp.where(some, number, 0))
+
+
+def _counted(leaf: Array, share: Array) -> Array:
+    """Keep the rows with a share; the others may hold anything, even NaN."""
+    return jnp.where(share.reshape(-1, *(1,) * (leaf.ndim - 1)) > 0, leaf, 0.0)
+
+
+def shared_state(optimizer: OptimizerLike, opt_state: PyTree) -> PyTree:
+    """Keep the leaves of an optimizer's state that are averaged; None for the others."""
+    return jax.tree.map(
+        lambda leaf, shared: leaf if shared else None,
+        opt_state,
+        as_optimizer(optimizer).merge.shared(opt_state),
+    )
+
+
+def receive(
+    layer: LayerState,
+    mean: LayerMean,
+    since: Array,
+    *,
+    optimizer: OptimizerLike,
+    batch_norm: str = "average",
+) -> LayerState:
+    """Return what a holder makes of a mean.
+
+    Args:
+      layer: the holder's state.
+      mean: of its layer.
+      since: ``int32 []``, the round of the holder's state; a mean that is not of a
+        later round changes nothing.
+      optimizer: whose rule says what becomes of its state.
+      batch_norm: ``"average"``: BatchNorm as everything else; ``"keep_local"``: each
+        holder keeps its own parameters, statistics and optimizer state of BatchNorm
+        (FedBN, Li et al., ICLR 2021).
+    """
+    later = mean.round > since
+    common = common_leaves(layer, optimizer, batch_norm)
+
+    def take(own: Array, new: Array, common: bool = True) -> Array:
+        return jnp.where(later, _cast(new, own), own) if common else own
+
+    params = jax.tree.map(take, layer.params, mean.params, common.params)
+    batch_stats = jax.tree.map(
+        take, layer.batch_stats, mean.batch_stats, common.batch_stats
+    )
+    with_means = jax.tree.map(
+        lambda own, new: own if new is None else _cast(new, own),
+        layer.opt_state,
+        mean.opt_state,
+    )
+    merged = as_optimizer(optimizer).merge.merge(layer.params, params, with_means)
+    opt_state = jax.tree.map(take, layer.opt_state, merged, common.opt_state)
+    return LayerState(params, batch_stats, opt_state)
+
+
+def _cast(new: Array, like: Array) -> Array:
+    """Return a mean in the dtype of a leaf; counts are rounded."""
+    if jnp.issubdtype(like.dtype, jnp.integer):
+        new = jnp.round(new) if jnp.issubdtype(new.dtype, jnp.floating) else new
+    return new.astype(like.dtype)
+
+
+def message(
+    layer: LayerState, *, optimizer: OptimizerLike, batch_norm: str = "average"
+) -> list[Array]:
+    """Return the arrays that a holder sends for a mean; it gets as many back.
+
+    Args:
+      layer: the holder's state.
+      optimizer: see `receive`.
+      batch_norm: see `receive`.
+    """
+    common = common_leaves(layer, optimizer, batch_norm)
+    shared = as_optimizer(optimizer).merge.shared(layer.opt_state)
+    both = jax.tree.map(lambda a, b: a and b, common.opt_state, shared)
+    common = common.replace(opt_state=both)
+    leaves = zip(jax.tree.leaves(layer), jax.tree.leaves(common), strict=True)
+    return [leaf for leaf, is_common in leaves if is_common]
+
+
+def common_leaves(
+    layer: LayerState, optimizer: OptimizerLike, batch_norm: str
+) -> LayerState:
+    """Mark the leaves that may change at a mean; the others are the holder's own."""
+    keep = batch_norm == "keep_local"
+    params = jax.tree.map(
+        lambda is_norm: not (keep and is_norm), batch_norm_params(layer)
+    )
+    batch_stats = jax.tree.map(lambda _: not keep, layer.batch_stats)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, common: common,
+        layer.opt_state,
+        params,
+        transform_non_params=lambda _: True,
+    )
+    return LayerState(params, batch_stats, opt_state)
+
+
+def newest(old: PyTree, new: PyTree) -> PyTree:
+    """Choose the newer mean of each layer, of two trees of `LayerMean`."""
+
+    def choose(old: LayerMean, new: LayerMean) -> LayerMean:
+        return jax.tree.map(lambda a, b: jnp.where(new.round > 0, b, a), old, new)
+
+    return jax.tree.map(
+        choose, old, new, is_leaf=lambda node: isinstance(node, LayerMean)
+    )
+
+
+def batch_norm_params(layer: LayerState) -> PyTree:
+    """Mark the parameters of modules that also have batch statistics."""
+    norms = {
+        path[:-1]
+        for path, _ in jax.tree_util.tree_flatten_with_path(layer.batch_stats)[0]
+    }
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[:-1] in norms, layer.params
+    )

@@ -1,0 +1,167 @@
+"""A branch of the network: consecutive layers, a head, and their optimizer state.
+
+A client is the branch of layers 1..cut with an exit head, its server the branch of
+layers cut+1..L with the final head.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from hsee_jax.core.types import Array, PyTree, Stage, Variables
+from hsee_jax.link.codecs import FULL, Codec, Message
+from hsee_jax.nn.model import Model, Network, layer_inputs
+from hsee_jax.optim.optimizers import OptimizerLike
+
+
+class BranchSpec(NamedTuple):
+    """What a branch computes: some consecutive layers and a head."""
+
+    stages: tuple[Stage, ...]  # may be empty: a server behind the last cut
+    head: Stage
+    optimizer: OptimizerLike  # of each layer by itself
+    codec: Codec = FULL  # of the link: a client encodes with it, a server decodes
+    input_dtype: Any = jnp.float32  # of what a server decodes
+
+
+class LayerState(struct.PyTreeNode):
+    """A layer's weights and the optimizer state that belongs to them alone."""
+
+    params: PyTree  # float32
+    batch_stats: PyTree  # float32; empty without BatchNorm
+    opt_state: PyTree
+
+
+class Branch(struct.PyTreeNode):
+    """The state of a branch: slicing a network is slicing the tuple."""
+
+    layers: tuple[LayerState, ...]
+    head: LayerState
+    link: PyTree = ()  # a client's state of its codec; empty for most codecs
+
+
+def client_spec(
+    model: Model, cut: int, optimizer: OptimizerLike, codec: Codec = FULL
+) -> BranchSpec:
+    """Describe layers 1..cut and their exit head."""
+    return BranchSpec(model.stages[:cut], model.exit_heads[cut - 1], optimizer, codec)
+
+
+def server_spec(
+    model: Model, cut: int, optimizer: OptimizerLike, codec: Codec = FULL
+) -> BranchSpec:
+    """Describe layers cut+1..L and the final head; cut 0 is the whole network."""
+    dtype = layer_inputs(model)[cut].dtype
+    return BranchSpec(model.stages[cut:], model.final_head, optimizer, codec, dtype)
+
+
+def init_client(
+    network: Network, cut: int, optimizer: OptimizerLike, link: PyTree = ()
+) -> Branch:
+    """Slice a client out of a network, with fresh optimizer state.
+
+    Args:
+      network: all weights.
+      cut: of the client.
+      optimizer: of each layer.
+      link: the state of the client's codec, see `hsee_jax.link.Codec.init`.
+    """
+    return Branch(
+        tuple(_layer_state(v, optimizer) for v in network.layers[:cut]),
+        _layer_state(network.exit_heads[cut - 1], optimizer),
+        link,
+    )
+
+
+def init_server(network: Network, cut: int, optimizer: OptimizerLike) -> Branch:
+    """Slice a server out of a network, with fresh optimizer state."""
+    return Branch(
+        tuple(_layer_state(v, optimizer) for v in network.layers[cut:]),
+        _layer_state(network.final_head, optimizer),
+    )
+
+
+def _layer_state(variables: Variables, optimizer: OptimizerLike) -> LayerState:
+    params = variables["params"]
+    return LayerState(params, variables["batch_stats"], optimizer.init(params))
+
+
+def parts_of(branch: Branch) -> tuple[LayerState, ...]:
+    """Return the layers of a branch, and last its head."""
+    return (*branch.layers, branch.head)
+
+
+def with_parts(branch: Branch, parts: tuple[LayerState, ...]) -> Branch:
+    """Return a branch with other layers and, last of them, another head."""
+    return branch.replace(layers=tuple(parts[:-1]), head=parts[-1])
+
+
+def forward(
+    spec: BranchSpec,
+    branch: Branch,
+    inputs: Array,
+    mask: Array,
+    *,
+    train: bool,
+    head_gradient: float = 1.0,
+) -> tuple[Array, Array, tuple[PyTree, ...]]:
+    """Run the layers and the head.
+
+    Args:
+      spec: what the branch computes.
+      branch: its weights.
+      inputs: ``[B, ...]``: images, or for a server the decoded features.
+      mask: ``bool [B]``, false on padding.
+      train: whether BatchNorm uses, and updates, the statistics of this batch.
+      head_gradient: the share of the head's gradient that reaches the layers.
+
+    Returns:
+      Features before the head ``[B, ...]``, logits ``float32 [B, K]``, and the new
+      batch statistics of every layer, the head's last.
+    """
+    stats = []
+    for stage, layer in zip(spec.stages, branch.layers, strict=True):
+        inputs, new = stage.apply(_variables(layer), inputs, mask, train=train)
+        stats.append(new)
+    seen = _scale_gradient(inputs, head_gradient)
+    logits, new = spec.head.apply(_variables(branch.head), seen, mask, train=train)
+    return inputs, logits, (*stats, new)
+
+
+def encode(
+    spec: BranchSpec, client: Branch, features: Array, mask: Array
+) -> tuple[Message, Branch]:
+    """Make the message for a client's features; no gradient is in it.
+
+    Args:
+      spec: what the client computes.
+      client: its state.
+      features: ``[B, ...]``.
+      mask: ``bool [B]``; padding alone leaves the state of the codec as it is.
+
+    Returns:
+      The message, and the client with the new state of its codec.
+    """
+    message, link = spec.codec.encode(jax.lax.stop_gradient(features), client.link)
+    some = jnp.any(mask)
+    link = jax.tree.map(lambda new, old: jnp.where(some, new, old), link, client.link)
+    return message, client.replace(link=link)
+
+
+def decode(spec: BranchSpec, message: Message) -> Array:
+    """Return the features ``[B, ...]`` that a server makes of a client's message."""
+    return spec.codec.decode(message, spec.input_dtype)
+
+
+def _variables(layer: LayerState) -> Variables:
+    return {"params": layer.params, "batch_stats": layer.batch_stats}
+
+
+def _scale_gradient(values: Array, share: float) -> Array:
+    """Return the same values; a gradient that flows back through them is scaled."""
+    if share == 1.0:
+        return values
+    fixed = jax.lax.stop_gradient(values)
+    return fixed if share == 0.0 else fixed + share * (values - fixed)

@@ -1,0 +1,55 @@
+"""Who trains what: the clients in groups of one cut, their network and their link.
+
+The clients of a group are stacked on a leading axis. A *member* is a client's position
+in its group, a *slot* a position in a stack.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from hsee_jax.federation.branch import BranchSpec, client_spec, server_spec
+from hsee_jax.link.codecs import FULL, Codec
+from hsee_jax.nn.model import Model
+from hsee_jax.optim.optimizers import OptimizerLike
+
+
+class Client(NamedTuple):
+    """A client: its id, from which its random draws are derived, and its cut."""
+
+    id: int
+    cut: int
+
+
+class Group(NamedTuple):
+    """The clients of one cut; a *member* is a position in ``ids``."""
+
+    cut: int
+    ids: tuple[int, ...]  # ascending
+
+
+def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
+    """Group clients by ascending cut, whatever order they come in."""
+    cuts: dict[int, list[int]] = {}
+    for client in clients:
+        cuts.setdefault(client.cut, []).append(client.id)
+    return tuple(Group(cut, tuple(sorted(cuts[cut]))) for cut in sorted(cuts))
+
+
+class Federation(NamedTuple):
+    """Who trains what."""
+
+    model: Model
+    groups: tuple[Group, ...]
+    optimizer: OptimizerLike  # at rate 1, such as optax.sgd(1.0, momentum=0.9)
+    mesh: Mesh | None = None  # over whose devices stacks of clients are spread
+    codec: Codec = FULL  # of the links from clients to servers
+
+    def specs(self, group: int) -> tuple[BranchSpec, BranchSpec]:
+        """Describe a group's clients, and the servers behind them."""
+        cut = self.groups[group].cut
+        return (
+            client_spec(self.model, cut, self.optimizer, self.codec),
+            server_spec(self.model, cut, self.optimizer, self.codec),
+        )

@@ -1,0 +1,121 @@
+"""Everything that training changes, as stacks of branches, and how stacks are cut."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from hsee_jax.core.types import Array, Key, PyTree
+from hsee_jax.federation.aggregation import LayerMean
+from hsee_jax.federation.branch import Branch, init_client, init_server
+from hsee_jax.federation.federation import Federation, Group
+from hsee_jax.nn.model import Network, init_network, layer_inputs
+
+Means = dict[str, LayerMean]  # by the name of the layer
+
+
+class RunState(struct.PyTreeNode):
+    """Everything that training changes.
+
+    The leaves of a stack are ``[S, ...]``, with a slot for each client of the group, or
+    for those who take part in a round.
+    """
+
+    round: Array  # int32 []: finished rounds
+    clients: tuple[Branch, ...]  # one stack a group
+    servers: tuple[Branch, ...]  # one stack a group; if shared, one plain branch
+
+
+def init_clients(
+    federation: Federation, key: Key, init: str, ids: tuple[Array, ...] | None
+) -> tuple[Branch, ...]:
+    """Draw a client for every slot, see `_init_stacks`."""
+    features = layer_inputs(federation.model)
+
+    def branch(network: Network, cut: int) -> Branch:
+        link = federation.codec.init(features[cut])
+        return init_client(network, cut, federation.optimizer, link)
+
+    return _init_stacks(branch, federation, key, init, ids)
+
+
+def init_servers(
+    federation: Federation, key: Key, init: str, ids: tuple[Array, ...] | None
+) -> tuple[Branch, ...]:
+    """Draw a server for every slot, see `_init_stacks`."""
+
+    def branch(network: Network, cut: int) -> Branch:
+        return init_server(network, cut, federation.optimizer)
+
+    return _init_stacks(branch, federation, key, init, ids)
+
+
+def _init_stacks(
+    init_branch: Callable[[Network, int], Branch],
+    federation: Federation,
+    key: Key,
+    init: str,
+    ids: tuple[Array, ...] | None,
+) -> tuple[Branch, ...]:
+    """Draw a branch for every slot.
+
+    Args:
+      init_branch: slices it out of a network at a cut.
+      federation: who trains what.
+      key: a typed key.
+      init: ``"shared"``: all are slices of one network; ``"per_client"``: each client
+        has a network of its own.
+      ids: of the client in each slot, ``int32 [S]`` a group; None is all clients.
+    """
+    shared = init_network(federation.model, key) if init == "shared" else None
+    if ids is None:
+        ids = tuple(jnp.asarray(group.ids, jnp.int32) for group in federation.groups)
+
+    def stack(group: Group, ids: Array) -> Branch:
+        def branch(i: Array) -> Branch:
+            own_key = jax.random.fold_in(key, i)
+            network = shared or init_network(federation.model, own_key)
+            return init_branch(network, group.cut)
+
+        return jax.vmap(branch, axis_size=len(ids))(ids)
+
+    return tuple(map(stack, federation.groups, ids))
+
+
+def stack_sizes(state: RunState) -> list[int]:
+    """Return the number of slots of each stack of clients."""
+    return [len(jax.tree.leaves(stack)[0]) for stack in state.clients]
+
+
+def positions(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return stack and member of each position in the concatenation of stacks."""
+    pairs = [(g, m) for g, size in enumerate(sizes) for m in range(size)]
+    return [g for g, _ in pairs], [m for _, m in pairs]
+
+
+def split_stacks(
+    tree: PyTree, sizes: Sequence[int], *, axis: int = 0
+) -> tuple[PyTree, ...]:
+    """Cut leaves with an axis of all stacks into a tree for each stack."""
+    ends = list(accumulate(sizes))
+    before = (slice(None),) * axis
+    return tuple(
+        jax.tree.map(lambda a, i=i, j=j: a[(*before, slice(i, j))], tree)
+        for i, j in zip([0, *ends], ends, strict=False)
+    )
+
+
+def take_member(tree: PyTree, member: Array) -> PyTree:
+    """Return one member of a stack."""
+    return jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, member, keepdims=False), tree
+    )
+
+
+def put_member(tree: PyTree, member: Array, value: PyTree) -> PyTree:
+    """Return the stack with one member replaced."""
+    return jax.tree.map(
+        lambda a, v: jax.lax.dynamic_update_index_in_dim(a, v, member, 0), tree, value
+    )

@@ -1,0 +1,304 @@
+"""One training step, as the functions that a client and a server run.
+
+Between them lies the link (`hsee_jax.federation.branch.encode` and ``decode``)::
+
+    client_forward -> encode -> | wire | -> decode -> server_step
+    client_backward <- | wire | <- gradient of the features, with a joint boundary
+
+With a detached boundary no gradient comes back, and the client goes on at once: the
+hierarchical training of Hetero-SplitEE (Oda et al., arXiv:2512.09313). `detached_step`
+and `joint_step` are these functions in a row, for a simulation in one program.
+
+A step whose loss, gradients or batch statistics are not finite is not taken: the branch
+stays as it is, and the loss in its metrics is NaN. Each side judges its own step; with
+a joint boundary a server that refuses its step sends a gradient of NaN, so that the
+client refuses as well.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    LayerState,
+    decode,
+    encode,
+    forward,
+    parts_of,
+    with_parts,
+)
+from hsee_jax.link.codecs import Message, pack_bytes
+from hsee_jax.nn.losses import masked_cross_entropy
+from hsee_jax.optim.optimizers import as_optimizer
+
+
+class ForwardPass(struct.PyTreeNode):
+    """A client's forward pass on a batch, and what its backward pass needs."""
+
+    features: Array  # float [B, ...], detached
+    metrics: Metrics  # of the exit, before the update
+    stats: tuple[PyTree, ...]  # new batch statistics, the exit head's last
+    pullback: Any  # (gradient of the loss, of the features) -> of the parameters
+
+
+class ServerStep(NamedTuple):
+    """What a server's step gives."""
+
+    server: Branch
+    metrics: Metrics  # of the final head, before the update
+    gradient: Array | None  # of the features it was given; None if detached
+
+
+def client_forward(
+    spec: BranchSpec, client: Branch, batch: Batch, *, exit_gradient: float = 1.0
+) -> ForwardPass:
+    """Run a client's layers and its exit.
+
+    Args:
+      spec: what the client computes.
+      client: its state.
+      batch: its data, ``[B, ...]``.
+      exit_gradient: the share of the exit's gradient that reaches the layers.
+    """
+
+    def run(params: tuple[PyTree, ...]) -> tuple[tuple[Array, Array], tuple]:
+        loss, features, stats, metrics = _loss(
+            spec, _with_params(client, params), batch, exit_gradient
+        )
+        return (loss, features), (stats, metrics)
+
+    (_, features), pullback, (stats, metrics) = jax.vjp(
+        run, _params(client), has_aux=True
+    )
+    features = jax.lax.stop_gradient(features)
+    return ForwardPass(features, metrics, stats, pullback)
+
+
+def client_backward(
+    spec: BranchSpec,
+    client: Branch,
+    passed: ForwardPass,
+    learning_rate: Array,
+    gradient: Array | None = None,
+) -> tuple[Branch, Metrics]:
+    """Take the client's step.
+
+    Args:
+      spec: what the client computes.
+      client: its state, as it was in `client_forward` but for its codec's.
+      passed: its forward pass. A batch of padding alone changes nothing.
+      learning_rate: ``float32 []``.
+      gradient: of the features, ``[B, ...]``, from the server; None with a detached
+        boundary.
+
+    Returns:
+      The new state, and the metrics of the exit.
+    """
+    if gradient is None:
+        gradient = jnp.zeros_like(passed.features)
+    (grads,) = passed.pullback((jnp.float32(1.0), gradient))
+    return _take(spec, client, grads, passed.stats, learning_rate, passed.metrics)
+
+
+def server_step(
+    spec: BranchSpec,
+    server: Branch,
+    batch: Batch,
+    learning_rate: Array,
+    *,
+    joint: bool = False,
+) -> ServerStep:
+    """Take the server's step on decoded features.
+
+    Args:
+      spec: what the server computes.
+      server: its state.
+      batch: features ``[B, ...]``, labels and mask of a client.
+      learning_rate: ``float32 []``.
+      joint: whether the gradient of the features goes back to the client.
+    """
+
+    def loss_fn(params: tuple[PyTree, ...], inputs: Array) -> tuple[Array, tuple]:
+        loss, _, stats, metrics = _loss(
+            spec, _with_params(server, params), batch._replace(inputs=inputs)
+        )
+        return loss, (stats, metrics)
+
+    arguments = (0, 1) if joint else (0,)
+    (grads, *rest), (stats, metrics) = jax.grad(loss_fn, arguments, has_aux=True)(
+        _params(server), batch.inputs
+    )
+    server, metrics = _take(spec, server, grads, stats, learning_rate, metrics)
+    if not joint:
+        return ServerStep(server, metrics, None)
+    refused = jnp.isnan(metrics.loss_sum)
+    gradient = jnp.where(refused, jnp.full_like(rest[0], jnp.nan), rest[0])
+    return ServerStep(server, metrics, gradient)
+
+
+def branch_step(
+    spec: BranchSpec, branch: Branch, batch: Batch, learning_rate: Array
+) -> tuple[Branch, Array, Metrics]:
+    """Take one step on the branch's own cross-entropy.
+
+    Args:
+      spec: what the branch computes.
+      branch: its state. A batch of padding alone leaves it exactly as it is.
+      batch: inputs ``[B, ...]``, labels and mask.
+      learning_rate: ``float32 []``.
+
+    Returns:
+      The new state, the features of this very forward pass ``[B, ...]``, detached, and
+      the metrics of the head before the update.
+    """
+
+    def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, tuple]:
+        loss, *rest = _loss(spec, _with_params(branch, params), batch)
+        return loss, tuple(rest)
+
+    grads, (features, stats, metrics) = jax.grad(loss_fn, has_aux=True)(_params(branch))
+    branch, metrics = _take(spec, branch, grads, stats, learning_rate, metrics)
+    return branch, jax.lax.stop_gradient(features), metrics
+
+
+def detached_step(
+    client_spec: BranchSpec,
+    server_spec: BranchSpec,
+    client: Branch,
+    server: Branch,
+    batch: Batch,
+    learning_rates: tuple[Array, Array],
+) -> tuple[Branch, Branch, ExitMetrics]:
+    """Take one step of a client and of its server; no gradient crosses the cut.
+
+    Args:
+      client_spec: what the client computes.
+      server_spec: what its server computes.
+      client: layers 1..cut and the exit head.
+      server: layers cut+1..L and the final head.
+      batch: the client's data.
+      learning_rates: of the client and of the server, ``float32 []`` each.
+    """
+    client, features, exit_metrics = branch_step(
+        client_spec, client, batch, learning_rates[0]
+    )
+    message, client = encode(client_spec, client, features, batch.mask)
+    decoded = batch._replace(inputs=decode(server_spec, message))
+    server, server_metrics, _ = server_step(
+        server_spec, server, decoded, learning_rates[1]
+    )
+    link = message_bytes(client_spec, message, batch.mask)
+    return client, server, ExitMetrics(exit_metrics, server_metrics, link)
+
+
+def joint_step(
+    client_spec: BranchSpec,
+    server_spec: BranchSpec,
+    client: Branch,
+    server: Branch,
+    batch: Batch,
+    learning_rates: tuple[Array, Array],
+    *,
+    exit_gradient: float = 0.0,
+) -> tuple[Branch, Branch, ExitMetrics]:
+    """Take one step like `detached_step`, but the server's gradient flows back.
+
+    Args:
+      client_spec: see `detached_step`, like all arguments but the last.
+      server_spec: what the server computes.
+      client: layers 1..cut and the exit head.
+      server: layers cut+1..L and the final head.
+      batch: the client's data.
+      learning_rates: of the client and of the server, ``float32 []`` each.
+      exit_gradient: the share of the exit's gradient that reaches the client's layers.
+        With 0 the exit head is a probe, and the layers train as if it were not there;
+        with 1 both cross-entropies are summed, as in BranchyNet (Teerapittayanon et
+        al., ICPR 2016).
+    """
+    passed = client_forward(client_spec, client, batch, exit_gradient=exit_gradient)
+    message, client = encode(client_spec, client, passed.features, batch.mask)
+    decoded = batch._replace(inputs=decode(server_spec, message))
+    server, server_metrics, gradient = server_step(
+        server_spec, server, decoded, learning_rates[1], joint=True
+    )
+    client, exit_metrics = client_backward(
+        client_spec, client, passed, learning_rates[0], gradient
+    )
+    link = message_bytes(client_spec, message, batch.mask, gradient)
+    return client, server, ExitMetrics(exit_metrics, server_metrics, link)
+
+
+def message_bytes(
+    spec: BranchSpec, message: Message, mask: Array, gradient: Array | None = None
+) -> Array:
+    """Count what crosses the link in a step.
+
+    Args:
+      spec: of the client.
+      message: that it sends; the labels, ``int32 [B]``, go with it.
+      mask: ``bool [B]``; padding is not sent.
+      gradient: what comes back, ``[B, ...]``.
+
+    Returns:
+      ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
+    """
+    label = jnp.dtype(jnp.int32).itemsize
+    up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
+    back = 0
+    if gradient is not None:
+        back = gradient.size // len(gradient) * gradient.dtype.itemsize
+    return pack_bytes(up, back * jnp.sum(mask, dtype=jnp.int32))
+
+
+def _params(branch: Branch) -> tuple[PyTree, ...]:
+    return tuple(part.params for part in parts_of(branch))
+
+
+def _with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:
+    pairs = zip(parts_of(branch), params, strict=True)
+    return with_parts(branch, tuple(part.replace(params=p) for part, p in pairs))
+
+
+def _loss(
+    spec: BranchSpec, branch: Branch, batch: Batch, head_gradient: float = 1.0
+) -> tuple[Array, Array, tuple[PyTree, ...], Metrics]:
+    """Return the mean loss of the head, features, batch statistics and metrics."""
+    features, logits, stats = forward(
+        spec, branch, batch.inputs, batch.mask, train=True, head_gradient=head_gradient
+    )
+    loss, metrics = masked_cross_entropy(logits, batch.labels, batch.mask)
+    return loss, features, stats, metrics
+
+
+def _take(
+    spec: BranchSpec,
+    branch: Branch,
+    grads: tuple[PyTree, ...],
+    stats: tuple[PyTree, ...],
+    learning_rate: Array,
+    metrics: Metrics,
+) -> tuple[Branch, Metrics]:
+    """Move every layer by its own optimizer, or none if anything is not finite."""
+    results = jax.tree.leaves((metrics.loss_sum, grads, stats))
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in results]))
+    some = metrics.count > 0
+    taken = some & finite
+    update: Callable = as_optimizer(spec.optimizer).update
+
+    def move(layer: LayerState, grad: PyTree, batch_stats: PyTree) -> LayerState:
+        updates, opt_state = update(
+            grad, layer.opt_state, layer.params, learning_rate=learning_rate
+        )
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, layer.params, updates)
+        moved = LayerState(params, batch_stats, opt_state)
+        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, layer)
+
+    parts = tuple(map(move, parts_of(branch), grads, stats))
+    loss_sum = jnp.where(some & ~finite, jnp.nan, metrics.loss_sum)
+    return with_parts(branch, parts), metrics._replace(loss_sum=loss_sum)

@@ -1,0 +1,100 @@
+"""What a training algorithm is: pure functions over the state of a federation."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+
+from hsee_jax.core.types import Array, Batch, ExitMetrics, Key, PyTree
+from hsee_jax.federation.branch import Branch
+from hsee_jax.federation.state import Means, RunState
+
+
+class TurnFn(Protocol):
+    """Steps one client, and its server."""
+
+    def __call__(
+        self,
+        client: Branch,
+        server: Branch,
+        batch: Batch,
+        learning_rate: Array,
+        *,
+        group: int,
+    ) -> tuple[Branch, Branch, ExitMetrics]:
+        """Step one client of a group.
+
+        Args:
+          client: its branch.
+          server: the shared server, or the client's replica.
+          batch: the client's data, ``[B, ...]``.
+          learning_rate: ``float32 []``.
+          group: the group's index.
+        """
+
+
+class StepFn(Protocol):
+    """Steps all clients at once."""
+
+    def __call__(
+        self,
+        state: RunState,
+        batches: tuple[Batch, ...],
+        order: Array,
+        learning_rate: Array,
+    ) -> tuple[RunState, tuple[ExitMetrics, ...]]:
+        """Step every client that has data; a mask of only false leaves it out.
+
+        Args:
+          state: before.
+          batches: one a group, leaves ``[S, B, ...]``.
+          order: ``int32 [A]``, the turns at a shared server, as positions in the
+            concatenation of all stacks; who is not in it is not served.
+          learning_rate: ``float32 []``.
+
+        Returns:
+          The state, and metrics, one a group, with leaves ``[S, ...]``.
+        """
+
+
+class InitStateFn(Protocol):
+    """Draws the state before the first round."""
+
+    def __call__(self, key: Key, ids: tuple[Array, ...] | None = None) -> RunState:
+        """Draw the state.
+
+        Args:
+          key: a typed key.
+          ids: of the client in each slot, ``int32 [S]`` a group; None is all clients.
+        """
+
+
+class Strategy(NamedTuple):
+    """An algorithm, as pure functions over `RunState`.
+
+    It has turns, a step for all clients at once, or both; then both give the same.
+    """
+
+    init: InitStateFn
+    turn: TurnFn | None
+    step: StepFn | None
+    # Average by weights float32 [S] a group, and give the means to all slots.
+    aggregate: Callable[[RunState, tuple[Array, ...]], tuple[RunState, Means]]
+    # Give means to slots whose state is of an earlier round, int32 [S] a group.
+    receive: Callable[[RunState, Means, tuple[Array, ...]], RunState]
+    # What each client sends for such a mean, a tree a group, leaves [S, ...].
+    messages: Callable[[RunState], tuple[PyTree, ...]]
+    part: Callable[[Branch, int], Branch]  # a server's layers behind a group's cut
+    shared: bool  # one server for all, or one replica each
+    turn_unit: str = "batch"  # "batch": turns step by step; "epoch": client by client
+    period: int = 0  # aggregate after so many ...
+    period_unit: str = "rounds"  # ... "rounds" or "steps"; a period of 0 is never
+    boundary: str = "detached"  # or "joint"; "none": client and server at one place
+    weights: str = "samples"  # of the clients in a mean, or "uniform"
+
+
+def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:
+    """Return the layers behind a client's cut, and the final head."""
+    if strategy.shared:
+        return strategy.part(state.servers[0], group)
+    return jax.tree.map(lambda leaf: leaf[member], state.servers[group])

@@ -1,0 +1,27 @@
+"""The link between a client and the server: codecs, and the bytes of a message."""
+
+from hsee_jax.link.codecs import (
+    CODECS,
+    FULL,
+    Codec,
+    Message,
+    fixed_size,
+    pack_bytes,
+    register,
+    sample_bytes,
+    stateless,
+    unpack_bytes,
+)
+
+__all__ = [
+    "CODECS",
+    "FULL",
+    "Codec",
+    "Message",
+    "fixed_size",
+    "pack_bytes",
+    "register",
+    "sample_bytes",
+    "stateless",
+    "unpack_bytes",
+]

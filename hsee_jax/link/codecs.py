@@ -1,0 +1,170 @@
+"""The form in which features cross the link: the client encodes, the server decodes.
+
+A `Codec` encodes every sample by itself, so that what arrives depends neither on its
+company nor on padding. It may keep a state for each client, such as an error to make
+good in the next message.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.registry import Registry
+from hsee_jax.core.types import Array, PyTree
+
+Message = PyTree  # arrays with a leading axis of samples, [B, ...]
+
+
+class EncodeFn(Protocol):
+    """Turns features into a message."""
+
+    def __call__(self, features: Array, state: PyTree) -> tuple[Message, PyTree]:
+        """Encode features ``[B, ...]``; return the message and the new state."""
+
+
+class DecodeFn(Protocol):
+    """Turns a message into features."""
+
+    def __call__(self, message: Message, dtype: Any) -> Array:
+        """Decode a message to features ``[B, ...]`` of this dtype."""
+
+
+class Codec(NamedTuple):
+    """How features cross a link, as pure functions."""
+
+    # Features of a sample, shape and dtype [1, ...] -> the state of one client.
+    init: Callable[[jax.ShapeDtypeStruct], PyTree]
+    encode: EncodeFn
+    decode: DecodeFn
+    nbytes: Callable[[Message], Array]  # message -> bytes of each sample, int32 [B]
+
+
+# Factories take nothing but their options.
+CODECS: Registry[Codec] = Registry("link")
+register = CODECS.register
+
+
+def fixed_size(message: Message) -> Array:
+    """Return the bytes of each sample of a message that has no other size.
+
+    Args:
+      message: leaves ``[B, ...]``.
+
+    Returns:
+      ``int32 [B]``.
+    """
+    leaves = jax.tree.leaves(message)
+    each = sum(leaf.size // len(leaf) * leaf.dtype.itemsize for leaf in leaves)
+    return jnp.full(len(leaves[0]), each, jnp.int32)
+
+
+def stateless(
+    encode: Callable[[Array], Message], decode: DecodeFn | None = None
+) -> Codec:
+    """Make a codec of functions that keep no state, for messages of a fixed size.
+
+    Args:
+      encode: features ``[B, ...]`` to a message.
+      decode: see `Codec`; without it, the message has the shape of the features and
+        only its dtype changes.
+    """
+    return Codec(
+        init=lambda features: (),
+        encode=lambda features, state: (encode(features), state),
+        decode=decode or (lambda message, dtype: message.astype(dtype)),
+        nbytes=fixed_size,
+    )
+
+
+FULL = stateless(lambda features: features)
+
+
+@CODECS.register(summary="features in the dtype of the computation")
+def full() -> Codec:
+    """Send features as they are."""
+    return FULL
+
+
+@CODECS.register(summary="half precision")
+def float16() -> Codec:
+    """Send features in half precision, clipped so that none becomes infinite."""
+    most = float(jnp.finfo(jnp.float16).max)
+
+    def encode(features: Array) -> Message:
+        values = features.astype(jnp.float32)
+        return jnp.clip(values, -most, most).astype(jnp.float16)
+
+    return stateless(encode)
+
+
+class Levels(NamedTuple):
+    """Features as numbers of evenly spaced values, which each sample has of its own."""
+
+    codes: Array  # int8 [B, ...]; -128 is the smallest value
+    offset: Array  # float32 [B, 1 ...]: the smallest value
+    step: Array  # float32 [B, 1 ...]: to the next; 0 where all values are equal
+
+
+@CODECS.register(summary="256 levels between the extremes of each sample")
+def int8() -> Codec:
+    """Send each value as one of 256 levels between its sample's extremes.
+
+    No value arrives further from the original than half a step, the range of its
+    sample / 510.
+    """
+
+    def encode(features: Array) -> Levels:
+        values = features.astype(jnp.float32)
+        axes = tuple(range(1, values.ndim))
+        offset = jnp.min(values, axes, keepdims=True)
+        # Products, as quotients are compiled in another way for another batch size.
+        step = (jnp.max(values, axes, keepdims=True) - offset) * (1 / 255)
+        inverse = 1 / jnp.where(step > 0, step, 1.0)
+        levels = jnp.clip(jnp.round((values - offset) * inverse), 0, 255)
+        return Levels((levels - 128).astype(jnp.int8), offset, step)
+
+    def decode(message: Levels, dtype: Any) -> Array:
+        levels = message.codes.astype(jnp.float32) + 128
+        return (message.offset + message.step * levels).astype(dtype)
+
+    return stateless(encode, decode)
+
+
+def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
+    """Return the bytes of the first message of one sample.
+
+    Args:
+      codec: of the link.
+      features: shape and dtype of a sample's features, ``[1, ...]``.
+    """
+    zeros = jnp.zeros(features.shape, features.dtype)
+    message, _ = codec.encode(zeros, codec.init(features))
+    return int(codec.nbytes(message)[0])
+
+
+_LOW_BITS = 15
+
+
+def pack_bytes(up: Array, down: Array) -> Array:
+    """Pack counts of bytes so that sums over a round do not overflow.
+
+    Args:
+      up: ``int32 []``, bytes in one step from the client.
+      down: ``int32 []``, bytes in one step to the client.
+
+    Returns:
+      ``int32 [2, 2]``: up and down, each as a high and a low part. Up to 65,536 of them
+      can be added.
+    """
+    counts = jnp.stack([up, down])
+    return jnp.stack([counts >> _LOW_BITS, counts & (2**_LOW_BITS - 1)], axis=-1)
+
+
+def unpack_bytes(packed: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the bytes up and down, ``int64 [..., 2]``, of sums of `pack_bytes`."""
+    parts = np.asarray(packed).astype(np.int64)
+    return (parts[..., 0] << _LOW_BITS) + parts[..., 1]

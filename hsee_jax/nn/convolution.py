@@ -1,0 +1,197 @@
+"""The convolution, in forms that stay fast on CPU and on stacked weights.
+
+Under `jax.vmap` over the weights of several clients XLA makes one grouped convolution,
+whose gradients are slow, and on CPU even a single convolution is slow to derive by the
+weights. `convolution` gives a drop-in for `jax.lax.conv_general_dilated`, equal to it
+up to rounding, that runs in one of these forms:
+
+============  ====================================================================
+``grouped``   the native convolution; stacked weights make groups of it
+``unrolled``  the native convolution; for stacked weights one after another
+``patches``   shifted slices times matrices: no convolution, more memory
+``winograd``  F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
+              others take 36; only for 3x3 of stride 1, else it is ``patches``
+``auto``      by backend, pass and shape, see `_auto`
+============  ====================================================================
+
+Inputs batched by `jax.vmap` under shared weights are one convolution of a larger batch
+in all of them. Images are NHWC and weights HWIO.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from hsee_jax.core.types import Array
+from hsee_jax.nn.convolution_forms import LAYOUT, NATIVE, PATCHES, Form, Geometry
+from hsee_jax.nn.winograd import WINOGRAD
+
+_FORMS = {
+    "grouped": NATIVE,
+    "unrolled": NATIVE,
+    "patches": PATCHES,
+    "winograd": WINOGRAD,
+}
+FORMS = ("auto", *_FORMS)  # what `convolution` takes
+
+
+def convolution(mode: str = "auto") -> Callable[..., Array]:
+    """A function to be used in place of `jax.lax.conv_general_dilated`.
+
+    Args:
+      mode: the name of a form, or ``"auto"``.
+
+    Returns:
+      ``(lhs [N, H, W, C], rhs [k, k, C, F], window_strides, padding, ...)`` to
+      ``[N, H', W', F]`` of the same dtype; sums are in float32. Padding is given in
+      numbers. It raises NotImplementedError on dilation, groups, other layouts and a
+      precision. Its first derivatives are defined, in reverse mode.
+    """
+    if mode not in FORMS:
+        raise ValueError(f"{mode} is none of {', '.join(FORMS)}")
+
+    def conv_general_dilated(
+        lhs: Array,
+        rhs: Array,
+        window_strides: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        dimension_numbers: Any = LAYOUT,
+        feature_group_count: int = 1,
+        precision: Any = None,
+    ) -> Array:
+        layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        if (
+            layout != lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT)
+            or {*(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} - {1}
+            or isinstance(padding, str)
+            or precision is not None
+        ):
+            raise NotImplementedError(
+                "only NHWC and HWIO, padding in numbers, the default precision, and "
+                "neither dilation nor groups"
+            )
+        (top, bottom), (left, right) = padding
+        geometry = Geometry(
+            (lhs.shape[1], lhs.shape[2]),
+            (rhs.shape[0], rhs.shape[1]),
+            (window_strides[0], window_strides[1]),
+            ((top, bottom), (left, right)),
+        )
+        return _differentiable(mode, geometry, min(rhs.shape[2:]))(lhs, rhs)
+
+    return conv_general_dilated
+
+
+def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
+    passes = {name: _batchable(mode, name, geometry, channels) for name in Form._fields}
+
+    @jax.custom_vjp
+    def apply(x: Array, w: Array) -> Array:
+        return passes["forward"](x, w)
+
+    def forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+        return apply(x, w), (x, w)
+
+    def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        x, w = saved
+        return passes["wrt_input"](dy, w), passes["wrt_weights"](x, dy)
+
+    apply.defvjp(forward, backward)
+    return apply
+
+
+def _batchable(mode: str, name: str, geometry: Geometry, channels: int) -> Callable:
+    """One pass, with what it becomes under one or several `jax.vmap`."""
+
+    def implementation(*, stacked: bool) -> tuple[str, Callable[[Array, Array], Array]]:
+        form = mode
+        if mode == "auto":
+            form = _auto(name, geometry, channels, stacked=stacked)
+        return form, partial(getattr(_FORMS[form], name), geometry=geometry)
+
+    def shares_weights(batched: list[bool]) -> bool:
+        return name != "wrt_weights" and not batched[1]
+
+    @custom_vmap
+    def single(a: Array, b: Array) -> Array:
+        return implementation(stacked=False)[1](a, b)
+
+    @custom_vmap
+    def stack(a: Array, b: Array) -> Array:  # [S, ...] both
+        form, run = implementation(stacked=True)
+        if form == "unrolled":
+            return jnp.stack([run(*pair) for pair in zip(a, b, strict=True)])
+        return jax.vmap(run)(a, b)
+
+    @single.def_vmap
+    def _(size: int, batched: list[bool], a: Array, b: Array) -> tuple[Array, bool]:
+        if shares_weights(batched):
+            return _split(single(_merge(a), b), size), True
+        return stack(*_all_batched(size, batched, a, b)), True
+
+    @stack.def_vmap
+    def _(size: int, batched: list[bool], a: Array, b: Array) -> tuple[Array, bool]:
+        if shares_weights(batched):  # [T, S, N, ...] -> [S, T N, ...]
+            folded = jax.vmap(_merge)(jnp.swapaxes(a, 0, 1))
+            out = jax.vmap(partial(_split, size=size))(stack(folded, b))
+            return jnp.swapaxes(out, 0, 1), True
+        a, b = _all_batched(size, batched, a, b)
+        return _split(stack(_merge(a), _merge(b)), size), True
+
+    return single
+
+
+def _merge(a: Array) -> Array:
+    return a.reshape(-1, *a.shape[2:])
+
+
+def _split(a: Array, size: int) -> Array:
+    return a.reshape(size, -1, *a.shape[1:])
+
+
+def _all_batched(size: int, batched: list[bool], *arrays: Array) -> list[Array]:
+    return [
+        array if has_axis else lax.broadcast(array, (size,))
+        for array, has_axis in zip(arrays, batched, strict=True)
+    ]
+
+
+# Window and stride, the smaller number of channels from which a row holds, and the
+# forms of the three passes; the first row that fits. Measured on CPU by
+# experiments/bench_conv.py.
+_CPU = (
+    (1, None, 1, ("patches", "patches", "patches")),
+    (3, 1, 64, ("winograd", "winograd", "winograd")),
+    (3, 2, 128, ("patches", "patches", "patches")),
+    (3, 2, 16, ("grouped", "grouped", "patches")),
+)
+
+
+def _auto(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str:
+    """Choose the form of one pass.
+
+    On CPU, stacked weights never get a native convolution: XLA runs it slowly inside a
+    scan. XLA for TPU makes one convolution of a group, with the client as a spatial
+    axis. On a GPU the gradients of grouped convolutions by the weights become forward
+    convolutions with windows as large as the image, so the clients go one by one.
+    """
+    backend = jax.default_backend()
+    if backend != "cpu":
+        return "unrolled" if stacked and backend == "gpu" else "grouped"
+    other = "patches" if stacked else "grouped"
+    for window, stride, least, forms in _CPU:
+        if (
+            geometry.window == (window, window)
+            and geometry.strides == (stride or geometry.strides[0],) * 2
+            and channels >= least
+        ):
+            form = forms[Form._fields.index(name)]
+            return other if form == "grouped" else form
+    return other

@@ -1,0 +1,46 @@
+"""Cross-entropy and accuracy over the real rows of a padded batch."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from hsee_jax.core.types import Array, Metrics
+
+
+def masked_cross_entropy(
+    logits: Array, labels: Array, mask: Array
+) -> tuple[Array, Metrics]:
+    """Mean softmax cross-entropy over the rows whose mask is true.
+
+    Args:
+      logits: ``float32 [B, K]``.
+      labels: ``int32 [B]``, each in ``0..K-1``.
+      mask: ``bool [B]``, false on padding.
+
+    Returns:
+      The mean, in nats, ``float32 []`` (0 for a batch of padding alone), and the sums
+      behind it.
+    """
+    chex.assert_rank([logits, labels, mask], [2, 1, 1])
+    chex.assert_equal_shape_prefix([logits, labels, mask], 1)
+    chex.assert_type([logits, labels, mask], [jnp.float32, jnp.int32, bool])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    loss_sum = jnp.sum(jnp.where(mask, losses, 0.0))
+    count = jnp.sum(mask, dtype=jnp.int32)
+    correct = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & mask, dtype=jnp.int32)
+    mean = loss_sum / jnp.maximum(count, 1).astype(jnp.float32)
+    return mean, Metrics(loss_sum, correct, count)
+
+
+def predictive_entropy(logits: Array) -> Array:
+    """Entropy of the softmax, the measure of how unsure an exit is.
+
+    Args:
+      logits: ``float [..., K]``.
+
+    Returns:
+      ``[...]``, in nats, between 0 and ``log K``.
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

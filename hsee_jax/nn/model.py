@@ -1,0 +1,104 @@
+"""A network as a tuple of layers with an exit head after each of them.
+
+Any network that is a chain of `Stage`s can be trained, with the heads that it brings. A
+*cut* is the number of layers that a client keeps, ``1..len(model.stages)``.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsee_jax.core.types import Array, Key, PyTree, Stage, Variables
+
+
+class Model(NamedTuple):
+    """What a network computes, without its weights."""
+
+    stages: tuple[Stage, ...]  # L layers
+    exit_heads: tuple[Stage, ...]  # L heads; exit_heads[l - 1] follows layer l
+    final_head: Stage
+    layer_names: tuple[str, ...]  # L names, such as "layer2.0"
+    input_shape: tuple[int, ...]  # of one sample, (H, W, C) for images
+
+
+class Network(NamedTuple):
+    """One set of weights for every layer and every head of a `Model`."""
+
+    layers: tuple[Variables, ...]  # L
+    exit_heads: tuple[Variables, ...]  # L
+    final_head: Variables
+
+
+def from_linen(module: Any) -> Stage:
+    """Make a `Stage` of a Flax module called as ``module(x, mask, train=...)``."""
+
+    def init(key: Key, inputs: Array) -> Variables:
+        mask = jnp.ones(inputs.shape[0], bool)
+        variables = module.init(key, inputs, mask, train=False)
+        return {
+            "params": variables.get("params", {}),
+            "batch_stats": variables.get("batch_stats", {}),
+        }
+
+    def apply(
+        variables: Variables, inputs: Array, mask: Array, *, train: bool
+    ) -> tuple[Array, PyTree]:
+        if not train:
+            return module.apply(variables, inputs, mask, train=False), variables[
+                "batch_stats"
+            ]
+        outputs, updated = module.apply(
+            variables, inputs, mask, train=True, mutable=["batch_stats"]
+        )
+        return outputs, updated.get("batch_stats", {})
+
+    return Stage(init, apply)
+
+
+@functools.lru_cache(maxsize=32)
+def layer_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return the shape and dtype ``[1, ...]`` of each layer's input and the output.
+
+    Entry l is the input of layer l + 1, so ``layer_inputs(model)[cut]`` are the
+    features that a client of this cut sends; there are L + 1.
+    """
+    shapes = [jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)]
+    mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
+    for stage in model.stages:
+
+        def run(inputs: Array, mask: Array, stage: Stage = stage) -> Array:
+            variables = stage.init(jax.random.key(0), inputs)
+            return stage.apply(variables, inputs, mask, train=False)[0]
+
+        shapes.append(jax.eval_shape(run, shapes[-1], mask))
+    return tuple(shapes)
+
+
+def init_network(model: Model, key: Key) -> Network:
+    """Draw all weights; every client and server part is a slice of the result.
+
+    Args:
+      model: L layers.
+      key: a typed key; layer l, exit head l and the final head each fold in their own
+        number, so that a part does not depend on what else is drawn.
+    """
+    shapes = layer_inputs(model)
+    count = len(model.stages)
+
+    # XLA takes seconds on CPU to compile a partitionable draw of several axes.
+    @jax.threefry_partitionable(False)
+    def draw(stage: Stage, number: int, shape: jax.ShapeDtypeStruct) -> Variables:
+        inputs = jnp.zeros(shape.shape, shape.dtype)
+        return stage.init(jax.random.fold_in(key, number), inputs)
+
+    return Network(
+        layers=tuple(draw(s, i, shapes[i]) for i, s in enumerate(model.stages)),
+        exit_heads=tuple(
+            draw(s, count + i, shapes[i + 1]) for i, s in enumerate(model.exit_heads)
+        ),
+        final_head=draw(model.final_head, 2 * count, shapes[-1]),
+    )
+
+

@@ -1,0 +1,211 @@
+"""The layers of ResNet-18 (He et al., CVPR 2016) and the heads, as Flax modules.
+
+As in torchvision: explicit padding, BatchNorm with decay 0.9 and epsilon 1e-5, Kaiming
+normal convolutions (fan out) and uniform linear layers. The differences: biases start
+at 0, the running variance is the biased one, as everywhere in Flax, and the stem for
+small images is one 3x3 convolution of stride 1 without pooling, the usual choice for
+CIFAR.
+
+Every module maps ``x [B, H, W, C]`` and ``mask bool [B]`` to its output; rows whose
+mask is false do not reach the batch statistics. ``conv`` names a form of the
+convolution, see `hsee_jax.nn.convolution`.
+"""
+
+from functools import partial
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from hsee_jax.core.options import at_least, one_of
+from hsee_jax.core.types import Array
+from hsee_jax.nn.convolution import FORMS, convolution
+from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.registry import NETWORKS
+
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+_linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+class _Conv(nn.Module):
+    """Convolution without bias; ``size // 2`` rows of zeros on every side."""
+
+    features: int
+    size: int
+    stride: int
+    dtype: jnp.dtype
+    conv: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        pad = self.size // 2
+        return nn.Conv(
+            self.features,
+            (self.size, self.size),
+            strides=self.stride,
+            padding=((pad, pad), (pad, pad)),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=_conv_init,
+            conv_general_dilated=convolution(self.conv),
+            name="conv",
+        )(x)
+
+
+class _BatchNorm(nn.Module):
+    """Batch normalisation over the real rows; statistics in float32."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        rows = mask.reshape(mask.shape + (1,) * (x.ndim - 1))
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            name="bn",
+        )(x, mask=jnp.broadcast_to(rows, x.shape))
+
+
+class Stem(nn.Module):
+    """The first layer: ``[B, H, W, C] -> [B, H', W', features]``.
+
+    With ``size`` 3 the image keeps its size; with 7 it is halved by the convolution and
+    once more by a 3x3 max-pool.
+    """
+
+    features: int
+    size: int
+    dtype: jnp.dtype
+    conv: str
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the stem."""
+        large = self.size == 7
+        conv = partial(_Conv, dtype=self.dtype, conv=self.conv, name="conv")
+        x = conv(self.features, self.size, 2 if large else 1)(x.astype(self.dtype))
+        x = nn.relu(_BatchNorm(self.dtype, name="bn")(x, mask, train=train))
+        if large:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return x
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ``[B, H, W, C] -> [B, H/s, W/s, features]``.
+
+    The shortcut is the identity, or a 1x1 convolution where the shape changes.
+    """
+
+    features: int
+    stride: int
+    dtype: jnp.dtype
+    conv: str
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the block."""
+        conv = partial(_Conv, self.features, dtype=self.dtype, conv=self.conv)
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != self.features:
+            shortcut = conv(1, self.stride, name="down")(x)
+            shortcut = _BatchNorm(self.dtype, name="bn_down")(
+                shortcut, mask, train=train
+            )
+        y = conv(3, self.stride, name="conv1")(x)
+        y = nn.relu(_BatchNorm(self.dtype, name="bn1")(y, mask, train=train))
+        y = conv(3, 1, name="conv2")(y)
+        y = _BatchNorm(self.dtype, name="bn2")(y, mask, train=train)
+        return nn.relu(y + shortcut)
+
+
+class Head(nn.Module):
+    """Global average pool and linear layer: ``[B, H, W, C] -> float32 [B, classes]``.
+
+    With ``batch_norm`` the features are normalised first.
+    """
+
+    classes: int
+    batch_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the head."""
+        if self.batch_norm:
+            x = _BatchNorm(self.dtype, name="bn")(x, mask, train=train)
+        pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return nn.Dense(
+            self.classes,
+            dtype=jnp.float32,
+            kernel_init=_linear_init,
+            name="linear",
+        )(pooled)
+
+
+@NETWORKS.register(summary="ResNet-18 (He et al., CVPR 2016), 9 layers")
+def resnet18(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    width: Annotated[int, "channels of the first group of blocks", at_least(1)] = 64,
+    stem: Annotated[
+        str,
+        "first layer: 3x3, or 7x7 and max-pool; auto is 3x3 up to 64 pixels [ours]",
+        one_of("auto", "3x3", "7x7"),
+    ] = "auto",
+    exit_head: Annotated[
+        str,
+        "pool and linear layer, or BatchNorm before them [ours]",
+        one_of("linear", "bn_linear"),
+    ] = "linear",
+    dtype: Annotated[
+        str,
+        "type of the computation; parameters and statistics stay float32",
+        one_of("float32", "bfloat16"),
+    ] = "float32",
+    conv: Annotated[
+        str,
+        "form of the convolutions, all equal up to rounding; auto chooses by backend "
+        "and shape",
+        one_of(FORMS),
+    ] = "auto",
+) -> Model:
+    """Build ResNet-18 as 9 layers: the stem and 8 basic blocks, named as in torchvision.
+
+    Args:
+      num_classes: K.
+      input_shape: ``(H, W, C)``.
+      width: channels of the first group; the later groups have 2, 4 and 8 times as
+        many.
+      stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
+      exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
+      dtype: of the computation, ``"float32"`` or ``"bfloat16"``; parameters,
+        statistics, logits and losses are float32 in both.
+      conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
+
+    Returns:
+      The model; with the defaults, 10 classes and 32x32x3 images, layers and final head
+      have 11,173,962 parameters.
+    """
+    if stem == "auto":
+        stem = "3x3" if max(input_shape[:2]) <= 64 else "7x7"
+    compute = jnp.dtype(dtype)
+    modules: list[Any] = [Stem(width, int(stem[0]), compute, conv)]
+    names = ["stem"]
+    for group in range(4):
+        for block in range(2):
+            stride = 2 if group > 0 and block == 0 else 1
+            modules.append(BasicBlock(width * 2**group, stride, compute, conv))
+            names.append(f"layer{group + 1}.{block}")
+    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    return Model(
+        stages=tuple(map(from_linen, modules)),
+        exit_heads=(exit_stage,) * len(modules),
+        final_head=from_linen(Head(num_classes, False, compute)),
+        layer_names=tuple(names),
+        input_shape=tuple(input_shape),
+    )

@@ -1,0 +1,34 @@
+"""Optimizers, what averaging does to their state, and schedules."""
+
+from hsee_jax.optim.optimizers import (
+    KEEP,
+    MERGES,
+    OPTIMIZERS,
+    Merge,
+    Optimizer,
+    OptimizerLike,
+    adamw,
+    as_optimizer,
+    descend,
+    register,
+    sgd,
+    with_merge,
+)
+from hsee_jax.optim.schedules import SCHEDULES, make_schedule
+
+__all__ = [
+    "KEEP",
+    "MERGES",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Merge",
+    "Optimizer",
+    "OptimizerLike",
+    "adamw",
+    "as_optimizer",
+    "descend",
+    "make_schedule",
+    "register",
+    "sgd",
+    "with_merge",
+]

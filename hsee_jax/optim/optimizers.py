@@ -1,0 +1,141 @@
+"""Optimizers at rate 1, and what averaging a layer does to their state.
+
+An optimizer follows optax's convention: it is built at rate 1, and a step adds the
+learning rate times its updates to the parameters, so ``optax.adam(1.0)`` and
+``optax.sgd(1.0, momentum=0.9)`` work as they are. The rate is passed into every step:
+in the sequential strategy deep server layers see more updates a step than shallow
+layers, and a count of the optimizer's own would let their schedules drift apart.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import jax
+import optax
+
+from hsee_jax.core.options import at_least, share
+from hsee_jax.core.registry import Registry
+from hsee_jax.core.types import PyTree
+
+
+class UpdateFn(Protocol):
+    """Computes the updates of one step."""
+
+    def __call__(
+        self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Turn gradients into updates to be added at rate 1, and the new state.
+
+        ``extra`` holds ``learning_rate``, ``float32 []``.
+        """
+
+
+class Merge(NamedTuple):
+    """What averaging a layer does to the optimizer state of each holder."""
+
+    # State -> a tree of bool: the leaves of which the holders' mean is taken.
+    shared: Callable[[PyTree], PyTree]
+    # Parameters before, their mean, and the state with the mean of its shared leaves
+    # -> the new state. What belongs to a BatchNorm that stays local is left alone.
+    merge: Callable[[PyTree, PyTree, PyTree], PyTree]
+
+
+class Optimizer(NamedTuple):
+    """An optax optimizer with a rule for averaging."""
+
+    init: Callable[[PyTree], PyTree]
+    update: UpdateFn
+    merge: Merge
+
+
+OptimizerLike = Optimizer | optax.GradientTransformation
+
+
+def _nothing(state: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: False, state)
+
+
+def _everything(state: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: True, state)
+
+
+KEEP = Merge(_nothing, lambda old, mean, state: state)
+
+
+def as_optimizer(optimizer: OptimizerLike) -> Optimizer:
+    """Give an optax optimizer the rule that each holder keeps its own state."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    extended = optax.with_extra_args_support(optimizer)
+    return Optimizer(extended.init, extended.update, KEEP)
+
+
+# Factories take an `Optimizer`.
+MERGES: Registry[Merge] = Registry("optimizer_state")
+
+
+@MERGES.register(summary="the rule of the optimizer: each holder keeps its own state")
+def keep(optimizer: Optimizer) -> Merge:
+    """Follow the optimizer's own rule; for sgd and adamw, every holder keeps its own."""
+    return optimizer.merge
+
+
+@MERGES.register(summary="the holders' mean, as of the layer")
+def average(optimizer: Optimizer) -> Merge:
+    """Average the whole state."""
+    return Merge(_everything, KEEP.merge)
+
+
+@MERGES.register(summary="as at the start")
+def reset(optimizer: Optimizer) -> Merge:
+    """Start anew from the mean parameters."""
+    return Merge(_nothing, lambda old, mean, state: optimizer.init(mean))
+
+
+def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
+    """Return an optimizer with another rule for averaging, one of `MERGES`."""
+    own = as_optimizer(optimizer)
+    return own._replace(merge=MERGES.make(name, own))
+
+
+def descend(direction: optax.GradientTransformation) -> Optimizer:
+    """Turn a direction of ascent, such as ``optax.trace``, into updates to be added."""
+    extended = optax.with_extra_args_support(direction)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        updates, state = extended.update(updates, state, params, **extra)
+        return jax.tree.map(lambda u: -u, updates), state
+
+    return Optimizer(extended.init, update, KEEP)
+
+
+def _decays(params: PyTree) -> PyTree:
+    """Mark matrices and convolutions, but not biases and BatchNorm."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+Decay = Annotated[float, "weight decay, not on biases and BatchNorm", at_least(0)]
+
+# Factories take nothing but their options.
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
+register = OPTIMIZERS.register
+
+
+@OPTIMIZERS.register(summary="gradient descent with momentum")
+def sgd(
+    *,
+    momentum: Annotated[float, "share of the last update in the next", share] = 0.9,
+    weight_decay: Decay = 5e-4,
+) -> Optimizer:
+    """Build SGD with heavy-ball momentum at rate 1."""
+    decay = optax.add_decayed_weights(weight_decay, mask=_decays)
+    return descend(optax.chain(decay, optax.trace(momentum)))
+
+
+@OPTIMIZERS.register(summary="Adam with decoupled weight decay")
+def adamw(*, weight_decay: Decay = 5e-4) -> Optimizer:
+    """Build AdamW (Loshchilov and Hutter, ICLR 2019) at rate 1."""
+    decay = optax.add_decayed_weights(weight_decay, mask=_decays)
+    return descend(optax.chain(optax.scale_by_adam(), decay))

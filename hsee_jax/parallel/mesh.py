@@ -1,0 +1,126 @@
+"""The devices that clients are spread over: a mesh with the one axis ``clients``.
+
+What runs for each client by itself is vmapped, and under `jax.shard_map` each device
+runs the clients that it holds: nothing is exchanged. Left to itself, XLA would gather
+the stacked convolutions of all devices on each.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hsee_jax.core.types import PyTree
+
+CLIENTS = "clients"
+SPREAD = P(CLIENTS)  # the leading axis over the devices
+SAME = P()  # the same on every device
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make a mesh of some devices; None is all, of all processes."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (CLIENTS,), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def on_devices(fn: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Any:
+    """Run a function on each device's own part; without a mesh, on the whole."""
+    if mesh is None:
+        return fn
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def over_clients(
+    fn: Callable, mesh: Mesh | None, in_axes: Sequence[int | None], *, block: int = -1
+) -> Any:
+    """Map a function of one client over stacks of clients, with no communication.
+
+    Args:
+      fn: of one client.
+      mesh: the stacks' leading axes are spread over it; None: on one device.
+      in_axes: for each argument, 0: a stack with a leading axis of clients, None: the
+        same for all.
+      block: the argument, if any, that is not a stack but is cut along its leading axis
+        into one block for each device, for the clients there.
+    """
+    specs = [SAME if axis is None else SPREAD for axis in in_axes]
+    if block >= 0:
+        specs[block] = SPREAD
+    return on_devices(jax.vmap(fn, tuple(in_axes)), mesh, tuple(specs), SPREAD)
+
+
+def constrain(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
+    """Fix where a value lies while it is computed."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
+    """Put host arrays on the devices.
+
+    Args:
+      tree: numpy arrays, the same in every process where it is read.
+      mesh: the devices; None: the first.
+      specs: one `PartitionSpec`, or a tree of them that is a prefix of ``tree``.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+
+    def put(spec: P, leaf: Any) -> jax.Array:
+        sharding = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(
+            np.shape(leaf), sharding, partial(_at, leaf)
+        )
+
+    return jax.tree.map(
+        lambda spec, part: jax.tree.map(partial(put, spec), part),
+        specs,
+        tree,
+        is_leaf=lambda node: isinstance(node, P),
+    )
+
+
+def place_blocks(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Put this process's arrays on each of its devices, as their blocks of a whole.
+
+    Args:
+      tree: numpy arrays ``[M, ...]``, of the same shape in every process.
+      mesh: D devices.
+
+    Returns:
+      Arrays ``[D M, ...]``.
+    """
+    sharding = NamedSharding(mesh, SPREAD)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(
+            (mesh.size * leaf.shape[0], *leaf.shape[1:]), sharding, lambda _: leaf
+        ),
+        tree,
+    )
+
+
+def process_of_slots(mesh: Mesh, count: int) -> list[int]:
+    """Return the process that holds each of ``count`` slots of a stack."""
+    each = count // mesh.size
+    return [d.process_index for d in mesh.devices.flat for _ in range(each)]
+
+
+def _at(leaf: Any, index: Any) -> Any:
+    return np.asarray(leaf)[index]
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Return device arrays as numpy arrays, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,133 @@
+"""One run in several processes, each with devices of its own.
+
+All of them run the same program on the same arguments; arrays over a mesh of all
+devices are then one array, of which each process holds its part.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hsee_jax.core.errors import UserError
+
+
+def join(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Makes this process one of several; call it before anything else of JAX.
+
+    Args:
+      coordinator: ``HOST:PORT`` of the first process; ``"auto"`` lets JAX find out by
+        itself, as happens without any argument in a Slurm step of several tasks and on
+        the workers of a TPU pod.
+      num_processes: how many there are.
+      process_id: from 0.
+
+    Raises:
+      UserError: the arguments do not fit, or the others cannot be reached.
+    """
+    given = (coordinator, num_processes, process_id) != (None, None, None)
+    if not given and not _in_cluster():
+        return
+    try:
+        if not given or coordinator == "auto":
+            jax.distributed.initialize()
+            return
+        address, count, index = _checked(coordinator, num_processes, process_id)
+        jax.distributed.initialize(address, count, index)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"coordinator: the processes cannot meet: {reason}") from error
+
+
+def _in_cluster() -> bool:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return tasks != "1" or "," in workers
+
+
+def _checked(
+    coordinator: str | None, count: int | None, index: int | None
+) -> tuple[str, int, int]:
+    if coordinator is None or count is None or index is None:
+        missing = "coordinator" if coordinator is None else "num_processes"
+        if coordinator is not None and count is not None:
+            missing = "process_id"
+        raise UserError(
+            f"{missing}: missing; several processes need coordinator, num_processes "
+            "and process_id"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"coordinator: {coordinator} is not allowed; allowed is HOST:PORT, or auto"
+        )
+    if count < 1:
+        raise UserError(f"num_processes: {count} is not allowed; allowed is 1 or more")
+    if not 0 <= index < count:
+        raise UserError(
+            f"process_id: {index} is not allowed; allowed are 0..{count - 1}"
+        )
+    return coordinator, count, index
+
+
+class StopSignals:
+    """In a ``with`` statement, takes note of SIGTERM and Ctrl-C; a second one kills."""
+
+    def __init__(self) -> None:
+        """Nothing has come yet."""
+        self.received = 0
+
+    def __enter__(self) -> "StopSignals":
+        """Listens."""
+        wanted = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._note) for number in wanted}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+        print("hsee: stops after this step, at once if told again", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        """Whether one has come, to any process; all of them must ask."""
+        if jax.process_count() > 1:
+            received = multihost_utils.process_allgather(np.int32(self.received))
+            self.received = int(np.max(received))
+        return self.received > 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes for all."""
+    return jax.process_index() == 0
+
+
+def in_first(act: Callable[[], None]) -> None:
+    """Does something in the first process; the others wait for it.
+
+    Raises:
+      UserError: it did; every process raises.
+    """
+    refusal = None
+    if is_first():
+        try:
+            act()
+        except UserError as error:
+            refusal = error
+    if jax.process_count() > 1:
+        refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
+        if refused and refusal is None:
+            refusal = UserError("run: the first process says why it cannot start")
+    if refusal is not None:
+        raise refusal

@@ -1,0 +1,131 @@
+"""Runs as curves: the runs that differ in their seeds alone are one curve."""
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.data.partition import Share
+from hsee_jax.runs.history import OWN, read_history
+from hsee_jax.runs.records import RoundRecord, Summary
+
+BRANCHES = ("exit", "server")
+Values = npt.NDArray[np.float64]
+Options = Mapping[str, Any]  # of a run, by name
+
+
+class Run(NamedTuple):
+    """A run's folder, read."""
+
+    name: str  # the folder, as seen from the one that holds all runs
+    options: Options
+    seeds: tuple[int, ...]
+    partition: list[Share]
+    records: list[RoundRecord]
+    accuracies: dict[int, Values]  # evaluated round -> ``[2, N]``, see `BRANCHES`
+    machine: str  # device and versions; empty until the run ends
+
+
+class Curve(NamedTuple):
+    """Runs that differ in their seeds alone, and have come equally far."""
+
+    label: str  # the options in which it differs from the other curves
+    options: Options  # of all its runs, without what is a run's own
+    runs: tuple[Run, ...]
+    rounds: tuple[int, ...]  # evaluated in all of them
+    accuracy: Values  # ``[S, R, 2, N]``: runs, rounds, branches, clients
+
+    @property
+    def final(self) -> Values:
+        """Accuracy after the last round, ``[S, 2, N]``."""
+        return self.accuracy[:, -1]
+
+    @property
+    def cuts(self) -> npt.NDArray[np.int64]:
+        """Cut of each client, ``[N]``."""
+        return np.array([share.cut for share in self.runs[0].partition])
+
+
+def spread(values: Values) -> tuple[Any, Any]:
+    """Return mean and sample standard deviation over the leading axis; of one, 0."""
+    deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
+    return values.mean(axis=0), deviation
+
+
+def differing(every: Sequence[Options]) -> list[str]:
+    """Return the options in which runs differ."""
+    names = dict.fromkeys(name for options in every for name in options)
+    return [n for n in names if len({options.get(n) for options in every}) > 1]
+
+
+def shown(value: Any) -> str:
+    """Return an option's value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
+    """Read runs and group them, in the order in which they are given.
+
+    Raises:
+      UserError: one is not a run, is damaged, given twice, or not yet evaluated.
+    """
+    places = [folder.resolve() for folder in folders]
+    common = os.path.commonpath([place.parent for place in places])
+    groups: dict[Hashable, list[Run]] = {}
+    for number, (folder, place) in enumerate(zip(folders, places, strict=True)):
+        if place in places[:number]:
+            raise UserError(f"run: {folder} is given twice")
+        run = _read_run(folder, str(place.relative_to(common)))
+        key = frozenset(_shared_options(run).items()), max(run.accuracies)
+        groups.setdefault(key, []).append(run)
+    curves = [_shared_options(runs[0]) for runs in groups.values()]
+    names = differing(curves) or ["strategy"]
+    return tuple(_curve(names, tuple(runs)) for runs in groups.values())
+
+
+def _shared_options(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.options.items() if name not in OWN}
+
+
+def _curve(names: list[str], runs: tuple[Run, ...]) -> Curve:
+    options, last = _shared_options(runs[0]), max(runs[0].accuracies)
+    own = [f"{name}={shown(options[name])}" for name in names if name in options]
+    label = ", ".join(own)
+    if last < options["rounds"]:
+        label += f" (unfinished: {last} of {options['rounds']} rounds)"
+    rounds = sorted(set.intersection(*(set(run.accuracies) for run in runs)))
+    accuracy = [[run.accuracies[number] for number in rounds] for run in runs]
+    return Curve(label, options, runs, tuple(rounds), np.array(accuracy))
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    history = read_history(folder)
+    accuracies = {
+        record.round: np.array(
+            [[getattr(c, f"{b}_accuracy") for c in record.test.clients] for b in BRANCHES]
+        )
+        for record in history.records
+        if record.test is not None
+    }
+    if not accuracies:
+        raise UserError(f"run: {folder} has no evaluated round yet")
+    return Run(
+        name,
+        history.options,
+        history.seeds,
+        history.partition,
+        history.records,
+        accuracies,
+        _machine(history.summary),
+    )
+
+
+def _machine(summary: Summary | None) -> str:
+    if summary is None:
+        return ""
+    versions = ", ".join(" ".join(pair) for pair in summary.versions.items())
+    return f"{summary.device}; {versions}"

@@ -1,0 +1,38 @@
+"""Runs as event files for TensorBoard."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.report.curves import Curve
+
+
+def write_events(curves: Sequence[Curve], folder: Path) -> None:
+    """Write the scalars of each run for TensorBoard.
+
+    Args:
+      curves: see `read_curves`.
+      folder: new or empty; each run gets a folder of its name there.
+
+    Raises:
+      UserError: tensorboardX is not installed, or the folder does not allow it.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard: needs a package; `pip install 'hsee-jax[tensorboard]'`"
+        ) from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"tensorboard: {folder} is not empty")
+        for run in (run for curve in curves for run in curve.runs):
+            with SummaryWriter(str(folder / run.name)) as writer:
+                for record in run.records:
+                    for tag, value in record.scalars().items():
+                        writer.add_scalar(tag, value, record.round)
+    except OSError as error:
+        raise UserError(
+            f"tensorboard: {folder} cannot be written to: {error.strerror}"
+        ) from error

@@ -1,0 +1,140 @@
+"""What ``hsee gate`` shows and writes: tables, JSON and a picture of a `Study`.
+
+The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, where there was a
+target, ``thresholds.json``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.runs.folder import Record
+from hsee_jax.report.tables import Table, markdown
+
+
+class _Column(NamedTuple):
+    """How a figure is shown."""
+
+    heading: str
+    format: str
+    scale: float = 1
+
+
+_RESULTS = {
+    "threshold": _Column("threshold", "{:.4f}"),
+    "normalized_threshold": _Column("of largest", "{:.4f}"),
+    "accuracy": _Column("accuracy", "{:.4f}"),
+    "on_device": _Column("on device", "{:.1%}"),
+    "bytes": _Column("bytes", "{:,.0f}"),
+}
+_COSTS = {
+    "flops": _Column("MFLOPs", "{:,.3f}", 1e-6),
+    "seconds": _Column("ms", "{:.3f}", 1e3),
+    "relative_seconds": _Column("of all sent", "{:.2f}"),
+}
+_CLIENTS = {
+    "id": _Column("client", "{}"),
+    "cut": _Column("cut", "{}"),
+    "exit_accuracy": _Column("exit accuracy", "{:.4f}"),
+    "server_accuracy": _Column("server accuracy", "{:.4f}"),
+    "exit_calibration_error": _Column("exit ECE", "{:.4f}"),
+    "server_calibration_error": _Column("server ECE", "{:.4f}"),
+}
+
+
+def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
+    """The curve, and a row for each client, with its threshold if it has one."""
+    mean = _table(
+        f"{curve['criterion']} below a threshold is answered on the device: mean over "
+        f"clients on {curve['test_samples']} test samples, costs of a sample",
+        curve["mean"],
+        _RESULTS | _COSTS,
+    )
+    if thresholds is None:
+        return mean, _table("clients on the test samples", curve["clients"], _CLIENTS)
+    ((kind, value),) = thresholds["target"].items()
+    return mean, _table(
+        f"clients on the test samples, with thresholds for {kind} {value} from "
+        f"{thresholds['validation_samples']} samples that were held out",
+        thresholds["clients"],
+        _CLIENTS | _RESULTS,
+    )
+
+
+def _table(title: str, records: list[Record], columns: dict[str, _Column]) -> Table:
+    def cell(name: str, value: Any) -> str:
+        column = columns[name]
+        return "" if value is None else column.format.format(column.scale * value)
+
+    return Table(
+        title,
+        tuple(column.heading for column in columns.values()),
+        [[cell(name, record[name]) for name in columns] for record in records],
+    )
+
+
+def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
+    """Writes the files, in place of those of an earlier study.
+
+    Args:
+      curve: see `Study.curve`.
+      thresholds: see `Study.thresholds`; None leaves those of an earlier study.
+      folder: where to; it is made.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    parts = {"curve": curve, "thresholds": thresholds}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            if part is not None:
+                text = json.dumps(part, indent=2)
+                (folder / f"{name}.json").write_text(text + "\n")
+        pages = tables(curve, thresholds)
+        text = "\n".join(f"{t.title}\n\n{markdown(t)}" for t in pages)
+        (folder / "curve.md").write_text(text)
+        _picture(curve, thresholds, folder / "curve.png")
+    except OSError as error:
+        raise UserError(f"out: {folder} cannot be written to: {error}") from error
+
+
+def _picture(curve: Record, thresholds: Record | None, path: Path) -> None:
+    """Accuracy, and costs relative to all at the server, by the share on device."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    cuts = sorted({client["cut"] for client in curve["clients"]})
+    colors = {cut: f"C{number}" for number, cut in enumerate(cuts)}
+    labels = {cut: f"clients of cut {cut}" for cut in cuts}
+    for client in curve["clients"]:
+        color = colors[client["cut"]]
+        label = labels.pop(client["cut"], None)  # once in the legend
+        left.plot(*_xy(client["points"], "accuracy"), color, lw=1, label=label)
+    for client in thresholds["clients"] if thresholds else ():
+        left.plot(*_xy([client], "accuracy"), "o", color=colors[client["cut"]])
+    mean = curve["mean"]
+    left.plot(*_xy(mean, "accuracy"), "k", lw=2.5, label="mean over clients")
+    dots = "; dots: thresholds" if thresholds else ""
+    left.set(title=f"{curve['criterion']}{dots}", ylabel="test accuracy")
+    timed = [point for point in mean if point["seconds"] is not None]
+    for name, label, points in (
+        ("bytes", "bytes sent", mean),
+        ("flops", "FLOPs", mean),
+        ("seconds", "measured time", timed),
+    ):
+        shares, values = _xy(points, name)
+        relative = [value / values[0] for value in values]
+        right.plot(shares, relative, "o-" if points is timed else "-", label=label)
+    right.set(title="cost of a sample", ylabel="relative to all at the server", ylim=0)
+    for axes in (left, right):
+        axes.set(xlabel="share answered on the device", xlim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _xy(points: list[Record], name: str) -> tuple[list[float], list[float]]:
+    return [point["on_device"] for point in points], [point[name] for point in points]

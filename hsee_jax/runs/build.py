@@ -1,0 +1,293 @@
+"""From a `Config` to the objects of a run; no other file makes objects of one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from hsee_jax.algorithms.registry import ALGORITHMS
+from hsee_jax.config.schema import Config, DataConfig, override, parse_absence
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset, Key
+from hsee_jax.data import DatasetInfo, dataset_info, load_dataset
+from hsee_jax.data.partition import PARTITIONS, Indices, hold_out, manifest, partition
+from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
+from hsee_jax.engine.compilation import client_axis, make_round
+from hsee_jax.engine.evaluation import make_evaluation
+from hsee_jax.engine.host_store import HostStore
+from hsee_jax.engine.plan import (
+    EMPTY,
+    Absence,
+    num_slots,
+    steps_per_round,
+    take_seats,
+)
+from hsee_jax.engine.round import data_layout
+from hsee_jax.engine.store import DeviceStore, Store
+from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.link.codecs import CODECS
+from hsee_jax.nn.cuts import deal_cuts
+from hsee_jax.nn.model import Model
+from hsee_jax.nn.registry import NETWORKS
+from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
+from hsee_jax.optim.schedules import make_schedule
+from hsee_jax.parallel.mesh import (
+    SAME,
+    make_mesh,
+    place_blocks,
+    process_of_slots,
+    to_devices,
+)
+from hsee_jax.runs.experiment import Attendance, Cadence, Experiment, Shards
+from hsee_jax.systems.traffic import traffic_of
+
+_INIT, _AUGMENT = range(2)  # streams of random keys
+
+
+def build_info(config: DataConfig) -> DatasetInfo:
+    """Return what is known of the dataset that a configuration names."""
+    return dataset_info(config.dataset, folder=config.data_dir, labels=config.labels)
+
+
+def build_data(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """Read the training and the test set that a configuration names."""
+    return load_dataset(
+        config.dataset,
+        folder=config.data_dir,
+        max_train=config.max_train_samples,
+        max_test=config.max_test_samples,
+        labels=config.labels,
+    )
+
+
+def build_model(
+    config: Config, info: DatasetInfo | None = None, *, plain: bool = False
+) -> Model:
+    """Build the network that a configuration describes.
+
+    Args:
+      config: of the run.
+      info: on its data; None looks it up.
+      plain: with the convolution itself, not with the form of it that is fastest here:
+        for costs, and for programs that run elsewhere.
+    """
+    info = info or build_info(config.data)
+    if plain and "conv" in config.model.options:
+        config = override(config, conv="grouped")
+    return NETWORKS.make(
+        config.model.network,
+        options=config.model.options,
+        num_classes=info.num_classes,
+        input_shape=info.input_shape,
+    )
+
+
+def build_optimizer(config: Config) -> Optimizer:
+    """Build the optimizer that a configuration names, at rate 1."""
+    return OPTIMIZERS.make(config.optim.optimizer, options=config.optim.options)
+
+
+def build_federation(
+    config: Config, info: DatasetInfo, mesh: Mesh | None = None, *, plain: bool = False
+) -> Federation:
+    """Build the clients that a configuration describes, and their network.
+
+    Args:
+      config: of the run.
+      info: on its data.
+      mesh: see `Federation`.
+      plain: see `build_model`.
+
+    Raises:
+      UserError: the cuts do not fit the network or the clients.
+    """
+    clients = config.clients
+    model = build_model(config, info, plain=plain)
+    cuts = deal_cuts(clients.cuts, clients.num_clients, model.layer_names)
+    return Federation(
+        model,
+        group_clients(Client(i, cut) for i, cut in enumerate(cuts)),
+        build_optimizer(config),
+        mesh,
+        CODECS.make(clients.link, options=clients.options),
+    )
+
+
+def build_strategy(config: Config, federation: Federation) -> Strategy:
+    """Build the strategy that a configuration names.
+
+    Raises:
+      UserError: the strategy is not made for such a federation.
+    """
+    name, options = config.strategy.strategy, config.strategy.options
+    return ALGORITHMS.make(name, federation, options=options)
+
+
+def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experiment:
+    """Load the data and build a run; no files are written.
+
+    Args:
+      config: the run.
+      data: training and test set, on the host, if not those that the configuration
+        names; of the same shape and labels.
+
+    Raises:
+      UserError: the configuration does not fit the data, the network or the devices.
+    """
+    axis = client_axis(config.run.client_axis)
+    if axis == "loop" and jax.process_count() > 1:
+        raise UserError("client_axis: loop is not allowed with several processes")
+    info = build_info(config.data)
+    federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
+    groups, mesh = federation.groups, federation.mesh
+    strategy = build_strategy(config, federation)
+    attendance, cadence = _attendance(config), _cadence(config)
+    attendance.check(groups, cadence.rounds)
+    train, test = build_data(config.data) if data is None else data
+    parts, held = _deal(config, train)
+    cuts = {i: group.cut for group in groups for i in group.ids}
+    shards: Shards = dict(enumerate(parts))
+    batch_size = min(config.run.batch_size, max(map(len, parts)))
+    eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
+    slots, store = _store(config, federation, strategy)
+    placed, placed_shards = _place_data(federation, strategy, slots, train, shards)
+    pipeline = _pipeline(config, info)
+    return Experiment(
+        config=config,
+        info=info,
+        federation=federation,
+        strategy=strategy,
+        manifest=manifest(
+            parts,
+            train.labels,
+            cuts=[cuts[i] for i in range(len(cuts))],
+            num_classes=info.num_classes,
+        ),
+        test=to_devices(test, mesh, SAME),
+        validation=_take(train, held, mesh) if len(held) else None,
+        train=placed,
+        shards=placed_shards,
+        slots=slots,
+        attendance=attendance,
+        cadence=cadence,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        init_key=_key(config.run.model_seed, _INIT),
+        stop_on_nonfinite=config.clients.on_nonfinite == "stop",
+        traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
+        store=store,
+        learning_rates=_learning_rates(config, steps_per_round(shards, batch_size)),
+        round_fn=make_round(
+            strategy,
+            pipeline,
+            _key(config.run.data_seed, _AUGMENT),
+            axis=axis,
+            mesh=mesh,
+        ),
+        evaluate_fn=make_evaluation(
+            federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
+        ),
+    )
+
+
+def _key(seed: int, stream: int) -> Key:
+    return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+def _attendance(config: Config) -> Attendance:
+    clients = config.clients
+    return Attendance(
+        clients.participation,
+        clients.dropout,
+        tuple(Absence(*parse_absence(text)) for text in clients.absences),
+        config.run.data_seed,
+    )
+
+
+def _cadence(config: Config) -> Cadence:
+    run = config.run
+    return Cadence(
+        run.rounds, run.eval_every, run.checkpoint_every, run.keep_checkpoints
+    )
+
+
+def _pipeline(config: Config, info: DatasetInfo) -> InputPipeline:
+    augment = AUGMENTATIONS.make(config.data.augment, options=config.data.options)
+    return InputPipeline(info.mean, info.std, augment)
+
+
+def _deal(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
+    """Deal the training samples to the clients; return what was held out, too."""
+    seed = config.run.partition_seed
+    count, share = len(train.labels), config.data.validation_share
+    kept, held = hold_out(count, share, seed=seed)
+    deal = PARTITIONS.make(config.data.partition, options=config.data.options)
+    parts = partition(train.labels[kept], config.clients.num_clients, deal, seed=seed)
+    return [kept[part] for part in parts], held
+
+
+def _take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
+    return to_devices(Dataset(*(a[indices] for a in data)), mesh, SAME)
+
+
+def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
+    """Compute the rate of each step, ``float32 [rounds, T]``."""
+    optim, rounds = config.optim, config.run.rounds
+    schedule = make_schedule(
+        optim.schedule,
+        learning_rate=optim.learning_rate,
+        warmup_steps=round(optim.warmup_rounds * steps),
+        total_steps=rounds * steps,
+    )
+    rates: Any = jax.vmap(schedule)(np.arange(rounds * steps, dtype=np.float32))
+    return np.asarray(rates, np.float32).reshape(-1, steps)
+
+
+def _store(
+    config: Config, federation: Federation, strategy: Strategy
+) -> tuple[tuple[int, ...], Store]:
+    """Choose where the state of the clients is kept; return the slots of a round, too."""
+    # Several processes have no host that could keep the state of all clients.
+    on_host = config.clients.participation < 1 and jax.process_count() == 1
+    slots = num_slots(
+        federation.groups,
+        participation=config.clients.participation if on_host else 1.0,
+        seed=config.run.data_seed,
+        rounds=config.run.rounds,
+        multiple=1 if federation.mesh is None else federation.mesh.size,
+    )
+    return slots, (HostStore if on_host else DeviceStore)(federation, strategy, slots)
+
+
+def _place_data(
+    federation: Federation,
+    strategy: Strategy,
+    slots: Sequence[int],
+    train: Dataset,
+    shards: Shards,
+) -> tuple[Dataset, Shards]:
+    """Put on each device the samples that its process needs.
+
+    One process: all of them. Several: those of the clients in the process's own slots;
+    a client's shard then counts in its process's block.
+    """
+    mesh = federation.mesh
+    if mesh is None or data_layout(strategy) == SAME:
+        return to_devices(train, mesh, SAME), shards
+    if jax.process_count() == 1:
+        return place_blocks(train, mesh), shards
+    blocks: dict[int, list[int]] = {p: [] for p in range(jax.process_count())}
+    homes = [p for count in slots for p in process_of_slots(mesh, count)]
+    ids = take_seats(federation.groups, slots, set())
+    moved: Shards = {}
+    for i, process in zip(ids.tolist(), homes, strict=True):
+        if i != EMPTY:
+            first = len(blocks[process])
+            moved[i] = np.arange(first, first + len(shards[i]), dtype=np.int32)
+            blocks[process].extend(shards[i])
+    own = np.resize(blocks[jax.process_index()] or [0], max(map(len, blocks.values())))
+    return place_blocks(Dataset(*(a[own] for a in train)), mesh), moved

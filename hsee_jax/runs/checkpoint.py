@@ -1,0 +1,285 @@
+"""Checkpoints with Orbax; no other file knows of it.
+
+A checkpoint is a folder with the ``state`` as Orbax writes it, ``notes.json`` and
+``digests.json``, the sha256 of every other file: Orbax itself reads changed bytes as if
+they were weights. It is put together under another name and renamed when it is whole,
+so wherever a run is killed, every checkpoint that there is has its digests. Its name is
+the number of rounds done; ``7-40`` is 40 steps into the round after the 7th.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from hsee_jax.core.types import PyTree
+from hsee_jax.core.errors import UserError
+from hsee_jax.parallel.processes import in_first, is_first
+
+_DIGESTS, _NOTES = "digests.json", "notes.json"
+_UNFINISHED, _DAMAGED = ".tmp", ".damaged"  # at the end of a folder's name
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that may be read."""
+
+    folder: Path
+    rounds: int  # done
+    steps: int  # done in the round after them
+    notes: Mapping[str, Any]  # as they were given to `Writer.save`
+
+
+def find(
+    folder: Path, which: str = "latest", *, midway: bool = False
+) -> Checkpoint | None:
+    """Chooses a checkpoint, and compares its files with their digests.
+
+    One that is damaged is passed over with a warning, and the next best is tried.
+
+    Args:
+      folder: of the checkpoints.
+      which: the ``"latest"``, or the ``"best"`` by its score.
+      midway: whether the latest may be one in the middle of a round.
+
+    Returns:
+      None if there is none.
+
+    Raises:
+      UserError: all are damaged.
+    """
+    places = {
+        place: path
+        for place, path in _places(folder).items()
+        if place[1] == 0 or midway
+    }
+    damage: UserError | None = None
+    for place in sorted(
+        places,
+        key=lambda p: (_score(places[p]) if which == "best" else 0, p),
+        reverse=True,
+    ):
+        try:
+            _verify(places[place])
+        except UserError as error:
+            damage = damage or error
+            _log.warning("%s; an earlier one is looked for", error)
+            continue
+        notes = json.loads((places[place] / _NOTES).read_text())
+        return Checkpoint(places[place], *place, notes)
+    if damage is not None:
+        raise damage
+    return None
+
+
+def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
+    """Reads a checkpoint, whatever devices wrote it.
+
+    Args:
+      checkpoint: see `find`.
+      like: `jax.ShapeDtypeStruct` of every leaf, with the sharding that is wanted, or
+        none for the first device; ``...`` for one that is not to be read. Empty slots
+        at the end of a stack may be more or fewer than were stored.
+
+    Raises:
+      UserError: it cannot be read, or holds something else.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def placed(leaf: Any) -> Any:
+        if leaf is ...:
+            return leaf
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding or here
+        )
+
+    any_slots = ocp.Context()
+    any_slots.array.loading.enable_padding_and_truncation = True
+    try:
+        with any_slots:
+            return ocp.load(
+                (checkpoint.folder / "state").absolute(), jax.tree.map(placed, like)
+            )
+    except Exception as error:
+        raise UserError(
+            f"run: {checkpoint.folder} cannot be read: {_reason(error)}"
+        ) from error
+
+
+class Writer:
+    """Writes checkpoints into a folder, in the background of a ``with`` statement.
+
+    Raises:
+      UserError: from every method: what is written does not go to the disk.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int, after: Checkpoint | None = None
+    ) -> None:
+        """Opens a folder.
+
+        Args:
+          folder: of the checkpoints; what was left there unfinished is removed.
+          keep: how many of the latest are kept, beside the best.
+          after: the latest that `find` found; later ones are damaged, and set aside.
+        """
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder, self._keep, self._after = folder, keep, after
+        self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
+
+    def __enter__(self) -> "Writer":
+        """Returns itself."""
+        in_first(self._clean)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Waits for the last one to be written."""
+        self._seal()
+
+    def save(
+        self, rounds: int, steps: int, state: PyTree, notes: Mapping[str, Any]
+    ) -> None:
+        """Starts writing a checkpoint; training may go on, and give up ``state``.
+
+        Args:
+          rounds: done.
+          steps: done in the round after them; such a checkpoint is kept until the next.
+          state: arrays, copied before this returns.
+          notes: anything that JSON can hold; the best checkpoint has most ``score``.
+        """
+        copy = jax.tree.map(lambda leaf: leaf.copy(), state)
+        self._seal()
+        name = f"{rounds}-{steps}" if steps else str(rounds)
+        folder = self._folder / f"{name}{_UNFINISHED}"
+        in_first(partial(self._make, folder))
+        try:
+            response = ocp.save_async((folder / "state").absolute(), copy)
+        except Exception as error:
+            raise self._unwritten(folder, error) from error
+        self._unsealed = folder, notes, response
+
+    def _seal(self) -> None:
+        """Waits for the checkpoint being written, and gives it its name."""
+        if self._unsealed is None:
+            return
+        (folder, notes, response), self._unsealed = self._unsealed, None
+        try:
+            response.result()
+            if is_first():
+                (folder / _NOTES).write_text(json.dumps(notes, indent=2))
+                digests = json.dumps(_digests(folder), indent=2)
+                (folder / _DIGESTS).write_text(digests)
+                final = folder.with_name(folder.name.removesuffix(_UNFINISHED))
+                _remove(final)
+                folder.replace(final)
+                self._forget()
+        except Exception as error:
+            raise self._unwritten(folder, error) from error
+
+    def _forget(self) -> None:
+        """Removes the checkpoints that are not to be kept."""
+        places = _places(self._folder)
+        whole = sorted(place for place in places if place[1] == 0)
+        kept = {*whole[-self._keep :], max(places)}
+        if whole:
+            kept.add(max(whole, key=lambda place: (_score(places[place]), place)))
+        for place in places.keys() - kept:
+            _remove(places[place])
+
+    def _clean(self) -> None:
+        for path in self._folder.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(path)
+        for place, path in _places(self._folder).items():
+            if self._after is not None and place > self._after[1:3]:
+                aside = path.with_name(path.name + _DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.replace(aside)
+
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise self._unwritten(folder, error) from error
+
+    def _unwritten(self, folder: Path, error: Exception) -> UserError:
+        shutil.rmtree(folder, ignore_errors=True)  # room on a full disk
+        return UserError(
+            f"out: a checkpoint cannot be written to {self._folder}: {_reason(error)}; "
+            "--resume goes on from the last one"
+        )
+
+
+def _places(folder: Path) -> dict[tuple[int, int], Path]:
+    """The checkpoints of a folder by the rounds and steps in their names."""
+    names = {path: re.fullmatch(r"(\d+)(?:-(\d+))?", path.name) for path in _in(folder)}
+    return {
+        (int(name[1]), int(name[2] or 0)): path for path, name in names.items() if name
+    }
+
+
+def _in(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _score(folder: Path) -> float:
+    """What the best checkpoint has most of; least where it cannot be read."""
+    try:
+        return float(json.loads((folder / _NOTES).read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("-inf")
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint, first its name: it must not be seen with half its files."""
+    if folder.exists():
+        shutil.rmtree(folder.replace(folder.with_name(folder.name + _UNFINISHED)))
+
+
+def _verify(folder: Path) -> None:
+    """Compares the files of a checkpoint with their digests."""
+    try:
+        known = dict(json.loads((folder / _DIGESTS).read_text()))
+        found = _digests(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, _DIGESTS) from error
+    for name in sorted({*known, *found}):
+        if known.get(name) != found.get(name):
+            raise _damaged(folder, name)
+
+
+def _damaged(folder: Path, name: str) -> UserError:
+    path = folder / name
+    what = "has changed since it was written" if path.exists() else "is missing"
+    return UserError(f"run: checkpoint {folder} cannot be read: {path} {what}")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by its path."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != _DIGESTS:
+            with path.open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,254 @@
+"""A run's folder: whether a run may start or go on there, its lock, and its files."""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hsee_jax.config.schema import BOOKKEEPING, Config, flatten, from_dict
+from hsee_jax.core.errors import UserError
+from hsee_jax.data.info import DatasetInfo
+from hsee_jax.data.partition import Share
+from hsee_jax.parallel.processes import in_first
+
+_log = logging.getLogger(__name__)
+_MAY_CHANGE = ("rounds", *BOOKKEEPING)  # with --resume
+
+
+def read_config(folder: Path) -> Config:
+    """Read the configuration of a run.
+
+    Raises:
+      UserError: there is no run in the folder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"run: {folder} is not a run; allowed is a folder that `hsee train` wrote"
+        )
+    return load_config(path)
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file, with a byte order mark or without.
+
+    Raises:
+      UserError: the file is not there, not JSON, or not a valid configuration.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"config: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} is not an object of sections")
+    return from_dict(values)
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Read what a run's network knows of its data, which may be gone by now.
+
+    Raises:
+      UserError: the run's ``data.json`` is not there, or damaged.
+    """
+    path = folder / "data.json"
+    try:
+        stored = DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
+        height, width, channels = map(int, stored.input_shape)
+        classes, labels = int(stored.num_classes), stored.label_values
+        mean, std = (tuple(map(float, values)) for values in (stored.mean, stored.std))
+        if not len(mean) == len(std) == channels:
+            raise ValueError("it lacks a mean or a deviation for each channel")
+        if labels is not None:
+            labels = tuple(map(int, labels))
+            if len(labels) != classes:
+                raise ValueError("it lacks a label for each class")
+        return DatasetInfo((height, width, channels), classes, mean, std, labels)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"run: {path} is missing or damaged; `hsee train --resume --out {folder}` "
+            "writes it anew"
+        ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or made.
+
+    Raises:
+      UserError: it cannot.
+    """
+    places = (folder, *folder.absolute().parents)
+    nearest = next(place for place in places if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"out: {nearest} is not a folder that can be written to")
+
+
+def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder in which a run may not start, or go on.
+
+    Raises:
+      UserError: it may not.
+    """
+    if resume and overwrite:
+        raise UserError("resume: is not allowed together with overwrite")
+    if resume:
+        read_config(folder)
+        return
+    check_writable(folder)
+    found = folder.iterdir() if folder.exists() else ()
+    if all(path.name == ".lock" or path.suffix == ".tmp" for path in found):
+        return  # nothing, or what is left of a run killed at its start
+    try:
+        read_config(folder)
+    except UserError as error:
+        raise UserError(
+            f"out: {folder} is neither empty nor a run; allowed is a new folder"
+        ) from error
+    if not overwrite:
+        raise UserError(
+            f"out: {folder} holds a run already; allowed is a new folder, or --resume "
+            "to go on with it, or --overwrite to replace it"
+        )
+
+
+def check_same(config: Config, stored: Config) -> None:
+    """Refuse another configuration than a run has, to go on with.
+
+    Raises:
+      UserError: an option that has an effect differs.
+    """
+    ours, theirs = flatten(config), flatten(stored)
+    for name in ours.keys() | theirs.keys():
+        if name not in _MAY_CHANGE and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{name}: {ours.get(name)} is not allowed with --resume; the run has "
+                f"{theirs.get(name)}"
+            )
+
+
+def check_info(folder: Path, found: DatasetInfo) -> None:
+    """Refuse data whose shape, classes, labels or normalisation are not a run's.
+
+    Raises:
+      UserError: they are not.
+    """
+    try:
+        stored = read_info(folder)
+    except UserError:
+        return  # it is lost, and `train` writes it anew
+    for name, theirs, value in zip(stored._fields, stored, found, strict=True):
+        if value != theirs:
+            raise UserError(
+                f"data_dir: the data found now, of {name} {value}, are not those of "
+                f"{folder}; allowed is {theirs}"
+            )
+
+
+def check_partition(folder: Path, shares: Sequence[Share]) -> None:
+    """Refuse training samples that are not a run's, judged by their labels.
+
+    The same indices are other images where a dataset is there in another form.
+
+    Raises:
+      UserError: they are not.
+    """
+    try:
+        stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # it is lost, and `train` writes it anew
+    if stored != [share._asdict() for share in shares]:
+        raise UserError(
+            f"data_dir: the training samples found now are not those of {folder}; "
+            "allowed is the same dataset in the same form, be it prepared by "
+            "tensorflow-datasets, an archive or npz"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a folder that no other process has and yield it.
+
+    The folder is called ``name``, or ``name-2`` and so on where that exists. If the
+    body leaves it empty, because the run was refused, it is removed again.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    parent_is_new = not parent.exists()
+    with writing(parent / name):
+        parent.mkdir(parents=True, exist_ok=True)
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        folder = next(parent / one for one in names if _made(parent / one))
+    try:
+        yield folder
+    finally:
+        for place in (folder, parent) if parent_is_new else (folder,):
+            with contextlib.suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder; return False if it exists."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other runs out of it; the lock dies with the process.
+
+    Raises:
+      UserError: another run is at work there.
+    """
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            with writing(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            try:
+                stack.enter_context(FileLock(path).acquire(timeout=0))
+            except Timeout as error:
+                raise UserError(
+                    f"out: {folder} is being written by another process; allowed is "
+                    "another folder, or to wait for its end"
+                ) from error
+            except (OSError, NotImplementedError):  # a file system without locks
+                _log.warning("%s cannot be locked", folder)
+
+        in_first(lock)
+        yield
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, and say in one line why that failed.
+
+    Raises:
+      UserError: an `OSError` in the body.
+    """
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(
+            f"out: {path} cannot be written: {error.strerror or error}; after a "
+            "checkpoint --resume goes on from it"
+        ) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)

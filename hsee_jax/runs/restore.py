@@ -1,0 +1,139 @@
+"""A run's networks from its folder alone: without its data, whatever devices wrote it.
+
+Everything is read onto the first device, where research code can call it as it is. To
+train a run on, over all devices and with its data, there is ``--resume``.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from hsee_jax.config.schema import Config
+from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.data.info import DatasetInfo
+from hsee_jax.federation.branch import Branch, BranchSpec
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.strategy import Strategy, server_of
+from hsee_jax.nn.model import Model
+from hsee_jax.runs.build import build_federation, build_model, build_strategy
+from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.runs.folder import read_config, read_info
+
+
+class Restored(NamedTuple):
+    """A checkpoint's content, by the ids of clients.
+
+    `forward` runs a branch and `branch_step` trains it, each by its spec: see `specs`.
+    Inputs are images as `normalize` makes them with the mean and deviation of ``info``.
+    """
+
+    config: Config
+    info: DatasetInfo
+    federation: Federation  # without a mesh
+    strategy: Strategy
+    state: RunState  # a slot for every client, in the order of its group
+
+    def specs(self, i: int) -> tuple[BranchSpec, BranchSpec]:
+        """Describe what client i computes, and the server behind it."""
+        return self.federation.specs(_seat(self.federation, i)[0])
+
+    def client(self, i: int) -> Branch:
+        """Return the layers of client i and its exit head."""
+        group, member = _seat(self.federation, i)
+        return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
+
+    def server(self, i: int) -> Branch:
+        """Return the layers behind client i and the final head."""
+        return server_of(self.strategy, self.state, *_seat(self.federation, i))
+
+    def network(self, i: int) -> Branch:
+        """Return all layers, first those of client i, and the final head.
+
+        Its spec is ``server_spec(model, 0, optimizer)``.
+        """
+        client, server = self.client(i), self.server(i)
+        return Branch(client.layers + server.layers, server.head)
+
+    def plain_model(self) -> Model:
+        """Build the network with the convolution itself, see `build_model`."""
+        return build_model(self.config, self.info, plain=True)
+
+
+def restore(
+    path: str | os.PathLike[str], which: str = "latest", *, only: int | None = None
+) -> Restored:
+    """Read a checkpoint of a run.
+
+    Args:
+      path: of the run's folder.
+      which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
+      only: a client's id: nothing is read but the clients of its cut, and the rest of
+        the state is ``...``.
+
+    Raises:
+      UserError: there is no such run or client, or it has no checkpoint.
+    """
+    folder = Path(path)
+    config, info = read_config(folder), read_info(folder)
+    federation = build_federation(config, info)
+    strategy = build_strategy(config, federation)
+    like = jax.eval_shape(strategy.init, jax.random.key(0))
+    if only is not None:
+        like = _of_group(like, _seat(federation, only)[0])
+    state = load(checkpoint_of(folder, which), like)
+    return Restored(config, info, federation, strategy, state)
+
+
+def restore_client(
+    path: str | os.PathLike[str], i: int, which: str = "latest"
+) -> tuple[BranchSpec, Branch]:
+    """Read a client's layers and exit, and nothing but the clients of its cut.
+
+    Args:
+      path: see `restore`.
+      i: the client's id.
+      which: see `restore`.
+
+    Returns:
+      What `forward` and `branch_step` begin with: ``forward(*restore_client("run", 3),
+      images, mask, train=False)``.
+    """
+    run = restore(path, which, only=i)
+    return run.specs(i)[0], run.client(i)
+
+
+def checkpoint_of(folder: Path, which: str) -> Checkpoint:
+    """Choose a checkpoint of a run, see `restore`.
+
+    Raises:
+      UserError: it has none.
+    """
+    if which not in ("latest", "best"):
+        raise unknown("checkpoint", which, ("latest", "best"))
+    checkpoint = find(folder / "checkpoints", which)
+    if checkpoint is None:
+        raise UserError(
+            f"run: {folder} has no checkpoint; allowed is a run that has reached its "
+            "first one (see checkpoint_every)"
+        )
+    return checkpoint
+
+
+def _seat(federation: Federation, i: int) -> tuple[int, int]:
+    """Return group and member of a client."""
+    for g, group in enumerate(federation.groups):
+        if i in group.ids:
+            return g, group.ids.index(i)
+    count = sum(len(group.ids) for group in federation.groups)
+    raise UserError(f"client: {i} is not in the run; allowed are 0..{count - 1}")
+
+
+def _of_group(like: RunState, group: int) -> RunState:
+    """Ask for nothing but the round and the clients of one group."""
+    nothing: RunState = jax.tree.map(lambda leaf: ..., like)
+    clients = list(nothing.clients)
+    clients[group] = like.clients[group]
+    return nothing.replace(round=like.round, clients=tuple(clients))

@@ -1,0 +1,315 @@
+"""Train a run in a folder, from its start or from its last checkpoint.
+
+The folder holds ``config.json``, ``data.json`` (the `DatasetInfo`), ``partition.json``
+(each client's `Share` of the training set), ``metrics.jsonl`` (a `RoundRecord` a line),
+``summary.json`` (the `Summary`) and ``checkpoints/``.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.config.schema import Config, to_json
+from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.core.types import ExitMetrics, Metrics
+from hsee_jax.engine.evaluation import ClientResult
+from hsee_jax.engine.plan import EMPTY, RoundPlan
+from hsee_jax.engine.round import RoundProgress
+from hsee_jax.parallel.processes import in_first
+from hsee_jax.runs.build import build
+from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.folder import (
+    check_info,
+    check_partition,
+    check_same,
+    check_start,
+    locked,
+    read_config,
+    replace_file,
+)
+from hsee_jax.runs.history import read_records
+from hsee_jax.runs.records import (
+    RoundRecord,
+    Scores,
+    Summary,
+    dumps,
+    round_record,
+    summarize,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    folder: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Train to the end and write the run's folder.
+
+    Of several processes all call this with the same arguments; the folder must be one
+    that they share. The first writes the logs, all of them the checkpoints.
+
+    Args:
+      config: the run. With ``resume`` it must be the folder's own, but for `rounds`
+        (which stretches the schedule of the learning rate from here on), `data_dir`
+        and the bookkeeping.
+      folder: of the run; it must not exist, or be empty, unless one of these is set:
+      resume: go on from the last checkpoint.
+      overwrite: replace the run in the folder.
+      callbacks: called after every round, behind the log and before the checkpoint.
+      stop: asked between steps, in every process; true ends the run there, with a
+        checkpoint.
+
+    Returns:
+      The content of ``summary.json``.
+
+    Raises:
+      UserError: the configuration, the data or the folder do not allow it; the folder
+        is as it was.
+      DivergenceError: see `Experiment.run_round`; the last checkpoint is a good one.
+      Stopped: by ``stop``.
+    """
+    begin, folder = time.perf_counter(), Path(folder)
+    check = partial(check_start, folder, resume=resume, overwrite=overwrite)
+    in_first(check)
+    if resume:
+        check_same(config, read_config(folder))
+    experiment = build(config)
+    with locked(folder), ExitStack() as stack:
+        in_first(check)
+        start = _Start(experiment.init())
+        if resume:
+            start = _resumed(experiment, folder)
+        in_first(partial(_start_folder, folder, experiment, start))
+        everything = (
+            MetricsLog(folder),
+            *callbacks,
+            Checkpoints(
+                folder,
+                keep=experiment.cadence.keep_checkpoints,
+                after=start.checkpoint,
+            ),
+        )
+        entered = [stack.enter_context(callback) for callback in everything]
+        loop = _Loop(experiment, start, entered, stop, begin - start.wall_seconds)
+        return loop.run()
+
+
+class _Start(NamedTuple):
+    """Where training begins."""
+
+    state: Any
+    records: tuple[RoundRecord, ...] = ()  # of the finished rounds
+    begun: RoundProgress | None = None  # of the next round
+    seconds: float = 0.0  # that the next round has taken in training
+    wall_seconds: float = 0.0  # and in all
+    checkpoint: Checkpoint | None = None
+
+
+class _Loop:
+    """The rounds of a run, one after another."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        start: _Start,
+        callbacks: Sequence[Callback],
+        stop: Callable[[], bool],
+        begin: float,
+    ) -> None:
+        self._experiment, self._callbacks, self._stop = experiment, callbacks, stop
+        self._state, self._begun, self._before = start.state, start.begun, start.seconds
+        self._records = list(start.records)
+        self._begin = begin  # when the round began, on the clock of `perf_counter`
+        self._scores: Scores | None = None
+
+    def run(self) -> Summary:
+        """Train to the end."""
+        experiment = self._experiment
+        while len(self._records) < experiment.cadence.rounds:
+            self._round()
+        scores = self._scores
+        if scores is None:  # it was resumed when all was finished
+            scores = Scores.of(experiment.evaluate(self._state, experiment.test))
+        summary = summarize(scores, self._records, experiment.bytes_by_cut())
+        for callback in self._callbacks:
+            callback.on_end(summary)
+        return summary
+
+    def _round(self) -> None:
+        """Train a round, or the rest of one.
+
+        Raises:
+          Stopped: it was asked for.
+        """
+        experiment, start = self._experiment, time.perf_counter()
+        self._state, plan, progress = experiment.run_round(
+            self._state, self._begun, self._stop
+        )
+        jax.block_until_ready(self._state)
+        seconds = self._before + time.perf_counter() - start
+        if not progress.finished:
+            self._pause(plan, progress, seconds)
+        self._begun, self._before = None, 0.0
+        number, cadence = len(self._records) + 1, experiment.cadence
+        last = number == cadence.rounds
+        stopped = not last and self._stop()
+        due = last or stopped or number % cadence.checkpoint_every == 0
+        test = None
+        if due or number % cadence.eval_every == 0:
+            results = experiment.evaluate(self._state, experiment.test)
+            _check_results(results, experiment.stop_on_nonfinite, number=number)
+            test = self._scores = Scores.of(results)
+        now = time.perf_counter()
+        record = round_record(
+            number,
+            plan,
+            progress.metrics,
+            experiment.round_bytes(number, progress.metrics),
+            seconds=seconds,
+            wall_seconds=now - self._begin,
+            test=test,
+        )
+        self._begin = now
+        self._records.append(record)
+        score = None if test is None else test.mean_server_accuracy
+        moment = self._moment(0, {"score": score}, due=due)
+        for callback in self._callbacks:
+            callback.on_round(record, moment)
+        if stopped:
+            raise Stopped(number, 0)
+
+    def _pause(self, plan: RoundPlan, progress: RoundProgress, seconds: float) -> None:
+        wall_seconds = time.perf_counter() - self._begin
+        notes = _midway_notes(plan, progress, seconds, wall_seconds)
+        moment = self._moment(progress.steps, notes, due=True)
+        for callback in self._callbacks:
+            callback.on_pause(moment)
+        raise Stopped(len(self._records), progress.steps)
+
+    def _moment(self, steps: int, notes: dict[str, Any], *, due: bool) -> Moment:
+        config = json.loads(to_json(self._experiment.config))
+        return Moment(
+            len(self._records),
+            steps,
+            due,
+            partial(self._experiment.store.to_checkpoint, self._state),
+            {"config": config} | notes,
+        )
+
+
+def _resumed(experiment: Experiment, folder: Path) -> _Start:
+    """Read where a run goes on.
+
+    Raises:
+      UserError: its files are damaged, or its data are others.
+    """
+    checkpoint = find(folder / "checkpoints", midway=True)
+    if checkpoint is None:
+        _log.warning("%s has no checkpoint; the run begins anew", folder)
+        return _Start(experiment.init())
+    rounds = experiment.cadence.rounds
+    if rounds < checkpoint.rounds + (checkpoint.steps > 0):
+        raise UserError(
+            f"rounds: {rounds} is not allowed with --resume; the run has done "
+            f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
+        )
+    check_info(folder, experiment.info)
+    check_partition(folder, experiment.manifest)
+    state = load(checkpoint, experiment.store.checkpoint_shapes())
+    records = read_records(folder)[: checkpoint.rounds]
+    if len(records) < checkpoint.rounds:
+        raise UserError(
+            f"run: {folder / 'metrics.jsonl'} has {len(records)} lines for "
+            f"{checkpoint.rounds} rounds"
+        )
+    state = experiment.store.from_checkpoint(state)
+    start = _Start(state, tuple(records), checkpoint=checkpoint)
+    if checkpoint.steps == 0:
+        return start
+    seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
+    begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
+    return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def _midway_notes(
+    plan: RoundPlan, progress: RoundProgress, seconds: float, wall_seconds: float
+) -> dict[str, Any]:
+    """Return what a checkpoint in the middle of a round notes."""
+    exit_sums, server_sums, link = progress.metrics
+    return {
+        "seconds": seconds,
+        "wall_seconds": wall_seconds,
+        "ids": plan.ids.tolist(),
+        "metrics": [[s.tolist() for s in sums] for sums in (exit_sums, server_sums)],
+        "link": np.asarray(link).tolist(),
+    }
+
+
+def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
+    """Read how far a round had come, with each client's sums in the slot it has now."""
+    notes: Any = checkpoint.notes
+    seats = {i: n for n, i in enumerate(notes["ids"]) if i != EMPTY}
+    nothing = [[0, 0], [0, 0]]
+
+    def moved(sums: list[Any], empty: Any = 0.0) -> npt.NDArray[Any]:
+        ids = plan.ids.tolist()
+        return np.array([sums[seats[i]] if i in seats else empty for i in ids])
+
+    # Version 0.1 did not count the bytes of each message.
+    link = notes.get("link", [nothing] * len(notes["ids"]))
+    exit_sums, server_sums = (Metrics(*map(moved, sums)) for sums in notes["metrics"])
+    metrics = ExitMetrics(exit_sums, server_sums, moved(link, nothing))  # type: ignore[arg-type]
+    return RoundProgress(checkpoint.steps, False, metrics)
+
+
+def _start_folder(folder: Path, experiment: Experiment, start: _Start) -> None:
+    """Leave in the folder what a run has where it begins, and nothing else.
+
+    The configuration comes first: with it alone a run can be resumed.
+    """
+    if start.checkpoint is None:
+        for derived in ("checkpoints", "report", "gate", "export"):
+            shutil.rmtree(folder / derived, ignore_errors=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    replace_file(folder / "config.json", to_json(experiment.config) + "\n")
+    replace_file(folder / "data.json", dumps(experiment.info._asdict()))
+    lines = [dumps(record.to_json(), lines=True) for record in start.records]
+    replace_file(folder / "metrics.jsonl", "".join(lines))
+    shares = [share._asdict() for share in experiment.manifest]
+    text = json.dumps(shares, separators=(",", ":"))
+    replace_file(folder / "partition.json", text + "\n")
+
+
+def _check_results(
+    results: Sequence[ClientResult], stop_at_one: bool, *, number: int
+) -> None:
+    """Refuse test losses that are not finite, of one client or of all."""
+    diverged = [
+        (result.id, name)
+        for name in ("exit", "server")
+        for result in results
+        if not math.isfinite(getattr(result, f"{name}_loss"))
+    ]
+    enough = 1 if stop_at_one else len(results)
+    if len({i for i, _ in diverged}) >= enough:
+        raise DivergenceError(*diverged[0], number)

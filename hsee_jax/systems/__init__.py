@@ -1,0 +1,13 @@
+"""What a federation costs: FLOPs and parameters, and the bytes on its links."""
+
+from hsee_jax.systems.costs import LayerCost, layer_costs
+from hsee_jax.systems.traffic import Bytes, Traffic, traffic_of, training_bytes
+
+__all__ = [
+    "Bytes",
+    "LayerCost",
+    "Traffic",
+    "layer_costs",
+    "traffic_of",
+    "training_bytes",
+]

@@ -1,0 +1,59 @@
+"""What each layer costs: parameters, FLOPs and bytes of a sample."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsee_jax.core.types import Array, Stage, Variables
+from hsee_jax.nn.model import Model, layer_inputs
+
+
+class LayerCost(NamedTuple):
+    """What one sample costs in a layer, or in a head."""
+
+    name: str
+    parameters: int
+    flops: int  # of the forward pass, as XLA counts them; padding is not counted
+    output_bytes: int  # of the output: what a client with this cut sends
+
+
+def layer_costs(model: Model) -> tuple[LayerCost, ...]:
+    """Return the costs of a sample in the L layers, the L exit heads and the final head.
+
+    FLOPs come from the cost analysis of each compiled program, so they are those of
+    the backend at hand.
+    """
+    shapes = layer_inputs(model)
+    names = [
+        *model.layer_names,
+        *(f"exit after {name}" for name in model.layer_names),
+        "final head",
+    ]
+    stages = [*model.stages, *model.exit_heads, model.final_head]
+    inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
+    known: dict[tuple[Stage, Any], tuple[int, int, int]] = {}
+    costs = []
+    for name, stage, shape in zip(names, stages, inputs, strict=True):
+        place = (stage, (shape.shape, shape.dtype))
+        if place not in known:
+            known[place] = _cost(stage, shape)
+        costs.append(LayerCost(name, *known[place]))
+    return tuple(costs)
+
+
+def _cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int]:
+    variables = jax.eval_shape(stage.init, jax.random.key(0), shape)
+    mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
+
+    def run(variables: Variables, inputs: Array, mask: Array) -> Array:
+        return stage.apply(variables, inputs, mask, train=False)[0]
+
+    compiled = jax.jit(run).lower(variables, shape, mask).compile()
+    analysis = compiled.cost_analysis() or {}
+    output = jax.eval_shape(run, variables, shape, mask)
+    return (
+        sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        int(analysis.get("flops", 0)),
+        output.size * output.dtype.itemsize,
+    )
