@@ -279,12 +279,11 @@ def _info(words: Sequence[str]) -> None:
     config = config_from(given)
     use_cache(given)
 
-    from hsee_jax.data import dataset_info
-    from hsee_jax.experiment import build_federation, build_strategy
+    from hsee_jax.experiment import build_federation, build_strategy, dataset_info_of
     from hsee_jax.model import layer_costs, layer_inputs
     from hsee_jax.traffic import sample_bytes
 
-    federation = build_federation(config, dataset_info(config.data))
+    federation = build_federation(config, dataset_info_of(config.data))
     boundary = build_strategy(config, federation).boundary
     crossing = [
         sample_bytes(features, federation.link, boundary)
@@ -342,12 +341,22 @@ def _data(words: Sequence[str]) -> None:
     names = ", ".join(fields["dataset"].metadata["choices"])
     parser.add_argument("dataset", help=names)
     parser.add_argument("--data-dir", help=fields["data_dir"].metadata["help"])
+    parser.add_argument(
+        "--labels", default="refuse", help=fields["labels"].metadata["help"]
+    )
     config = DataConfig(**vars(parser.parse(words)))
 
     from hsee_jax.data import prepare
 
     with download_bar() as on_bytes:
-        print(prepare(config, on_bytes))
+        print(
+            prepare(
+                config.dataset,
+                folder=config.data_dir,
+                labels=config.labels,
+                on_bytes=on_bytes,
+            )
+        )
 
 
 def _print_results(figures: dict[str, Any], folder: Path) -> None:

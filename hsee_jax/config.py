@@ -36,7 +36,15 @@ class DataConfig(Checked):
         ),
     )
     data_dir: str | None = option(
-        None, "folder with the datasets; without one, ~/tensorflow_datasets"
+        None,
+        "folder with the datasets; without one, $TFDS_DATA_DIR or "
+        "~/tensorflow_datasets",
+    )
+    labels: str = option(
+        "refuse",
+        "what to do where the training labels of npz are not 0..K-1 without gaps: "
+        "refuse them, or remap them to 0..K-1 in ascending order [ours]",
+        choices=("refuse", "remap"),
     )
     max_train_samples: int | None = option(None, "use only the first so many")
     max_test_samples: int | None = option(None, "use only the first so many")
@@ -63,7 +71,12 @@ class DataConfig(Checked):
     )
 
     def check(self) -> None:
-        """Checks numbers."""
+        """Refuse numbers out of range, and an option that has no effect."""
+        self.require(
+            "labels",
+            "refuse unless the dataset is npz",
+            self.labels == "refuse" or self.dataset == "npz",
+        )
         for name in ("max_train_samples", "max_test_samples"):
             value = getattr(self, name)
             self.require(name, "1 or more", value is None or value >= 1)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from hsee_jax.augment import InputPipeline
 from hsee_jax.base import Array, Dataset, ExitMetrics, Key, UserError
-from hsee_jax.config import Config, flatten, override, parse_absence
+from hsee_jax.config import Config, DataConfig, flatten, override, parse_absence
 from hsee_jax.data import dataset_info, load_dataset
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.engine import (
@@ -209,6 +209,22 @@ def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
+def dataset_info_of(config: DataConfig) -> DatasetInfo:
+    """Return what is known of the dataset of a configuration; see `dataset_info`."""
+    return dataset_info(config.dataset, folder=config.data_dir, labels=config.labels)
+
+
+def load_dataset_of(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """Read the dataset of a configuration; see `load_dataset`."""
+    return load_dataset(
+        config.dataset,
+        folder=config.data_dir,
+        max_train=config.max_train_samples,
+        max_test=config.max_test_samples,
+        labels=config.labels,
+    )
+
+
 def build_model(config: Config, info: DatasetInfo | None = None) -> Model:
     """The network that a configuration describes.
 
@@ -216,7 +232,7 @@ def build_model(config: Config, info: DatasetInfo | None = None) -> Model:
       config: of the run.
       info: on its data; None looks it up.
     """
-    info = info or dataset_info(config.data)
+    info = info or dataset_info_of(config.data)
     return resnet18(
         num_classes=info.num_classes,
         input_shape=info.input_shape,
@@ -277,12 +293,12 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     axis = client_axis(config.run.client_axis)
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
-    info = dataset_info(config.data)
+    info = dataset_info_of(config.data)
     mesh = make_mesh() if axis == "vmap" else None
     federation = build_federation(config, info, mesh)
     strategy = build_strategy(config, federation)
     _check_attendance(config, federation.groups)
-    train, test = load_dataset(config.data) if data is None else data
+    train, test = load_dataset_of(config.data) if data is None else data
     kept, held = hold_out(len(train.labels), config)
     parts = [kept[part] for part in partition(train.labels[kept], config)]
     cuts = {i: group.cut for group in federation.groups for i in group.ids}

@@ -45,13 +45,13 @@ def read_config(folder: Path) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Reads a configuration file.
+    """Read a configuration file, with a byte order mark or without.
 
     Raises:
-      UserError: it is not there, not JSON, or not a valid configuration.
+      UserError: the file is not there, not JSON, or not a valid configuration.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -62,19 +62,24 @@ def load_config(path: Path) -> Config:
 
 
 def read_info(folder: Path) -> DatasetInfo:
-    """What a run's network knows of its data, which need not be there any more.
+    """Read what a run's network knows of its data, which may be gone by now.
 
     Raises:
-      UserError: it is not there, or damaged.
+      UserError: the run's ``data.json`` is not there, or damaged.
     """
     path = folder / "data.json"
     try:
-        shape, classes, *moments = DatasetInfo(**json.loads(path.read_text()))
-        height, width, channels = map(int, shape)
-        mean, std = (tuple(map(float, values)) for values in moments)
+        stored = DatasetInfo(**json.loads(path.read_text()))
+        height, width, channels = map(int, stored.input_shape)
+        classes, labels = int(stored.num_classes), stored.label_values
+        mean, std = (tuple(map(float, values)) for values in (stored.mean, stored.std))
         if not len(mean) == len(std) == channels:
-            raise ValueError("a mean and a deviation for each channel")
-        return DatasetInfo((height, width, channels), int(classes), mean, std)
+            raise ValueError("it lacks a mean or a deviation for each channel")
+        if labels is not None:
+            labels = tuple(map(int, labels))
+            if len(labels) != classes:
+                raise ValueError("it lacks a label for each class")
+        return DatasetInfo((height, width, channels), classes, mean, std, labels)
     except (OSError, TypeError, ValueError) as error:
         raise UserError(
             f"run: {path} is missing or damaged; `hsee train --resume --out {folder}` "
@@ -138,7 +143,7 @@ def check_same(config: Config, stored: Config) -> None:
 
 
 def check_info(folder: Path, found: DatasetInfo) -> None:
-    """Looks whether data are of the shape, classes and normalisation that a run has.
+    """Refuse data whose shape, classes, labels or normalisation are not a run's.
 
     Raises:
       UserError: they are not.

@@ -30,8 +30,7 @@ from hsee_jax.calibration import (
     reaching,
     within,
 )
-from hsee_jax.data import dataset_info
-from hsee_jax.experiment import Experiment
+from hsee_jax.experiment import Experiment, dataset_info_of
 from hsee_jax.federation import RunState, server_of
 from hsee_jax.folder import Record, check_partition
 from hsee_jax.inference import CRITERIA, Answers, make_gate
@@ -212,7 +211,7 @@ def _clients(
     experiment: Experiment, state: RunState, criterion: str, batch_size: int
 ) -> Iterator[GatedClient]:
     """Computes both answers to all samples, client by client."""
-    info = dataset_info(experiment.config.data)
+    info = dataset_info_of(experiment.config.data)
     largest = CRITERIA[criterion].largest(info.num_classes)
     state, held_out, test = fetch((state, experiment.validation, experiment.test))
     layers, federation = experiment.costs(), experiment.federation

@@ -30,10 +30,9 @@ from hsee_jax.base import (
 )
 from hsee_jax.checkpoint import Checkpoint, Writer, find, load
 from hsee_jax.config import Config, override, to_json
-from hsee_jax.data import dataset_info
 from hsee_jax.engine import Progress, all_finite
 from hsee_jax.evaluate import ClientResult, means
-from hsee_jax.experiment import Experiment, build
+from hsee_jax.experiment import Experiment, build, dataset_info_of
 from hsee_jax.federation import RunState
 from hsee_jax.folder import (
     Record,
@@ -194,7 +193,7 @@ def reopen(
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
-    check_info(folder, dataset_info(config.data))
+    check_info(folder, dataset_info_of(config.data))
     checkpoint = checkpoint_of(folder, which)
     experiment = build(config)
     return experiment, load(checkpoint, experiment.store.like())
@@ -220,7 +219,7 @@ def _resumed(experiment: Experiment, folder: Path) -> _Place:
             f"rounds: {rounds} is not allowed with --resume; the run has done "
             f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
-    check_info(folder, dataset_info(experiment.config.data))
+    check_info(folder, dataset_info_of(experiment.config.data))
     check_partition(folder, experiment.manifest)
     state = load(checkpoint, experiment.store.like())
     path = folder / "metrics.jsonl"
@@ -278,7 +277,7 @@ def _start_folder(folder: Path, experiment: Experiment, place: _Place) -> None:
             shutil.rmtree(folder / derived, ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)
     replace_file(folder / "config.json", to_json(experiment.config) + "\n")
-    info = dataset_info(experiment.config.data)
+    info = dataset_info_of(experiment.config.data)
     replace_file(folder / "data.json", json.dumps(info._asdict(), indent=2) + "\n")
     lines = "".join(json.dumps(record) + "\n" for record in place.records)
     replace_file(folder / "metrics.jsonl", lines)

@@ -24,8 +24,7 @@ from hsee_jax.calibration import (
 )
 from hsee_jax.checkpoint import Writer
 from hsee_jax.config import override, preset, to_json
-from hsee_jax.data import load_dataset
-from hsee_jax.experiment import build
+from hsee_jax.experiment import build, load_dataset_of
 from hsee_jax.gating import Target
 from hsee_jax.inference import CRITERIA, make_gate
 from hsee_jax.model import init_network
@@ -372,10 +371,10 @@ def test_targets_are_met_on_the_held_out_samples(study):
 
 def test_the_test_set_chooses_nothing(run, study, monkeypatch):
     """Other test samples change the accuracy, but no threshold."""
-    train, test = load_dataset(CONFIG.data)
+    train, test = load_dataset_of(CONFIG.data)
     turned = Dataset(255 - test.images, test.labels[::-1])
     monkeypatch.setattr(
-        "hsee_jax.experiment.load_dataset", lambda config: (train, turned)
+        "hsee_jax.experiment.load_dataset_of", lambda config: (train, turned)
     )
     other = gating.study(run, batch_size=32)
     for target in (Target("offload", 0.4), Target("accuracy", 0.02)):

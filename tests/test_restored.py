@@ -17,7 +17,7 @@ from hsee_jax import restored, runs
 from hsee_jax.base import Batch, UserError
 from hsee_jax.checkpoint import load
 from hsee_jax.config import override, preset
-from hsee_jax.data import dataset_info
+from hsee_jax.experiment import dataset_info_of
 
 SMALL = override(
     preset("demo"),
@@ -137,7 +137,7 @@ def test_a_run_is_restored_without_its_data(tmp_path):
         np.savez(data / split, images=images, labels=np.arange(40) % 10)
     config = override(SMALL, dataset="npz", data_dir=str(data))
     state = write_run(folder, config)
-    info = dataset_info(config.data)
+    info = dataset_info_of(config.data)
     shutil.rmtree(data)
     run = hsee_jax.restore(folder)
     assert run.info == info

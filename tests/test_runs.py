@@ -9,7 +9,7 @@ import pytest
 from hsee_jax import runs
 from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import override, preset, to_json
-from hsee_jax.data import load_dataset
+from hsee_jax.experiment import load_dataset_of
 from hsee_jax.folder import read_config
 from hsee_jax.gating import study
 from hsee_jax.partition import hold_out
@@ -97,7 +97,7 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
     _, held = hold_out(60, config)
     assert len(held) == 6
     assert sorted([*every, *held.tolist()]) == list(range(60))
-    labels = load_dataset(config.data)[0].labels
+    labels = load_dataset_of(config.data)[0].labels
     for share in shares:
         assert share["samples"] == len(share["indices"]) == sum(share["label_counts"])
         of_share = labels[share["indices"]].tolist()
