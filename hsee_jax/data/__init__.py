@@ -155,11 +155,9 @@ def _read(
         raise _missing(name, _absolute(folder), passed)
     train, test = source.read("train", max_train), source.read("test", max_test)
     info = dataset_info(name, folder=folder, labels=labels)
-    classes = f"{info.num_classes} classes"
-    if info.label_values is not None:
-        classes += (
-            f" (labels {info.label_values[0]} to {info.label_values[-1]}, ascending)"
-        )
+    classes, values = f"{info.num_classes} classes", info.label_values
+    if values is not None:
+        classes += f" (labels {values[0]} to {values[-1]}, ascending)"
     line = (
         f"{name}: {len(train.labels):,} training and {len(test.labels):,} test images "
         f"of {'x'.join(map(str, info.input_shape))} in {classes}, from {source.name}"
