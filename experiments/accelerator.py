@@ -86,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> int:
                         stop=until(last),
                     )
                 except hsee_jax.UserError as error:
-                    if find_source(data):
+                    if find_source(data.dataset, data.data_dir):
                         raise
                     missing.append(data.dataset)
                     how = f"left out: {error}"

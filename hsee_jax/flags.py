@@ -4,6 +4,7 @@ import argparse
 import csv
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -98,17 +99,78 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _absences(path: Path) -> tuple[str, ...]:
-    """`absences` from a CSV file with the columns client, from and to."""
+_COLUMNS = ("client", "from", "to")  # of an absences file
+
+
+def _absences(path: Path, num_clients: int) -> tuple[str, ...]:
+    """Read `absences` from a CSV file with the columns client, from and to.
+
+    Columns are separated by commas, semicolons or tabs. A byte order mark, blank lines,
+    other columns, and spaces around names and values have no meaning.
+
+    Args:
+      path: of the file.
+      num_clients: clients there are.
+
+    Raises:
+      UserError: the file cannot be read, lacks a column, or holds a value that is not
+        allowed.
+    """
+    rows = _rows(path)
+    names = rows[0][1] if rows else []
+    for name in _COLUMNS:
+        if names.count(name) != 1:
+            raise UserError(
+                f"absences_file: {path} has {names.count(name)} columns {name} among "
+                f"{', '.join(names) or 'none'}; allowed are {','.join(_COLUMNS)}, "
+                "separated by commas, semicolons or tabs"
+            )
+    return tuple(
+        _absence(
+            dict(zip(names, texts, strict=False)),
+            f"absences_file: {path}, line {number}",
+            num_clients,
+        )
+        for number, texts in rows[1:]
+    )
+
+
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Read the rows of a CSV file that are not blank, with their line numbers."""
     try:
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            return tuple(f"{row['client']}:{row['from']}-{row['to']}" for row in rows)
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        header = next(filter(str.strip, lines), "")
+        mark = max(",;\t", key=header.count)
+        reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
+        rows = [(reader.line_num, [text.strip() for text in row]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
-            f"absences_file: {path} cannot be read; allowed is CSV with the columns "
-            "client,from,to"
+            f"absences_file: {path} cannot be read: "
+            f"{getattr(error, 'strerror', None) or error}; allowed is CSV in UTF-8 "
+            f"with the columns {','.join(_COLUMNS)}"
         ) from error
+    return [(number, texts) for number, texts in rows if any(texts)]
+
+
+def _absence(values: dict[str, str], where: str, num_clients: int) -> str:
+    """Return a row as an entry of `absences`; errors begin with ``where``."""
+    for name in _COLUMNS:
+        if not re.fullmatch(r"\d{1,9}", values.get(name, "")):
+            raise UserError(
+                f"{where}: {name} {values.get(name, '')!r} is not allowed; allowed is "
+                "a whole number of at most 9 digits"
+            )
+    client, first, last = (int(values[name]) for name in _COLUMNS)
+    if client >= num_clients:
+        raise UserError(
+            f"{where}: client {client} is not allowed; allowed are 0..{num_clients - 1}"
+        )
+    if not 1 <= first <= last:
+        raise UserError(
+            f"{where}: from {first} to {last} is not allowed; allowed are rounds from "
+            "1, in ascending order"
+        )
+    return f"{client}:{first}-{last}"
 
 
 def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
@@ -122,7 +184,6 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     if "absences_file" in given:
         if "absences" in changes:
             raise UserError("absences_file: is not allowed together with absences")
-        changes["absences"] = _absences(given["absences_file"])
     if "seed" in given:
         changes = {name: given["seed"] for name in SEEDS} | changes
     if "preset" in given and "config" in given:
@@ -133,6 +194,9 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
         base = preset(given["preset"])
     else:
         base = preset("demo") if stored is None else read_config(stored)
+    if "absences_file" in given:
+        clients = changes.get("num_clients", base.clients.num_clients)
+        changes["absences"] = _absences(given["absences_file"], clients)
     config = override(base, **changes)
     strategy = config.strategy.strategy
     for name in changes:

@@ -14,7 +14,7 @@ import pytest
 from hsee_jax import cli
 from hsee_jax.config.schema import Config, flatten, options, override
 from hsee_jax.config.presets import preset
-from hsee_jax.data import load_dataset
+from hsee_jax.runs.build import load_dataset_of
 from hsee_jax.core.options import takes_many
 from hsee_jax.algorithms.hetero_splitee import STRATEGIES, options_of
 from hsee_jax.terminal import Progress
@@ -132,7 +132,7 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
     config = override(preset("demo"), dataset="npz", data_dir=str(tmp_path))
 
     def load(*args, **kwargs):
-        load_dataset(config.data)
+        load_dataset_of(config.data)
 
     monkeypatch.setattr("hsee_jax.runs.train", load)
     monkeypatch.setattr("hsee_jax.runs.evaluate", load)
@@ -310,13 +310,14 @@ def test_every_field_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
     words.insert(0, f"--{name.replace('_', '-')}")
     if name == "data_dir":  # kept as an absolute path
         value = str(Path(value).resolve())
-    other = {"boundary": "joint"} if name == "exit_gradient" else {}
+    needs = {"exit_gradient": {"boundary": "joint"}, "labels": {"dataset": "npz"}}
+    other = needs.get(name, {})
     expected = override(preset("demo"), **{name: value}, **other)
     if name == "turn":  # of no effect on the preset's strategy
         words += ["--strategy", "sequential"]
         expected = override(expected, strategy="sequential")
-    if name == "exit_gradient":
-        words += ["--boundary", "joint"]
+    for field, needed in other.items():
+        words += [f"--{field}", needed]
     assert cli.main(["train", *words, "--out", str(tmp_path / "run")]) == 0
     assert seen == [expected]
     assert value != current

@@ -64,7 +64,7 @@ def archive_at(url):
 
 def download(server, folder):
     heard = []
-    downloads.fetch(
+    downloads.download_archive(
         archive_at(server.url), folder, lambda *progress: heard.append(progress)
     )
     return heard

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 import hsee_jax
-from hsee_jax.data import dataset_info
-from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy, dataset_info_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -58,7 +57,7 @@ def test_a_row_says_what_it_is_and_can_be_composed(row):
     assert head[2].startswith(f"# Command: python experiments/run.py {row}")
     config = rows.config_of(rows.Run(row, 7))
     assert (config.run.model_seed, config.run.data_seed) == (7, 7)
-    build_strategy(config, build_federation(config, dataset_info(config.data)))
+    build_strategy(config, build_federation(config, dataset_info_of(config.data)))
 
 
 def test_every_dataset_has_all_rows_and_they_differ():

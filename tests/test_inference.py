@@ -19,8 +19,7 @@ from hsee_jax.inference.calibration import Judged, Scores, all_thresholds, calib
 from hsee_jax.runs.checkpoint import Writer
 from hsee_jax.config.schema import override, to_json
 from hsee_jax.config.presets import preset
-from hsee_jax.data import load_dataset
-from hsee_jax.runs.build import build
+from hsee_jax.runs.build import build, load_dataset_of
 from hsee_jax.inference.study import Target
 from hsee_jax.inference.gate import CRITERIA, make_gate
 from hsee_jax.nn.model import init_network
@@ -367,10 +366,10 @@ def test_targets_are_met_on_the_held_out_samples(study):
 
 def test_the_test_set_chooses_nothing(run, study, monkeypatch):
     """Other test samples change the accuracy, but no threshold."""
-    train, test = load_dataset(CONFIG.data)
+    train, test = load_dataset_of(CONFIG.data)
     turned = Dataset(255 - test.images, test.labels[::-1])
     monkeypatch.setattr(
-        "hsee_jax.experiment.load_dataset", lambda config: (train, turned)
+        "hsee_jax.experiment.load_dataset_of", lambda config: (train, turned)
     )
     other = gating.study(run, batch_size=32)
     for target in (Target("offload", 0.4), Target("accuracy", 0.02)):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from hsee_jax.runs import train as runs
+from hsee_jax.runs.train import train as runs
 from hsee_jax.core.errors import UserError
 from hsee_jax.config.schema import override
 from hsee_jax.config.presets import preset

@@ -19,7 +19,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.runs.checkpoint import load
 from hsee_jax.config.schema import override
 from hsee_jax.config.presets import preset
-from hsee_jax.data import dataset_info
+from hsee_jax.runs.build import dataset_info_of
 
 SMALL = override(
     preset("demo"),
@@ -139,7 +139,7 @@ def test_a_run_is_restored_without_its_data(tmp_path):
         np.savez(data / split, images=images, labels=np.arange(40) % 10)
     config = override(SMALL, dataset="npz", data_dir=str(data))
     state = write_run(folder, config)
-    info = dataset_info(config.data)
+    info = dataset_info_of(config.data)
     shutil.rmtree(data)
     run = hsee_jax.restore(folder)
     assert run.info == info

@@ -10,7 +10,7 @@ from hsee_jax.runs import train as runs
 from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.config.schema import override, to_json
 from hsee_jax.config.presets import preset
-from hsee_jax.data import load_dataset
+from hsee_jax.runs.build import load_dataset_of
 from hsee_jax.runs.folder import read_config
 from hsee_jax.inference.study import study
 from hsee_jax.data.partition import hold_out
@@ -98,7 +98,7 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
     _, held = hold_out(60, config)
     assert len(held) == 6
     assert sorted([*every, *held.tolist()]) == list(range(60))
-    labels = load_dataset(config.data)[0].labels
+    labels = load_dataset_of(config.data)[0].labels
     for share in shares:
         assert share["samples"] == len(share["indices"]) == sum(share["label_counts"])
         of_share = labels[share["indices"]].tolist()

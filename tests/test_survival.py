@@ -18,7 +18,7 @@ from tiny import tiny_federation, tiny_model, tiny_shards
 
 import hsee_jax.engine.scan
 from hsee_jax import cli
-from hsee_jax.runs import train as runs
+from hsee_jax.runs.train import train as runs
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.runs.checkpoint import find
 from hsee_jax.config.schema import override

@@ -13,8 +13,7 @@ from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.core.types import Dataset
 from hsee_jax.runs.checkpoint import Writer
 from hsee_jax.config.schema import OptimConfig, to_json
-from hsee_jax.data import dataset_info
-from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy, dataset_info_of
 from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.optim.optimizers import make_optimizer
@@ -110,7 +109,7 @@ def tiny_shards(sizes: dict[int, int]) -> dict[int, np.ndarray]:
 
 def noise_state(config, rounds: int = 1):
     """The state of a run after some rounds, but of noise."""
-    federation = build_federation(config, dataset_info(config.data))
+    federation = build_federation(config, dataset_info_of(config.data))
     rng = np.random.default_rng(rounds)
 
     def draw(path, leaf):
@@ -132,6 +131,6 @@ def write_run(folder, config, rounds: int = 1, state=None):
     with Writer(folder / "checkpoints", keep=2) as writer:
         writer.save(rounds, 0, state, {"score": 1 / rounds})
     (folder / "config.json").write_text(to_json(config))
-    info = dataset_info(config.data)
+    info = dataset_info_of(config.data)
     (folder / "data.json").write_text(json.dumps(info._asdict()))
     return state

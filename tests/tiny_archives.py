@@ -1,16 +1,19 @@
-"""Archives of a few images in the exact formats of their authors.
+"""A few images in every form that a dataset may have.
 
-They are written value by value: these loops are the definition of the format, against
-which the transpositions of the readers are tested.
+The loops write the archives of the authors value by value. They define the format; the
+tests compare the readers, which transpose whole arrays, with them.
 """
 
 import gzip
 import hashlib
 import io
+import json
 import struct
 import tarfile
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
 from hsee_jax.data.archives import ARCHIVES
 from hsee_jax.data.info import DATASETS
@@ -23,6 +26,13 @@ def noise(count, shape, classes, seed=0):
     )
 
 
+def write_npz(folder, train, test):
+    """Write images and labels of both splits."""
+    folder.mkdir(exist_ok=True)
+    for split, (images, labels) in (("train", train), ("test", test)):
+        np.savez(folder / f"{split}.npz", images=images, labels=labels)
+
+
 def tar(path, files):
     with tarfile.open(path, "w:gz") as archive:
         for name, content in files.items():
@@ -32,7 +42,7 @@ def tar(path, files):
 
 
 def cifar_records(images, labels, coarse=()):
-    """A label or two, then all red values by rows, all green ones, all blue ones."""
+    """Write a label or two, then by rows all red, all green and all blue values."""
     out = bytearray()
     for i, image in enumerate(images):
         out += bytes([*coarse[i : i + 1], labels[i]])
@@ -62,7 +72,7 @@ def write_cifar100(folder, train, test):
 
 
 def write_stl10(folder, train, test):
-    """Labels from 1; all red values column after column, then green, then blue."""
+    """Write labels from 1, and by columns all red, all green and all blue values."""
     files = {}
     for split, (images, labels) in (("test", test), ("train", train)):
         out = bytearray()
@@ -99,9 +109,11 @@ WRITE = {
 
 
 def tiny_archive(name, folder):
-    """Writes 10 training and 4 test images; their checksums count as published.
+    """Write 10 training and 4 test images.
 
-    Returns the `Archive`, and images and labels of both splits.
+    Returns:
+      An `Archive` with the checksums of these files, and images and labels of both
+      splits.
     """
     info = DATASETS[name]
     data = [noise(n, info.input_shape, info.num_classes, seed=n) for n in (10, 4)]
@@ -112,3 +124,80 @@ def tiny_archive(name, folder):
         for file in archive.files
     }
     return archive._replace(files=md5), data
+
+
+def write_prepared(folder, name, data, *, version, form="array_record", **features):
+    """Write what tensorflow-datasets makes: a description, and records of the splits.
+
+    Args:
+      folder: of all datasets.
+      name: of the dataset.
+      data: images and labels of each split, by its name.
+      version: of the dataset, as in ``"3.0.2"``.
+      form: of the files; only those of ``"array_record"`` are written.
+      **features: the `shape` and the number of `classes` that the description states,
+        where they are not the dataset's.
+
+    Returns:
+      The folder of this version.
+    """
+    import tensorflow_datasets as tfds
+
+    place = folder / name / version
+    place.mkdir(parents=True)
+    splits = [
+        {
+            "name": split,
+            "shardLengths": [str(len(labels))],
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        }
+        for split, (_, labels) in data.items()
+    ]
+    info = {"name": name, "version": version, "fileFormat": form, "splits": splits}
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(
+                shape=features.get("shape", DATASETS[name].input_shape)
+            ),
+            "label": tfds.features.ClassLabel(
+                num_classes=features.get("classes", DATASETS[name].num_classes)
+            ),
+        }
+    ).save_config(place)
+    if form == "array_record":
+        for split, (images, labels) in data.items():
+            file = place / f"{name}-{split}.array_record-00000-of-00001"
+            writer = ArrayRecordWriter(str(file), "group_size:1")
+            for image, label in zip(images, labels.tolist(), strict=True):
+                writer.write(tf_example(image, label))
+            writer.close()
+    return place
+
+
+def tf_example(image, label):
+    """Encode a ``tf.train.Example`` by hand, with the image as PNG.
+
+    It is a message of one field, a map from names to features; a feature is a list of
+    bytes in field 1, or of integers in field 3.
+    """
+    png = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(png, "PNG")
+    features = {
+        b"image": _field(1, _field(1, png.getvalue())),
+        b"label": _field(3, _field(1, bytes([label]))),
+    }
+    entries = (
+        _field(1, _field(1, name) + _field(2, feature))
+        for name, feature in features.items()
+    )
+    return _field(1, b"".join(entries))
+
+
+def _field(number, content):
+    """Encode a field of a protocol buffer: its tag, its length in base 128, itself."""
+    length, size = bytearray(), len(content)
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + content

@@ -1,9 +1,9 @@
 """The archives that the authors of the datasets publish, read as they are.
 
 CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), the labelled images of STL-10 (Coates et al.,
-2011) and Fashion-MNIST (Xiao et al., arXiv:1708.07747). Nothing is read from a file
-before its MD5 checksum is the one that its authors publish; nothing is unpickled, and
-nothing unpacked to disk.
+2011) and Fashion-MNIST (Xiao et al., arXiv:1708.07747). `find` reads a file only if its
+MD5 checksum is the one that its authors publish; it unpickles nothing, and unpacks
+nothing to disk.
 """
 
 import functools
@@ -29,12 +29,12 @@ class Archive(NamedTuple):
     files: dict[str, str]  # name -> MD5 checksum, hexadecimal
     train: tuple[str, ...]  # the files in the archive that `parse` takes, in order
     test: tuple[str, ...]
-    parse: Callable[..., Dataset]  # contents of those -> images and labels
+    parse: Callable[..., Dataset]  # contents of these files -> images and labels
     folder: str = ""  # where the files are, below the folder of all data
 
 
 def find(dataset: str, folder: Path) -> Source | None:
-    """The files of an archive, if all are there."""
+    """Find the files of an archive, if all are there."""
     archive = ARCHIVES.get(dataset)
     if archive is None:
         return None
@@ -69,7 +69,7 @@ def _check(path: Path, md5: str) -> None:
 
 
 def _unpack(path: Path, wanted: set[str]) -> dict[str, bytes]:
-    """Contents of a ``.gz`` file, or by name of the wanted files in a ``.tar.gz``."""
+    """Return by name the contents of a ``.gz``, or of wanted files in a ``.tar.gz``."""
     if not path.name.endswith(".tar.gz"):
         return {path.name: gzip.decompress(path.read_bytes())}
     found: dict[str, bytes] = {}
@@ -84,7 +84,7 @@ def _unpack(path: Path, wanted: set[str]) -> dict[str, bytes]:
 
 
 def _cifar(*contents: bytes, label_bytes: int) -> Dataset:
-    """Records of labels, the last of which counts, and a plane for each colour."""
+    """Parse records of one or more labels, the last of which counts, and 3 planes."""
     records = np.frombuffer(b"".join(contents), np.uint8)
     records = records.reshape(-1, label_bytes + 3 * 32 * 32)
     planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
@@ -95,7 +95,7 @@ def _cifar(*contents: bytes, label_bytes: int) -> Dataset:
 
 
 def _stl10(images: bytes, labels: bytes) -> Dataset:
-    """A plane for each colour, column after column; labels from 1."""
+    """Parse images of a plane a colour, column after column, and labels from 1."""
     columns = np.frombuffer(images, np.uint8).reshape(-1, 3, 96, 96)
     return Dataset(
         np.ascontiguousarray(columns.transpose(0, 3, 2, 1)),
@@ -104,7 +104,7 @@ def _stl10(images: bytes, labels: bytes) -> Dataset:
 
 
 def _idx(images: bytes, labels: bytes) -> Dataset:
-    """MNIST's idx: big-endian sizes behind a magic number, then the bytes."""
+    """Parse MNIST's idx: big-endian sizes behind a magic number, then the bytes."""
     sizes = np.frombuffer(images, ">u4", count=3, offset=4)
     return Dataset(
         np.frombuffer(images, np.uint8, offset=16).reshape(*sizes, 1),
@@ -125,7 +125,7 @@ ARCHIVES = {
         {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
         train=("train.bin",),
         test=("test.bin",),
-        parse=partial(_cifar, label_bytes=2),  # the coarse one, then the fine one
+        parse=partial(_cifar, label_bytes=2),  # the coarse label, then the fine one
     ),
     "stl10": Archive(
         "http://ai.stanford.edu/~acoates/stl10/",

@@ -1,4 +1,4 @@
-"""Downloads of the published archives: checked, resumed, and quick to give up."""
+"""Downloads of the published archives: checked, resumed, without retries."""
 
 import urllib.error
 import urllib.request
@@ -14,22 +14,26 @@ _TIMEOUT_S = 10.0  # to connect, and for each wait thereafter; there are no retr
 
 
 class OnBytes(Protocol):
-    """Hears how far a download is."""
+    """Is told how far a download is."""
 
     def __call__(self, file: str, done: int, total: int | None) -> None:
-        """``done`` bytes of ``total`` are here; how many there are may be unknown."""
+        """Take note that ``done`` bytes of ``total``, None if unknown, are here."""
 
 
-def fetch(archive: Archive, folder: Path, on_bytes: OnBytes) -> None:
-    """Brings those files of an archive that are not in a folder.
+def download_archive(archive: Archive, folder: Path, on_bytes: OnBytes) -> None:
+    """Download the files of an archive that are not in a folder yet.
 
-    What has arrived lies in a file ``.part`` until all is there, and the next call goes
-    on at its end, or from the start if the server does not answer range requests. pooch
-    compares the checksum and only then gives the file its name; one that differs is
-    removed.
+    A file has the suffix ``.part`` until all of it is there. The next call goes on at
+    its end, or at the start if the server does not answer range requests. pooch gives
+    the file its name only if the checksum is right, and removes it otherwise.
+
+    Args:
+      archive: what to download.
+      folder: of all datasets; the archive may have a folder below it.
+      on_bytes: called with the progress.
 
     Raises:
-      UserError: the server cannot be reached, stops, or sends something else; or the
+      UserError: the server cannot be reached, stops, or sends another file; or the
         folder cannot be written to.
     """
     import pooch
@@ -46,7 +50,7 @@ def fetch(archive: Archive, folder: Path, on_bytes: OnBytes) -> None:
                 known_hash=f"md5:{md5}",
                 fname=name,
                 path=place,
-                downloader=partial(_bring, part, on_bytes),
+                downloader=partial(_download, part, on_bytes),
             )
         except ValueError as error:
             raise UserError(
@@ -62,8 +66,8 @@ def fetch(archive: Archive, folder: Path, on_bytes: OnBytes) -> None:
             ) from error
 
 
-def _bring(part: Path, on_bytes: OnBytes, url: str, file: str, _: object) -> None:
-    """Downloads the rest of ``part`` and, when it is whole, makes it ``file``."""
+def _download(part: Path, on_bytes: OnBytes, url: str, file: str, _: object) -> None:
+    """Download the rest of ``part``, then give it the name ``file``."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={done}-"} if done else {}
     request = urllib.request.Request(url, headers=headers)

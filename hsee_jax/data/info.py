@@ -1,4 +1,4 @@
-"""What is known of the datasets before they are read, and how a reader is found."""
+"""What is known of the datasets before they are read, and the type of a source."""
 
 from typing import NamedTuple, Protocol
 
@@ -9,13 +9,16 @@ class DatasetInfo(NamedTuple):
     """What a network and its input need to know of a dataset."""
 
     input_shape: tuple[int, int, int]  # (H, W, C)
-    num_classes: int
+    num_classes: int  # K
     mean: tuple[float, ...]  # per channel, over the full training set, scale 0..1
     std: tuple[float, ...]
+    # The original label of each class, ascending; None where the labels are 0..K-1.
+    label_values: tuple[int, ...] | None = None
 
 
 PACKAGED = "fashion_mnist_small"
-OWN = "npz"  # the user's, of whatever shape: known when it is read
+OWN = "npz"  # the user's own dataset, which `arrays.own_info` describes
+LABELS = ("refuse", "remap")  # what to do with labels of its that are not 0..K-1
 
 DATASETS = {
     PACKAGED: DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
@@ -36,7 +39,7 @@ class ReadFn(Protocol):
     """Reads a split."""
 
     def __call__(self, split: str, limit: int | None) -> Dataset:
-        """Returns the first ``limit`` samples of ``"train"`` or ``"test"``, or all."""
+        """Return the first ``limit`` samples of ``"train"`` or ``"test"``, or all."""
 
 
 class Source(NamedTuple):

@@ -1,12 +1,15 @@
-"""What tensorflow-datasets has prepared, read without TensorFlow where that can be.
+"""Datasets that tensorflow-datasets has prepared, read without TensorFlow if possible.
 
-The samples come in the order in which tensorflow-datasets has shuffled them, which is
-not that of the archives: ``max_train_samples`` takes others here than there.
+Any version is read whose images and classes are those of `DATASETS`, whatever version
+the installed tensorflow-datasets would prepare. The samples come in the order in which
+tensorflow-datasets has shuffled them, which is not that of the archives: the first 500,
+say, are other images here than there.
 """
 
 import contextlib
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -17,29 +20,86 @@ import numpy as np
 
 from hsee_jax.core.types import Dataset
 from hsee_jax.core.errors import UserError
-from hsee_jax.data.info import Source
+from hsee_jax.data.info import DATASETS, Source
 
 Samples = Iterable[dict[str, Any]]
 SamplesFn = Callable[[Any, str, int | None], Samples]  # of a builder's split
 
 
-def find(dataset: str, folder: Path) -> Source | None:
-    """A dataset that is prepared in a format that can be read here."""
-    if not any(folder.glob(f"{dataset}/*/dataset_info.json")):
-        return None  # before the import, which takes its time
-    logging.getLogger("absl").setLevel(logging.ERROR)  # else it warns of what we say
+def find(dataset: str, folder: Path) -> tuple[Source | None, list[str]]:
+    """Find the newest version of a dataset that can be read here.
+
+    Returns:
+      The source, if there is one, and a clause on every newer version: why it cannot be
+      read.
+    """
+    refused: list[str] = []
+    for path in _versions(folder / dataset):
+        try:
+            builder = _builder(path)
+            _check_content(dataset, builder)
+            form, samples = _format(builder)
+        except Exception as error:  # readers of many formats raise many types
+            refused.append(
+                f"version {path.name} in {path} cannot be read: {_line(error)}"
+            )
+        else:
+            name = (
+                f"version {builder.version} of {dataset}, which tensorflow-datasets "
+                f"has prepared in {path} as {form}"
+            )
+            return Source(name, partial(_read, builder, samples)), refused
+    return None, refused
+
+
+def _versions(folder: Path) -> list[Path]:
+    """Return the folders of all versions of a dataset, the newest first."""
+    paths = [path.parent for path in folder.glob("*/dataset_info.json")]
+    return sorted(
+        paths, key=lambda path: [*map(int, re.findall(r"\d+", path.name))], reverse=True
+    )
+
+
+def _builder(path: Path) -> Any:
+    """Open a version; the import takes its time, so nothing else imports it first."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # `find` says what it warns of
     import tensorflow_datasets as tfds
 
-    with _one_error(folder / dataset):
-        builder = tfds.builder(dataset, data_dir=folder)
-        if not builder.is_prepared():
-            return None
-        formats = {form.value for form in builder.info.available_file_formats()}
+    return tfds.builder_from_directory(path)
+
+
+def _check_content(dataset: str, builder: Any) -> None:
+    """Refuse images, classes or splits that are not those of the dataset."""
+    info, features, splits = (
+        DATASETS[dataset],
+        builder.info.features,
+        builder.info.splits,
+    )
+    if not {"image", "label"} <= set(features):
+        raise ValueError(f"it holds {', '.join(features)}, not image and label")
+    image, label = features["image"], features["label"]
+    found = (image.np_dtype, tuple(image.shape), label.num_classes)
+    if found != (np.uint8, info.input_shape, info.num_classes):
+        raise ValueError(
+            f"it holds images {np.dtype(found[0])} {list(found[1])} in {found[2]} "
+            f"classes, where {dataset} has uint8 {list(info.input_shape)} in "
+            f"{info.num_classes}"
+        )
+    for split in ("train", "test"):
+        if split not in splits or not splits[split].num_examples:
+            raise ValueError(f"it holds no {split} samples")
+
+
+def _format(builder: Any) -> tuple[str, SamplesFn]:
+    """Choose a format whose library is installed, and what reads it."""
+    forms = {form.value for form in builder.info.available_file_formats()}
     for form, library, samples in _READERS:
-        if form in formats and find_spec(library):
-            where = f"what tensorflow-datasets has prepared in {builder.data_dir}"
-            return Source(f"{where} as {form}", partial(_read, builder, samples))
-    return None
+        if form in forms and find_spec(library):
+            return form, samples
+    needs = [
+        f"{form} needs {library}" for form, library, _ in _READERS if form in forms
+    ]
+    raise ValueError(", ".join(needs) or f"its format is {', '.join(sorted(forms))}")
 
 
 def _read(builder: Any, samples: SamplesFn, split: str, limit: int | None) -> Dataset:
@@ -51,15 +111,18 @@ def _read(builder: Any, samples: SamplesFn, split: str, limit: int | None) -> Da
 
 @contextlib.contextmanager
 def _one_error(folder: Path) -> Iterator[None]:
-    """Readers of many formats raise many types; to the user all mean the same."""
+    """Raise a `UserError` for whatever a reader raises."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"data_dir: {folder} cannot be read ({reason}); remove it and prepare the "
-            "dataset again"
+            f"data_dir: {folder} cannot be read ({_line(error)}); remove it and "
+            "prepare the dataset again"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _random_access(builder: Any, split: str, limit: int | None) -> Samples:
