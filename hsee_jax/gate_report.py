@@ -1,6 +1,6 @@
 """What ``hsee gate`` shows and writes: tables, JSON and a picture of a `Study`.
 
-The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, where there was a
+The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, if the user named a
 target, ``thresholds.json``.
 """
 
@@ -14,11 +14,12 @@ from hsee_jax.tables import Table, markdown
 
 
 class _Column(NamedTuple):
-    """How a figure is shown."""
+    """How a table shows a figure."""
 
     heading: str
     format: str
     scale: float = 1
+    missing: str = ""  # in place of a figure that is None
 
 
 _RESULTS = {
@@ -38,15 +39,20 @@ _CLIENTS = {
     "cut": _Column("cut", "{}"),
     "exit_accuracy": _Column("exit accuracy", "{:.4f}"),
     "server_accuracy": _Column("server accuracy", "{:.4f}"),
-    "exit_calibration_error": _Column("exit ECE", "{:.4f}"),
-    "server_calibration_error": _Column("server ECE", "{:.4f}"),
+    "exit_calibration_error": _Column("exit ECE", "{:.4f}", missing="not finite"),
+    "server_calibration_error": _Column("server ECE", "{:.4f}", missing="not finite"),
 }
 
 
 def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
-    """The curve, and a row for each client, with its threshold if it has one."""
+    """Return the mean curve, and a row for each client with its threshold, if any.
+
+    Args:
+      curve: see `Study.curve`.
+      thresholds: see `Study.thresholds`; None if there was no target.
+    """
     mean = _table(
-        f"{curve['criterion']} below a threshold is answered on the device: mean over "
+        f"the device answers below a threshold of the {curve['criterion']}: mean over "
         f"clients on {curve['test_samples']} test samples, costs of a sample",
         curve["mean"],
         _RESULTS | _COSTS,
@@ -56,7 +62,7 @@ def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
     ((kind, value),) = thresholds["target"].items()
     return mean, _table(
         f"clients on the test samples, with thresholds for {kind} {value} from "
-        f"{thresholds['validation_samples']} samples that were held out",
+        f"{thresholds['validation_samples']} held-out samples",
         thresholds["clients"],
         _CLIENTS | _RESULTS,
     )
@@ -65,7 +71,9 @@ def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
 def _table(title: str, records: list[Record], columns: dict[str, _Column]) -> Table:
     def cell(name: str, value: Any) -> str:
         column = columns[name]
-        return "" if value is None else column.format.format(column.scale * value)
+        if value is None:
+            return column.missing
+        return column.format.format(column.scale * value)
 
     return Table(
         title,
@@ -75,12 +83,12 @@ def _table(title: str, records: list[Record], columns: dict[str, _Column]) -> Ta
 
 
 def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
-    """Writes the files, in place of those of an earlier study.
+    """Write the files, and replace those of an earlier study.
 
     Args:
       curve: see `Study.curve`.
-      thresholds: see `Study.thresholds`; None leaves those of an earlier study.
-      folder: where to; it is made.
+      thresholds: see `Study.thresholds`; None keeps those of an earlier study.
+      folder: of the files; it is made if it is missing.
 
     Raises:
       UserError: the folder cannot be written to.
@@ -101,7 +109,10 @@ def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
 
 
 def _picture(curve: Record, thresholds: Record | None, path: Path) -> None:
-    """Accuracy, and costs relative to all at the server, by the share on device."""
+    """Plot accuracy and relative costs against the share on the device.
+
+    The costs are relative to those of a gate that sends every sample to the server.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
