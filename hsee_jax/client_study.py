@@ -98,11 +98,13 @@ class ClientStudy(NamedTuple):
         ]
 
     def _times(self, offload: float) -> Record:
-        """Return the time of a sample, None where it is not measured."""
+        """Return the time of a sample at a point, None where it is not measured."""
         lowest = float(self.held_out.offload[-1])  # 0, unless the exit is not finite
         seconds = self.seconds.get(max(offload, lowest))
-        relative = None if seconds is None else seconds / self.seconds[OFFLOADS[0]]
-        return {"seconds": seconds, "relative_seconds": relative}
+        if offload not in TIMED_OFFLOADS or seconds is None:
+            return {"seconds": None, "relative_seconds": None}
+        all_at_server = self.seconds[OFFLOADS[0]]
+        return {"seconds": seconds, "relative_seconds": seconds / all_at_server}
 
     def summary(self) -> Record:
         """Return the figures that do not depend on a threshold.

@@ -81,7 +81,7 @@ def test_a_target_that_is_met_exactly_is_met(count):
 
 
 def test_a_target_copied_from_a_curve_is_met():
-    """Thirds and sevenths are no decimals; the floats that a curve shows stand for them."""
+    """Thirds and sevenths are no decimals; the floats of a curve stand for them."""
     numbers = np.arange(21, -1, -1)
     curve = OffloadCurve(numbers * 0.0, numbers, numbers, 21)
     for point, offload in enumerate(curve.offload.tolist()):

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_strategies import train
@@ -16,7 +17,7 @@ from tiny import (
 
 from hsee_jax.base import DivergenceError, ExitMetrics, Metrics, Stage
 from hsee_jax.engine import check_finite, client_axis, make_round
-from hsee_jax.evaluate import make_evaluation
+from hsee_jax.evaluate import make_evaluation, means
 from hsee_jax.federation import server_of, take_member
 from hsee_jax.mesh import SAME, make_mesh, place
 from hsee_jax.plan import plan_round
@@ -153,3 +154,24 @@ def test_evaluation_is_exact_on_the_whole_set(make):
                 loss = -np.log(chances[np.arange(11), data.labels]).mean()
                 ours = getattr(by_id[i], f"{name}_loss")
                 np.testing.assert_allclose(ours, loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
+def test_a_network_that_is_not_finite_scores_nothing(axis):
+    """All labels are 0, which is the arg max of NaN: the broken exit has none right."""
+    federation = tiny_federation({0: 1, 1: 1})
+    strategy = averaging(federation)
+    state = jax.jit(strategy.init)(jax.random.key(0))
+    (clients,) = state.clients
+    head = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), clients.head.params)
+    broken = clients.replace(head=clients.head.replace(params=head))
+    data = tiny_data(11)._replace(labels=np.zeros(11, np.int32))
+    evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4, axis=axis)
+    before = evaluate(state, jax.device_put(data))
+    after = evaluate(state.replace(clients=(broken,)), jax.device_put(data))
+    assert after[0].exit_accuracy == 0
+    assert np.isnan(after[0].exit_loss)
+    assert after[0].server_accuracy == before[0].server_accuracy
+    assert after[1] == before[1]
+    exit_mean, _ = means(after)
+    assert exit_mean == before[1].exit_accuracy / 2
