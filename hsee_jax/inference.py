@@ -67,7 +67,7 @@ class Answers(NamedTuple):
     logits: npt.NDArray[np.float32]  # [B, K]: the server's where it ran, or the exit's
     exited: npt.NDArray[np.bool_]  # [B]: answered by the exit
     exit_logits: npt.NDArray[np.float32]  # [B, K]
-    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; infinite if not finite
+    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; inf: not finite
 
     @property
     def predictions(self) -> npt.NDArray[np.int64]:

@@ -41,7 +41,7 @@ def test_the_curve_of_five_samples():
     points = offload_curve(FIVE, thresholds)
     np.testing.assert_array_equal(points.accuracy, [0.8, 1, 1, 0.8, 0.8, 0.6])
     np.testing.assert_array_equal(points.offload, [1, 0.8, 0.6, 0.4, 0.2, 0])
-    # any other threshold is as the next one that occurs
+    # Any other threshold gives what the next one that occurs gives.
     between = offload_curve(FIVE, np.array([0.05, 0.15, 0.35, 0.45, 0.6]))
     np.testing.assert_array_equal(between.accuracy, [0.8, 1, 0.8, 0.8, 0.6])
 
@@ -49,17 +49,17 @@ def test_the_curve_of_five_samples():
         assert {point_at_accuracy(points, a) for a in accuracies} == {point}
     for offloads, point in (((1,), 0), ((0.99, 0.8), 1), ((0.5, 0.4), 3), ((0.19,), 5)):
         assert {point_in_budget(points, offload) for offload in offloads} == {point}
-    # 100 bytes each: 60 bytes a sample are three of five
+    # At 100 bytes each, 60 bytes a sample are three samples of five.
     for budget, point in ((1000, 0), (60, 2), (59.9, 3), (0, 5)):
         assert point_in_budget(points, budget, 100) == point
 
 
 @pytest.mark.parametrize("count", [40, 50, 128, 1000])
 def test_a_target_that_is_met_exactly_is_met(count):
-    """Every number of samples, as the decimal that a user types, at costs of all sizes.
+    """Every number of samples becomes a target, as the decimal that a user types.
 
-    Also a decimal a millionth smaller: of budgets one sample less is within it, of
-    accuracies the same number is needed. The expected numbers are exact fractions.
+    So does a decimal a millionth smaller: its budget allows one sample less, its
+    accuracy needs the same number. Exact fractions give the expected numbers.
     """
     numbers = np.arange(count, -1, -1)
     curve = OffloadCurve(numbers * 0.0, numbers, numbers, count)
@@ -91,7 +91,7 @@ def test_a_target_copied_from_a_curve_is_met():
 
 
 def test_an_uncertainty_that_is_not_finite_is_no_threshold():
-    """Two of five samples always go to the server, which no budget can change."""
+    """Two of five samples always go to the server, whatever the budget."""
     some = scores([0.1, np.nan, 0.5, np.nan, 0.3], [1, 0, 1, 0, 0], [0, 1, 1, 1, 1])
     thresholds = all_thresholds(some.uncertainty, 1.0)
     np.testing.assert_allclose(thresholds, [0, 0.3, 0.5, 1.01])

@@ -54,7 +54,7 @@ def test_one_compilation_for_each_distinct_cut(make, axis):
 
 @pytest.mark.slow
 def test_both_forms_agree_when_images_are_augmented():
-    """Random crops are the client's own, whoever shares its batch of clients."""
+    """A client's random crops do not depend on the clients stacked with it."""
     import test_strategies
 
     federation = tiny_federation({0: 1, 1: 2, 2: 1})
@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_names_client_branch_and_round():
 
 @pytest.mark.parametrize(("axis", "devices", "count"), [("loop", 1, 7), ("vmap", 2, 8)])
 def test_samples_that_are_not_there_are_refused(axis, devices, count):
-    """One is missing; the data are not in blocks. JAX would read the last sample."""
+    """One is missing, or the data are not in blocks; JAX alone would read the last."""
     mesh = make_mesh(jax.devices()[:devices]) if devices > 1 else None
     federation = tiny_federation({0: 1, 1: 1}, mesh=mesh)
     strategy, key = averaging(federation), jax.random.key(0)
@@ -124,7 +124,7 @@ def test_samples_that_are_not_there_are_refused(axis, devices, count):
 
 @pytest.mark.parametrize("make", [sequential, averaging])
 def test_evaluation_is_exact_on_the_whole_set(make):
-    """11 samples in batches of 4, against one batch of 11 and numpy."""
+    """Batches of 4 give what NumPy makes of all 11 samples in one batch."""
     federation = tiny_federation({4: 1, 1: 2, 2: 1})
     strategy = make(federation)
     state, _ = train(strategy, federation, tiny_shards({4: 4, 1: 4, 2: 4}), axis="loop")

@@ -31,7 +31,7 @@ CONFIG = override(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder before its first round, of clients that differ."""
+    """Write the folder of a run before its first round, in which the clients differ."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     model = tiny_model(input_shape=(28, 28, 1), classes=10)
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def thresholds_of(study, target):
 
 
 def test_a_study_is_what_the_networks_answer(run, study):
-    """One client's figures against both exits, computed here; sizes by hand."""
+    """Both answers of one client are computed here, and message sizes by hand."""
     chosen = study.thresholds(Target("offload", 0.3))
     client = chosen["clients"][1]
     assert (client["id"], client["cut"]) == (1, 3)
@@ -67,7 +67,7 @@ def test_a_study_is_what_the_networks_answer(run, study):
     specs = experiment.federation.specs(1)
 
     def answers(data):
-        """Who exits at the threshold, and both logits."""
+        """Return accuracy, the share on the device, and both logits."""
         data = jax.device_get(data)
         inputs = (np.asarray(data.images, np.float32) / 255 - 0.286) / 0.353
         logits, final = without_a_gate(specs, (own, server), inputs)
@@ -123,12 +123,12 @@ def test_the_curve_is_that_of_21_targets(run, study):
 def test_targets_are_met_on_the_held_out_samples(study):
     for offload in (0, 0.25, 0.99, 1):
         for client in study.thresholds(Target("offload", offload))["clients"]:
-            sent = 1 - client["validation_on_device"]
-            assert sent == pytest.approx(np.floor(50 * offload) / 50)
+            share = 1 - client["validation_on_device"]
+            assert share == pytest.approx(np.floor(50 * offload) / 50)
     size = 28 * 28 * 4 * 4  # float32 of four channels after the first layer
     chosen = study.thresholds(Target("bytes", size / 10))["clients"]
-    sent = [1 - client["validation_on_device"] for client in chosen]
-    assert sent == pytest.approx([0.1, 1, 0.1])  # behind cut 3 it is 32 bytes
+    shares = [1 - client["validation_on_device"] for client in chosen]
+    assert shares == pytest.approx([0.1, 1, 0.1])  # a sample at cut 3 has 32 bytes
     assert {c["bytes"] for c in study.thresholds(Target("bytes", 0))["clients"]} == {0}
     most = min(client.held_out.accuracy.max() for client in study.clients)
     for client in study.thresholds(Target("accuracy", most))["clients"]:
@@ -181,7 +181,7 @@ def test_gate_writes_its_files(run, capsys):
 
 
 def test_gates_flags(study, tmp_path, monkeypatch, capsys):
-    """They reach the study; a curve alone leaves the thresholds of an earlier one."""
+    """They reach the study; without a target, earlier thresholds stay."""
     seen = []
 
     def recorded(folder, **options):
@@ -226,10 +226,8 @@ def test_gates_flags(study, tmp_path, monkeypatch, capsys):
         ("--target-accuracy 0.99", "target_accuracy: 0.99 cannot be reached by client"),
     ],
 )
-def test_what_cannot_be_is_one_line(
-    study, tmp_path, monkeypatch, capsys, words, message
-):
-    """And nothing is written."""
+def test_a_mistake_is_one_line(study, tmp_path, monkeypatch, capsys, words, message):
+    """The command writes nothing."""
     monkeypatch.setattr(gating, "study", lambda folder, **options: study)
     assert gate(tmp_path / "run", *words.split()) == 2
     out, err = capsys.readouterr()

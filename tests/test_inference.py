@@ -29,7 +29,7 @@ def images(count):
 
 
 def both(cut, inputs):
-    """Logits of exit and server for all."""
+    """Return the logits of exit and server for every sample."""
     return without_a_gate(specs(cut), parts(cut), inputs)
 
 
@@ -44,7 +44,7 @@ def without_a_gate(specs, branches, inputs):
 
 
 def unsure(logits, criterion):
-    """The definitions, in float64."""
+    """Compute the criteria by their definitions, in float64."""
     e = np.exp(logits.astype(np.float64))
     p = np.sort(e / e.sum(axis=-1, keepdims=True), axis=-1)
     if criterion == "entropy":
@@ -55,7 +55,7 @@ def unsure(logits, criterion):
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_gate_is_a_choice_between_both_answers(cut, criterion):
-    """At thresholds between all uncertainties, and beyond both ends."""
+    """Thresholds lie between all uncertainties and beyond both ends."""
     inputs = images(13)
     exit_logits, logits = both(cut, inputs)
     doubts = unsure(exit_logits, criterion)
@@ -76,7 +76,7 @@ def test_a_gate_is_a_choice_between_both_answers(cut, criterion):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_largest_uncertainty_is_that_of_equal_logits(criterion):
-    """And 0 that of a single class; a threshold of 0 or of the largest is not below."""
+    """And the smallest, 0, is that of logits that leave one class alone."""
     logits = jnp.array([[2.0, 2.0, 2.0], [90.0, 0.0, 0.0]])
     values = CRITERIA[criterion].uncertainty(logits)
     np.testing.assert_allclose(values, [CRITERIA[criterion].largest(3), 0], atol=1e-6)
@@ -98,7 +98,7 @@ def test_at_equality_a_sample_is_sent():
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_the_server_answers_where_the_exit_is_not_finite(criterion, value):
-    """At any threshold, whatever the criterion makes of one broken logit."""
+    """It does at any threshold, whatever the criterion makes of one broken logit."""
     client, server = parts(2)
     bias = client.head.params["Dense_0"]["bias"]
     params = {**client.head.params["Dense_0"], "bias": bias.at[1].set(value)}
@@ -126,7 +126,7 @@ def test_an_uncertainty_that_is_not_finite_is_never_below_a_threshold():
 
 
 def test_every_sample_is_answered_once():
-    """Batches of 1 to 7 and parts of any size; who is sent is not answered before."""
+    """In batches of 1 to 7 the server runs on the rows that the exit leaves to it."""
     gate = make_gate(*specs(1), batch_size=7, sizes=(2, 3, 7))
     asked = []
 
@@ -139,10 +139,11 @@ def test_every_sample_is_answered_once():
     for count in range(1, 8):
         inputs = np.asarray(images(7))[:count]
         doubts = np.sort(gate.answer(*parts(1), inputs, 0.0).uncertainty)
-        for sent, threshold in enumerate([9.0, *doubts[::-1].tolist()]):
+        for count_at_server, threshold in enumerate([9.0, *doubts[::-1].tolist()]):
             asked.clear()
             answers = counting.answer(*parts(1), inputs, threshold)
-            assert [len(rows) for rows in asked] == ([sent] if sent else [])
+            calls = [count_at_server] if count_at_server else []
+            assert [len(rows) for rows in asked] == calls
             assert sum(asked, []) == np.flatnonzero(~answers.exited).tolist()
             exited = answers.exited[:, None]
             expected = np.where(exited, exit_logits[:count], logits[:count])
@@ -153,7 +154,7 @@ def test_every_sample_is_answered_once():
 
 
 def test_the_server_is_compiled_once_for_each_size():
-    """Eight sizes for a batch of 16, whatever the batches and thresholds."""
+    """A batch of 16 has eight sizes, whatever the batches and thresholds."""
     traced = {"exit": 0, "final": 0}
 
     def counted(name, stage):

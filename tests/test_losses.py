@@ -32,7 +32,7 @@ def test_padding_alone_is_no_loss():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_is_wrong(value):
-    """Its arg max may be the label; the rows around it count as ever."""
+    """Its arg max may well be the label. The other rows count as before."""
     logits = np.array([[value, value], [5, value], [5, 0], [0, 5]], np.float32)
     labels = jnp.zeros(4, jnp.int32)
     _, sums = jax.jit(masked_cross_entropy)(logits, labels, jnp.ones(4, bool))
