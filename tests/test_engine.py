@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_strategies import train
@@ -17,7 +18,7 @@ from tiny import (
 from hsee_jax.core.errors import DivergenceError
 from hsee_jax.core.types import ExitMetrics, Metrics, Stage
 from hsee_jax.engine import check_finite, client_axis, make_round
-from hsee_jax.engine.evaluation import make_evaluation
+from hsee_jax.engine.evaluation import make_evaluation, means
 from hsee_jax.federation.strategy import server_of
 from hsee_jax.federation.state import take_member
 from hsee_jax.parallel.mesh import SAME, make_mesh, place
@@ -55,7 +56,7 @@ def test_one_compilation_for_each_distinct_cut(make, axis):
 
 @pytest.mark.slow
 def test_both_forms_agree_when_images_are_augmented():
-    """Random crops are the client's own, whoever shares its batch of clients."""
+    """A client's random crops do not depend on the clients stacked with it."""
     import test_strategies
 
     federation = tiny_federation({0: 1, 1: 2, 2: 1})
@@ -105,7 +106,7 @@ def test_a_loss_that_is_not_finite_names_client_branch_and_round():
 
 @pytest.mark.parametrize(("axis", "devices", "count"), [("loop", 1, 7), ("vmap", 2, 8)])
 def test_samples_that_are_not_there_are_refused(axis, devices, count):
-    """One is missing; the data are not in blocks. JAX would read the last sample."""
+    """One is missing, or the data are not in blocks; JAX alone would read the last."""
     mesh = make_mesh(jax.devices()[:devices]) if devices > 1 else None
     federation = tiny_federation({0: 1, 1: 1}, mesh=mesh)
     strategy, key = averaging(federation), jax.random.key(0)
@@ -125,7 +126,7 @@ def test_samples_that_are_not_there_are_refused(axis, devices, count):
 
 @pytest.mark.parametrize("make", [sequential, averaging])
 def test_evaluation_is_exact_on_the_whole_set(make):
-    """11 samples in batches of 4, against one batch of 11 and numpy."""
+    """Batches of 4 give what NumPy makes of all 11 samples in one batch."""
     federation = tiny_federation({4: 1, 1: 2, 2: 1})
     strategy = make(federation)
     state, _ = train(strategy, federation, tiny_shards({4: 4, 1: 4, 2: 4}), axis="loop")
@@ -155,3 +156,24 @@ def test_evaluation_is_exact_on_the_whole_set(make):
                 loss = -np.log(chances[np.arange(11), data.labels]).mean()
                 ours = getattr(by_id[i], f"{name}_loss")
                 np.testing.assert_allclose(ours, loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
+def test_a_network_that_is_not_finite_scores_nothing(axis):
+    """All labels are 0, which is the arg max of NaN: the broken exit has none right."""
+    federation = tiny_federation({0: 1, 1: 1})
+    strategy = averaging(federation)
+    state = jax.jit(strategy.init)(jax.random.key(0))
+    (clients,) = state.clients
+    head = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), clients.head.params)
+    broken = clients.replace(head=clients.head.replace(params=head))
+    data = tiny_data(11)._replace(labels=np.zeros(11, np.int32))
+    evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4, axis=axis)
+    before = evaluate(state, jax.device_put(data))
+    after = evaluate(state.replace(clients=(broken,)), jax.device_put(data))
+    assert after[0].exit_accuracy == 0
+    assert np.isnan(after[0].exit_loss)
+    assert after[0].server_accuracy == before[0].server_accuracy
+    assert after[1] == before[1]
+    exit_mean, _ = means(after)
+    assert exit_mean == before[1].exit_accuracy / 2

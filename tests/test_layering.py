@@ -13,8 +13,8 @@ ORDER = (
     "data.download data partition augment losses conv resnet model optim mesh link "
     "split aggregate federation compose strategies plan engine.common engine.loop "
     "engine.scan engine traffic evaluate inference calibration store experiment "
-    "processes folder checkpoint restored runs tables gating gate_report export "
-    "terminal flags curves figures report cli"
+    "processes folder checkpoint restored runs tables client_study measurement gating "
+    "gate_report export terminal flags curves figures report cli"
 ).split()
 
 

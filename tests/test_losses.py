@@ -1,9 +1,11 @@
 """Cross-entropy, accuracy and entropy against numbers derived by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.nn.losses import masked_cross_entropy, predicted_class, predictive_entropy
 
 
 def test_padding_rows_do_not_count():
@@ -22,6 +24,19 @@ def test_padding_alone_is_no_loss():
         logits, jnp.zeros(2, jnp.int32), jnp.zeros(2, bool)
     )
     assert float(mean) == float(sums.loss_sum) == int(sums.count) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_wrong(value):
+    """Its arg max may well be the label. The other rows count as before."""
+    logits = np.array([[value, value], [5, value], [5, 0], [0, 5]], np.float32)
+    labels = jnp.zeros(4, jnp.int32)
+    _, sums = jax.jit(masked_cross_entropy)(logits, labels, jnp.ones(4, bool))
+    assert (int(sums.correct), int(sums.count)) == (1, 4)
+    classes = predicted_class(logits)
+    assert isinstance(classes, np.ndarray)
+    assert classes.tolist() == [-1, -1, 0, 1]
+    np.testing.assert_array_equal(predicted_class(jnp.asarray(logits)), classes)
 
 
 def test_entropy_is_in_nats():

@@ -1,10 +1,10 @@
 """Rounds: a strategy applied to a federation's data, and its evaluation."""
 
-from hsee_jax.engine.compilation import check_finite, client_axis, make_round
+from hsee_jax.engine.compilation import check_finite, make_round
 from hsee_jax.engine.evaluation import ClientResult, make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.plan import Absence, RoundPlan, plan_round
-from hsee_jax.engine.round import RoundFn, RoundProgress
+from hsee_jax.engine.round import RoundFn, RoundProgress, client_axis
 from hsee_jax.engine.store import DeviceStore, Store
 
 __all__ = [

@@ -6,7 +6,6 @@ convolutions inside a scan, are many times slower. ``vmap`` is one program: a lo
 the steps, in each of which the clients of one cut run at once, spread over the devices.
 """
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,17 +14,9 @@ from hsee_jax.core.types import ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.loop import make_loop_round
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.engine.round import RoundFn, all_finite
+from hsee_jax.engine.round import RoundFn, all_finite, client_axis
 from hsee_jax.engine.scan import make_scan_round
 from hsee_jax.federation.strategy import Strategy
-
-
-def client_axis(choice: str) -> str:
-    """Return ``loop`` or ``vmap``: what ``auto`` means here."""
-    if choice != "auto":
-        return choice
-    one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
-    return "loop" if one_cpu else "vmap"
 
 
 def make_round(

@@ -1,27 +1,31 @@
-"""Accuracy of every client's two answers, exact, on the whole test set."""
+"""Accuracy of every client's two answers, exact, on a whole dataset.
 
-from collections.abc import Sequence
+An answer with a logit that is not finite is wrong.
+"""
+
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
+from hsee_jax.core.types import Array, Dataset, Metrics
 from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.core.types import Array, Dataset, ExitMetrics
-from hsee_jax.engine import client_axis, layout
-from hsee_jax.federation.federation import Federation
+from hsee_jax.engine.plan import EMPTY
+from hsee_jax.engine.round import client_axis, layout
+from hsee_jax.federation.branch import Branch, decode, encode, forward
+from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy, server_of
 from hsee_jax.nn.losses import masked_cross_entropy
-from hsee_jax.parallel.mesh import SAME, SPREAD, fetch, on_devices, place
-from hsee_jax.engine.plan import EMPTY
-from hsee_jax.federation.branch import Branch, forward
+from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
 
 
 class ClientResult(NamedTuple):
-    """What a client's exit, and the server behind it, score on a dataset."""
+    """What a client's exit and the server behind it score on a dataset."""
 
     id: int
     cut: int
@@ -29,6 +33,13 @@ class ClientResult(NamedTuple):
     server_accuracy: float
     exit_loss: float  # mean cross-entropy, in nats
     server_loss: float
+
+
+class BothMetrics(NamedTuple):
+    """Sums of a client's two answers."""
+
+    exit: Metrics
+    server: Metrics
 
 
 class EvaluateFn(Protocol):
@@ -40,21 +51,53 @@ class EvaluateFn(Protocol):
         data: Dataset,
         ids: npt.NDArray[np.int32] | None = None,
     ) -> list[ClientResult]:
-        """Evaluates the clients in a state's slots.
+        """Evaluate the clients in a state's slots.
 
         Args:
-          state: theirs.
+          state: of these clients.
           data: on the device, the same on all.
-          ids: ``int32 [N]``, of the client in each slot, or `EMPTY`; None: the stacks
-            hold the members of each group, and then empty slots.
+          ids: ``int32 [N]``, the id of the client in each slot, or `EMPTY`. None: the
+            stacks hold the members of each group, and then empty slots.
 
         Returns:
           One result a client, by ascending id.
         """
 
 
+class _ScoreFn(Protocol):
+    """Scores one client on one batch."""
+
+    def __call__(
+        self,
+        client: Branch,
+        server: Branch,
+        data: Dataset,
+        indices: Array,
+        mask: Array,
+        *,
+        group: int,
+    ) -> BothMetrics:
+        """Return sums, ``[]``, over the samples ``int32 [B]`` whose mask is true."""
+
+
+class _Rows(NamedTuple):
+    """The samples of T batches."""
+
+    indices: Any  # int32 [T, B]
+    mask: Any  # bool [T, B], false on padding
+
+
+class _ScoresFn(Protocol):
+    """Scores the clients of one group on every batch."""
+
+    def __call__(
+        self, state: RunState, data: Dataset, rows: _Rows, *, group: int
+    ) -> BothMetrics:
+        """Return sums, ``[S, T]``, of each slot in each batch."""
+
+
 def means(results: Sequence[ClientResult]) -> tuple[float, float]:
-    """Exit and server accuracy, the plain means over clients."""
+    """Return exit and server accuracy, the plain means over clients."""
     return (
         float(np.mean([result.exit_accuracy for result in results])),
         float(np.mean([result.server_accuracy for result in results])),
@@ -69,18 +112,43 @@ def make_evaluation(
     batch_size: int,
     axis: str = "auto",
 ) -> EvaluateFn:
-    """Compiles the evaluation of all clients, once for each cut.
+    """Compile the evaluation of all clients, once for each cut.
 
     Args:
-      federation: who is evaluated.
-      strategy: which server is behind each client.
-      pipeline: how samples become batches.
-      batch_size: samples in a step; the last step is padded, none is dropped.
+      federation: the clients.
+      strategy: tells which server is behind each client.
+      pipeline: makes batches of samples.
+      batch_size: samples in a batch; the last one is padded, no sample is dropped.
       axis: ``"loop"``, ``"vmap"`` (one client after another on each device, in one
         program) or ``"auto"``.
     """
-    mesh = federation.mesh
+    score = _make_score(federation, pipeline)
+    if client_axis(axis) == "loop":
+        scores_of = _make_loop(score, strategy)
+    else:
+        scores_of = _make_map(score, strategy, federation.mesh)
 
+    def evaluate(
+        state: RunState,
+        data: Dataset,
+        ids: npt.NDArray[np.int32] | None = None,
+    ) -> list[ClientResult]:
+        count = len(data.labels)
+        rows = to_devices(_all_rows(count, batch_size), federation.mesh, SAME)
+        results: list[ClientResult] = []
+        first = 0
+        for g, group in enumerate(federation.groups):
+            scores = to_host(scores_of(state, data, rows, group=g))
+            slots = len(scores.exit.count)
+            seats = group.ids if ids is None else ids[first : first + slots].tolist()
+            first += slots
+            results += _results(group, seats, scores, count)
+        return sorted(results)
+
+    return evaluate
+
+
+def _make_score(federation: Federation, pipeline: InputPipeline) -> _ScoreFn:
     def score(
         client: Branch,
         server: Branch,
@@ -89,39 +157,54 @@ def make_evaluation(
         mask: Array,
         *,
         group: int,
-    ) -> ExitMetrics:
+    ) -> BothMetrics:
         client_spec, server_spec = federation.specs(group)
         batch = pipeline.evaluation(data, indices, mask)
         features, exit_logits, _ = forward(
             client_spec, client, batch.inputs, mask, train=False
         )
-        _, logits, _ = forward(server_spec, server, features, mask, train=False)
-        return ExitMetrics(
+        message, _ = encode(client_spec, client, features, mask)
+        decoded = decode(server_spec, message)
+        _, logits, _ = forward(server_spec, server, decoded, mask, train=False)
+        return BothMetrics(
             masked_cross_entropy(exit_logits, batch.labels, mask)[1],
             masked_cross_entropy(logits, batch.labels, mask)[1],
         )
 
+    return score
+
+
+def _make_loop(score: _ScoreFn, strategy: Strategy) -> _ScoresFn:
+    """Call one program for every client and batch, from Python."""
     score_one = jax.jit(score, static_argnames="group")
 
-    def looped(state: RunState, data: Dataset, rows: Any, group: int) -> ExitMetrics:
-        def client(member: int) -> ExitMetrics:
+    def loop(state: RunState, data: Dataset, rows: _Rows, *, group: int) -> BothMetrics:
+        def client(member: int) -> BothMetrics:
             own = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
             server = server_of(strategy, state, group, member)
-            steps = zip(*rows, strict=True)
-            sums = [score_one(own, server, data, *row, group=group) for row in steps]
+            batches = zip(*rows, strict=True)
+            sums = [score_one(own, server, data, *row, group=group) for row in batches]
             return jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
 
         slots = len(jax.tree.leaves(state.clients[group])[0])
         return jax.tree.map(lambda *sums: np.stack(sums), *map(client, range(slots)))
 
+    return loop
+
+
+def _make_map(score: _ScoreFn, strategy: Strategy, mesh: Mesh | None) -> _ScoresFn:
+    """Compile one program for a group, in which each device maps over its clients."""
+
     @partial(jax.jit, static_argnames="group")
-    def mapped(state: RunState, data: Dataset, rows: Any, group: int) -> ExitMetrics:
+    def clients_map(
+        state: RunState, data: Dataset, rows: _Rows, *, group: int
+    ) -> BothMetrics:
         servers = state.servers[0 if strategy.shared else group]
 
         def on_device(
-            clients: Branch, servers: Branch, data: Dataset, rows: Any
-        ) -> ExitMetrics:
-            def client(pair: tuple[Branch, Branch | None]) -> ExitMetrics:
+            clients: Branch, servers: Branch, data: Dataset, rows: _Rows
+        ) -> BothMetrics:
+            def client(pair: tuple[Branch, Branch | None]) -> BothMetrics:
                 own, server = pair
                 if server is None:
                     server = strategy.part(servers, group)
@@ -136,38 +219,38 @@ def make_evaluation(
             state.clients[group], servers, data, rows
         )
 
-    totals_of = looped if client_axis(axis) == "loop" else mapped
+    return clients_map
 
-    def evaluate(
-        state: RunState,
-        data: Dataset,
-        ids: npt.NDArray[np.int32] | None = None,
-    ) -> list[ClientResult]:
-        count = len(data.labels)
-        padded = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32)
-        indices = (padded % count).reshape(-1, batch_size)
-        mask = (padded < count).reshape(-1, batch_size)
-        rows = place((indices, mask), mesh, SAME)
-        results, first = [], 0
-        for g, group in enumerate(federation.groups):
-            sums = fetch(totals_of(state, data, rows, group=g))
-            total = jax.tree.map(lambda a: np.sum(a, axis=1, dtype=np.float64), sums)
-            slots = len(total.exit.count)
-            seated = group.ids if ids is None else ids[first : first + slots].tolist()
-            first += slots
-            for slot, i in enumerate(seated):
-                if i == EMPTY:
-                    continue
-                results.append(
-                    ClientResult(
-                        id=i,
-                        cut=group.cut,
-                        exit_accuracy=float(total.exit.correct[slot] / count),
-                        server_accuracy=float(total.server.correct[slot] / count),
-                        exit_loss=float(total.exit.loss_sum[slot] / count),
-                        server_loss=float(total.server.loss_sum[slot] / count),
-                    )
-                )
-        return sorted(results)
 
-    return evaluate
+def _all_rows(count: int, batch_size: int) -> _Rows:
+    """Return every sample once, the last batch padded with the first samples."""
+    numbers = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32)
+    return _Rows(
+        (numbers % count).reshape(-1, batch_size),
+        (numbers < count).reshape(-1, batch_size),
+    )
+
+
+def _results(
+    group: Group, seats: Sequence[int], scores: BothMetrics, count: int
+) -> Iterator[ClientResult]:
+    """Divide the sums ``[S, T]`` of a group by the number of samples.
+
+    Args:
+      group: the group.
+      seats: the id of the client in each slot, or `EMPTY`; without the empty slots at
+        the end.
+      scores: of each slot in each batch.
+      count: samples.
+    """
+    total = jax.tree.map(lambda a: np.sum(a, axis=1, dtype=np.float64), scores)
+    for slot, i in enumerate(seats):
+        if i != EMPTY:
+            yield ClientResult(
+                id=i,
+                cut=group.cut,
+                exit_accuracy=float(total.exit.correct[slot] / count),
+                server_accuracy=float(total.server.correct[slot] / count),
+                exit_loss=float(total.exit.loss_sum[slot] / count),
+                server_loss=float(total.server.loss_sum[slot] / count),
+            )

@@ -18,6 +18,14 @@ from hsee_jax.parallel.mesh import SAME, SPREAD
 Floats = npt.NDArray[np.float32]
 
 
+def client_axis(choice: str) -> str:
+    """Return ``loop`` or ``vmap``: what ``auto`` means here."""
+    if choice != "auto":
+        return choice
+    one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return "loop" if one_cpu else "vmap"
+
+
 class RoundProgress(NamedTuple):
     """How far a round has come; a step is as many turns as there are clients in it."""
 

@@ -1,8 +1,11 @@
-"""What every threshold would give, which one meets a target, and honest confidence.
+"""What every threshold gives, which one meets a target, and honest confidence.
 
-Both answers to every sample of a dataset are computed once. What a threshold makes of
-them is then a matter of sorting and adding, exact for all thresholds. A threshold is
-chosen on samples held out of the training data, never on the test set.
+Both answers to every sample of a dataset are computed once. Sorting the samples by
+uncertainty and adding up then tells, exactly, what each threshold makes of them. A
+threshold is chosen on samples held out of the training data, never on the test set.
+
+Logits that are not finite are wrong answers, and as unsure as can be: no threshold lets
+an exit answer with them.
 """
 
 from typing import NamedTuple
@@ -10,95 +13,134 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.nn.losses import finite_rows, predicted_class
+
 Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int32]
 
-_BEYOND = 1.01  # times the largest uncertainty: above it, whatever the rounding
+_MARGIN = 1.01  # times the largest uncertainty: no rounding error reaches it
 _BINS = 15
 
 
-class Judged(NamedTuple):
-    """One exit's answers to M samples."""
+class Judgement(NamedTuple):
+    """How good one exit's answers to M samples are."""
 
     correct: npt.NDArray[np.bool_]  # [M]
-    confidence: Floats  # [M]: the highest probability
+    confidence: Floats  # [M]: the highest probability; NaN where a logit is not finite
 
 
 class Scores(NamedTuple):
-    """Both answers to M samples, and how unsure the first one is."""
+    """How good both answers to M samples are, and how unsure the exit is."""
 
     uncertainty: Floats  # [M]
-    exit: Judged
-    server: Judged
+    exit: Judgement
+    server: Judgement
 
 
-class Curve(NamedTuple):
-    """What P thresholds give on a dataset, from all at the server to all on device."""
+class OffloadCurve(NamedTuple):
+    """What P thresholds give on a dataset, from all samples at the server to fewest.
+
+    It holds numbers of samples, so that targets are compared without rounding errors.
+    """
 
     thresholds: Floats  # [P], ascending
-    accuracy: Floats  # [P]
-    offload: Floats  # [P], descending: the share that is sent to the server
+    num_correct: Ints  # [P]
+    num_offloads: Ints  # [P], descending: samples that go to the server
+    num_samples: int
+
+    @property
+    def accuracy(self) -> Floats:
+        """The share of right answers, ``float64 [P]``."""
+        return self.num_correct / self.num_samples
+
+    @property
+    def offload(self) -> Floats:
+        """The share of samples that go to the server, ``float64 [P]``."""
+        return self.num_offloads / self.num_samples
 
 
-def judge(logits: Floats, labels: Labels) -> Judged:
-    """Compares logits ``[M, K]`` with labels ``[M]``."""
-    best = logits.max(axis=-1, keepdims=True)
-    return Judged(
-        logits.argmax(axis=-1) == labels, 1 / np.exp(logits - best).sum(axis=-1)
+def judge(logits: Floats, labels: Labels) -> Judgement:
+    """Compare logits ``[M, K]`` with labels ``[M]``."""
+    finite = finite_rows(logits)
+    values = np.where(finite[:, None], logits, 0)
+    highest = values.max(axis=-1, keepdims=True)
+    confidence = 1 / np.exp(values - highest).sum(axis=-1)
+    return Judgement(
+        predicted_class(logits) == labels, np.where(finite, confidence, np.nan)
     )
 
 
-def calibration_error(judged: Judged) -> float:
-    """How far confidence is from accuracy: the expected calibration error.
+def calibration_error(judgement: Judgement) -> float | None:
+    """Return the expected calibration error: how far confidence is from accuracy.
 
-    The mean over samples of the distance between accuracy and mean confidence in the
-    sample's bin, of 15 of equal width (Guo et al., ICML 2017).
+    It is the mean over samples of the distance between accuracy and mean confidence in
+    the sample's bin, of 15 bins of equal width (Guo et al., ICML 2017).
+
+    Returns:
+      The error, 0..1, or None where a confidence is not finite.
     """
-    bins = np.ceil(judged.confidence * _BINS).astype(int)  # (0, 1/15], (1/15, 2/15] ..
-    gaps = np.bincount(bins, judged.correct - judged.confidence.astype(np.float64))
+    confidence = judgement.confidence
+    if not np.isfinite(confidence).all():
+        return None
+    bins = np.ceil(confidence * _BINS).astype(int)  # (0, 1/15], (1/15, 2/15] ..
+    gaps = np.bincount(bins, judgement.correct - confidence.astype(np.float64))
     return float(np.abs(gaps).sum() / len(bins))
 
 
 def all_thresholds(uncertainty: Floats, largest: float) -> Floats:
-    """One threshold for every way to part the samples by their uncertainty, ascending.
+    """Return one threshold for every way to split the samples by their uncertainty.
 
     Args:
-      uncertainty: ``[M]``.
-      largest: that it can be.
+      uncertainty: ``[M]``. Values that are not finite are never thresholds.
+      largest: the criterion's largest value.
 
     Returns:
-      0, then every value that occurs but the lowest, then one that is above the
-      largest, so that other samples are below it too; ``[P]``.
+      ``[P]``, ascending: 0, then every value that occurs but the lowest, then one above
+      ``largest``, so that every finite uncertainty of any sample is below it. It is 0
+      alone where no value is finite.
     """
-    return np.array([0.0, *np.unique(uncertainty)[1:], _BEYOND * largest])
+    values = np.unique(uncertainty[np.isfinite(uncertainty)])
+    if not len(values):
+        return np.zeros(1)
+    return np.array([0.0, *values[1:], _MARGIN * largest])
 
 
-def curve(scores: Scores, thresholds: Floats) -> Curve:
-    """Accuracy and offload at thresholds ``[P]``, exactly as a gate would have them."""
-    order = np.argsort(scores.uncertainty)
-    below = np.searchsorted(scores.uncertainty[order], thresholds, side="left")
+def offload_curve(scores: Scores, thresholds: Floats) -> OffloadCurve:
+    """Return what a gate makes of the samples at thresholds ``[P]``, exactly."""
+    finite = np.isfinite(scores.uncertainty)
+    uncertainty = np.where(finite, scores.uncertainty, np.inf)
+    order = np.argsort(uncertainty)
+    num_exits = np.searchsorted(uncertainty[order], thresholds, side="left")
     gains = scores.exit.correct[order].astype(int) - scores.server.correct[order]
-    correct = scores.server.correct.sum() + np.cumsum([0, *gains])
+    num_correct = scores.server.correct.sum() + np.cumsum([0, *gains])
     count = len(order)
-    return Curve(thresholds, correct[below] / count, (count - below) / count)
+    return OffloadCurve(thresholds, num_correct[num_exits], count - num_exits, count)
 
 
-def reaching(curve: Curve, accuracy: float) -> int:
-    """The point of the smallest offload with at least this accuracy.
+def point_at_accuracy(curve: OffloadCurve, accuracy: float) -> int:
+    """Return the index of the lowest offload that has at least this accuracy.
+
+    If no point has it, the index is that of the lowest offload at the highest accuracy.
+    """
+    goal = min(accuracy, curve.accuracy.max())
+    return int(np.flatnonzero(curve.accuracy >= goal)[-1])
+
+
+def point_in_budget(curve: OffloadCurve, budget: float, cost: int = 1) -> int:
+    """Return the index of the highest offload whose mean cost is within a budget.
+
+    If no point is within it (the server has to answer what the exit cannot), the index
+    is that of the lowest offload.
 
     Args:
-      curve: with such a point.
-      accuracy: at most the highest of the curve.
+      curve: what the thresholds give.
+      budget: for a sample, 0 or more.
+      cost: of a sample that goes to the server, in the budget's unit; with 1 the budget
+        is a share of the samples.
     """
-    return int(np.flatnonzero(curve.accuracy >= accuracy)[-1])
-
-
-def within(curve: Curve, budget: float, cost: float = 1.0) -> int:
-    """The point of the largest offload whose cost a sample is within a budget.
-
-    Args:
-      curve: whose last point sends nothing.
-      budget: 0 or more.
-      cost: of a sample that is sent, in the budget's unit; 1 makes it a share.
-    """
-    return int(np.argmax(curve.offload * cost <= budget))
+    # Integers but for one division, which is rounded as the budget was when it was
+    # read: equal numbers stay equal. `curve.offload * cost` would be rounded twice.
+    mean_cost = curve.num_offloads * cost / curve.num_samples
+    affordable = np.flatnonzero(mean_cost <= budget)
+    return int(affordable[0]) if len(affordable) else len(mean_cost) - 1

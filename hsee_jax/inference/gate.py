@@ -1,10 +1,11 @@
-"""Gated inference: the exit answers what it is sure of, the server the rest.
+"""Gated inference: the exit answers the samples it is sure of, the server the others.
 
-A batch goes through the client's layers and exit. Samples whose uncertainty is below a
-threshold are answered there (BranchyNet, Teerapittayanon et al., ICPR 2016; the gate of
-Hetero-SplitEE is the entropy). The features of the others are gathered and padded to
-one of a few static sizes, and only they run on the server. BatchNorm uses its running
-statistics, so neither the padding nor the company of a sample changes its answer.
+A batch passes through the client's layers and its exit. The exit answers the samples
+whose uncertainty is below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016;
+Hetero-SplitEE gates by entropy). The features of the others are gathered and padded to
+one of a few static sizes, and the server runs on them alone. BatchNorm uses its running
+statistics, so a sample's answer depends neither on the padding nor on the other samples
+of its batch.
 """
 
 import math
@@ -13,87 +14,107 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.types import Array
-from hsee_jax.nn.losses import predictive_entropy
-from hsee_jax.federation.branch import Branch, BranchSpec, forward
+from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
+from hsee_jax.core.registry import Registry
+from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forward
+from hsee_jax.link.codecs import Message
 
-_SIZES = 8  # of the parts of a batch that the server runs on
+_PARTS = 8  # equal parts of a batch: the server runs on one to eight of them
+
+# (client, inputs [B, ...]) -> the message on the device, with at least B rows, and
+# exit logits [B, K] and uncertainty [B] on the host
+ClientFn = Callable[[Branch, Array], tuple[Message, npt.NDArray, npt.NDArray]]
+# (server, message, rows int [R]) -> logits [R, K] of these rows, on the host
+ServerFn = Callable[[Branch, Message, npt.NDArray[np.int64]], npt.NDArray]
 
 
 class Criterion(NamedTuple):
-    """How unsure an exit is: the lower the surer, so that all compare alike."""
+    """A measure of how unsure an exit is: the lower, the surer."""
 
     uncertainty: Callable[[Array], Array]  # logits float32 [B, K] -> float32 [B]
-    largest: Callable[[int], float]  # that it can be with K classes
+    largest: Callable[[int], float]  # number of classes -> the largest uncertainty
 
 
-def _highest(logits: Array, count: int) -> Array:
+# Factories take nothing but their options.
+CRITERIA: Registry[Criterion] = Registry("criterion")
+register = CRITERIA.register
+
+
+@CRITERIA.register(summary="entropy of the softmax, in nats")
+def entropy() -> Criterion:
+    """Measure the entropy of the softmax, in nats: the gate of Hetero-SplitEE."""
+    return Criterion(predictive_entropy, math.log)
+
+
+@CRITERIA.register(summary="1 minus the highest probability")
+def confidence() -> Criterion:
+    """Measure 1 minus the highest probability."""
+    return Criterion(
+        lambda logits: 1.0 - _top_probabilities(logits, 1)[:, 0],
+        lambda classes: 1 - 1 / classes,
+    )
+
+
+@CRITERIA.register(summary="1 minus the lead of the highest probability")
+def margin() -> Criterion:
+    """Measure 1 minus the lead of the highest probability over the second."""
+
+    def uncertainty(logits: Array) -> Array:
+        first, second = _top_probabilities(logits, 2).T
+        return 1.0 - (first - second)
+
+    return Criterion(uncertainty, lambda classes: 1.0)
+
+
+def _top_probabilities(logits: Array, count: int) -> Array:
     chex.assert_rank(logits, 2)
     return jax.lax.top_k(jax.nn.softmax(logits), count)[0]
 
 
-def _doubt(logits: Array) -> Array:
-    """1 minus the highest probability."""
-    return 1.0 - _highest(logits, 1)[:, 0]
-
-
-def _closeness(logits: Array) -> Array:
-    """1 minus the margin, that of the highest probability over the second."""
-    first, second = _highest(logits, 2).T
-    return 1.0 - (first - second)
-
-
-CRITERIA = {
-    "entropy": Criterion(predictive_entropy, math.log),  # in nats
-    "confidence": Criterion(_doubt, lambda classes: 1 - 1 / classes),
-    "margin": Criterion(_closeness, lambda classes: 1.0),
-}
-
-
 class Answers(NamedTuple):
-    """What a client, and the server behind it, answer to a batch; on the host."""
+    """What a client and the server behind it answer to a batch, on the host."""
 
-    logits: npt.NDArray[np.float32]  # [B, K]: the server's where it was asked
+    logits: npt.NDArray[np.float32]  # [B, K]: the server's where it ran, or the exit's
     exited: npt.NDArray[np.bool_]  # [B]: answered by the exit
     exit_logits: npt.NDArray[np.float32]  # [B, K]
-    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit
+    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; inf: not finite
 
     @property
     def predictions(self) -> npt.NDArray[np.int64]:
-        """The classes, [B]."""
-        return self.logits.argmax(axis=-1)
+        """The classes, ``[B]``; -1 where a logit is not finite."""
+        return predicted_class(self.logits)
 
 
 class Gate(NamedTuple):
     """The two compiled parts of a gated inference, and both together."""
 
-    # (client, inputs [B, ...]) -> features on the device, with at least B rows, and
-    # exit logits [B, K] and uncertainty [B] on the host
-    on_client: Callable[[Branch, Array], tuple[Array, npt.NDArray, npt.NDArray]]
-    # (server, features, rows int [R]) -> logits [R, K] of those rows, on the host
-    on_server: Callable[[Branch, Array, npt.NDArray[np.int64]], npt.NDArray]
+    on_client: ClientFn
+    on_server: ServerFn
 
     def answer(
         self, client: Branch, server: Branch, inputs: Array, threshold: float
     ) -> Answers:
-        """Answers a batch.
+        """Answer a batch.
 
         Args:
           client: layers 1..cut and the exit head.
           server: layers cut+1..L and the final head.
           inputs: ``float32 [B, ...]``, at most a whole batch, see `make_gate`.
-          threshold: an uncertainty below it is answered by the exit: with 0 all go to
-            the server, above the criterion's largest value none does.
+          threshold: the exit answers the samples whose uncertainty is below it. With 0
+            all samples go to the server; above the criterion's largest value only those
+            go there whose exit logits are not finite.
         """
-        features, exit_logits, uncertainty = self.on_client(client, inputs)
-        exited = uncertainty < threshold
-        (sent,) = np.nonzero(~exited)
+        message, exit_logits, uncertainty = self.on_client(client, inputs)
+        exited = np.isfinite(uncertainty) & (uncertainty < threshold)
+        (rows,) = np.nonzero(~exited)
         logits = exit_logits.copy()
-        if len(sent):
-            logits[sent] = self.on_server(server, features, sent)
+        if len(rows):
+            logits[rows] = self.on_server(server, message, rows)
         return Answers(logits, exited, exit_logits, uncertainty)
 
 
@@ -105,7 +126,7 @@ def make_gate(
     criterion: str = "entropy",
     sizes: Sequence[int] | None = None,
 ) -> Gate:
-    """Compiles gated inference for the clients of one cut.
+    """Compile gated inference for the clients of one cut.
 
     The client's part is compiled once, the server's once for each size that occurs.
 
@@ -113,26 +134,32 @@ def make_gate(
       client_spec: what the client computes.
       server_spec: what its server computes.
       batch_size: B; a smaller batch is padded to it.
-      criterion: of `CRITERIA`.
-      sizes: the numbers of rows that the server runs on, up to B; None is the eighths
-        of B. Those that are sent are padded to the next one.
+      criterion: a name in `CRITERIA`.
+      sizes: the numbers of rows that the server runs on, of which the largest is B; the
+        samples that go to the server are padded to the next one. None: the eighths
+        of B.
     """
     if sizes is None:
-        sizes = [-(-batch_size * part // _SIZES) for part in range(1, _SIZES + 1)]
-    uncertainty_of = CRITERIA[criterion].uncertainty
+        sizes = [-(-batch_size * part // _PARTS) for part in range(1, _PARTS + 1)]
+    return Gate(
+        _client_part(client_spec, CRITERIA.make(criterion), batch_size),
+        _server_part(server_spec, sizes),
+    )
+
+
+def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> ClientFn:
+    """Compile the client's layers, exit and uncertainty for batches of one size."""
 
     @jax.jit
-    def client_part(client: Branch, inputs: Array, mask: Array) -> tuple[Array, ...]:
-        features, logits, _ = forward(client_spec, client, inputs, mask, train=False)
-        return features, logits, uncertainty_of(logits)
-
-    @jax.jit
-    def server_part(server: Branch, features: Array, rows: Array, mask: Array) -> Array:
-        return forward(server_spec, server, features[rows], mask, train=False)[1]
+    def run(client: Branch, inputs: Array, mask: Array) -> tuple[Array, ...]:
+        features, logits, _ = forward(spec, client, inputs, mask, train=False)
+        message, _ = encode(spec, client, features, mask)
+        uncertainty = criterion.uncertainty(logits)
+        return message, logits, jnp.where(finite_rows(logits), uncertainty, jnp.inf)
 
     def on_client(
         client: Branch, inputs: Array
-    ) -> tuple[Array, npt.NDArray, npt.NDArray]:
+    ) -> tuple[Message, npt.NDArray, npt.NDArray]:
         count = len(inputs)
         if not 1 <= count <= batch_size:
             raise ValueError(f"inputs: {count} rows; allowed are 1..{batch_size}")
@@ -140,17 +167,28 @@ def make_gate(
             shape = (batch_size, *inputs.shape[1:])
             inputs = np.resize(inputs, shape)  # type: ignore[assignment]
         mask = np.arange(batch_size) < count
-        features, *on_host = client_part(client, inputs, mask)
+        message, *on_host = run(client, inputs, mask)
         logits, uncertainty = jax.device_get(on_host)
-        return features, logits[:count], uncertainty[:count]
+        return message, logits[:count], uncertainty[:count]
+
+    return on_client
+
+
+def _server_part(spec: BranchSpec, sizes: Sequence[int]) -> ServerFn:
+    """Compile the server's layers and final head for some numbers of rows."""
+
+    @jax.jit
+    def run(server: Branch, message: Message, rows: Array, mask: Array) -> Array:
+        features = decode(spec, jax.tree.map(lambda leaf: leaf[rows], message))
+        return forward(spec, server, features, mask, train=False)[1]
 
     def on_server(
-        server: Branch, features: Array, rows: npt.NDArray[np.int64]
+        server: Branch, message: Message, rows: npt.NDArray[np.int64]
     ) -> npt.NDArray:
         count = len(rows)
         size = min(size for size in sizes if size >= count)
         mask = np.arange(size) < count
-        padded = np.resize(rows, size).astype(np.int32)
-        return jax.device_get(server_part(server, features, padded, mask))[:count]
+        indices = np.resize(rows, size).astype(np.int32)
+        return jax.device_get(run(server, message, indices, mask))[:count]
 
-    return Gate(on_client, on_server)
+    return on_server

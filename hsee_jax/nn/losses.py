@@ -1,8 +1,11 @@
 """Cross-entropy and accuracy over the real rows of a padded batch."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hsee_jax.core.types import Array, Metrics
@@ -11,7 +14,7 @@ from hsee_jax.core.types import Array, Metrics
 def masked_cross_entropy(
     logits: Array, labels: Array, mask: Array
 ) -> tuple[Array, Metrics]:
-    """Mean softmax cross-entropy over the rows whose mask is true.
+    """Return the mean softmax cross-entropy over the rows whose mask is true.
 
     Args:
       logits: ``float32 [B, K]``.
@@ -20,7 +23,7 @@ def masked_cross_entropy(
 
     Returns:
       The mean, in nats, ``float32 []`` (0 for a batch of padding alone), and the sums
-      behind it.
+      that it comes from. A row with a logit that is not finite counts as wrong.
     """
     chex.assert_rank([logits, labels, mask], [2, 1, 1])
     chex.assert_equal_shape_prefix([logits, labels, mask], 1)
@@ -28,13 +31,42 @@ def masked_cross_entropy(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     loss_sum = jnp.sum(jnp.where(mask, losses, 0.0))
     count = jnp.sum(mask, dtype=jnp.int32)
-    correct = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & mask, dtype=jnp.int32)
+    correct = jnp.sum((predicted_class(logits) == labels) & mask, dtype=jnp.int32)
     mean = loss_sum / jnp.maximum(count, 1).astype(jnp.float32)
     return mean, Metrics(loss_sum, correct, count)
 
 
+def finite_rows(logits: Any) -> Any:
+    """Tell which rows hold finite logits alone.
+
+    Args:
+      logits: ``float [..., K]``, of JAX or of NumPy.
+
+    Returns:
+      ``bool [...]``, from the same library.
+    """
+    library = jnp if isinstance(logits, jax.Array) else np
+    return library.isfinite(logits).all(axis=-1)
+
+
+def predicted_class(logits: Any) -> Any:
+    """Return the class with the highest logit.
+
+    The arg max of NaN is class 0, which would give a broken network credit for every
+    sample of that class. So a row with a logit that is not finite has no class.
+
+    Args:
+      logits: ``float [..., K]``, of JAX or of NumPy.
+
+    Returns:
+      ``int [...]``, from the same library; -1 where a logit is not finite.
+    """
+    library = jnp if isinstance(logits, jax.Array) else np
+    return library.where(finite_rows(logits), logits.argmax(axis=-1), -1)
+
+
 def predictive_entropy(logits: Array) -> Array:
-    """Entropy of the softmax, the measure of how unsure an exit is.
+    """Return the entropy of the softmax, which measures how unsure an exit is.
 
     Args:
       logits: ``float [..., K]``.

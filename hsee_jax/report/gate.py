@@ -1,6 +1,6 @@
 """What ``hsee gate`` shows and writes: tables, JSON and a picture of a `Study`.
 
-The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, where there was a
+The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, if the user named a
 target, ``thresholds.json``.
 """
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.runs.folder import Record
+from hsee_jax.inference.client_study import Figures
 from hsee_jax.report.tables import Table, markdown
 
 
 class _Column(NamedTuple):
-    """How a figure is shown."""
+    """How a table shows a figure."""
 
     heading: str
     format: str
     scale: float = 1
+    missing: str = ""  # in place of a figure that is None
 
 
 _RESULTS = {
@@ -38,15 +39,20 @@ _CLIENTS = {
     "cut": _Column("cut", "{}"),
     "exit_accuracy": _Column("exit accuracy", "{:.4f}"),
     "server_accuracy": _Column("server accuracy", "{:.4f}"),
-    "exit_calibration_error": _Column("exit ECE", "{:.4f}"),
-    "server_calibration_error": _Column("server ECE", "{:.4f}"),
+    "exit_calibration_error": _Column("exit ECE", "{:.4f}", missing="not finite"),
+    "server_calibration_error": _Column("server ECE", "{:.4f}", missing="not finite"),
 }
 
 
-def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
-    """The curve, and a row for each client, with its threshold if it has one."""
+def tables(curve: Figures, thresholds: Figures | None) -> tuple[Table, Table]:
+    """Return the mean curve, and a row for each client with its threshold, if any.
+
+    Args:
+      curve: see `Study.curve`.
+      thresholds: see `Study.thresholds`; None if there was no target.
+    """
     mean = _table(
-        f"{curve['criterion']} below a threshold is answered on the device: mean over "
+        f"the device answers below a threshold of the {curve['criterion']}: mean over "
         f"clients on {curve['test_samples']} test samples, costs of a sample",
         curve["mean"],
         _RESULTS | _COSTS,
@@ -56,16 +62,18 @@ def tables(curve: Record, thresholds: Record | None) -> tuple[Table, Table]:
     ((kind, value),) = thresholds["target"].items()
     return mean, _table(
         f"clients on the test samples, with thresholds for {kind} {value} from "
-        f"{thresholds['validation_samples']} samples that were held out",
+        f"{thresholds['validation_samples']} held-out samples",
         thresholds["clients"],
         _CLIENTS | _RESULTS,
     )
 
 
-def _table(title: str, records: list[Record], columns: dict[str, _Column]) -> Table:
+def _table(title: str, records: list[Figures], columns: dict[str, _Column]) -> Table:
     def cell(name: str, value: Any) -> str:
         column = columns[name]
-        return "" if value is None else column.format.format(column.scale * value)
+        if value is None:
+            return column.missing
+        return column.format.format(column.scale * value)
 
     return Table(
         title,
@@ -74,13 +82,13 @@ def _table(title: str, records: list[Record], columns: dict[str, _Column]) -> Ta
     )
 
 
-def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
-    """Writes the files, in place of those of an earlier study.
+def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
+    """Write the files, and replace those of an earlier study.
 
     Args:
       curve: see `Study.curve`.
-      thresholds: see `Study.thresholds`; None leaves those of an earlier study.
-      folder: where to; it is made.
+      thresholds: see `Study.thresholds`; None keeps those of an earlier study.
+      folder: of the files; it is made if it is missing.
 
     Raises:
       UserError: the folder cannot be written to.
@@ -100,8 +108,11 @@ def write(curve: Record, thresholds: Record | None, folder: Path) -> None:
         raise UserError(f"out: {folder} cannot be written to: {error}") from error
 
 
-def _picture(curve: Record, thresholds: Record | None, path: Path) -> None:
-    """Accuracy, and costs relative to all at the server, by the share on device."""
+def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
+    """Plot accuracy and relative costs against the share on the device.
+
+    The costs are relative to those of a gate that sends every sample to the server.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -136,5 +147,5 @@ def _picture(curve: Record, thresholds: Record | None, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _xy(points: list[Record], name: str) -> tuple[list[float], list[float]]:
+def _xy(points: list[Figures], name: str) -> tuple[list[float], list[float]]:
     return [point["on_device"] for point in points], [point[name] for point in points]

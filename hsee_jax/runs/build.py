@@ -178,6 +178,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         eval_batch_size=eval_batch_size,
         init_key=_key(config.run.model_seed, _INIT),
         stop_on_nonfinite=config.clients.on_nonfinite == "stop",
+        plain_model=build_model(config, info, plain=True),
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
         store=store,
         learning_rates=_learning_rates(config, steps_per_round(shards, batch_size)),

@@ -1,0 +1,114 @@
+"""One client's gate: what each threshold gives, and which one meets a target."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.inference.calibration import OffloadCurve, Scores, calibration_error, offload_curve, point_at_accuracy, point_in_budget
+
+Figures = dict[str, Any]  # as JSON holds them
+OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
+TIMED_OFFLOADS = OFFLOADS[::5]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a client's threshold has to give on the held-out samples."""
+
+    kind: str  # "offload" or "bytes" of a sample: at most; "accuracy": at least
+    value: float
+
+    def __post_init__(self) -> None:
+        """Refuse a value that no threshold can ever give."""
+        many_bytes = self.kind == "bytes" and 1 < self.value < math.inf
+        if not (many_bytes or 0 <= self.value <= 1):
+            allowed = "0 or more" if self.kind == "bytes" else "0..1"
+            raise UserError(
+                f"target_{self.kind}: {self.value} is not allowed; allowed is {allowed}"
+            )
+
+
+class SampleCosts(NamedTuple):
+    """What one sample costs on either side of a cut."""
+
+    feature_bytes: int  # of the message that carries its features
+    client_flops: int  # of the layers up to the cut and the exit
+    server_flops: int  # of the layers behind the cut and the final head
+
+
+class ClientStudy(NamedTuple):
+    """What is known of a client's gate, for any threshold."""
+
+    id: int
+    cut: int
+    costs: SampleCosts
+    largest_uncertainty: float  # of the criterion
+    finite: bool  # whether all logits for the held-out samples are
+    held_out: OffloadCurve  # at every threshold that makes a difference there
+    test: Scores
+    seconds: Mapping[float, float]  # of a sample, by the keys `TIMED_OFFLOADS`
+
+    def choose(self, target: Target) -> int:
+        """Return the point of the held-out curve that meets a target.
+
+        If none does, it is the point that comes closest.
+        """
+        if target.kind == "accuracy":
+            return point_at_accuracy(self.held_out, target.value)
+        cost = self.costs.feature_bytes if target.kind == "bytes" else 1
+        return point_in_budget(self.held_out, target.value, cost)
+
+    def point(self, choice: int) -> Figures:
+        """Return a threshold of the held-out curve, what it gives and what it costs.
+
+        Accuracy, the share on the device and the costs of a sample are those of the
+        test samples.
+        """
+        threshold = float(self.held_out.thresholds[choice])
+        test = offload_curve(self.test, np.array([threshold]))
+        offload = float(test.offload[0])
+        costs = self.costs
+        return {
+            "threshold": threshold,
+            "normalized_threshold": threshold / self.largest_uncertainty,
+            "accuracy": float(test.accuracy[0]),
+            "on_device": 1 - offload,
+            "bytes": offload * costs.feature_bytes,
+            "flops": costs.client_flops + offload * costs.server_flops,
+            "validation_accuracy": float(self.held_out.accuracy[choice]),
+            "validation_on_device": 1 - float(self.held_out.offload[choice]),
+        }
+
+    def points(self) -> list[Figures]:
+        """Return the points whose offload of the held-out samples is 1, 0.95 .. 0."""
+        return [
+            self.point(point_in_budget(self.held_out, offload)) | self._times(offload)
+            for offload in OFFLOADS
+        ]
+
+    def _times(self, offload: float) -> Figures:
+        """Return the time of a sample at a point, None where it is not measured."""
+        lowest = float(self.held_out.offload[-1])  # 0, unless the exit is not finite
+        seconds = self.seconds.get(max(offload, lowest))
+        if offload not in TIMED_OFFLOADS or seconds is None:
+            return {"seconds": None, "relative_seconds": None}
+        all_at_server = self.seconds[OFFLOADS[0]]
+        return {"seconds": seconds, "relative_seconds": seconds / all_at_server}
+
+    def summary(self) -> Figures:
+        """Return the figures that do not depend on a threshold.
+
+        A calibration error is None where a logit is not finite.
+        """
+        return {
+            "id": self.id,
+            "cut": self.cut,
+            "exit_accuracy": float(self.test.exit.correct.mean()),
+            "server_accuracy": float(self.test.server.correct.mean()),
+            "exit_calibration_error": calibration_error(self.test.exit),
+            "server_calibration_error": calibration_error(self.test.server),
+        }

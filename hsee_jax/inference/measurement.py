@@ -1,0 +1,172 @@
+"""The measurements behind a study: both answers to all samples, and their time."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from hsee_jax.core.types import Array, Dataset
+from hsee_jax.data.info import DatasetInfo
+from hsee_jax.data.pipeline import normalize
+from hsee_jax.federation.federation import Federation, Group
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.strategy import Strategy, server_of
+from hsee_jax.inference.calibration import (
+    Labels,
+    OffloadCurve,
+    Scores,
+    all_thresholds,
+    judge,
+    offload_curve,
+    point_in_budget,
+)
+from hsee_jax.inference.client_study import TIMED_OFFLOADS, ClientStudy, SampleCosts
+from hsee_jax.inference.gate import CRITERIA, Answers, Gate, make_gate
+from hsee_jax.link.codecs import sample_bytes
+from hsee_jax.nn.model import layer_inputs
+from hsee_jax.parallel.mesh import to_host
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.systems.costs import LayerCost
+
+_REPEATS = 5
+
+AnswerFn = Callable[[Array, float], Answers]  # a client's gate, of inputs and threshold
+
+
+class _Samples(NamedTuple):
+    """A dataset as the networks take it."""
+
+    batches: list[Array]  # float32 [B, H, W, C]; the last one may be smaller
+    labels: Labels  # [M]
+
+
+def measure_clients(
+    experiment: Experiment, state: RunState, criterion: str, batch_size: int
+) -> Iterator[ClientStudy]:
+    """Study the clients of one cut after the other.
+
+    Args:
+      experiment: with held-out samples.
+      state: a slot for every client, in the order of its group.
+      criterion: a name in `CRITERIA`.
+      batch_size: of the inference.
+    """
+    info = experiment.info
+    largest = CRITERIA.make(criterion).largest(info.num_classes)
+    state, *datasets = to_host((state, experiment.validation, experiment.test))
+    held_out, test = (_samples(data, info, batch_size) for data in datasets)
+    federation, layers = experiment.federation, experiment.costs()
+    for g, group in enumerate(federation.groups):
+        specs = federation.specs(g)
+        gate = make_gate(*specs, batch_size=batch_size, criterion=criterion)
+        answer_of = partial(_answer_fn, gate, experiment.strategy, state, g)
+        costs = _sample_costs(federation, layers, group.cut)
+        yield from _group_studies(answer_of, group, costs, largest, held_out, test)
+
+
+def _samples(data: Dataset, info: DatasetInfo, batch_size: int) -> _Samples:
+    starts = range(0, len(data.labels), batch_size)
+    parts = [data.images[start : start + batch_size] for start in starts]
+    batches = [normalize(part, info.mean, info.std) for part in parts]
+    return _Samples(batches, data.labels)
+
+
+def _answer_fn(
+    gate: Gate, strategy: Strategy, state: RunState, group: int, member: int
+) -> AnswerFn:
+    """Put one client and its server on the device, and the gate around them."""
+    client = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
+    server = server_of(strategy, state, group, member)
+    return partial(gate.answer, *jax.device_put((client, server)))
+
+
+def _sample_costs(
+    federation: Federation, layers: Sequence[LayerCost], cut: int
+) -> SampleCosts:
+    """Add up what a sample costs; ``layers`` are those of `layer_costs`."""
+    features = layer_inputs(federation.model)
+    flops = [layer.flops for layer in layers]  # L layers, L exits, final head
+    count = len(flops) // 2
+    return SampleCosts(
+        feature_bytes=sample_bytes(federation.codec, features[cut]),
+        client_flops=sum(flops[:cut]) + flops[count + cut - 1],
+        server_flops=sum(flops[cut:count]) + flops[-1],
+    )
+
+
+def _group_studies(
+    answer_of: Callable[[int], AnswerFn],
+    group: Group,
+    costs: SampleCosts,
+    largest: float,
+    held_out: _Samples,
+    test: _Samples,
+) -> list[ClientStudy]:
+    """Study the clients of one cut, and time the gate of one of them.
+
+    Args:
+      answer_of: gives the gate of a member of the group.
+      group: the group.
+      costs: of a sample at its cut.
+      largest: the criterion's largest value.
+      held_out: the samples that thresholds come from.
+      test: the samples that they are measured on.
+    """
+    studies = []
+    for member, i in enumerate(group.ids):
+        answer = answer_of(member)
+        held = _scores(answer, held_out)
+        study = ClientStudy(
+            id=i,
+            cut=group.cut,
+            costs=costs,
+            largest_uncertainty=largest,
+            finite=_all_finite(held),
+            held_out=offload_curve(held, all_thresholds(held.uncertainty, largest)),
+            test=_scores(answer, test),
+            seconds={},
+        )
+        studies.append(study)
+    # Where an exit is not finite no threshold has an offload of 0.
+    timed = next((m for m, study in enumerate(studies) if study.finite), 0)
+    seconds = _seconds(answer_of(timed), studies[timed].held_out, test.batches[0])
+    return [study._replace(seconds=seconds) for study in studies]
+
+
+def _scores(answer: AnswerFn, samples: _Samples) -> Scores:
+    """Judge both answers: at threshold 0 the server answers all samples too."""
+    answers = [answer(batch, 0.0) for batch in samples.batches]
+    logits = np.concatenate([part.logits for part in answers])
+    exit_logits = np.concatenate([part.exit_logits for part in answers])
+    return Scores(
+        uncertainty=np.concatenate([part.uncertainty for part in answers]),
+        exit=judge(exit_logits, samples.labels),
+        server=judge(logits, samples.labels),
+    )
+
+
+def _all_finite(scores: Scores) -> bool:
+    confidences = (scores.exit.confidence, scores.server.confidence)
+    return bool(np.isfinite(confidences).all())
+
+
+def _seconds(
+    answer: AnswerFn, curve: OffloadCurve, inputs: Array
+) -> dict[float, float]:
+    """Measure the seconds of a sample at each of `TIMED_OFFLOADS`.
+
+    Each is the median of calls, which take turns so that a slow moment hits them alike.
+    """
+    points = [point_in_budget(curve, offload) for offload in TIMED_OFFLOADS]
+    rounds: list[list[float]] = []
+    for _ in range(1 + _REPEATS):  # the first round compiles
+        rounds.append([])
+        for threshold in curve.thresholds[points]:
+            start = time.perf_counter()
+            answer(inputs, threshold)
+            rounds[-1].append(time.perf_counter() - start)
+    medians = np.median(rounds[1:], axis=0) / len(inputs)
+    return dict(zip(TIMED_OFFLOADS, medians.tolist(), strict=True))

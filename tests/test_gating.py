@@ -1,0 +1,252 @@
+"""Thresholds of a run, and `hsee gate`, against the networks' own answers."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from test_inference import unsure, without_a_gate
+from tiny import tiny_model
+
+from hsee_jax import cli
+from hsee_jax.inference import study as gating
+from hsee_jax.runs import train as runs
+from hsee_jax.core.types import Dataset
+from hsee_jax.core.errors import UserError
+from hsee_jax.inference.calibration import calibration_error, judge
+from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.presets import preset
+from hsee_jax.data import load_dataset
+from hsee_jax.runs.build import build
+from hsee_jax.inference.study import Target
+
+CONFIG = override(
+    preset("demo"),
+    num_clients=3,
+    cuts=("1", "3"),
+    max_train_samples=200,
+    max_test_samples=60,
+    validation_share=0.25,
+    init="per_client",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Write the folder of a run before its first round, in which the clients differ."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model = tiny_model(input_shape=(28, 28, 1), classes=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hsee_jax.experiment.build_model", lambda *args: model)
+        experiment = build(CONFIG)
+        with Writer(folder / "checkpoints", keep=1) as checkpoints:
+            state = experiment.store.settled(experiment.init())
+            large = jax.tree.map(lambda leaf: 3 * leaf, state.clients)  # and unlike
+            state = state.replace(clients=large)
+            checkpoints.save(1, 0, state, {"score": 0.0})
+        (folder / "config.json").write_text(to_json(CONFIG))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def study(run):
+    return gating.study(run, batch_size=32)
+
+
+def thresholds_of(study, target):
+    return [client["threshold"] for client in study.thresholds(target)["clients"]]
+
+
+def test_a_study_is_what_the_networks_answer(run, study):
+    """Both answers of one client are computed here, and message sizes by hand."""
+    chosen = study.thresholds(Target("offload", 0.3))
+    client = chosen["clients"][1]
+    assert (client["id"], client["cut"]) == (1, 3)
+    experiment, state = runs.reopen(run)
+    assert len(experiment.validation.labels) == chosen["validation_samples"] == 50
+    own = jax.tree.map(lambda leaf: leaf[0], state.clients[1])
+    server = jax.tree.map(lambda leaf: leaf[0], state.servers[1])
+    specs = experiment.federation.specs(1)
+
+    def answers(data):
+        """Return accuracy, the share on the device, and both logits."""
+        data = jax.device_get(data)
+        inputs = (np.asarray(data.images, np.float32) / 255 - 0.286) / 0.353
+        logits, final = without_a_gate(specs, (own, server), inputs)
+        exits = unsure(logits, "entropy") < client["threshold"] - 1e-6
+        right = np.where(exits, logits.argmax(-1), final.argmax(-1)) == data.labels
+        return right.mean(), exits.mean(), logits, final
+
+    accuracy, on_device, _, _ = answers(experiment.validation)
+    assert client["validation_accuracy"] == pytest.approx(accuracy)
+    assert client["validation_on_device"] == pytest.approx(on_device)
+    assert on_device == pytest.approx(0.7)
+    accuracy, on_device, logits, final = answers(experiment.test)
+    assert client["accuracy"] == pytest.approx(accuracy)
+    assert client["on_device"] == pytest.approx(on_device)
+    assert client["normalized_threshold"] == client["threshold"] / np.log(10)
+    assert client["bytes"] == pytest.approx(32 * (1 - on_device))  # 8 floats
+    labels = np.asarray(experiment.test.labels)
+    assert client["exit_accuracy"] == pytest.approx(
+        (logits.argmax(-1) == labels).mean()
+    )
+    assert client["server_calibration_error"] == pytest.approx(
+        calibration_error(judge(final, labels)), abs=1e-6
+    )
+    costs = experiment.costs()
+    whole = sum(cost.flops for cost in costs[:3]) + costs[5].flops + costs[6].flops
+    # behind the last cut there is the final head alone
+    assert client["flops"] == pytest.approx(whole - on_device * costs[6].flops)
+
+
+def test_the_curve_is_that_of_21_targets(run, study):
+    curve = study.curve()
+    json.dumps(curve, allow_nan=False)
+    mean, clients = curve["mean"], curve["clients"]
+    assert [client["id"] for client in clients] == [0, 1, 2]
+    figures = runs.evaluate(run)
+    for point, kind in ((mean[0], "server"), (mean[-1], "exit")):
+        assert point["accuracy"] == pytest.approx(figures[f"mean_{kind}_accuracy"])
+    assert (mean[0]["threshold"], mean[0]["on_device"]) == (0, 0)
+    assert (mean[-1]["on_device"], mean[-1]["bytes"]) == (1, 0)
+    for point, offload in enumerate(np.linspace(1, 0, 21).round(2).tolist()):
+        chosen = thresholds_of(study, Target("offload", offload))
+        assert chosen == [client["points"][point]["threshold"] for client in clients]
+        own = [client["points"][point] for client in clients]
+        for figure in ("accuracy", "bytes", "flops", "threshold"):
+            assert mean[point][figure] == pytest.approx(
+                np.mean([o[figure] for o in own])
+            )
+        assert (mean[point]["seconds"] is None) == (point % 5 > 0)
+    assert len(set(chosen)) == 1
+    assert len(set(thresholds_of(study, Target("offload", 0.5)))) == 3
+
+
+def test_targets_are_met_on_the_held_out_samples(study):
+    for offload in (0, 0.25, 0.99, 1):
+        for client in study.thresholds(Target("offload", offload))["clients"]:
+            share = 1 - client["validation_on_device"]
+            assert share == pytest.approx(np.floor(50 * offload) / 50)
+    size = 28 * 28 * 4 * 4  # float32 of four channels after the first layer
+    chosen = study.thresholds(Target("bytes", size / 10))["clients"]
+    shares = [1 - client["validation_on_device"] for client in chosen]
+    assert shares == pytest.approx([0.1, 1, 0.1])  # a sample at cut 3 has 32 bytes
+    assert {c["bytes"] for c in study.thresholds(Target("bytes", 0))["clients"]} == {0}
+    most = min(client.held_out.accuracy.max() for client in study.clients)
+    for client in study.thresholds(Target("accuracy", most))["clients"]:
+        assert client["validation_accuracy"] >= most
+    with pytest.raises(UserError, match="cannot be reached by client") as error:
+        study.thresholds(Target("accuracy", most + 1e-3))
+    # what it says is possible is
+    possible = str(error.value).partition("the most is ")[2].split()[0]
+    study.thresholds(Target("accuracy", float(possible)))
+
+
+def test_the_test_set_chooses_nothing(run, study, monkeypatch):
+    """Other test samples change the accuracy, but no threshold."""
+    train, test = load_dataset(CONFIG.data)
+    turned = Dataset(255 - test.images, test.labels[::-1])
+    monkeypatch.setattr(
+        "hsee_jax.experiment.load_dataset", lambda config: (train, turned)
+    )
+    other = gating.study(run, batch_size=32)
+    for target in (Target("offload", 0.4), Target("accuracy", 0.02)):
+        assert thresholds_of(study, target) == thresholds_of(other, target)
+    means = [s.curve()["mean"] for s in (study, other)]
+    assert [p["threshold"] for p in means[0]] == [p["threshold"] for p in means[1]]
+    assert [p["accuracy"] for p in means[0]] != [p["accuracy"] for p in means[1]]
+
+
+def gate(run, *words):
+    return cli.main(["gate", str(run), *map(str, words)])
+
+
+def test_gate_writes_its_files(run, capsys):
+    words = ["--criterion", "margin", "--batch-size", 50, "--checkpoint", "best"]
+    assert gate(run, *words, "--target-offload", 0.3) == 0
+    shown = capsys.readouterr().out
+    folder = run / "gate"
+    names = ["curve.json", "curve.md", "curve.png", "thresholds.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    found = json.loads((folder / "thresholds.json").read_text())
+    content = json.loads((folder / "curve.json").read_text())
+    assert (found["criterion"], found["batch_size"]) == ("margin", 50)
+    assert (found["rounds"], found["target"]) == (0, {"offload": 0.3})
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "curve.md").read_text()
+    for text in (f"{found['clients'][0]['threshold']:.4f}", "offload 0.3", "ECE"):
+        assert text in page
+        assert text in shown
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 21 + 2 + 3
+    assert f"{content['mean'][10]['accuracy']:.4f}" in rows[12]
+
+
+def test_gates_flags(study, tmp_path, monkeypatch, capsys):
+    """They reach the study; without a target, earlier thresholds stay."""
+    seen = []
+
+    def recorded(folder, **options):
+        seen.append((str(folder), *options.values()))
+        return study
+
+    monkeypatch.setattr(gating, "study", recorded)
+    out = ["--out", tmp_path / "out", "--json"]
+    assert gate("run", *out, "--target-bytes", 1000) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["thresholds"]["target"] == {"bytes": 1000}
+    assert found["curve"] == json.loads(json.dumps(study.curve()))
+    words = "--criterion margin --checkpoint best --data-dir there --batch-size 7"
+    assert gate("run", *out, *words.split()) == 0
+    assert json.loads(capsys.readouterr().out)["thresholds"] is None
+    kept = json.loads((tmp_path / "out" / "thresholds.json").read_text())
+    assert kept == found["thresholds"]
+    assert seen == [
+        ("run", "entropy", "latest", None, None),
+        ("run", "margin", "best", "there", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--target-accuracy 1.5",
+            "target_accuracy: 1.5 is not allowed; allowed is 0..1",
+        ),
+        ("--target-offload -0.1", "target_offload: -0.1 is not allowed"),
+        (
+            "--target-bytes nan",
+            "target_bytes: nan is not allowed; allowed is 0 or more",
+        ),
+        ("--target-bytes inf", "target_bytes: inf is not allowed"),
+        ("--target-bytes 1 --target-offload 1", "--target-offload: not allowed with"),
+        ("--criterion entropi", "did you mean entropy?"),
+        ("--batch-size 0", "batch_size: 0 is not allowed"),
+        ("--checkpoint bset", "did you mean best?"),
+        ("--out /dev/null/x", "out: /dev/null is not a folder"),
+        ("--target-accuracy 0.99", "target_accuracy: 0.99 cannot be reached by client"),
+    ],
+)
+def test_a_mistake_is_one_line(study, tmp_path, monkeypatch, capsys, words, message):
+    """The command writes nothing."""
+    monkeypatch.setattr(gating, "study", lambda folder, **options: study)
+    assert gate(tmp_path / "run", *words.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_held_out_samples_there_is_no_threshold(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "all")
+    config = to_json(override(CONFIG, validation_share=0.0))
+    (tmp_path / "all" / "config.json").write_text(config)
+    assert gate(tmp_path / "all") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--validation-share" in error
+    assert gate(tmp_path / "none") == 2
+    assert "is not a run" in capsys.readouterr().err
