@@ -4,62 +4,36 @@ The method is Hetero-SplitEE (Oda et al., arXiv:2512.09313): clients keep the la
 one network up to a cut of their own, and an exit head there; a server trains the rest.
 """
 
-from hsee_jax.aggregate import LayerMean, layer_mean, receive
-from hsee_jax.augment import InputPipeline
-from hsee_jax.base import (
-    Batch,
-    Dataset,
-    DivergenceError,
-    ExitMetrics,
-    Metrics,
-    Stage,
-    Stopped,
-    UserError,
-)
-from hsee_jax.compose import compose
-from hsee_jax.config import Config, override, preset
-from hsee_jax.engine import make_round
-from hsee_jax.evaluate import ClientResult, make_evaluation
-from hsee_jax.experiment import Experiment, build
-from hsee_jax.export import export_client
-from hsee_jax.federation import (
-    Client,
-    Federation,
-    Group,
-    RunState,
-    Strategy,
-    group_clients,
-    server_of,
-)
-from hsee_jax.inference import Answers, Gate, make_gate
-from hsee_jax.losses import masked_cross_entropy, predictive_entropy
-from hsee_jax.mesh import make_mesh, place_blocks
-from hsee_jax.model import Model, Network, from_linen, init_network, resnet18
-from hsee_jax.plan import RoundPlan, plan_round
-from hsee_jax.restored import Restored, restore, restore_client
-from hsee_jax.runs import train
-from hsee_jax.split import (
-    Branch,
-    BranchSpec,
-    LayerState,
-    branch_step,
-    client_spec,
-    detached_step,
-    forward,
-    init_client,
-    init_server,
-    joint_step,
-    server_spec,
-)
-from hsee_jax.strategies import (
-    averaging,
-    centralized,
-    fedavg,
-    local,
-    sequential,
-    splitfed_v1,
-    splitfed_v2,
-)
+# ruff: noqa: F403, F405
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hsee_jax.api import *
+
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name, or a module of the package, at its first use."""
+        import importlib.util
+        from importlib import metadata
+
+        if name == "__version__":
+            return metadata.version("hsee-jax")
+        if name in __all__:
+            public = vars(importlib.import_module("hsee_jax.api"))
+            globals().update((key, public[key]) for key in __all__)
+            return public[name]
+        module = f"hsee_jax.{name}"
+        if not name.startswith("_") and importlib.util.find_spec(module):
+            return importlib.import_module(module)
+        raise AttributeError(f"module 'hsee_jax' has no {name!r}")
+
+    def __dir__() -> list[str]:
+        """List the public names."""
+        return sorted({*globals(), *__all__, "__version__"})
+
 
 __all__ = [
     "Answers",

@@ -78,10 +78,11 @@ class Experiment(NamedTuple):
     def plan(self, round: int) -> RoundPlan:
         """Who does what in a round, counted from 0."""
         config = self.config
+        largest = max(map(len, self.shards.values()))  # more rows would be padding
         return plan_round(
             self.federation.groups,
             self.shards,
-            batch_size=config.run.batch_size,
+            batch_size=min(config.run.batch_size, largest),
             participation=config.clients.participation,
             turn=self.strategy.turn_unit,
             seed=config.run.data_seed,
@@ -336,7 +337,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
             federation,
             strategy,
             pipeline,
-            batch_size=config.run.eval_batch_size,
+            batch_size=min(config.run.eval_batch_size, len(test.labels)),
             axis=axis,
         ),
     )

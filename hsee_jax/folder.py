@@ -1,13 +1,15 @@
 """A run's folder: whether a run may start or go on there, its lock, and its files."""
 
 import contextlib
-import fcntl
+import itertools
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from hsee_jax.base import UserError
 from hsee_jax.config import Config, flatten, from_dict
@@ -51,7 +53,7 @@ def load_config(path: Path) -> Config:
       UserError: it is not there, not JSON, or not a valid configuration.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -69,9 +71,11 @@ def read_info(folder: Path) -> DatasetInfo:
     """
     path = folder / "data.json"
     try:
-        shape, classes, *moments = DatasetInfo(**json.loads(path.read_text()))
+        shape, classes, *moments = DatasetInfo(
+            **json.loads(path.read_text(encoding="utf-8"))
+        )
         height, width, channels = map(int, shape)
-        mean, std = (tuple(map(float, values)) for values in moments)
+        mean, std = (tuple(map(float, moment)) for moment in moments)
         if not len(mean) == len(std) == channels:
             raise ValueError("a mean and a deviation for each channel")
         return DatasetInfo((height, width, channels), int(classes), mean, std)
@@ -164,7 +168,7 @@ def check_partition(folder: Path, shares: Sequence[Share]) -> None:
       UserError: they are not.
     """
     try:
-        stored = json.loads((folder / "partition.json").read_text())
+        stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # it is lost, and `train` writes it anew
     if stored != [share._asdict() for share in shares]:
@@ -176,26 +180,59 @@ def check_partition(folder: Path, shares: Sequence[Share]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made; the lock dies with the process.
+def new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a folder that no other process has and yield it.
+
+    The folder is called ``name``, or ``name-2`` and so on where that exists. If the
+    body leaves it empty, because the run was refused, it is removed again.
 
     Raises:
-      UserError: another one is at work there.
+      UserError: it cannot be made.
     """
+    parent_is_new = not parent.exists()
+    with writing(parent / name):
+        parent.mkdir(parents=True, exist_ok=True)
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        folder = next(parent / one for one in names if _made(parent / one))
+    try:
+        yield folder
+    finally:
+        for place in (folder, parent) if parent_is_new else (folder,):
+            with contextlib.suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder; return False if it exists."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other runs out of it; the lock dies with the process.
+
+    Raises:
+      UserError: another run is at work there.
+    """
+    path = folder / ".lock"
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
-            with writing(folder / ".lock") as path:
+            with writing(path):
                 folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(path.open("a"))
+                path.touch()
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                stack.enter_context(FileLock(path).acquire(timeout=0))
+            except Timeout as error:
                 raise UserError(
                     f"out: {folder} is being written by another process; allowed is "
                     "another folder, or to wait for its end"
                 ) from error
-            except OSError:  # a file system without locks
+            except (OSError, NotImplementedError):  # a file system without locks
                 _log.warning("%s cannot be locked", folder)
 
         in_first(lock)
@@ -204,7 +241,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Says in a line why a file cannot be written."""
+    """Yield a path to write to, and say in one line why that failed.
+
+    Raises:
+      UserError: an `OSError` in the body.
+    """
     try:
         yield path
     except OSError as error:
@@ -215,8 +256,8 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file at once or not at all."""
+    """Write a file completely or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

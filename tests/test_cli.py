@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hsee_jax.terminal import Progress
 
 from hsee_jax import cli
 from hsee_jax.config import Config, flatten, options, override, preset
 from hsee_jax.data import load_dataset
 from hsee_jax.fields import takes_many
 from hsee_jax.strategies import STRATEGIES, options_of
-from hsee_jax.terminal import Progress
 
 SMALL = (
     "--width 2 --stem 7x7 --num-clients 3 --cuts 8 layer4 --max-train-samples 60 "
