@@ -20,9 +20,9 @@ import rows
 import run
 
 import hsee_jax
+from hsee_jax.cli.signals import StopSignals
 from hsee_jax.data import find_source
 from hsee_jax.flags import use_cache
-from hsee_jax.parallel.processes import StopSignals
 
 SETS = ("cifar10", "cifar100", "stl10")
 # What a reader looks for first; the other rows follow in the order of their names.
@@ -86,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> int:
                         stop=until(last),
                     )
                 except hsee_jax.UserError as error:
-                    if find_source(data.dataset, data.data_dir):
+                    if find_source(data):
                         raise
                     missing.append(data.dataset)
                     how = f"left out: {error}"

@@ -25,11 +25,11 @@ from typing import Any
 import rows
 
 import hsee_jax
-from hsee_jax.config.schema import flatten
+from hsee_jax.cli.signals import StopSignals
+from hsee_jax.cli.terminal import show_log
+from hsee_jax.config import flatten
 from hsee_jax.flags import use_cache
-from hsee_jax.runs.folder import BOOKKEEPING, read_config
-from hsee_jax.parallel.processes import StopSignals
-from hsee_jax.terminal import show_log
+from hsee_jax.folder import BOOKKEEPING, read_config
 
 FOLDER = Path("runs/rows")
 

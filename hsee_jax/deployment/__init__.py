@@ -1,0 +1,5 @@
+"""Trained clients outside of this package."""
+
+from hsee_jax.deployment.export import export_client
+
+__all__ = ["export_client"]

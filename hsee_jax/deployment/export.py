@@ -11,25 +11,26 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
 import optax
 
-from hsee_jax.data.pipeline import normalize
-from hsee_jax.core.types import Array
 from hsee_jax.core.errors import UserError
-from hsee_jax.config.schema import override
+from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
-from hsee_jax.runs.build import build_federation
-from hsee_jax.runs.folder import Record, check_writable
-from hsee_jax.inference.gate import CRITERIA
-from hsee_jax.link.codecs import message_bytes
-from hsee_jax.nn.model import Model, layer_inputs
-from hsee_jax.systems.costs import layer_costs
-from hsee_jax.runs.restore import Restored, restore
+from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, forward
+from hsee_jax.inference.gate import CRITERIA
+from hsee_jax.link.codecs import sample_bytes
+from hsee_jax.nn.model import Model, layer_inputs
+from hsee_jax.runs.folder import check_writable
+from hsee_jax.runs.restore import Restored, restore
+from hsee_jax.systems.costs import layer_costs
+
+Figures = dict[str, Any]  # as JSON holds them
 
 _FORMAT = 1  # of the card
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -73,7 +74,7 @@ def export_client(
     which: str = "latest",
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes a client's layers and exit as a folder that stands alone.
+    """Write a client's layers and exit as a folder that stands alone.
 
     Args:
       path: of the run's folder.
@@ -103,10 +104,7 @@ def export_client(
     known |= _known(folder / "gate" / "thresholds.json", rounds, i)
     known.setdefault("criterion", "entropy")
     branch = _bare(run.client(i))
-    # The convolution itself, not the form of it that is fastest here.
-    plain = override(run.config, conv="grouped")
-    model = build_federation(plain, run.info).model
-    client = _up_to(model, cut=len(branch.layers))
+    client = _up_to(run.plain_model(), cut=len(branch.layers))
     weights = _by_name(branch, client.layer_names)
     files = {
         _PROGRAM: _program(client, branch, weights, run.info, known["criterion"]),
@@ -119,7 +117,7 @@ def export_client(
 
 
 def _up_to(model: Model, cut: int) -> Model:
-    """The network of a client, which ends with its exit."""
+    """Return the network of a client, which ends with its exit."""
     return model._replace(
         stages=model.stages[:cut],
         exit_heads=model.exit_heads[:cut],
@@ -129,17 +127,17 @@ def _up_to(model: Model, cut: int) -> Model:
 
 
 def _bare(branch: Branch) -> Branch:
-    """On the host, without the state of its optimizer."""
+    """Bring a branch to the host, without optimizer and link state."""
     bare = jax.tree.map(
         lambda layer: layer.replace(opt_state=()),
         branch,
         is_leaf=lambda node: isinstance(node, LayerState),
     )
-    return jax.device_get(bare)
+    return jax.device_get(bare.replace(link=()))
 
 
 def _by_name(branch: Branch, layers: Sequence[str]) -> dict[str, npt.NDArray]:
-    """Its leaves, in order, by names such as ``layer1.0/conv1/conv/kernel``."""
+    """Name the leaves in order, such as ``layer1.0/conv1/conv/kernel``."""
     parts = zip((*layers, "exit"), (*branch.layers, branch.head), strict=True)
     return {
         f"{name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}": leaf
@@ -155,11 +153,11 @@ def _program(
     info: DatasetInfo,
     criterion: str,
 ) -> bytes:
-    """The function of weights by name and ``uint8 [b, H, W, C]``, for every b."""
+    """Export the function of named weights and ``uint8 [b, H, W, C]``, for every b."""
     from jax import export
 
     spec = BranchSpec(client.stages, client.final_head, optax.identity())
-    uncertainty = CRITERIA[criterion].uncertainty
+    uncertainty = CRITERIA.make(criterion).uncertainty
     names, structure = list(weights), jax.tree.structure(branch)
 
     def segment(weights: dict[str, Array], images: Array) -> dict[str, Array]:
@@ -182,7 +180,7 @@ def _program(
 
 @contextlib.contextmanager
 def _without_sources() -> Iterator[None]:
-    """Programs made in it keep no paths of this machine."""
+    """Keep paths of this machine out of programs."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)
@@ -192,10 +190,10 @@ def _without_sources() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def _known(path: Path, rounds: int, i: int) -> Record:
-    """What a file of the run tells of a client after so many rounds, if anything."""
+def _known(path: Path, rounds: int, i: int) -> Figures:
+    """Read what a file of the run says of a client after so many rounds, if anything."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         own = [client for client in content["clients"] if client["id"] == i]
         return content | own[0] if content["rounds"] == rounds else {}
     except FileNotFoundError:
@@ -205,9 +203,9 @@ def _known(path: Path, rounds: int, i: int) -> Record:
 
 
 def _card(
-    run: Restored, i: int, client: Model, known: Record, files: dict[str, bytes]
-) -> Record:
-    """What is known of client i and its files, as JSON holds it; costs of a sample."""
+    run: Restored, i: int, client: Model, known: Figures, files: dict[str, bytes]
+) -> Figures:
+    """Describe client i and its files, as JSON holds it; costs are of a sample."""
     *layers, exit_head = layer_costs(client)
     own = (*layers[: len(client.stages)], exit_head)
     features = layer_inputs(client)[-1]
@@ -220,6 +218,7 @@ def _card(
         "layer": client.layer_names[-1],
         "input": {"shape": list(client.input_shape), "dtype": "uint8"},
         "classes": run.info.num_classes,
+        "label_values": run.info.label_values,
         "mean": run.info.mean,
         "std": run.info.std,
         "criterion": known["criterion"],
@@ -231,8 +230,8 @@ def _card(
         "features": {
             "shape": features.shape[1:],
             "dtype": features.dtype.name,
-            "link": run.federation.link,
-            "bytes": message_bytes(features, run.federation.link),
+            "link": run.config.clients.link,
+            "bytes": sample_bytes(run.federation.codec, features),
         },
         "platforms": _PLATFORMS,
         "versions": {name: metadata.version(name) for name in ("hsee-jax", "jax")},
@@ -242,7 +241,7 @@ def _card(
     }
 
 
-def _readme(card: Record) -> str:
+def _readme(card: Figures) -> str:
     shapes = {
         name: ", ".join(map(str, card[name]["shape"])) for name in ("input", "features")
     }

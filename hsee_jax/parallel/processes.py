@@ -1,14 +1,11 @@
 """One run in several processes, each with devices of its own.
 
-All of them run the same program on the same arguments; arrays over a mesh of all
-devices are then one array, of which each process holds its part.
+All of them run the same program with the same arguments; an array over a mesh of all
+devices is one array, of which each process holds a part.
 """
 
 import os
-import signal
-import sys
 from collections.abc import Callable
-from types import FrameType
 
 import jax
 import numpy as np
@@ -20,14 +17,14 @@ from hsee_jax.core.errors import UserError
 def join(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Makes this process one of several; call it before anything else of JAX.
+    """Make this process one of several; call it before anything else of JAX.
 
     Args:
-      coordinator: ``HOST:PORT`` of the first process; ``"auto"`` lets JAX find out by
-        itself, as happens without any argument in a Slurm step of several tasks and on
-        the workers of a TPU pod.
-      num_processes: how many there are.
-      process_id: from 0.
+      coordinator: ``HOST:PORT`` of the first process; ``"auto"`` lets JAX find it, as
+        it does without any argument in a Slurm step of several tasks and on the workers
+        of a TPU pod.
+      num_processes: how many processes there are.
+      process_id: which one this is, from 0.
 
     Raises:
       UserError: the arguments do not fit, or the others cannot be reached.
@@ -35,12 +32,11 @@ def join(
     given = (coordinator, num_processes, process_id) != (None, None, None)
     if not given and not _in_cluster():
         return
+    arguments: tuple = ()
+    if given and coordinator != "auto":
+        arguments = _checked(coordinator, num_processes, process_id)
     try:
-        if not given or coordinator == "auto":
-            jax.distributed.initialize()
-            return
-        address, count, index = _checked(coordinator, num_processes, process_id)
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(*arguments)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"coordinator: the processes cannot meet: {reason}") from error
@@ -77,47 +73,40 @@ def _checked(
     return coordinator, count, index
 
 
-class StopSignals:
-    """In a ``with`` statement, takes note of SIGTERM and Ctrl-C; a second one kills."""
+def check_devices() -> None:
+    """Find the devices of this process; call it after `join`.
 
-    def __init__(self) -> None:
-        """Nothing has come yet."""
-        self.received = 0
-
-    def __enter__(self) -> "StopSignals":
-        """Listens."""
-        wanted = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._note) for number in wanted}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Signals do again what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.__exit__()
-        print("hsee: stops after this step, at once if told again", file=sys.stderr)
-
-    def __call__(self) -> bool:
-        """Whether one has come, to any process; all of them must ask."""
-        if jax.process_count() > 1:
-            received = multihost_utils.process_allgather(np.int32(self.received))
-            self.received = int(np.max(received))
-        return self.received > 0
+    Raises:
+      UserError: JAX_PLATFORMS names devices that are not there.
+    """
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # JAX also asserts
+        platforms = os.environ.get("JAX_PLATFORMS", "the default")
+        reason = (str(error).splitlines() or ["JAX does not find it here"])[0]
+        raise UserError(
+            f"JAX_PLATFORMS: {platforms} is not allowed: {reason}; allowed are the "
+            "kinds of device that this machine has, such as cpu"
+        ) from error
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes for all."""
+    """Return whether this is the process that writes for all."""
     return jax.process_index() == 0
 
 
+def largest(number: int) -> int:
+    """Return the largest of the numbers that the processes give; all must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def in_first(act: Callable[[], None]) -> None:
-    """Does something in the first process; the others wait for it.
+    """Call ``act`` in the first process; the others wait for it.
 
     Raises:
-      UserError: it did; every process raises.
+      UserError: ``act`` raised it; every process raises.
     """
     refusal = None
     if is_first():

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, what was trained, what it costs."""
+"""What the command line shows: progress, accuracies, costs and the log."""
 
 import contextlib
 import logging
@@ -19,39 +19,41 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from hsee_jax.data import OnBytes
+from hsee_jax.runs.callbacks import Callback, Moment
+from hsee_jax.runs.records import RoundRecord, Scores
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.traffic import Bytes
 
 
-def results_table(figures: dict[str, Any], *, title: str) -> Table:
-    """A row for each client: its cut and the accuracy of its two answers.
+def results_table(scores: Scores, *, title: str) -> Table:
+    """Return a row for each client: its cut and the accuracy of its two answers.
 
     Args:
-      figures: ``clients`` and means, as in ``summary.json``.
+      scores: of the clients.
       title: above the table.
     """
     table = Table(title=title, show_footer=True)
     table.add_column("client", "mean", justify="right")
     table.add_column("cut", justify="right")
-    for name in ("exit", "server"):
-        mean = figures[f"mean_{name}_accuracy"]
+    means = scores.mean_exit_accuracy, scores.mean_server_accuracy
+    for name, mean in zip(("exit", "server"), means, strict=True):
         table.add_column(f"{name} accuracy", f"{mean:.4f}", justify="right")
-    for client in figures["clients"]:
+    for client in scores.clients:
         table.add_row(
-            str(client["id"]),
-            str(client["cut"]),
-            f"{client['exit_accuracy']:.4f}",
-            f"{client['server_accuracy']:.4f}",
+            str(client.id),
+            str(client.cut),
+            f"{client.exit_accuracy:.4f}",
+            f"{client.server_accuracy:.4f}",
         )
     return table
 
 
 def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table:
-    """A row for each cut: its last layer's cost, and the client's share of the network.
+    """Return a row for each cut: the cost of its layer, and the client's share.
 
     Args:
       costs: of L layers, L exit heads and the final head (see `layer_costs`).
-      crossing: the link of a sample in training, by each of the L cuts.
+      crossing: the bytes of a sample in training over the link, for each of L cuts.
     """
     count = len(costs) // 2
     layers, heads, final = costs[:count], costs[count:-1], costs[-1]
@@ -100,7 +102,7 @@ def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table
 def text_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Table:
-    """A table of cells that are text already."""
+    """Return a table of cells that are text already."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right")
@@ -109,11 +111,15 @@ def text_table(
     return table
 
 
-class Progress:
-    """A bar over the rounds, and a line for each evaluation, on standard error."""
+class ProgressBar(Callback):
+    """A bar over the rounds, and a line for each round, on standard error."""
 
     def __init__(self, rounds: int) -> None:
-        """Shows nothing before the first round."""
+        """Show nothing before the first round.
+
+        Args:
+          rounds: of the run.
+        """
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -125,38 +131,36 @@ class Progress:
         self._rounds = rounds
         self._task = self._bar.add_task("rounds", total=rounds)
 
-    def __enter__(self) -> "Progress":
-        """Is a context."""
-        return self
-
     def __exit__(self, *error: object) -> None:
-        """Leaves the bar as it is."""
+        """Leave the bar as it is."""
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def show(self, record: dict[str, Any]) -> None:
-        """Advances to a round."""
+    def on_round(self, record: RoundRecord, moment: Moment) -> None:
+        """Advance to a round and print its line."""
         self._bar.start()
-        self._bar.update(self._task, completed=record["round"])
-        line = "  ".join(
-            f"{name} {record['train'][f'{name}_loss']:.3f}"
-            for name in ("exit", "server")
+        self._bar.update(self._task, completed=record.round)
+        text = (
+            f"round {record.round}/{self._rounds}: training loss "
+            f"exit {record.train.exit_loss:.3f}  server {record.train.server_loss:.3f}"
         )
-        text = f"round {record['round']}/{self._rounds}: training loss {line}"
-        for name, what in (("missed", "missed"), ("left_out", "not finite, left out")):
-            if record[name]:
-                text += f"; {what}: {' '.join(map(str, record[name]))}"
-        if "test" in record:
+        for ids, what in (
+            (record.missed, "missed"),
+            (record.left_out, "not finite, left out"),
+        ):
+            if ids:
+                text += f"; {what}: {' '.join(map(str, ids))}"
+        if record.test is not None:
             text += (
-                f"; test accuracy exit {record['test']['mean_exit_accuracy']:.4f}"
-                f"  server {record['test']['mean_server_accuracy']:.4f}"
+                f"; test accuracy exit {record.test.mean_exit_accuracy:.4f}"
+                f"  server {record.test.mean_server_accuracy:.4f}"
             )
         self._bar.console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def download_bar() -> Iterator[OnBytes]:
-    """Yields what shows a bar over the bytes of each file, if a terminal is there."""
+    """Yield a callback that shows a bar over the bytes of each file on a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Bar(
@@ -177,16 +181,16 @@ def download_bar() -> Iterator[OnBytes]:
 
 
 def show_log() -> None:
-    """Lets the package say on standard error what it logs, as the data's source."""
+    """Print the package's log, such as the source of the data, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("hsee: %(message)s"))
     log = logging.getLogger("hsee_jax")
-    log.handlers, log.propagate = [handler], False  # once, whoever else listens
+    log.handlers, log.propagate = [handler], False  # each line once
     log.setLevel(logging.INFO)
 
 
 def show(table: Table) -> None:
-    """Prints a table on standard output."""
+    """Print a table on standard output."""
     console = Console()
     if not console.is_terminal:  # a pipe or a file: no folding at 80 columns
         console = Console(width=120)

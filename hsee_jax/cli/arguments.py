@@ -1,0 +1,105 @@
+"""The flags that several commands share."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hsee_jax.cli.commands import COMMANDS
+from hsee_jax.cli.terminal import results_table, show
+from hsee_jax.config import PRESETS
+from hsee_jax.core.errors import unknown
+from hsee_jax.cli.flags import (
+    Parser,
+    add_cache,
+    add_options,
+    find_plugins,
+    use_cache,
+)
+from hsee_jax.parallel.processes import check_devices
+from hsee_jax.runs.records import Scores
+
+
+def parser_of(command: str, **options: Any) -> Parser:
+    """Return the parser of a command, without flags."""
+    return Parser(
+        prog=f"hsee {command}",
+        description=COMMANDS[command].description,
+        allow_abbrev=False,
+        **options,
+    )
+
+
+def config_parser(command: str, words: Sequence[str]) -> Parser:
+    """Return the parser of a command that takes a configuration.
+
+    A flag that is not given is not among the parsed values.
+
+    Args:
+      command: the command.
+      words: what is to be parsed; the plugins among it may add flags.
+    """
+    find_plugins(words)
+    parser = parser_of(command, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "preset", nargs="?", help=f"{', '.join(PRESETS)}; demo by default"
+    )
+    add_cache(parser)
+    add_options(parser)
+    return parser
+
+
+def run_parser(command: str) -> Parser:
+    """Return the parser of a command that reads a run."""
+    parser = parser_of(command)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="latest, or best by mean server accuracy",
+    )
+    add_cache(parser)
+    return parser
+
+
+def add_figures(parser: Parser, *, file: str) -> None:
+    """Add the flags of a command that computes figures of a run from its data."""
+    parser.add_argument(
+        "--data-dir", help="folder of the data, if they have moved since training"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help=f"print all digits, as in {file}"
+    )
+
+
+def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of `run_parser`, and prepare JAX as they say.
+
+    Raises:
+      UserError: a flag is wrong, or the devices are not there.
+    """
+    given = parser.parse(words)
+    if given.checkpoint not in ("latest", "best"):
+        raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    use_cache(vars(given))
+    check_devices()
+    return given
+
+
+def print_figures(
+    rounds: int, scores: Scores, folder: Path, *, as_json: bool
+) -> None:
+    """Print what the clients of a run score, as a table or as JSON.
+
+    Args:
+      rounds: that the run has finished.
+      scores: of its clients.
+      folder: of the run.
+      as_json: print JSON.
+    """
+    if as_json:
+        print(json.dumps({"rounds": rounds} | scores.to_json(), indent=2))
+        return
+    title = f"{folder}: test accuracy after {rounds} rounds"
+    show(results_table(scores, title=title))

@@ -1,0 +1,56 @@
+"""The commands of ``hsee``: where each is defined, and what its help says first."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+Run = Callable[[Sequence[str]], int | None]  # words after the command -> exit status
+
+
+class Command(NamedTuple):
+    """A command, whose module is imported only when the command runs."""
+
+    module: str  # in this package
+    function: str
+    description: str  # of one line
+    after_interrupt: str = ""  # tells how to go on after Ctrl-C
+
+    def load(self) -> Run:
+        """Import the command, and JAX with it."""
+        module = importlib.import_module(f"hsee_jax.cli.{self.module}")
+        return getattr(module, self.function)
+
+
+COMMANDS = {
+    "train": Command(
+        "train",
+        "train",
+        "Train a federation and write a run folder.",
+        "--resume goes on from the last checkpoint",
+    ),
+    "eval": Command(
+        "inspect", "evaluate", "Restore a run and evaluate it on its test set."
+    ),
+    "gate": Command("gate", "gate", "Find thresholds for early exits."),
+    "export": Command(
+        "export", "export", "Write a client's layers and exit as a portable folder."
+    ),
+    "info": Command(
+        "inspect", "info", "Show what each layer of a configuration's network costs."
+    ),
+    "report": Command("report", "report", "Draw and compare runs on one page."),
+    "data": Command(
+        "data",
+        "data",
+        "Look for a dataset and download it if it is missing.",
+        "the next call goes on with the part that is there",
+    ),
+}
+
+
+def usage() -> str:
+    """Return the help of ``hsee`` without a command."""
+    lines = [f"  {name:8}{command.description}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: hsee COMMAND ...; hsee COMMAND --help lists its flags", "", *lines]
+    )

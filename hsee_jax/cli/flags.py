@@ -1,0 +1,175 @@
+"""Flags of the command line, made from the options of `Config`."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from hsee_jax.cli.absences import read_absences
+from hsee_jax.config import (
+    PRESETS,
+    SECTIONS,
+    SEEDS,
+    Config,
+    flatten,
+    options,
+    override,
+    preset,
+)
+from hsee_jax.config.schema import load_plugins
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import Option
+from hsee_jax.runs.folder import load_config, read_config
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting."""
+        raise UserError(message.removeprefix("argument "))
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse like ``parse_args``, but name the flag nearest to an unknown one."""
+        values, rest = self.parse_known_args(arguments)
+        if rest:
+            flags = tuple(flag for flag in self._option_string_actions if len(flag) > 2)
+            flag = rest[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, flags, 1)
+            if flag.startswith("-"):
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(
+                    f"flag: {flag} is unknown{hint}; allowed are those of "
+                    f"`{self.prog} --help`"
+                )
+            raise UserError(f"argument: {rest[0]} is one too many; see {self.prog} -h")
+        return values
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `use_cache` reads."""
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="FOLDER",
+        default=argparse.SUPPRESS,
+        help="where compiled programs are kept for the next call, or off; without it, "
+        "JAX_COMPILATION_CACHE_DIR or hsee_jax in the user's cache folder",
+    )
+
+
+def use_cache(given: dict[str, Any]) -> None:
+    """Keep compiled programs where the flags say."""
+    chosen = given.get("compilation_cache")
+    if chosen is None:
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+            return
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        chosen = str(Path(home) / "hsee_jax")
+    if chosen == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    folder = Path(chosen).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if "compilation_cache" not in given:  # a home that cannot be written to
+            return
+        raise UserError(
+            f"compilation_cache: {folder} is not a folder that can be written to"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def find_plugins(words: Sequence[str]) -> None:
+    """Import the modules that ``--plugin`` names, so that they can add flags."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", nargs="+", default=())
+    load_plugins(parser.parse_known_args(words)[0].plugin)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every option of `Config`, and ``--seed`` for three of them."""
+    demo = flatten(PRESETS["demo"])
+    for section in SECTIONS.values():
+        group = parser.add_argument_group(section.__name__.removesuffix("Config"))
+        for name, option in section.known().items():
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=_parsed(option),
+                nargs="+" if option.many else None,
+                metavar="|".join(option.choices) or option.kind.__name__.upper(),
+                help=_help(section, option, demo.get(name)).replace("%", "%%"),
+            )
+    parser.add_argument("--seed", type=int, metavar="INT", help="sets all three seeds")
+    parser.add_argument(
+        "--absences-file",
+        type=Path,
+        metavar="FILE",
+        help="CSV with the columns client,from,to: sets --absences",
+    )
+
+
+def _parsed(option: Option) -> Any:
+    """Return what turns a word into a value."""
+    if option.kind is not bool:
+        return option.kind
+
+    def parse(word: str) -> bool:
+        if word not in ("true", "false"):
+            raise ValueError(word)
+        return word == "true"
+
+    parse.__name__ = "true or false"
+    return parse
+
+
+def _help(section: Any, option: Option, demo: Any) -> str:
+    """Return help, readers and the demo's value of an option."""
+    text = option.help
+    for registry in section.registries.values():
+        readers = registry.readers(option.name)
+        if readers and len(readers) < len(registry):
+            text += f" ({', '.join(readers)})"
+        if option.name == registry.kind:
+            entries = registry.values()
+            text += ": " + "; ".join(f"{e.name}: {e.summary}" for e in entries)
+    default = option.default if demo is None else demo
+    shown = " ".join(default) if option.many else default
+    return f"{text} (demo: {shown})" if demo is not None else f"{text} ({shown})"
+
+
+def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
+    """Return the named preset, file or stored run, with the given flags applied.
+
+    Args:
+      given: flags by name; those that are no options of `Config` are passed over.
+      stored: folder of the run to go on with.
+
+    Raises:
+      UserError: a flag is not allowed, or has no effect.
+    """
+    changes = {name: given[name] for name in options() if name in given}
+    if "data_dir" in changes:
+        changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
+    if "absences_file" in given and "absences" in changes:
+        raise UserError("absences_file: is not allowed together with absences")
+    if "seed" in given:
+        changes = {name: given["seed"] for name in SEEDS} | changes
+    if "preset" in given and "config" in given:
+        raise UserError("config: is not allowed together with a preset")
+    if "config" in given:
+        base = load_config(given["config"])
+    elif "preset" in given:
+        base = preset(given["preset"])
+    else:
+        base = preset("demo") if stored is None else read_config(stored)
+    if "absences_file" in given:
+        clients = changes.get("num_clients", base.clients.num_clients)
+        changes["absences"] = read_absences(given["absences_file"], clients)
+    return override(base, **changes)

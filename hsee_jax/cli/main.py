@@ -1,0 +1,118 @@
+"""The entry of ``hsee``: run a command and turn its errors into an exit status.
+
+Status 0 is success, 2 an error that the user can mend, 3 divergence, 1 output that
+cannot be written, and 128 + the number of a signal that ended the command. This file
+imports nothing heavy, so that a Ctrl-C while JAX is imported finds its handler set.
+"""
+
+import errno
+import re
+import signal
+import sys
+from collections.abc import Sequence
+
+from hsee_jax.cli import signals, streams
+from hsee_jax.cli.commands import COMMANDS, usage
+
+_NO_MEMORY = re.compile(
+    "RESOURCE_EXHAUSTED|out of memory|failed to allocate|bad_alloc|"
+    "cannot allocate memory|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+      arguments: the command and its flags; None is those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if words[:1] == ["--version"]:
+        from hsee_jax import __version__
+
+        print(f"hsee {__version__}")
+        return 0
+    try:
+        return _run(words)
+    except SystemExit as end:  # of argparse, after it has printed a help
+        return int(end.code or 0)
+    except Exception as error:
+        status, line = _explain(error)
+        if status is None:
+            raise
+        _say(line)
+        return status
+
+
+def console_main() -> None:
+    """Run the ``hsee`` command of this process and exit with its status."""
+    command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    farewell = "stopped"
+    if command and command.after_interrupt:
+        farewell += f"; {command.after_interrupt}"
+    try:
+        streams.open_streams()
+        with signals.exit_on_interrupt():
+            if command:
+                command.load()
+        with signals.exit_on_second():
+            status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _say(farewell)
+        status = 128 + signal.SIGINT
+    except streams.OutputError as error:
+        status = streams.close_output(error)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the interpreter only shuts down
+    raise SystemExit(status)
+
+
+def _run(words: Sequence[str]) -> int:
+    """Find the command and run it."""
+    from hsee_jax.core.errors import UserError
+    from hsee_jax.core.errors import unknown
+
+    if not words:
+        raise UserError(f"command: none given; allowed are {', '.join(COMMANDS)}")
+    if words[0] not in COMMANDS:
+        raise unknown("command", words[0], tuple(COMMANDS))
+    return COMMANDS[words[0]].load()(words[1:]) or 0
+
+
+def _explain(error: Exception) -> tuple[int | None, str]:
+    """Return the exit status and the line of an error; None is a fault of ours."""
+    from hsee_jax.core.errors import DivergenceError, UserError
+
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, DivergenceError):
+        return 3, str(error)
+    if lacks_memory(error):
+        reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        return 2, (
+            f"memory: there is not enough ({reason[:200]}); a smaller --batch-size, "
+            "--eval-batch-size or --width needs less, as do fewer clients at once "
+            "(--participation, --client-axis loop)"
+        )
+    return None, ""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host or a device has no memory left."""
+    if isinstance(error, MemoryError):  # NumPy's own is one too
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    # RuntimeError: of JAX, and of threads without a stack
+    kinds = (RuntimeError, ImportError)
+    if isinstance(error, kinds) and _NO_MEMORY.search(str(error)):
+        return True
+    return error.__cause__ is not None and lacks_memory(error.__cause__)
+
+
+def _say(line: str) -> None:
+    print(f"hsee: {line}", file=sys.stderr)

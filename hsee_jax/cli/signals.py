@@ -1,0 +1,135 @@
+"""What SIGTERM and Ctrl-C do: the first asks the command to end, the second ends it.
+
+Python runs a signal's handler between two bytecodes of the main thread, and a compiled
+call can hold that thread for ever. But the signal's number is written to a file
+descriptor at once, wherever the main thread is (`signal.set_wakeup_fd`), and a thread
+that reads it can end the process.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+# Signals within this time are one: timeout(1) and launchers send theirs twice.
+_TOGETHER_S = 0.5
+_SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
+
+
+class StopSignals:
+    """In a ``with`` statement, note SIGTERM and Ctrl-C; a second one ends the process.
+
+    Only the main thread may handle signals; in another thread nothing is noted.
+
+    Attributes:
+      received: the number of the first signal; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        """Begin without a signal."""
+        self.received = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "StopSignals":
+        """Listen."""
+        if threading.current_thread() is threading.main_thread():
+            self._stack.enter_context(exit_on_second(self._announce))
+            for number in _STOPPING:
+                self._stack.enter_context(_handled(number, self._note))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Restore what signals did before."""
+        self._stack.close()
+
+    def __call__(self) -> bool:
+        """Return whether a signal has come to any process; all of them must ask."""
+        from hsee_jax.parallel.processes import largest
+
+        self.received = largest(self.received)
+        return self.received > 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+    def _announce(self, number: int) -> None:
+        self.received = self.received or number
+        with contextlib.suppress(OSError, ValueError):  # standard error is closed
+            print("hsee: stops after this step, at once if told again", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def exit_on_second(
+    on_first: Callable[[int], None] = lambda number: None,
+) -> Iterator[None]:
+    """End the process at its second SIGTERM or Ctrl-C, whatever the main thread does.
+
+    The signals need handlers of Python, as Ctrl-C has one by default. Call it in the
+    main thread.
+
+    Args:
+      on_first: called with the number of the first signal, in a thread of its own.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reading, on_first), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writing.close()  # the watcher comes to the end of what it reads
+        watcher.join()
+        reading.close()
+
+
+@contextlib.contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C exit at once with one line, while there is nothing to clean up."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        _leave("stopped", number)
+
+    with _handled(signal.SIGINT, leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(number: int, handler: Callable[[int, FrameType | None], Any]) -> Iterator:
+    """Handle a signal, and restore its former handler."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        # None is a handler that Python has not set and cannot set again
+        signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def _watch(reading: socket.socket, on_first: Callable[[int], None]) -> None:
+    """Read the numbers of signals until the other end is closed."""
+    first = None
+    while numbers := reading.recv(64):
+        for number in numbers:
+            if number not in _STOPPING:
+                continue
+            if first is None:
+                first = time.monotonic()
+                on_first(number)
+            elif time.monotonic() - first > _TOGETHER_S:
+                _leave("ended at once", number)
+
+
+def _leave(word: str, number: int) -> NoReturn:
+    """Exit without any cleaning up."""
+    line = f"hsee: {word}\n".encode()
+    with contextlib.suppress(OSError):
+        os.write(2, _SHOW_CURSOR + line if os.isatty(2) else line)
+    os._exit(128 + number)

@@ -1,0 +1,98 @@
+"""Standard output and standard error that take any text and fail in one line.
+
+A character that the locale's encoding lacks is written as an escape. Standard error
+that cannot be written is no reason to end a training; standard output is the result
+of a command, and its failure is an `OutputError`, told from the failure of a file.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+
+class OutputError(Exception):
+    """Standard output cannot be written."""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{error.strerror or error}") from error
+
+
+class _Output(io.TextIOWrapper):
+    """Raises `OutputError` where it cannot be written."""
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with _told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with _told():
+            super().flush()
+
+
+class _Messages(io.TextIOWrapper):
+    """Drops what cannot be written."""
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def open_streams() -> None:
+    """Replace the standard streams of this process by those of this file.
+
+    Raises:
+      OutputError: standard output is closed.
+    """
+    output_is_closed = sys.stdout is None
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # no file of a run may take the place of a closed stream
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = _rewrapped(sys.stderr, _Messages)
+    if output_is_closed:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        raise OutputError("it is closed")
+    sys.stdout = _rewrapped(sys.stdout, _Output)
+
+
+def close_output(error: OutputError) -> int:
+    """Say why output failed, drop what is left of it and return the exit status.
+
+    A pipe whose reader has gone is no error.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    if isinstance(error.__cause__, BrokenPipeError):
+        return 0
+    print(f"hsee: stdout: cannot be written: {error}", file=sys.stderr)
+    return 1
+
+
+def _rewrapped(stream: TextIO, kind: type[io.TextIOWrapper]) -> TextIO:
+    """Return a text stream of another kind over the same bytes."""
+    wrapper: Any = stream
+    options = {
+        "encoding": wrapper.encoding,
+        "line_buffering": wrapper.line_buffering,
+        "write_through": wrapper.write_through,
+    }
+    return kind(wrapper.detach(), errors="backslashreplace", **options)

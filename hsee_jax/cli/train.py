@@ -1,0 +1,92 @@
+"""``hsee train``."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hsee_jax.parallel import processes
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.cli.arguments import config_parser, print_figures
+from hsee_jax.cli.signals import StopSignals
+from hsee_jax.cli.terminal import ProgressBar, show_log
+from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.runs.folder import new_folder
+from hsee_jax.runs.train import train as train_run
+
+
+def train(words: Sequence[str]) -> int | None:
+    """Train a federation; return the exit status of a run that a signal stopped."""
+    given = vars(_parser(words).parse(words))
+    how = {name: given.pop(name, False) for name in ("resume", "overwrite")}
+    out = given.pop("out", None)
+    if how["resume"] and out is None:
+        raise UserError("out: missing; --resume needs the folder of the run")
+    config = config_from(given, stored=out if how["resume"] else None)
+    processes.join(*map(given.get, ("coordinator", "num_processes", "process_id")))
+    processes.check_devices()
+    use_cache(given)
+    is_first = processes.is_first()
+    if is_first:
+        show_log()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder(out, given))
+        signals = stack.enter_context(StopSignals())
+        try:
+            summary = train_run(
+                config,
+                folder,
+                **how,
+                callbacks=[ProgressBar(config.run.rounds)] if is_first else [],
+                stop=signals,
+            )
+        except Stopped as stopped:
+            print(f"hsee: {stopped}; --resume --out {folder} goes on", file=sys.stderr)
+            return 128 + signals.received
+    if is_first:
+        print_figures(summary.rounds, summary.scores, folder, as_json=False)
+    return None
+
+
+def _parser(words: Sequence[str]) -> Parser:
+    parser = config_parser("train", words)
+    parser.add_argument(
+        "--config", type=Path, help="a config.json to start from, in place of a preset"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the run's folder; runs/PRESET-DATE by default"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out; --rounds may be raised, which stretches the "
+        "schedule of the learning rate",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run in --out"
+    )
+    several = parser.add_argument_group(
+        "several processes", "found automatically on TPU pods and in Slurm steps"
+    )
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of the first process; or auto"
+    )
+    several.add_argument("--num-processes", type=int, help="how many there are")
+    several.add_argument("--process-id", type=int, help="which one this is, from 0")
+    return parser
+
+
+def _folder(
+    out: Path | None, given: dict[str, Any]
+) -> contextlib.AbstractContextManager[Path]:
+    """Return the folder of the run: the given one, or a new one below ``runs``."""
+    if out is not None:
+        return contextlib.nullcontext(out)
+    if jax.process_count() > 1:
+        raise UserError("out: missing; several processes need a folder they share")
+    name = given.get("preset", "run" if "config" in given else "demo")
+    return new_folder(Path("runs"), f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
