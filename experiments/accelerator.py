@@ -18,11 +18,11 @@ from typing import Any
 
 import rows
 import run
+from hsee_jax.flags import use_cache
 
 import hsee_jax
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.data import find_source
-from hsee_jax.flags import use_cache
 
 SETS = ("cifar10", "cifar100", "stl10")
 # What a reader looks for first; the other rows follow in the order of their names.

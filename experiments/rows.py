@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hsee_jax
+from hsee_jax.algorithms.hetero_splitee import STRATEGIES, options_of
 from hsee_jax.config.schema import SEEDS, flatten
 from hsee_jax.runs.folder import BOOKKEEPING
-from hsee_jax.algorithms.hetero_splitee import STRATEGIES, options_of
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from hsee_jax.flags import use_cache
+from hsee_jax.folder import BOOKKEEPING, read_config
 
 import hsee_jax
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show_log
 from hsee_jax.config import flatten
-from hsee_jax.flags import use_cache
-from hsee_jax.folder import BOOKKEEPING, read_config
 
 FOLDER = Path("runs/rows")
 

@@ -7,7 +7,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from hsee_jax.inference.calibration import Judgement, OffloadCurve, Scores, all_thresholds, calibration_error, judge, offload_curve, point_at_accuracy, point_in_budget
+from hsee_jax.inference.calibration import (
+    Judgement,
+    OffloadCurve,
+    Scores,
+    all_thresholds,
+    calibration_error,
+    judge,
+    offload_curve,
+    point_at_accuracy,
+    point_in_budget,
+)
 
 
 def scores(uncertainty, exit_correct, server_correct):

@@ -15,16 +15,16 @@ from tiny import (
     tiny_shards,
 )
 
+from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.core.errors import DivergenceError
 from hsee_jax.core.types import ExitMetrics, Metrics, Stage
 from hsee_jax.engine import check_finite, client_axis, make_round
 from hsee_jax.engine.evaluation import make_evaluation, means
-from hsee_jax.federation.strategy import server_of
-from hsee_jax.federation.state import take_member
-from hsee_jax.parallel.mesh import SAME, make_mesh, place
 from hsee_jax.engine.plan import plan_round
 from hsee_jax.federation.branch import forward
-from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.federation.state import take_member
+from hsee_jax.federation.strategy import server_of
+from hsee_jax.parallel.mesh import SAME, make_mesh, place
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])

@@ -10,17 +10,17 @@ from test_inference import unsure, without_a_gate
 from tiny import tiny_model
 
 from hsee_jax import cli
-from hsee_jax.inference import study as gating
-from hsee_jax.runs import train as runs
-from hsee_jax.core.types import Dataset
-from hsee_jax.core.errors import UserError
-from hsee_jax.inference.calibration import calibration_error, judge
-from hsee_jax.runs.checkpoint import Writer
-from hsee_jax.config.schema import override, to_json
 from hsee_jax.config.presets import preset
+from hsee_jax.config.schema import override, to_json
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
 from hsee_jax.data import load_dataset
-from hsee_jax.runs.build import build
+from hsee_jax.inference import study as gating
+from hsee_jax.inference.calibration import calibration_error, judge
 from hsee_jax.inference.study import Target
+from hsee_jax.runs import train as runs
+from hsee_jax.runs.build import build
+from hsee_jax.runs.checkpoint import Writer
 
 CONFIG = override(
     preset("demo"),

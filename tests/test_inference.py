@@ -7,9 +7,15 @@ import optax
 import pytest
 from tiny import CLASSES, tiny_data, tiny_model
 
+from hsee_jax.federation.branch import (
+    client_spec,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
 from hsee_jax.inference.gate import CRITERIA, Gate, make_gate
 from hsee_jax.nn.model import init_network
-from hsee_jax.federation.branch import client_spec, forward, init_client, init_server, server_spec
 
 MODEL = tiny_model()
 NONE = optax.identity()

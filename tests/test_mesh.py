@@ -10,10 +10,10 @@ from test_strategies import CUTS, SIZES, assert_same, branches, train
 from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 
 from hsee_jax.algorithms.compose import compose
-from hsee_jax.engine.evaluation import make_evaluation
-from hsee_jax.parallel.mesh import SAME, make_mesh, place
-from hsee_jax.engine.store import HostStore
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.engine.evaluation import make_evaluation
+from hsee_jax.engine.store import HostStore
+from hsee_jax.parallel.mesh import SAME, make_mesh, place
 
 JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
 STRATEGIES = {

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsee_jax.core.types import Dataset
-from hsee_jax.core.errors import UserError
 from hsee_jax.config.schema import Config, override
-from hsee_jax.runs.build import build
-from hsee_jax.federation.federation import Client, group_clients
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
 from hsee_jax.data.partition import hold_out, partition
 from hsee_jax.engine.plan import EMPTY, num_slots, plan_round
+from hsee_jax.federation.federation import Client, group_clients
+from hsee_jax.runs.build import build
 
 KINDS = ("iid", "dirichlet", "classes", "quantity")
 

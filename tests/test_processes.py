@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from hsee_jax.runs.train import train as runs
-from hsee_jax.core.errors import UserError
-from hsee_jax.config.schema import override
 from hsee_jax.config.presets import preset
+from hsee_jax.config.schema import override
+from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import join
+from hsee_jax.runs.train import train as runs
 
 CODE = """
 import sys

@@ -10,11 +10,17 @@ import optax
 import pytest
 
 from hsee_jax.core.types import Batch
+from hsee_jax.federation.branch import (
+    client_spec,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.federation.step import branch_step
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network, layer_inputs
 from hsee_jax.nn.resnet import resnet18
-from hsee_jax.federation.step import branch_step
-from hsee_jax.federation.branch import client_spec, forward, init_client, init_server, server_spec
 
 
 def weights(model, seed=0):

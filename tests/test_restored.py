@@ -13,13 +13,14 @@ import pytest
 from tiny import noise_state, write_run
 
 import hsee_jax
-from hsee_jax.runs import restore as restored, train as runs
-from hsee_jax.core.types import Batch
-from hsee_jax.core.errors import UserError
-from hsee_jax.runs.checkpoint import load
-from hsee_jax.config.schema import override
 from hsee_jax.config.presets import preset
+from hsee_jax.config.schema import override
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Batch
+from hsee_jax.runs import restore as restored
+from hsee_jax.runs import train as runs
 from hsee_jax.runs.build import dataset_info_of
+from hsee_jax.runs.checkpoint import load
 
 SMALL = override(
     preset("demo"),

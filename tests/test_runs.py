@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from hsee_jax.runs import train as runs
-from hsee_jax.core.errors import DivergenceError, UserError
-from hsee_jax.config.schema import override, to_json
 from hsee_jax.config.presets import preset
+from hsee_jax.config.schema import override, to_json
+from hsee_jax.core.errors import DivergenceError, UserError
+from hsee_jax.data.partition import hold_out
+from hsee_jax.inference.study import study
+from hsee_jax.runs import train as runs
 from hsee_jax.runs.build import load_dataset_of
 from hsee_jax.runs.folder import read_config
-from hsee_jax.inference.study import study
-from hsee_jax.data.partition import hold_out
 
 SMALL = override(
     preset("demo"),

@@ -8,10 +8,17 @@ import pytest
 from tiny import OPTIM, tiny_data, tiny_federation, tiny_model
 
 from hsee_jax.core.types import Batch
+from hsee_jax.federation.branch import (
+    BranchSpec,
+    client_spec,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.federation.step import branch_step, detached_step, joint_step
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network
-from hsee_jax.federation.branch import BranchSpec, client_spec, forward, init_client, init_server, server_spec
-from hsee_jax.federation.step import branch_step, detached_step, joint_step
 
 MODEL = tiny_model()
 NETWORK = jax.jit(lambda: init_network(MODEL, jax.random.key(0)))()

@@ -15,15 +15,23 @@ from tiny import (
     tiny_shards,
 )
 
+from hsee_jax.algorithms.hetero_splitee import (
+    averaging,
+    centralized,
+    fedavg,
+    local,
+    sequential,
+    splitfed_v1,
+    splitfed_v2,
+)
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine import make_round
-from hsee_jax.federation.state import RunState
-from hsee_jax.federation.strategy import server_of
-from hsee_jax.parallel.mesh import SAME, place, place_blocks
-from hsee_jax.nn.model import init_network
 from hsee_jax.engine.plan import num_slots, plan_round
 from hsee_jax.engine.store import DeviceStore, HostStore
-from hsee_jax.algorithms.hetero_splitee import averaging, centralized, fedavg, local, sequential, splitfed_v1, splitfed_v2
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.strategy import server_of
+from hsee_jax.nn.model import init_network
+from hsee_jax.parallel.mesh import SAME, place, place_blocks
 
 CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
 SIZES = {7: 7, 2: 4, 5: 7, 0: 3, 3: 3}  # one or two batches of 4, of 4 or 3 rows

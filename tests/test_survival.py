@@ -18,14 +18,14 @@ from tiny import tiny_federation, tiny_model, tiny_shards
 
 import hsee_jax.engine.scan
 from hsee_jax import cli
-from hsee_jax.runs.train import train as runs
-from hsee_jax.core.errors import DivergenceError, Stopped, UserError
-from hsee_jax.runs.checkpoint import find
-from hsee_jax.config.schema import override
-from hsee_jax.config.presets import preset
-from hsee_jax.runs.folder import read_config
-from hsee_jax.engine.plan import Absence, missing
 from hsee_jax.algorithms.hetero_splitee import averaging, local, sequential
+from hsee_jax.config.presets import preset
+from hsee_jax.config.schema import override
+from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.engine.plan import Absence, missing
+from hsee_jax.runs.checkpoint import find
+from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.train import train as runs
 
 SMALL = override(
     preset("demo"),

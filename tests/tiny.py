@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.core.types import Dataset
-from hsee_jax.runs.checkpoint import Writer
 from hsee_jax.config.schema import OptimConfig, to_json
-from hsee_jax.runs.build import build_federation, build_strategy, dataset_info_of
+from hsee_jax.core.types import Dataset
+from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.optim.optimizers import make_optimizer
+from hsee_jax.runs.build import build_federation, build_strategy, dataset_info_of
+from hsee_jax.runs.checkpoint import Writer
 
 CLASSES = 3
 PIPELINE = InputPipeline((0.5,), (0.25,), "none")

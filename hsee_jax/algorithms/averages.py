@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
     side: str  # "client" or "server"
     group: int
-    index: int  # of the layer in the branch; the head is -1
+    layer: int  # its index in the branch; the head is -1
 
 
 Layers = dict[tuple[str, int], list[LayerState]]  # by side and group, the head last

@@ -21,8 +21,6 @@ exits are probes that change nothing (unless ``exit_gradient`` says otherwise). 
 none, no features cross a link.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 
 from hsee_jax.algorithms.averages import make_averages
@@ -35,24 +33,22 @@ from hsee_jax.algorithms.steps import (
 )
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.types import Array, Key
-from hsee_jax.federation.branch import init_server
+from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, init_clients, init_servers
 from hsee_jax.federation.strategy import InitStateFn, StepFn, Strategy
 from hsee_jax.nn.model import init_network
 from hsee_jax.optim.optimizers import with_merge
 
-
-class _Names(NamedTuple):
-    """The names that `compose` allows."""
-
-    average: tuple[str, ...] = ("none", "servers", "clients", "all_holders")
-    boundary: tuple[str, ...] = ("detached", "joint", "none")
-    turn: tuple[str, ...] = ("batch", "epoch")
-    period_unit: tuple[str, ...] = ("rounds", "steps")
-    batch_norm: tuple[str, ...] = ("auto", "average", "keep_local")
-    weights: tuple[str, ...] = ("samples", "uniform")
-    init: tuple[str, ...] = ("shared", "per_client")
+_NAMES = {
+    "average": ("none", "servers", "clients", "all_holders"),
+    "boundary": ("detached", "joint", "none"),
+    "turn": ("batch", "epoch"),
+    "period_unit": ("rounds", "steps"),
+    "batch_norm": ("auto", "average", "keep_local"),
+    "weights": ("samples", "uniform"),
+    "init": ("shared", "per_client"),
+}
 
 
 def compose(
@@ -102,8 +98,8 @@ def compose(
         crosses the cut.
       ValueError: a shared server is to be averaged.
     """
-    given = _Names(average, boundary, turn, period_unit, batch_norm, weights, init)  # type: ignore[arg-type]
-    for name, value, allowed in zip(_Names._fields, given, _Names(), strict=True):
+    given = (average, boundary, turn, period_unit, batch_norm, weights, init)
+    for (name, allowed), value in zip(_NAMES.items(), given, strict=True):
         if value not in allowed:
             raise unknown(name, value, allowed)
     if shared and average in ("servers", "all_holders"):
@@ -156,7 +152,9 @@ def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:
         clients = init_clients(federation, key, init, ids)
         if shared:
             network, cut = init_network(federation.model, key), federation.groups[0].cut
-            servers = (init_server(network, cut, federation.optimizer),)
+            servers: tuple[Branch, ...] = (
+                init_server(network, cut, federation.optimizer),
+            )
         else:
             servers = init_servers(federation, key, init, ids)
         return RunState(jnp.zeros((), jnp.int32), clients, servers)

@@ -1,4 +1,4 @@
-"""One step of a federation: turns, all clients at once, or clients before the server."""
+"""One step of a federation: turns, all clients at once, or clients, then the server."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +43,9 @@ class ServerParts(NamedTuple):
 def server_parts(federation: Federation, *, shared: bool) -> ServerParts:
     """Slice a shared server at each group's cut; a replica is all of its group's."""
     if not shared:
-        return ServerParts(lambda server, group: server, lambda server, group, part: part)
+        return ServerParts(
+            lambda server, group: server, lambda server, group, part: part
+        )
     first = federation.groups[0].cut
     depths = [group.cut - first for group in federation.groups]
 
@@ -146,7 +148,12 @@ def clients_then_server(
         # a whole batch counts: in BatchNorm and in the gradients.
         messages = tuple(constrain(m, mesh, P(None, CLIENTS)) for m in messages)
         server, served = _serve_in_turn(
-            federation, parts, state.servers[0], messages, order, rates.of(learning_rate)
+            federation,
+            parts,
+            state.servers[0],
+            messages,
+            order,
+            rates.of(learning_rate),
         )
         state = state.replace(clients=clients, servers=(server,))
         return state, tuple(map(ExitMetrics, exits, served, links))

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from hsee_jax.cli.commands import COMMANDS
-from hsee_jax.cli.terminal import results_table, show
-from hsee_jax.config import PRESETS
-from hsee_jax.core.errors import unknown
 from hsee_jax.cli.flags import (
     Parser,
     add_cache,
@@ -17,6 +14,9 @@ from hsee_jax.cli.flags import (
     find_plugins,
     use_cache,
 )
+from hsee_jax.cli.terminal import results_table, show
+from hsee_jax.config import PRESETS
+from hsee_jax.core.errors import unknown
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.records import Scores
 
@@ -87,9 +87,7 @@ def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def print_figures(
-    rounds: int, scores: Scores, folder: Path, *, as_json: bool
-) -> None:
+def print_figures(rounds: int, scores: Scores, folder: Path, *, as_json: bool) -> None:
     """Print what the clients of a run score, as a table or as JSON.
 
     Args:

@@ -5,15 +5,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsee_jax.report import gate as gate_report
-from hsee_jax.core.errors import UserError
 from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
-from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.cli.flags import Parser
-from hsee_jax.runs.folder import check_writable
+from hsee_jax.cli.terminal import show, text_table
+from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.inference.study import study
+from hsee_jax.report import gate as gate_report
+from hsee_jax.runs.folder import check_writable
 
 _TARGETS = {
     "offload": "at most this share of the samples goes to the server",

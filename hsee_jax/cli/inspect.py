@@ -25,9 +25,7 @@ def evaluate(words: Sequence[str]) -> None:
     add_figures(parser, file="summary.json")
     given = parse_run(parser, words)
     show_log()
-    rounds, scores = evaluate_run(
-        given.run, given.checkpoint, data_dir=given.data_dir
-    )
+    rounds, scores = evaluate_run(given.run, given.checkpoint, data_dir=given.data_dir)
     print_figures(rounds, scores, given.run, as_json=given.json)
 
 

@@ -73,8 +73,7 @@ def console_main() -> None:
 
 def _run(words: Sequence[str]) -> int:
     """Find the command and run it."""
-    from hsee_jax.core.errors import UserError
-    from hsee_jax.core.errors import unknown
+    from hsee_jax.core.errors import UserError, unknown
 
     if not words:
         raise UserError(f"command: none given; allowed are {', '.join(COMMANDS)}")

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from hsee_jax.parallel import processes
-from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.cli.arguments import config_parser, print_figures
+from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
-from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.parallel import processes
 from hsee_jax.runs.folder import new_folder
 from hsee_jax.runs.train import train as train_run
 

@@ -191,9 +191,9 @@ class OptimConfig(Section):
     }
     optimizer: Annotated[str, "update rule", one_of(OPTIMIZERS)] = "sgd"
     learning_rate: Annotated[float, "peak learning rate", positive] = 0.1
-    schedule: Annotated[
-        str, "learning rate after the warm-up", one_of(SCHEDULES)
-    ] = "cosine"
+    schedule: Annotated[str, "learning rate after the warm-up", one_of(SCHEDULES)] = (
+        "cosine"
+    )
     warmup_rounds: Annotated[float, "rounds of linear warm-up", at_least(0)] = 1.0
 
 

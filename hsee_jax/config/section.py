@@ -46,7 +46,9 @@ class Values(Mapping[str, Any]):
 class Section:
     """Fields that check themselves, and the options of the entries that they name."""
 
-    registries: ClassVar[Mapping[str, Registry]] = {}  # by the field that names an entry
+    registries: ClassVar[
+        Mapping[str, Registry]
+    ] = {}  # by the field that names an entry
 
     options: Values = dataclasses.field(default=Values(), kw_only=True)
 

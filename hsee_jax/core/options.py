@@ -58,7 +58,7 @@ class Option:
     """One option: what its values are, and what they mean."""
 
     name: str
-    kind: type  # str, int, float or bool: of the value, or of each entry of a tuple
+    kind: Any  # str, int, float or bool: of the value, or of each entry of a tuple
     default: Any
     help: str = ""
     rules: tuple[Rule, ...] = ()
@@ -142,7 +142,7 @@ def _read(name: str, hint: Any, default: Any) -> Option:
         kind = typing.get_args(kind)[0]
     if kind not in (str, int, float, bool):
         raise TypeError(
-            f"{name}: {hint} cannot be an option; allowed are str, int, float and bool, "
+            f"{name}: {hint} cannot be an option; allowed are str, int, float, bool, "
             "a tuple of them, or None beside them"
         )
     return Option(

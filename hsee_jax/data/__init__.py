@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hsee_jax.core.types import Dataset
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
 from hsee_jax.data import archives, arrays, prepared
 from hsee_jax.data.download import OnBytes, download_archive
 from hsee_jax.data.info import DATASETS, OWN, PACKAGED, DatasetInfo, Source

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hsee_jax.core.types import Dataset
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import Source
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.types import Dataset
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import DATASETS, LABELS, DatasetInfo, Source
 
 _ALLOWED = "allowed are `images`, uint8 [M, H, W, C], and `labels`, integers [M]"

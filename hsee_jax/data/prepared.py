@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hsee_jax.core.types import Dataset
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import DATASETS, Source
 
 Samples = Iterable[dict[str, Any]]

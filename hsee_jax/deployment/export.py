@@ -191,7 +191,7 @@ def _without_sources() -> Iterator[None]:
 
 
 def _known(path: Path, rounds: int, i: int) -> Figures:
-    """Read what a file of the run says of a client after so many rounds, if anything."""
+    """Read what a file of the run says of a client after so many rounds."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         own = [client for client in content["clients"] if client["id"] == i]

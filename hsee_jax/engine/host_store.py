@@ -7,24 +7,22 @@ checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
-import numpy.typing as npt
 from flax import struct
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from hsee_jax.core.types import Key, PyTree
-from hsee_jax.engine.plan import EMPTY, take_seats
+from hsee_jax.engine.plan import EMPTY
 from hsee_jax.engine.round import layout
+from hsee_jax.engine.store import Ids, state_shardings
 from hsee_jax.federation.aggregation import newest
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import Means, RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import to_devices, to_host
-
-from hsee_jax.engine.store import Ids, state_shardings
 
 
 def _host() -> jax.Device:

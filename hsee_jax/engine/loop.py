@@ -51,9 +51,7 @@ class Steps(Protocol):
         """Take step ``t`` of the round, counted from 0."""
 
 
-def make_loop_round(
-    strategy: Strategy, pipeline: InputPipeline, key: Key
-) -> RoundFn:
+def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
     """Compile the loop, see `hsee_jax.engine.make_round`."""
     begin = _by_turns(strategy, pipeline, key)
     if strategy.turn is None:
@@ -173,18 +171,18 @@ class _Turns:
     def take(self, t: int) -> Log:
         """See `Steps`."""
         plan, log, turns = self._plan, [], self._plan.order.shape[1]
-        for t, n in self._sequence[t * turns : (t + 1) * turns]:
-            if not plan.mask[t, n].any():
+        for step, n in self._sequence[t * turns : (t + 1) * turns]:
+            if not plan.mask[step, n].any():
                 continue
             s = 0 if self._strategy.shared else n
             self._clients[n], self._servers[s], metrics = self._turn(
                 self._clients[n],
                 self._servers[s],
                 self._data,
-                (plan.indices[t, n], plan.mask[t, n]),
+                (plan.indices[step, n], plan.mask[step, n]),
                 plan.ids[n],
-                np.int32(self._first + t),
-                self._rates[t],
+                np.int32(self._first + step),
+                self._rates[step],
                 group=self._group_of[n],
             )
             log.append((n, metrics))

@@ -92,7 +92,7 @@ def layout(strategy: Strategy) -> RunState:
 
 
 def data_layout(strategy: Strategy) -> PartitionSpec:
-    """Describe how training samples lie over a mesh: in blocks, or all on each device."""
+    """Say how training samples lie over a mesh: in blocks, or all on each device."""
     return SAME if strategy.step is None else SPREAD
 
 

@@ -113,7 +113,7 @@ def make_scan_round(
         specs = (_GroupPlan(each, by_step, by_step, each),) * len(sizes)
         groups = to_devices(tuple(groups), mesh, specs)
         same = to_devices((plan.order, learning_rates), mesh, SAME)
-        sums = jax.tree.map(np.asarray, before.metrics, _DTYPES)
+        sums = jax.tree.map(np.asarray, before, _DTYPES)
         carry = _Carry(
             state,
             no_means(state, tuple(group.weights for group in groups)),
@@ -247,9 +247,7 @@ def _all_at_once(
     return step
 
 
-def _one_turn(
-    strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
-) -> StepFn:
+def _one_turn(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> StepFn:
     """Make a turn of one client, for a strategy whose turns wait for each other."""
 
     def step(inputs: _Inputs, k: Array, carry: _Carry) -> _Carry:

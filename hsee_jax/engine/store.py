@@ -10,17 +10,14 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import numpy.typing as npt
-from flax import struct
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding
 
 from hsee_jax.core.types import Key, PyTree
-from hsee_jax.engine.plan import EMPTY, take_seats
+from hsee_jax.engine.plan import take_seats
 from hsee_jax.engine.round import layout
-from hsee_jax.federation.aggregation import newest
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import Means, RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.parallel.mesh import to_devices, to_host
 
 Ids = npt.NDArray[np.int32]  # [N]: the client in each slot of a round, or EMPTY
 
@@ -32,7 +29,7 @@ class Store(Protocol):
         """Draw the state before the first round from a typed key."""
 
     def chunks(self) -> Iterator[Ids]:
-        """Yield all clients once, as the ids in the slots of one round after another."""
+        """Yield all clients once, as ids in the slots of one round after another."""
 
     def take(self, state: Any, ids: Ids) -> RunState:
         """Return the state of some clients, for a round or an evaluation."""
@@ -128,5 +125,3 @@ def state_shardings(federation: Federation, strategy: Strategy) -> PyTree | None
     if mesh is None:
         return None
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(strategy))
-
-

@@ -1,4 +1,4 @@
-"""A federation: branches and their steps, the cross-layer mean, state and strategies."""
+"""A federation: branches, their steps, the cross-layer mean, state, strategies."""
 
 from hsee_jax.federation.aggregation import LayerMean, layer_mean, receive
 from hsee_jax.federation.branch import (
@@ -55,4 +55,5 @@ __all__ = [
     "receive",
     "server_of",
     "server_spec",
+    "server_step",
 ]

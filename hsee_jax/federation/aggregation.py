@@ -79,7 +79,7 @@ def _counted(leaf: Array, share: Array) -> Array:
 
 
 def shared_state(optimizer: OptimizerLike, opt_state: PyTree) -> PyTree:
-    """Keep the leaves of an optimizer's state that are averaged; None for the others."""
+    """Keep the averaged leaves of an optimizer's state; None in place of the others."""
     return jax.tree.map(
         lambda leaf, shared: leaf if shared else None,
         opt_state,

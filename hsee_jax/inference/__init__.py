@@ -1,6 +1,13 @@
 """Early-exit inference: the gate, its thresholds, and what they give."""
 
-from hsee_jax.inference.gate import CRITERIA, Answers, Criterion, Gate, make_gate, register
+from hsee_jax.inference.gate import (
+    CRITERIA,
+    Answers,
+    Criterion,
+    Gate,
+    make_gate,
+    register,
+)
 from hsee_jax.inference.study import Study, study
 
 __all__ = [

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.inference.calibration import OffloadCurve, Scores, calibration_error, offload_curve, point_at_accuracy, point_in_budget
+from hsee_jax.inference.calibration import (
+    OffloadCurve,
+    Scores,
+    calibration_error,
+    offload_curve,
+    point_at_accuracy,
+    point_in_budget,
+)
 
 Figures = dict[str, Any]  # as JSON holds them
 OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve

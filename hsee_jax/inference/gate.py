@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.types import Array
-from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
 from hsee_jax.core.registry import Registry
+from hsee_jax.core.types import Array
 from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forward
 from hsee_jax.link.codecs import Message
+from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
 
 _PARTS = 8  # equal parts of a batch: the server runs on one to eight of them
 

@@ -20,7 +20,7 @@ in all of them. Images are NHWC and weights HWIO.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -48,5 +48,3 @@ def deal_cuts(
         )
     numbers = [parse_cut(cut, layer_names) for cut in cuts]
     return tuple(numbers[i % len(numbers)] for i in range(num_clients))
-
-

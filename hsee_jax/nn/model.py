@@ -100,5 +100,3 @@ def init_network(model: Model, key: Key) -> Network:
         ),
         final_head=draw(model.final_head, 2 * count, shapes[-1]),
     )
-
-

@@ -174,7 +174,7 @@ def resnet18(
         one_of(FORMS),
     ] = "auto",
 ) -> Model:
-    """Build ResNet-18 as 9 layers: the stem and 8 basic blocks, named as in torchvision.
+    """Build ResNet-18 as 9 layers: stem and 8 basic blocks, named as in torchvision.
 
     Args:
       num_classes: K.

@@ -1,7 +1,7 @@
 """Winograd's form of the 3x3 convolution of stride 1.
 
 F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308) takes 16 products where the other forms
-take 36: y = A' [(G w G') * (B' x B)] A for every tile of 4x4 inputs and 2x2 outputs. The
+take 36: y = A' [(G w G') * (B' x B)] A for a tile of 4x4 inputs and 2x2 outputs. The
 product is one of matrices over channels for each of 16 places. The gradient by the
 weights is the transpose, and the gradient by the input is the same form with the window
 turned round. Everything is in float32, whatever the dtype of the arrays. Other windows

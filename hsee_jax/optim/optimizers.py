@@ -8,7 +8,7 @@ layers, and a count of the optimizer's own would let their schedules drift apart
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import optax
@@ -48,7 +48,7 @@ class Optimizer(NamedTuple):
     merge: Merge
 
 
-OptimizerLike = Optimizer | optax.GradientTransformation
+OptimizerLike: TypeAlias = Optimizer | optax.GradientTransformation
 
 
 def _nothing(state: PyTree) -> PyTree:
@@ -76,7 +76,7 @@ MERGES: Registry[Merge] = Registry("optimizer_state")
 
 @MERGES.register(summary="the rule of the optimizer: each holder keeps its own state")
 def keep(optimizer: Optimizer) -> Merge:
-    """Follow the optimizer's own rule; for sgd and adamw, every holder keeps its own."""
+    """Follow the optimizer's own rule: with sgd and adamw each holder keeps its own."""
     return optimizer.merge
 
 

@@ -106,7 +106,10 @@ def _read_run(folder: Path, name: str) -> Run:
     history = read_history(folder)
     accuracies = {
         record.round: np.array(
-            [[getattr(c, f"{b}_accuracy") for c in record.test.clients] for b in BRANCHES]
+            [
+                [getattr(c, f"{b}_accuracy") for c in record.test.clients]
+                for b in BRANCHES
+            ]
         )
         for record in history.records
         if record.test is not None

@@ -21,7 +21,10 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from flax import struct
+
 from hsee_jax.core.types import PyTree
+from hsee_jax.federation.branch import Branch
 from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import in_first, is_first
 
@@ -106,9 +109,9 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
     any_slots.array.loading.enable_padding_and_truncation = True
     try:
         with any_slots:
-            return ocp.load(
-                (checkpoint.folder / "state").absolute(), jax.tree.map(placed, like)
-            )
+            shapes = _without_links(jax.tree.map(placed, like))
+            stored = ocp.load((checkpoint.folder / "state").absolute(), shapes)
+            return _with_links(stored, like)
     except Exception as error:
         raise UserError(
             f"run: {checkpoint.folder} cannot be read: {_reason(error)}"
@@ -161,7 +164,7 @@ class Writer:
           state: arrays, copied before this returns.
           notes: anything that JSON can hold; the best checkpoint has most ``score``.
         """
-        copy = jax.tree.map(lambda leaf: leaf.copy(), state)
+        copy = jax.tree.map(lambda leaf: leaf.copy(), _without_links(state))
         self._seal()
         name = f"{rounds}-{steps}" if steps else str(rounds)
         folder = self._folder / f"{name}{_UNFINISHED}"
@@ -221,6 +224,41 @@ class Writer:
             f"out: a checkpoint cannot be written to {self._folder}: {_reason(error)}; "
             "--resume goes on from the last one"
         )
+
+
+class _Unlinked(struct.PyTreeNode):
+    """A branch whose codec keeps no state, as it is stored."""
+
+    layers: PyTree
+    head: PyTree
+
+
+def _without_links(tree: PyTree) -> PyTree:
+    """Take link states without arrays out of a tree: version 0.1 stored none."""
+
+    def take(branch: Branch) -> Branch | _Unlinked:
+        if jax.tree.leaves(branch.link):
+            return branch
+        return _Unlinked(branch.layers, branch.head)
+
+    return jax.tree.map(
+        lambda node: take(node) if isinstance(node, Branch) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, Branch),
+    )
+
+
+def _with_links(stored: PyTree, like: PyTree) -> PyTree:
+    """Put link states back, the inverse of `_without_links`."""
+
+    def put(own: Any, other: Any) -> Any:
+        if not isinstance(other, _Unlinked):
+            return other
+        return Branch(other.layers, other.head, own.link)
+
+    return jax.tree.map(
+        put, like, stored, is_leaf=lambda node: isinstance(node, Branch)
+    )
 
 
 def _places(folder: Path) -> dict[tuple[int, int], Path]:

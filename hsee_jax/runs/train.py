@@ -277,8 +277,10 @@ def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
 
     # Version 0.1 did not count the bytes of each message.
     link = notes.get("link", [nothing] * len(notes["ids"]))
-    exit_sums, server_sums = (Metrics(*map(moved, sums)) for sums in notes["metrics"])
-    metrics = ExitMetrics(exit_sums, server_sums, moved(link, nothing))  # type: ignore[arg-type]
+    sums: Any = [tuple(map(moved, sums)) for sums in notes["metrics"]]
+    exit_sums, server_sums = (Metrics(*branch) for branch in sums)
+    moved_link: Any = moved(link, nothing)
+    metrics = ExitMetrics(exit_sums, server_sums, moved_link)
     return RoundProgress(checkpoint.steps, False, metrics)
 
 

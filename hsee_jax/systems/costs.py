@@ -19,7 +19,7 @@ class LayerCost(NamedTuple):
 
 
 def layer_costs(model: Model) -> tuple[LayerCost, ...]:
-    """Return the costs of a sample in the L layers, the L exit heads and the final head.
+    """Return the costs of a sample in the L layers, L exit heads and the final head.
 
     FLOPs come from the cost analysis of each compiled program, so they are those of
     the backend at hand.

@@ -117,7 +117,7 @@ def round_bytes(
       metrics: of the round, leaves ``[N, ...]``.
       averages: how often layers are averaged.
     """
-    up, down = unpack_bytes(metrics.link).sum(axis=0).tolist()
+    up, down = unpack_bytes(np.asarray(metrics.link)).sum(axis=0).tolist()
     present = [int(np.sum(c > 0)) for c in split_stacks(metrics.exit.count, slots)]
     pairs = zip(traffic, present, strict=True)
     weights = averages * sum(one.weights * count for one, count in pairs)
