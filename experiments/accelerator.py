@@ -18,9 +18,9 @@ from typing import Any
 
 import rows
 import run
-from hsee_jax.flags import use_cache
 
 import hsee_jax
+from hsee_jax.cli.flags import use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.data import find_source
 
@@ -86,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> int:
                         stop=until(last),
                     )
                 except hsee_jax.UserError as error:
-                    if find_source(data):
+                    if find_source(data.dataset, data.data_dir):
                         raise
                     missing.append(data.dataset)
                     how = f"left out: {error}"

@@ -20,8 +20,19 @@ import jax
 import numpy as np
 import optax
 
-import hsee_jax
 from hsee_jax.core.types import Array
+from hsee_jax.federation import (
+    Branch,
+    client_spec,
+    decode,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.inference import make_gate
+from hsee_jax.link import Message
+from hsee_jax.nn import init_network, resnet18
 
 SHARES = (1.0, 0.5, 0.2, 0.05)
 COLUMNS = (
@@ -39,26 +50,27 @@ COLUMNS = (
 
 def rows_of(width: int, batch: int, cut: int, *, repeats: int) -> list[bench.Row]:
     """One client's figures, all timed in turns."""
-    model = hsee_jax.resnet18(num_classes=10, input_shape=(32, 32, 3), width=width)
-    network = jax.jit(partial(hsee_jax.init_network, model))(jax.random.key(0))
+    model = resnet18(num_classes=10, input_shape=(32, 32, 3), width=width)
+    network = jax.jit(partial(init_network, model))(jax.random.key(0))
     none = optax.identity()
     specs = (
-        hsee_jax.client_spec(model, cut, none),
-        hsee_jax.server_spec(model, cut, none),
+        client_spec(model, cut, none),
+        server_spec(model, cut, none),
     )
-    client = hsee_jax.init_client(network, cut, none)
-    server = hsee_jax.init_server(network, cut, none)
-    gate = hsee_jax.make_gate(*specs, batch_size=batch)
+    client = init_client(network, cut, none)
+    server = init_server(network, cut, none)
+    gate = make_gate(*specs, batch_size=batch)
     images = np.random.default_rng(0).standard_normal((batch, 32, 32, 3), np.float32)
     inputs, mask = jax.device_put((images, np.ones(batch, bool)))
-    features, _, uncertainty = gate.on_client(client, inputs)
+    message, _, uncertainty = gate.on_client(client, inputs)
 
     @jax.jit
-    def server_part(server: hsee_jax.Branch, features: Array) -> Array:
-        return hsee_jax.forward(specs[1], server, features, mask, train=False)[1]
+    def server_part(server: Branch, message: Message) -> Array:
+        features = decode(specs[1], message)
+        return forward(specs[1], server, features, mask, train=False)[1]
 
-    def run_server(features: Array = features) -> Any:
-        return jax.device_get(server_part(server, features))
+    def run_server(message: Message = message) -> Any:
+        return jax.device_get(server_part(server, message))
 
     def run_both() -> Any:
         return run_server(gate.on_client(client, inputs)[0])
@@ -70,7 +82,7 @@ def rows_of(width: int, batch: int, cut: int, *, repeats: int) -> list[bench.Row
         threshold = float(uncertainty[order[exits]])
         assert (uncertainty < threshold).sum() == exits
         sent = np.sort(order[exits:])
-        calls[f"server {share}"] = partial(gate.on_server, server, features, sent)
+        calls[f"server {share}"] = partial(gate.on_server, server, message, sent)
         calls[f"both {share}"] = partial(gate.answer, client, server, inputs, threshold)
     times = bench.time_in_turns(calls, repeats=repeats)
     rows = []

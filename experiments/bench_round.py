@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 from federations import STRATEGIES, Runner, federation
 
-from hsee_jax.config.schema import override
+from hsee_jax.config import override
 from hsee_jax.data.info import DATASETS
-from hsee_jax.runs.build import Experiment, build_model
+from hsee_jax.runs.build import build_model
+from hsee_jax.runs.experiment import Experiment
 from hsee_jax.systems.costs import layer_costs
 
 try:

@@ -10,20 +10,22 @@ import jax
 import numpy as np
 
 import hsee_jax
+from hsee_jax.core.types import Dataset, ExitMetrics
 from hsee_jax.data.info import DATASETS
-from hsee_jax.runs.build import Experiment, build
+from hsee_jax.runs.build import build
+from hsee_jax.runs.experiment import Experiment
 
 CUTS = ("3", "5", "7")
 STRATEGIES = ("averaging", "sequential")
 
 
-def noise(dataset: str, count: int, *, seed: int = 0) -> hsee_jax.Dataset:
+def noise(dataset: str, count: int, *, seed: int = 0) -> Dataset:
     """Random images and labels in the shape of a dataset."""
     info = DATASETS[dataset]
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
     labels = rng.integers(0, info.num_classes, count).astype(np.int32)
-    return hsee_jax.Dataset(images, labels)
+    return Dataset(images, labels)
 
 
 def federation(
@@ -55,10 +57,11 @@ def federation(
             "schedule": "constant",
             "warmup_rounds": 0.0,
             "learning_rate": 0.01,
-            "batch_norm": "average",  # as in the PyTorch baseline
             **changes,
         },
     )
+    if "batch_norm" in config.strategy.options:  # as in the PyTorch baseline
+        config = hsee_jax.override(config, batch_norm="average")
     train = noise(dataset, clients * batch_size * steps)
     return build(config, data=(train, noise(dataset, 8, seed=1)))
 
@@ -71,7 +74,7 @@ class Runner:
         self.experiment = experiment
         self.state = experiment.init()
 
-    def __call__(self) -> hsee_jax.ExitMetrics:
+    def __call__(self) -> ExitMetrics:
         """Trains a round and returns its metrics, on the host."""
         self.state, _, progress = self.experiment.run_round(self.state)
         jax.block_until_ready(self.state)

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hsee_jax import Branch, Dataset, Group, RunState
+from hsee_jax.core.types import Dataset
+from hsee_jax.federation import Branch, Group, RunState
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 torch.backends.cudnn.benchmark = True

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hsee_jax
-from hsee_jax.algorithms.hetero_splitee import STRATEGIES, options_of
-from hsee_jax.config.schema import SEEDS, flatten
-from hsee_jax.runs.folder import BOOKKEEPING
+from hsee_jax.config import BOOKKEEPING, SEEDS, flatten
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows"
@@ -70,26 +68,22 @@ def select(names: list[str]) -> list[str]:
 
 
 def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
-    """The configuration of a run; ``changes`` are the machine's own."""
+    """Return the configuration of a run; ``changes`` are the machine's own."""
     folder, _, _ = run.row.partition("/")
     common = tomllib.loads((ROWS / folder / COMMON).read_text())
     own = tomllib.loads((ROWS / f"{run.row}.toml").read_text())
-    values = common | own
-    base = hsee_jax.preset(values.pop("preset"))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    seeds = dict.fromkeys(SEEDS, run.seed)
-    return hsee_jax.override(base, **(values | seeds | changes))
+    config = hsee_jax.preset(common.pop("preset"))
+    # The row's strategy may not read what the others have in common.
+    for values in (common, own, dict.fromkeys(SEEDS, run.seed) | changes):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        config = hsee_jax.override(config, **values)
+    return config
 
 
 def settings(config: hsee_jax.Config) -> dict[str, Any]:
-    """The fields that make a result what it is, as JSON holds them.
-
-    Neither bookkeeping, nor options that the strategy does not read.
-    """
-    every = {name for strategy in STRATEGIES for name in options_of(strategy)}
-    unread = every - set(options_of(config.strategy.strategy))
+    """Return the options that make a result what it is, as JSON holds them."""
     values = json.loads(json.dumps(flatten(config)))
-    return {k: v for k, v in values.items() if k not in unread | {*BOOKKEEPING}}
+    return {k: v for k, v in values.items() if k not in BOOKKEEPING}
 
 
 def load(run: Run, folder: Path = RESULTS) -> Result | None:
@@ -99,9 +93,9 @@ def load(run: Run, folder: Path = RESULTS) -> Result | None:
         return None
     result: Result = json.loads(path.read_text())
     wanted = settings(config_of(run))
-    # A field that is younger than the result had its default.
+    # An option that is younger than the result had its default.
     known = json.loads(json.dumps(flatten(hsee_jax.Config()))) | result["config"]
-    return result if all(known[name] == v for name, v in wanted.items()) else None
+    return result if all(known.get(name) == v for name, v in wanted.items()) else None
 
 
 def save(run: Run, config: hsee_jax.Config, summary: Result, folder: Path) -> None:

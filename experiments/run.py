@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import rows
-from hsee_jax.flags import use_cache
-from hsee_jax.folder import BOOKKEEPING, read_config
 
 import hsee_jax
+from hsee_jax.cli.flags import use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show_log
-from hsee_jax.config import flatten
+from hsee_jax.config import BOOKKEEPING, flatten
+from hsee_jax.runs.folder import read_config
 
 FOLDER = Path("runs/rows")
 
@@ -57,14 +57,18 @@ def perform(
     place = folder / f"{run.row}-{run.seed}"
     try:
         summary = hsee_jax.train(config, place, **_start(config, place), stop=stop)
-        figures = [summary[f"mean_{name}_accuracy"] for name in ("exit", "server")]
-        end = f"exit {figures[0]:.4f}, server {figures[1]:.4f}"
+        scores = summary.scores
+        end = (
+            f"exit {scores.mean_exit_accuracy:.4f}, "
+            f"server {scores.mean_server_accuracy:.4f}"
+        )
+        result = summary.to_json()
     except hsee_jax.Stopped as stopped:
         return f"{stopped} ({config.run.rounds} rounds)"
     except hsee_jax.DivergenceError as error:
-        summary, end = {"diverged": str(error)}, f"diverged: {error}"
-    summary["cpu_cores"] = len(os.sched_getaffinity(0))
-    rows.save(run, config, summary, results)
+        result, end = {"diverged": str(error)}, f"diverged: {error}"
+    result["cpu_cores"] = len(os.sched_getaffinity(0))
+    rows.save(run, config, result, results)
     return end
 
 
@@ -73,7 +77,8 @@ def _start(config: hsee_jax.Config, place: Path) -> dict[str, Any]:
     if not (place / "config.json").is_file():
         return {}
     ours, theirs = flatten(config), flatten(read_config(place))
-    same = all(ours[name] == theirs[name] for name in ours if name not in BOOKKEEPING)
+    names = (ours.keys() | theirs.keys()) - {*BOOKKEEPING}
+    same = all(ours.get(name) == theirs.get(name) for name in names)
     return {"resume" if same else "overwrite": True}
 
 
