@@ -18,15 +18,6 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
-from tiny import tiny_model  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-
-@pytest.fixture
-def tiny_network(monkeypatch):
-    """Runs train three small layers, named layer1 to layer3, in place of a ResNet."""
-    model = tiny_model(input_shape=(28, 28, 1), classes=10)
-    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda *args: model)

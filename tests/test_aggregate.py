@@ -34,7 +34,7 @@ def average(groups, weights, *, optimizer=OPTIMIZER, **options):
     mean = layer_mean(
         groups,
         [jnp.asarray(w, jnp.float32) for w in weights],
-        round=jnp.int32(3),
+        number=jnp.int32(3),
         optimizer_state=options["optimizer_state"],
     )
     take = partial(receive, optimizer=optimizer, **options)

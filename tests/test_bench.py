@@ -18,7 +18,7 @@ import bench_scaling  # noqa: E402
 import federations  # noqa: E402
 import performance  # noqa: E402
 
-from hsee_jax.runs.train import build as experiment
+from hsee_jax.runs.build import build as experiment
 
 
 def import_round():

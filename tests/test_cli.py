@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hsee_jax.terminal import Progress
 
 from hsee_jax import cli
-from hsee_jax.algorithms.hetero_splitee import STRATEGIES, options_of
+from hsee_jax.algorithms.hetero_splitee import options_of
+from hsee_jax.algorithms.registry import ALGORITHMS as STRATEGIES
 from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import Config, flatten, options, override
 from hsee_jax.core.options import takes_many
-from hsee_jax.runs.build import load_dataset_of
+from hsee_jax.engine.round import RoundProgress as Progress
+from hsee_jax.runs.build import build_data as load_dataset_of
 
 SMALL = (
     "--width 2 --stem 7x7 --num-clients 3 --cuts 8 layer4 --max-train-samples 60 "

@@ -24,7 +24,8 @@ from hsee_jax.engine.plan import plan_round
 from hsee_jax.federation.branch import forward
 from hsee_jax.federation.state import take_member
 from hsee_jax.federation.strategy import server_of
-from hsee_jax.parallel.mesh import SAME, make_mesh, place
+from hsee_jax.parallel.mesh import SAME, make_mesh
+from hsee_jax.parallel.mesh import to_devices as place
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])
@@ -89,19 +90,19 @@ def test_a_loss_that_is_not_finite_names_client_branch_and_round():
         participation=1.0,
         turn="batch",
         seed=0,
-        round=0,
+        number=0,
     )
     good = Metrics(np.ones(3), np.ones(3), np.ones(3))
-    check_finite(plan, ExitMetrics(good, good), round=1, stop=True)
+    check_finite(plan, ExitMetrics(good, good), number=1, stop=True)
     bad = good._replace(loss_sum=np.array([1.0, 2.0, np.nan]))
-    check_finite(plan, ExitMetrics(good, bad), round=4)
+    check_finite(plan, ExitMetrics(good, bad), number=4)
     with pytest.raises(DivergenceError, match="server loss of client 5 .* round 4"):
-        check_finite(plan, ExitMetrics(good, bad), round=4, stop=True)
+        check_finite(plan, ExitMetrics(good, bad), number=4, stop=True)
     # the only other ones took no part
     alone = Metrics(*(np.array([0.0, 0.0, 1.0]) for _ in Metrics._fields))
     bad = alone._replace(loss_sum=np.array([0.0, 0.0, np.inf]))
     with pytest.raises(DivergenceError, match="exit loss of client 5 .* round 4"):
-        check_finite(plan, ExitMetrics(bad, alone), round=4)
+        check_finite(plan, ExitMetrics(bad, alone), number=4)
 
 
 @pytest.mark.parametrize(("axis", "devices", "count"), [("loop", 1, 7), ("vmap", 2, 8)])
@@ -118,7 +119,7 @@ def test_samples_that_are_not_there_are_refused(axis, devices, count):
         participation=1.0,
         turn="batch",
         seed=0,
-        round=0,
+        number=0,
     )
     with pytest.raises(ValueError, match="the plan asks for sample 7, and a device"):
         run(None, place(tiny_data(count), mesh, SAME), plan, None, None)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import hsee_jax
-from hsee_jax.runs.build import build_federation, build_strategy, dataset_info_of
+from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.build import build_info as dataset_info_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))

@@ -17,7 +17,7 @@ from hsee_jax.core.types import Dataset
 from hsee_jax.data import load_dataset
 from hsee_jax.inference import study as gating
 from hsee_jax.inference.calibration import calibration_error, judge
-from hsee_jax.inference.study import Target
+from hsee_jax.inference.client_study import Target
 from hsee_jax.runs import train as runs
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import Writer

@@ -10,33 +10,31 @@ import pytest
 from tiny import DenseLayer, tiny_data, tiny_federation, tiny_model
 
 from hsee_jax import cli
-from hsee_jax.algorithms.hetero_splitee import (
-    averaging,
-    centralized,
-    fedavg,
-    local,
-    sequential,
-    splitfed_v1,
-    splitfed_v2,
-)
+from hsee_jax.algorithms.fedavg import fedavg
+from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.algorithms.references import centralized, local
+from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
 from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import options, override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch, ExitMetrics, Metrics
 from hsee_jax.federation.branch import (
     client_spec,
+    decode,
+    encode,
     forward,
     init_client,
     init_server,
     server_spec,
 )
-from hsee_jax.federation.step import branch_step, joint_step
+from hsee_jax.federation.step import branch_step, joint_step, message_bytes
 from hsee_jax.inference.gate import make_gate
-from hsee_jax.link.codecs import LINKS, cross, decode, encode, message_bytes, nbytes
+from hsee_jax.link.codecs import CODECS as LINKS
+from hsee_jax.link.codecs import cross
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network
 from hsee_jax.runs.build import build
-from hsee_jax.systems.traffic import Bytes, averages_in, traffic_of
+from hsee_jax.systems.traffic import Bytes, averages_in, nbytes, traffic_of
 
 MODEL = tiny_model((DenseLayer(8), DenseLayer(5)))  # compiles fast
 DESCENT = optax.identity()

@@ -12,8 +12,9 @@ from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.engine.evaluation import make_evaluation
-from hsee_jax.engine.store import HostStore
-from hsee_jax.parallel.mesh import SAME, make_mesh, place
+from hsee_jax.engine.host_store import HostStore
+from hsee_jax.parallel.mesh import SAME, make_mesh
+from hsee_jax.parallel.mesh import to_devices as place
 
 JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
 STRATEGIES = {

@@ -118,9 +118,9 @@ def test_nothing_or_at_least_one_sample_is_held_out(tiny_network):
         np.testing.assert_array_equal(one, other)
 
 
-def draw(groups, shards, round=0, **changes):
+def draw(groups, shards, number=0, **changes):
     options = {"batch_size": 4, "participation": 1.0, "turn": "batch", "seed": 3}
-    return plan_round(groups, shards, **(options | changes), round=round)
+    return plan_round(groups, shards, **(options | changes), number=round)
 
 
 def test_a_round_uses_each_sample_of_the_active_once():

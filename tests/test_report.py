@@ -19,14 +19,9 @@ from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.report.curves import read_curves
+from hsee_jax.report.events import write_events
 from hsee_jax.report.figures import draw
-from hsee_jax.report.page import (
-    by_cut,
-    over_rounds,
-    results,
-    write_events,
-    write_report,
-)
+from hsee_jax.report.page import by_cut, over_rounds, results, write_report
 from hsee_jax.report.tables import markdown
 
 EXIT, SERVER = ((0.1, 0.3), (0.2, 0.4)), ((0.5, 0.5), (0.6, 0.8))  # rounds 2 and 4

@@ -19,7 +19,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch
 from hsee_jax.runs import restore as restored
 from hsee_jax.runs import train as runs
-from hsee_jax.runs.build import dataset_info_of
+from hsee_jax.runs.build import build_info as dataset_info_of
 from hsee_jax.runs.checkpoint import load
 
 SMALL = override(

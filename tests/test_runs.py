@@ -12,7 +12,7 @@ from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.data.partition import hold_out
 from hsee_jax.inference.study import study
 from hsee_jax.runs import train as runs
-from hsee_jax.runs.build import load_dataset_of
+from hsee_jax.runs.build import build_data as load_dataset_of
 from hsee_jax.runs.folder import read_config
 
 SMALL = override(

@@ -15,23 +15,20 @@ from tiny import (
     tiny_shards,
 )
 
-from hsee_jax.algorithms.hetero_splitee import (
-    averaging,
-    centralized,
-    fedavg,
-    local,
-    sequential,
-    splitfed_v1,
-    splitfed_v2,
-)
+from hsee_jax.algorithms.fedavg import fedavg
+from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.algorithms.references import centralized, local
+from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine import make_round
+from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.plan import num_slots, plan_round
-from hsee_jax.engine.store import DeviceStore, HostStore
+from hsee_jax.engine.store import DeviceStore
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import server_of
 from hsee_jax.nn.model import init_network
-from hsee_jax.parallel.mesh import SAME, place, place_blocks
+from hsee_jax.parallel.mesh import SAME, place_blocks
+from hsee_jax.parallel.mesh import to_devices as place
 
 CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
 SIZES = {7: 7, 2: 4, 5: 7, 0: 3, 3: 3}  # one or two batches of 4, of 4 or 3 rows
@@ -75,7 +72,7 @@ def train(
             shards,
             batch_size=4,
             turn=strategy.turn_unit,
-            round=number,
+            number=number,
             slots=slots,
             missing=(missing or {}).get(number, ()),
             **draw,
@@ -452,7 +449,7 @@ def test_untraversed_layers_and_their_optimizer_state_do_not_move():
         participation=1.0,
         turn="batch",
         seed=0,
-        round=1,
+        number=1,
     )
     plan.mask[:, 0] = False  # client 0, of cut 1, is absent
     for axis in ("loop", "vmap"):

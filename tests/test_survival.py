@@ -18,7 +18,8 @@ from tiny import tiny_federation, tiny_model, tiny_shards
 
 import hsee_jax.engine.scan
 from hsee_jax import cli
-from hsee_jax.algorithms.hetero_splitee import averaging, local, sequential
+from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.algorithms.references import local
 from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
@@ -428,13 +429,13 @@ def test_a_client_misses_its_share_of_the_rounds():
     """0.3 of 2,000 draws to 4 standard deviations, and two known absences."""
     absences = [Absence(3, 2, 4), Absence(3, 9, 9)]
     draws = [
-        missing(range(20), dropout=0.3, absences=absences, seed=1, round=round)
+        missing(range(20), dropout=0.3, absences=absences, seed=1, number=round)
         for round in range(100)
     ]
     assert abs(sum(map(len, draws)) / 2000 - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
     assert len({tuple(sorted(draw)) for draw in draws}) > 90
     known = [
-        missing(range(20), dropout=0.0, absences=absences, seed=1, round=round)
+        missing(range(20), dropout=0.0, absences=absences, seed=1, number=round)
         for round in range(10)
     ]
     assert known == [set(), {3}, {3}, {3}, set(), set(), set(), set(), {3}, set()]

@@ -3,24 +3,32 @@
 import json
 import math
 import re
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.config.schema import OptimConfig, to_json
-from hsee_jax.core.types import Dataset
+from hsee_jax.config import Config, override, to_json
+from hsee_jax.core import Dataset, at_least
 from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.federation.federation import Client, Federation, group_clients
-from hsee_jax.nn.model import Model, from_linen
-from hsee_jax.optim.optimizers import make_optimizer
-from hsee_jax.runs.build import build_federation, build_strategy, dataset_info_of
+from hsee_jax.federation import Client, Federation, group_clients
+from hsee_jax.nn import NETWORKS, Model, from_linen
+from hsee_jax.runs.build import (
+    build_federation,
+    build_info,
+    build_optimizer,
+    build_strategy,
+)
 from hsee_jax.runs.checkpoint import Writer
 
 CLASSES = 3
-PIPELINE = InputPipeline((0.5,), (0.25,), "none")
-OPTIM = OptimConfig(learning_rate=0.05, weight_decay=0.01)
+PIPELINE = InputPipeline((0.5,), (0.25,))
+RECIPE = override(Config(), learning_rate=0.05, weight_decay=0.01)
+OPTIM = RECIPE.optim
+# In a configuration: three small layers, named layer1 to layer3, and their module.
+TINY = {"network": "tiny", "plugin": ("tiny",)}
 
 
 def _wave(key, shape, dtype):
@@ -82,6 +90,21 @@ def tiny_model(layers=LAYERS, input_shape=(5, 5, 1), classes=CLASSES) -> Model:
     )
 
 
+def tiny(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    features: Annotated[int, "channels of the first layer", at_least(1)] = 4,
+) -> Model:
+    """A convolution, another, and a dense layer."""
+    layers = (ConvLayer(features), *LAYERS[1:])
+    return tiny_model(layers, input_shape, num_classes)
+
+
+if "tiny" not in NETWORKS:  # this module may be imported under two names
+    NETWORKS.register(tiny)
+
+
 def tiny_data(count: int = 64, seed: int = 0) -> Dataset:
     """Noise whose brightness depends on the label."""
     rng = np.random.default_rng(seed)
@@ -95,7 +118,7 @@ def tiny_federation(cuts, model=None, mesh=None) -> Federation:
     return Federation(
         model or tiny_model(),
         group_clients(Client(i, cut) for i, cut in cuts.items()),
-        make_optimizer(OPTIM),
+        build_optimizer(RECIPE),
         mesh,
     )
 
@@ -109,7 +132,7 @@ def tiny_shards(sizes: dict[int, int]) -> dict[int, np.ndarray]:
 
 def noise_state(config, rounds: int = 1):
     """The state of a run after some rounds, but of noise."""
-    federation = build_federation(config, dataset_info_of(config.data))
+    federation = build_federation(config, build_info(config.data))
     rng = np.random.default_rng(rounds)
 
     def draw(path, leaf):
@@ -131,6 +154,6 @@ def write_run(folder, config, rounds: int = 1, state=None):
     with Writer(folder / "checkpoints", keep=2) as writer:
         writer.save(rounds, 0, state, {"score": 1 / rounds})
     (folder / "config.json").write_text(to_json(config))
-    info = dataset_info_of(config.data)
+    info = build_info(config.data)
     (folder / "data.json").write_text(json.dumps(info._asdict()))
     return state
