@@ -9,7 +9,7 @@ from tiny_archives import noise, write_npz
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import dataset_info, load_dataset, prepare
 from hsee_jax.data.info import LABELS as LABEL_RULES

@@ -15,7 +15,8 @@ from hsee_jax import cli
 from hsee_jax.algorithms.hetero_splitee import options_of
 from hsee_jax.algorithms.registry import ALGORITHMS as STRATEGIES
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import Config, flatten, options, override
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import flatten, options, override
 from hsee_jax.core.options import takes_many
 from hsee_jax.engine.round import RoundProgress as Progress
 from hsee_jax.runs.build import build_data as load_dataset_of

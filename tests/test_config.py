@@ -6,14 +6,8 @@ import json
 import pytest
 
 from hsee_jax.config.presets import PRESETS, preset
-from hsee_jax.config.schema import (
-    Config,
-    flatten,
-    from_dict,
-    options,
-    override,
-    to_json,
-)
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import flatten, from_dict, options, override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.resnet import resnet18

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_archives import WRITE, noise, tar, tiny_archive, write_npz
 
-from hsee_jax.config.schema import options
+from hsee_jax.config.values import options
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import archives, dataset_info, find_source, load_dataset, prepare
 from hsee_jax.data.info import DATASETS, LABELS, OWN

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.data import load_dataset

@@ -15,7 +15,7 @@ from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import centralized, local
 from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import options, override
+from hsee_jax.config.values import options, override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch, ExitMetrics, Metrics
 from hsee_jax.federation.branch import (

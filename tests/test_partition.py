@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsee_jax.config.schema import Config, override
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.partition import hold_out, partition

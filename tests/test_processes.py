@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import join
 from hsee_jax.runs.train import train as runs

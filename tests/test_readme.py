@@ -9,7 +9,7 @@ import pytest
 
 import hsee_jax
 from hsee_jax import cli
-from hsee_jax.config.schema import options
+from hsee_jax.config.values import options
 
 SMALL = hsee_jax.override(
     hsee_jax.preset("demo"),

@@ -14,7 +14,7 @@ from tiny import noise_state, write_run
 
 import hsee_jax
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch
 from hsee_jax.runs import restore as restored

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.data.partition import hold_out
 from hsee_jax.inference.study import study

@@ -21,7 +21,7 @@ from hsee_jax import cli
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import local
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.engine.plan import Absence, missing
 from hsee_jax.runs.checkpoint import find

@@ -1,6 +1,7 @@
 """The means of a federation's layers over those who hold them."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -16,14 +17,6 @@ from hsee_jax.federation.state import Means, RunState
 from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
 
 
-class Averages(NamedTuple):
-    """Three functions of `Strategy`."""
-
-    aggregate: Callable[[RunState, tuple[Array, ...]], tuple[RunState, Means]]
-    receive: Callable[[RunState, Means, tuple[Array, ...]], RunState]
-    messages: Callable[[RunState], tuple[PyTree, ...]]
-
-
 class Place(NamedTuple):
     """Where a layer is held."""
 
@@ -35,83 +28,76 @@ class Place(NamedTuple):
 Layers = dict[tuple[str, int], list[LayerState]]  # by side and group, the head last
 
 
-def make_averages(
-    federation: Federation,
-    *,
-    shared: bool,
-    average: str,
-    boundary: str,
-    batch_norm: str,
-    spread: bool,
-) -> Averages:
-    """Make the averaging of a strategy.
+@dataclass(frozen=True)
+class Averages:
+    """The averaging of a strategy: three of the functions of `Strategy`."""
 
-    Args:
-      federation: who trains what; its optimizer says what becomes of its state.
-      shared: see `compose`.
-      average: see `compose`.
-      boundary: see `compose`.
-      batch_norm: see `receive`.
-      spread: whether the stacks are spread over the federation's mesh.
-    """
-    holders = find_holders(federation, average)
-    optimizer = federation.optimizer
-    take = partial(receive, optimizer=optimizer, batch_norm=batch_norm)
+    federation: Federation  # its optimizer says what becomes of its state
+    holders: Mapping[str, list[Place]]  # of each averaged layer, by its name
+    batch_norm: str  # see `hsee_jax.federation.receive`
+    shared: bool  # one server for all clients
+    together: bool  # a client holds the server's layers too
+    spread: bool  # the stacks are spread over the federation's mesh
 
-    def means_of(state: RunState, weights: tuple[Array, ...]) -> Means:
-        layers = _layers_of(state)
-        return {
-            name: layer_mean(
-                [layers[side, g][i] for side, g, i in places],
-                [weights[g] for _, g, _ in places],
-                number=state.round + 1,
-                optimizer=optimizer,
-                axis_name=CLIENTS if spread else None,
-            )
-            for name, places in holders.items()
-        }
+    def aggregate(
+        self, state: RunState, weights: tuple[Array, ...]
+    ) -> tuple[RunState, Means]:
+        """Average by weights ``float32 [S]`` a group; give the means to all slots."""
+        if not self.holders:
+            return state, {}
+        servers = SAME if self.shared else SPREAD
+        specs = RunState(SAME, SPREAD, servers)  # type: ignore[arg-type]
+        mesh = self.federation.mesh if self.spread else None
+        run = on_devices(self._on_device, mesh, (specs, SPREAD), (specs, SAME))
+        return run(state, weights)
 
-    def receive_all(
-        state: RunState, means: Means, since: tuple[Array, ...]
+    def receive(
+        self, state: RunState, means: Means, since: tuple[Array, ...]
     ) -> RunState:
+        """Give means to slots whose state is of an earlier round, ``int32 [S]``."""
         layers = _layers_of(state)
-        for name, places in holders.items():
+        take = partial(
+            receive, optimizer=self.federation.optimizer, batch_norm=self.batch_norm
+        )
+        for name, places in self.holders.items():
             for side, g, i in places:
                 layers[side, g][i] = jax.vmap(take, (0, None, 0))(
                     layers[side, g][i], means[name], since[g]
                 )
         return _with_layers(state, layers)
 
-    def on_device(
-        state: RunState, weights: tuple[Array, ...]
-    ) -> tuple[RunState, Means]:
-        means = means_of(state, weights)
-        since = tuple(jnp.broadcast_to(state.round, w.shape) for w in weights)
-        return receive_all(state, means, since), means
-
-    def aggregate(
-        state: RunState, weights: tuple[Array, ...]
-    ) -> tuple[RunState, Means]:
-        if not holders:
-            return state, {}
-        specs = RunState(SAME, SPREAD, SAME if shared else SPREAD)  # type: ignore[arg-type]
-        mesh = federation.mesh if spread else None
-        run = on_devices(on_device, mesh, (specs, SPREAD), (specs, SAME))
-        return run(state, weights)
-
-    def messages(state: RunState) -> tuple[PyTree, ...]:
+    def messages(self, state: RunState) -> tuple[PyTree, ...]:
+        """Return what each client sends for a mean, leaves ``[S, ...]`` a group."""
         layers = _layers_of(state)
-        own = ("client", "server") if boundary == "none" else ("client",)
+        own = ("client", "server") if self.together else ("client",)
+        arrays = partial(
+            message, optimizer=self.federation.optimizer, batch_norm=self.batch_norm
+        )
         return tuple(
             [
-                message(layers[side, g][i], optimizer=optimizer, batch_norm=batch_norm)
-                for side, g, i in chain(*holders.values())
+                arrays(layers[side, g][i])
+                for side, g, i in chain(*self.holders.values())
                 if side in own and g == group
             ]
-            for group in range(len(federation.groups))
+            for group in range(len(self.federation.groups))
         )
 
-    return Averages(aggregate, receive_all, messages)
+    def _on_device(
+        self, state: RunState, weights: tuple[Array, ...]
+    ) -> tuple[RunState, Means]:
+        layers = _layers_of(state)
+        means = {
+            name: layer_mean(
+                [layers[side, g][i] for side, g, i in places],
+                [weights[g] for _, g, _ in places],
+                number=state.round + 1,
+                optimizer=self.federation.optimizer,
+                axis_name=CLIENTS if self.spread else None,
+            )
+            for name, places in self.holders.items()
+        }
+        since = tuple(jnp.broadcast_to(state.round, w.shape) for w in weights)
+        return self.receive(state, means, since), means
 
 
 def find_holders(federation: Federation, average: str) -> dict[str, list[Place]]:

@@ -3,7 +3,6 @@
 from hsee_jax.config.presets import PRESETS, preset
 from hsee_jax.config.schema import (
     BOOKKEEPING,
-    SECTIONS,
     SEEDS,
     ClientsConfig,
     Config,
@@ -12,6 +11,9 @@ from hsee_jax.config.schema import (
     OptimConfig,
     RunConfig,
     StrategyConfig,
+)
+from hsee_jax.config.values import (
+    SECTIONS,
     flatten,
     from_dict,
     options,

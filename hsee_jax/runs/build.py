@@ -9,7 +9,8 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
-from hsee_jax.config.schema import Config, DataConfig, override, parse_absence
+from hsee_jax.config.schema import Config, DataConfig, parse_absence
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo, dataset_info, load_dataset

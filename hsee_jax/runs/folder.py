@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hsee_jax.config.schema import BOOKKEEPING, Config, flatten, from_dict
+from hsee_jax.config.schema import BOOKKEEPING, Config
+from hsee_jax.config.values import flatten, from_dict
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share

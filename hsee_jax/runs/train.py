@@ -21,7 +21,8 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.config.schema import Config, to_json
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import to_json
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.core.types import ExitMetrics, Metrics
 from hsee_jax.engine.evaluation import ClientResult
