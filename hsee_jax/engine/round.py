@@ -1,13 +1,14 @@
 """What a round is, for both forms of the engine."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.engine.plan import RoundPlan
@@ -131,3 +132,17 @@ def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
     if strategy.period == 0 or strategy.period_unit != unit:
         return False
     return count % strategy.period == 0
+
+
+def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
+    """Make zeros in the shape of a round's means."""
+    sharding = None if mesh is None else NamedSharding(mesh, SAME)
+
+    @partial(jax.jit, out_shardings=sharding)
+    def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(strategy.aggregate, state, weights)[1],
+        )
+
+    return no_means

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.data.pipeline import InputPipeline
@@ -21,6 +21,7 @@ from hsee_jax.engine.round import (
     data_layout,
     due_after,
     layout,
+    make_no_means,
     nothing_done,
     step_key,
     turn_sequence,
@@ -89,7 +90,7 @@ def make_scan_round(
     each: Any = layout(strategy).clients
     by_step = PartitionSpec(None, *each)
     blocks = 1 if mesh is None or data_layout(strategy) == SAME else mesh.size
-    no_means = _no_means(strategy, mesh)
+    no_means = make_no_means(strategy, mesh)
 
     def run_and_fetch(
         state: RunState,
@@ -175,20 +176,6 @@ def _program(
         )
 
     return run
-
-
-def _no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
-    """Make zeros in the shape of a round's means."""
-    sharding = None if mesh is None else NamedSharding(mesh, SAME)
-
-    @partial(jax.jit, out_shardings=sharding)
-    def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(strategy.aggregate, state, weights)[1],
-        )
-
-    return no_means
 
 
 def _average_if(

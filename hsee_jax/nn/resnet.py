@@ -179,12 +179,10 @@ def resnet18(
     Args:
       num_classes: K.
       input_shape: ``(H, W, C)``.
-      width: channels of the first group; the later groups have 2, 4 and 8 times as
-        many.
+      width: channels of the first group; the later groups have 2, 4 and 8 times more.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
       exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
-      dtype: of the computation, ``"float32"`` or ``"bfloat16"``; parameters,
-        statistics, logits and losses are float32 in both.
+      dtype: of the computation; parameters, statistics and logits are float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
     Returns:
