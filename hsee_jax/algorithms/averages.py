@@ -1,9 +1,9 @@
 """The means of a federation's layers over those who hold them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from hsee_jax.federation.aggregation import layer_mean, message, receive
 from hsee_jax.federation.branch import LayerState, parts_of, with_parts
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import Means, RunState
+from hsee_jax.optim.optimizers import OptimizerLike
 from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
 
 
 class Averages(NamedTuple):
-    """Three functions of `Strategy`."""
+    """Three functions of `Strategy`, in its order."""
 
     aggregate: Callable[[RunState, tuple[Array, ...]], tuple[RunState, Means]]
     receive: Callable[[RunState, Means, tuple[Array, ...]], RunState]
@@ -32,6 +33,7 @@ class Place(NamedTuple):
     layer: int  # its index in the branch; the head is -1
 
 
+Holders = dict[str, list[Place]]  # by the layer's name
 Layers = dict[tuple[str, int], list[LayerState]]  # by side and group, the head last
 
 
@@ -56,31 +58,10 @@ def make_averages(
     """
     holders = find_holders(federation, average)
     optimizer = federation.optimizer
-    take = partial(receive, optimizer=optimizer, batch_norm=batch_norm)
-
-    def means_of(state: RunState, weights: tuple[Array, ...]) -> Means:
-        layers = _layers_of(state)
-        return {
-            name: layer_mean(
-                [layers[side, g][i] for side, g, i in places],
-                [weights[g] for _, g, _ in places],
-                number=state.round + 1,
-                optimizer=optimizer,
-                axis_name=CLIENTS if spread else None,
-            )
-            for name, places in holders.items()
-        }
-
-    def receive_all(
-        state: RunState, means: Means, since: tuple[Array, ...]
-    ) -> RunState:
-        layers = _layers_of(state)
-        for name, places in holders.items():
-            for side, g, i in places:
-                layers[side, g][i] = jax.vmap(take, (0, None, 0))(
-                    layers[side, g][i], means[name], since[g]
-                )
-        return _with_layers(state, layers)
+    options: dict[str, Any] = {"optimizer": optimizer, "batch_norm": batch_norm}
+    axis = CLIENTS if spread else None
+    means_of = partial(_means, holders, optimizer=optimizer, axis_name=axis)
+    receive_all = partial(_receive, holders, partial(receive, **options))
 
     def on_device(
         state: RunState, weights: tuple[Array, ...]
@@ -99,24 +80,71 @@ def make_averages(
         run = on_devices(on_device, mesh, (specs, SPREAD), (specs, SAME))
         return run(state, weights)
 
-    def messages(state: RunState) -> tuple[PyTree, ...]:
-        layers = _layers_of(state)
-        own = ("client", "server") if boundary == "none" else ("client",)
-        return tuple(
-            [
-                message(layers[side, g][i], optimizer=optimizer, batch_norm=batch_norm)
-                for side, g, i in chain(*holders.values())
-                if side in own and g == group
-            ]
-            for group in range(len(federation.groups))
-        )
-
+    sides = ("client", "server") if boundary == "none" else ("client",)
+    messages = partial(_messages, holders, sides, partial(message, **options))
     return Averages(aggregate, receive_all, messages)
 
 
-def find_holders(federation: Federation, average: str) -> dict[str, list[Place]]:
+def _means(
+    holders: Holders,
+    state: RunState,
+    weights: tuple[Array, ...],
+    *,
+    optimizer: OptimizerLike,
+    axis_name: str | None,
+) -> Means:
+    """Average each layer over its holders."""
+    layers = _layers_of(state)
+    return {
+        name: layer_mean(
+            [layers[side, g][i] for side, g, i in places],
+            [weights[g] for _, g, _ in places],
+            number=state.round + 1,
+            optimizer=optimizer,
+            axis_name=axis_name,
+        )
+        for name, places in holders.items()
+    }
+
+
+def _receive(
+    holders: Holders,
+    take: Callable[[LayerState, Any, Array], LayerState],
+    state: RunState,
+    means: Means,
+    since: tuple[Array, ...],
+) -> RunState:
+    """Give each mean to all holders of its layer."""
+    layers = _layers_of(state)
+    for name, places in holders.items():
+        for side, g, i in places:
+            layers[side, g][i] = jax.vmap(take, (0, None, 0))(
+                layers[side, g][i], means[name], since[g]
+            )
+    return _with_layers(state, layers)
+
+
+def _messages(
+    holders: Holders,
+    sides: Sequence[str],
+    message_of: Callable[[LayerState], PyTree],
+    state: RunState,
+) -> tuple[PyTree, ...]:
+    """Return what the holders on some sides send for the means, one tree a group."""
+    layers = _layers_of(state)
+    return tuple(
+        [
+            message_of(layers[side, g][i])
+            for side, g, i in chain(*holders.values())
+            if side in sides and g == group
+        ]
+        for group in range(len(state.clients))
+    )
+
+
+def find_holders(federation: Federation, average: str) -> Holders:
     """Find where each averaged layer is held, by the layer's name."""
-    holders: dict[str, list[Place]] = {}
+    holders: Holders = {}
     for g, group in enumerate(federation.groups):
         if average in ("servers", "all_holders"):
             for i in range(group.cut, len(federation.model.stages)):

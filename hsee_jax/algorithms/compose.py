@@ -67,55 +67,21 @@ def compose(
     server_lr_scale: float = 1.0,
     init: str = "shared",
 ) -> Strategy:
-    """Make a strategy from its properties.
+    """Make a strategy from its properties; `hsee_jax.algorithms.options` explains them.
 
-    Args:
-      federation: who trains what.
-      shared: one server for all clients, or one for each.
-      average: the holders over which a layer is averaged: ``"none"``, ``"servers"``,
-        ``"clients"``, or ``"all_holders"``; where clients take part, exit heads are
-        averaged over each cut. A shared server is not averaged.
-      boundary: ``"detached"``: no gradient crosses the cut; ``"joint"``: the server's
-        flows back, see `joint_step`; ``"none"``: likewise, but the client holds the
-        server's layers too, and no link lies between them.
-      exit_gradient: see `joint_step`.
-      turn: at a shared server, ``"batch"``: in each step it takes one batch of every
-        client, in the given order; ``"epoch"``: all of a client's round, then the next
-        client's.
-      period: how often to average, in units of ``period_unit``; 0 is never.
-      period_unit: ``"rounds"`` or ``"steps"``.
-      weights: of the clients in a mean, ``"samples"`` or ``"uniform"``.
-      batch_norm: see `receive`; ``"auto"`` keeps it local where only servers are
-        averaged: the features that a replica sees are those of its own client.
-      optimizer_state: of `hsee_jax.optim.MERGES`.
-      server_lr_scale: the server's learning rate relative to the clients'.
-      init: ``"shared"``: all parts are slices of one network; ``"per_client"``: each
-        client's, and its server's, are drawn by themselves. A shared server is a slice
-        of the one network.
-
-    Raises:
-      UserError: a name is unknown, or an exit gradient is asked for where no gradient
-        crosses the cut.
-      ValueError: a shared server is to be averaged.
+    ``shared`` is one server for all clients, or one for each. ``average`` may also be
+    ``"none"`` or ``"clients"``; where clients take part, exit heads are averaged over
+    each cut. ``boundary`` may also be ``"none"``: joint, but the client holds the
+    server's layers too, and no link lies between them. A shared server is a slice of
+    the one network even where ``init`` is ``"per_client"``.
     """
-    given = (average, boundary, turn, period_unit, batch_norm, weights, init)
-    for (name, allowed), value in zip(_NAMES.items(), given, strict=True):
-        if value not in allowed:
-            raise unknown(name, value, allowed)
-    if shared and average in ("servers", "all_holders"):
-        raise ValueError(f"a shared server is not averaged, so not {average}")
-    if exit_gradient and boundary == "detached":
-        raise UserError(
-            f"exit_gradient: {exit_gradient} is not allowed with a detached boundary; "
-            "allowed is 0"
-        )
+    _check(average, boundary, turn, period_unit, batch_norm, weights, init)
+    _check_fit(shared, average, boundary, exit_gradient)
     if batch_norm == "auto":
         batch_norm = "keep_local" if average == "servers" else "average"
-    federation = federation._replace(
-        optimizer=with_merge(federation.optimizer, optimizer_state)
-    )
-    parts = server_parts(federation, shared=shared)
-    rates = Rates(server_lr_scale)
+    optimizer = with_merge(federation.optimizer, optimizer_state)
+    federation = federation._replace(optimizer=optimizer)
+    parts, rates = server_parts(federation, shared=shared), Rates(server_lr_scale)
     turn_fn = make_turn(federation, parts, rates, boundary, exit_gradient)
     step: StepFn | None = None  # else turns wait for each other
     if not shared:
@@ -131,12 +97,10 @@ def compose(
         spread=federation.mesh is not None and step is not None,
     )
     return Strategy(
-        init=_init_fn(federation, shared=shared, init=init),
-        turn=turn_fn,
-        step=step,
-        aggregate=averages.aggregate,
-        receive=averages.receive,
-        messages=averages.messages,
+        _init_fn(federation, shared=shared, init=init),
+        turn_fn,
+        step,
+        *averages,
         part=parts.take,
         shared=shared,
         turn_unit=turn if shared else "batch",
@@ -145,6 +109,24 @@ def compose(
         boundary=boundary,
         weights=weights,
     )
+
+
+def _check(*given: str) -> None:
+    """Refuse a name that `_NAMES` does not list, in its order."""
+    for (name, allowed), value in zip(_NAMES.items(), given, strict=True):
+        if value not in allowed:
+            raise unknown(name, value, allowed)
+
+
+def _check_fit(shared: bool, average: str, boundary: str, exit_gradient: float) -> None:
+    """Refuse properties that exclude each other."""
+    if shared and average in ("servers", "all_holders"):
+        raise ValueError(f"a shared server is not averaged, so not {average}")
+    if exit_gradient and boundary == "detached":
+        raise UserError(
+            f"exit_gradient: {exit_gradient} is not allowed with a detached boundary; "
+            "allowed is 0"
+        )
 
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:

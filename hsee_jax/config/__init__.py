@@ -1,17 +1,19 @@
 """The configuration of a run, and its presets."""
 
-from hsee_jax.config.presets import PRESETS, preset
-from hsee_jax.config.schema import (
-    BOOKKEEPING,
-    SECTIONS,
-    SEEDS,
+from hsee_jax.config.fields import (
     ClientsConfig,
-    Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     StrategyConfig,
+)
+from hsee_jax.config.presets import PRESETS, preset
+from hsee_jax.config.schema import (
+    BOOKKEEPING,
+    SECTIONS,
+    SEEDS,
+    Config,
     flatten,
     from_dict,
     options,

@@ -2,38 +2,28 @@
 
 Each field, and each option of what the fields name, is also a flag of the command line
 (`learning_rate` is ``--learning-rate``), so names are unique over all sections.
-Defaults marked [ours] are choices that the paper leaves open.
 """
 
 import dataclasses
 import functools
 import importlib
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, cast
+from typing import Any, cast
 
-from hsee_jax.algorithms import ALGORITHMS
+from hsee_jax.config.fields import (
+    ClientsConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+)
 from hsee_jax.config.section import Section
 from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.core.options import (
-    Option,
-    Rule,
-    at_least,
-    between,
-    one_of,
-    positive,
-    share,
-)
-from hsee_jax.core.registry import Registry
-from hsee_jax.data.info import DATASETS, LABELS, OWN
-from hsee_jax.data.partition import PARTITIONS
-from hsee_jax.data.pipeline import AUGMENTATIONS
-from hsee_jax.link.codecs import CODECS
-from hsee_jax.nn import NETWORKS
-from hsee_jax.optim import OPTIMIZERS, SCHEDULES
+from hsee_jax.core.options import Option
 
 SEEDS = ("model_seed", "data_seed", "partition_seed")
 
@@ -46,199 +36,6 @@ BOOKKEEPING = (
     "keep_checkpoints",
     "client_axis",
 )
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    """Which samples there are, and who has them."""
-
-    registries: ClassVar[Mapping[str, Registry]] = {
-        "augment": AUGMENTATIONS,
-        "partition": PARTITIONS,
-    }
-    dataset: Annotated[
-        str,
-        "fashion_mnist_small comes with the package, the others are read from "
-        "--data-dir (see hsee data); npz is your own, train.npz and test.npz there",
-        one_of(*DATASETS, OWN),
-    ] = "fashion_mnist_small"
-    labels: Annotated[
-        str,
-        "what to do with labels of npz that are not 0..K-1: refuse them, or remap them "
-        "in ascending order",
-        one_of(LABELS),
-    ] = "refuse"
-    data_dir: Annotated[
-        str | None, "folder with the datasets; without one, ~/tensorflow_datasets"
-    ] = None
-    max_train_samples: Annotated[
-        int | None, "use only the first so many", at_least(1)
-    ] = None
-    max_test_samples: Annotated[
-        int | None, "use only the first so many", at_least(1)
-    ] = None
-    validation_share: Annotated[
-        float,
-        "share of the training samples held out from all clients, for the thresholds "
-        "of hsee gate",
-        share,
-    ] = 0.0
-    augment: Annotated[
-        str,
-        "how training images are changed at random: a crop of the image padded by 4, "
-        "and a flip",
-        one_of(AUGMENTATIONS),
-    ] = "none"
-    partition: Annotated[
-        str,
-        "how samples are dealt to clients [ours: iid, disjoint, equal]",
-        one_of(PARTITIONS),
-    ] = "iid"
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    """The network."""
-
-    registries: ClassVar[Mapping[str, Registry]] = {"network": NETWORKS}
-    network: Annotated[
-        str, "network that is trained; --plugin brings more", one_of(NETWORKS)
-    ] = "resnet18"
-
-
-@dataclass(frozen=True)
-class ClientsConfig(Section):
-    """How many clients there are, and where each is cut."""
-
-    registries: ClassVar[Mapping[str, Registry]] = {"link": CODECS}
-    num_clients: Annotated[int, "how many clients", at_least(1)] = 12
-    cuts: Annotated[
-        tuple[str, ...],
-        "cut layers, numbers or names, dealt out in turn: 3 5 7 3 5 7 ...",
-    ] = ("3", "5", "7")
-    link: Annotated[
-        str,
-        "form in which features leave a client, in training and after it: as computed, "
-        "in half precision, or as 256 levels of each sample's own [ours]",
-        one_of(CODECS),
-    ] = "full"
-    participation: Annotated[
-        float,
-        "share of the clients drawn for each round",
-        Rule("more than 0, at most 1", lambda value: 0 < value <= 1),
-    ] = 1.0
-    dropout: Annotated[
-        float,
-        "probability that a client misses a round: it does not train in it, and is not "
-        "in the averages",
-        share,
-    ] = 0.0
-    absences: Annotated[
-        tuple[str, ...],
-        "rounds that clients miss for certain, as CLIENT:FROM-TO, rounds from 1; "
-        "--absences-file reads them from a file",
-    ] = ()
-    on_nonfinite: Annotated[
-        str,
-        "a client whose loss or gradient is not finite does not take that step, and "
-        "leave_out leaves it out of the round's averages; stop ends the run",
-        one_of("leave_out", "stop"),
-    ] = "leave_out"
-
-    def check(self) -> None:
-        """Check the absences."""
-        for absence in self.absences:
-            client, first, last = parse_absence(absence)
-            if not (0 <= client < self.num_clients and 1 <= first <= last):
-                raise _not_an_absence(absence)
-
-
-def parse_absence(text: str) -> tuple[int, int, int]:
-    """Return client, first and last round of an entry of `absences`."""
-    found = re.fullmatch(r"(\d+):(\d+)-(\d+)", text)
-    if found is None:
-        raise _not_an_absence(text)
-    return int(found[1]), int(found[2]), int(found[3])
-
-
-def _not_an_absence(text: str) -> UserError:
-    return UserError(
-        f"absences: {text} is not allowed; allowed is CLIENT:FROM-TO with a client's "
-        "id and rounds from 1"
-    )
-
-
-@dataclass(frozen=True)
-class StrategyConfig(Section):
-    """How the server learns from many clients."""
-
-    registries: ClassVar[Mapping[str, Registry]] = {"strategy": ALGORITHMS}
-    strategy: Annotated[
-        str,
-        "one shared server, or one per client averaged layer by layer; the others are "
-        "baselines",
-        one_of(ALGORITHMS),
-    ] = "averaging"
-
-
-@dataclass(frozen=True)
-class OptimConfig(Section):
-    """The recipe of every branch [ours]."""
-
-    registries: ClassVar[Mapping[str, Registry]] = {
-        "optimizer": OPTIMIZERS,
-        "schedule": SCHEDULES,
-    }
-    optimizer: Annotated[str, "update rule", one_of(OPTIMIZERS)] = "sgd"
-    learning_rate: Annotated[float, "peak learning rate", positive] = 0.1
-    schedule: Annotated[str, "learning rate after the warm-up", one_of(SCHEDULES)] = (
-        "cosine"
-    )
-    warmup_rounds: Annotated[float, "rounds of linear warm-up", at_least(0)] = 1.0
-
-
-@dataclass(frozen=True)
-class RunConfig(Section):
-    """Length, seeds and bookkeeping of a run."""
-
-    rounds: Annotated[
-        int, "rounds; one is a local epoch of every client", at_least(1)
-    ] = 100
-    batch_size: Annotated[int, "samples in a client's step", at_least(1)] = 128
-    eval_every: Annotated[
-        int, "rounds between evaluations on the test set", at_least(1)
-    ] = 5
-    eval_batch_size: Annotated[int, "samples in an evaluation step", at_least(1)] = 250
-    checkpoint_every: Annotated[int, "rounds between checkpoints", at_least(1)] = 5
-    keep_checkpoints: Annotated[
-        int, "latest checkpoints kept, beside the best", at_least(1)
-    ] = 2
-    client_axis: Annotated[
-        str,
-        "clients one after another, or the clients of one cut at once; auto is loop on "
-        "CPU and vmap elsewhere",
-        one_of("auto", "loop", "vmap"),
-    ] = "auto"
-    model_seed: Annotated[
-        int,
-        "seed of the initial weights; --seed sets all three seeds",
-        between(0, 2**31 - 1),
-    ] = 0
-    data_seed: Annotated[
-        int,
-        "seed of participation, batches, turns and augmentation; see --seed",
-        between(0, 2**31 - 1),
-    ] = 0
-    partition_seed: Annotated[
-        int,
-        "seed of the partition and of what is held out; see --seed",
-        between(0, 2**31 - 1),
-    ] = 0
-    plugin: Annotated[
-        tuple[str, ...],
-        "modules to import first, which register networks, codecs, algorithms ...; "
-        "they are looked for in the current folder too",
-    ] = ()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import PartitionSpec
 
-from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key, Metrics
+from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.federation.state import Means, RunState
+from hsee_jax.federation.state import Means, RunState, put_member, take_member
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import SAME, SPREAD
 
@@ -131,3 +131,25 @@ def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
     if strategy.period == 0 or strategy.period_unit != unit:
         return False
     return count % strategy.period == 0
+
+
+def turn_on_state(strategy: Strategy, g: int) -> Callable:
+    """Make the turn of a group's member, on the whole state."""
+    s = 0 if strategy.shared else g
+
+    def turn(
+        state: RunState, member: Array, batch: Batch, rate: Array
+    ) -> tuple[RunState, ExitMetrics]:
+        clients, servers = list(state.clients), list(state.servers)
+        client, server = take_member(clients[g], member), servers[s]
+        if not strategy.shared:
+            server = take_member(server, member)
+        assert strategy.turn is not None
+        client, server, metrics = strategy.turn(client, server, batch, rate, group=g)
+        if not strategy.shared:
+            server = put_member(servers[s], member, server)
+        clients[g], servers[s] = put_member(clients[g], member, client), server
+        state = state.replace(clients=tuple(clients), servers=tuple(servers))
+        return state, metrics
+
+    return turn

@@ -30,10 +30,10 @@ from hsee_jax.federation.branch import (
     decode,
     encode,
     forward,
+    message_bytes,
     parts_of,
     with_parts,
 )
-from hsee_jax.link.codecs import Message, pack_bytes
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.optim.optimizers import as_optimizer
 
@@ -232,28 +232,6 @@ def joint_step(
     )
     link = message_bytes(client_spec, message, batch.mask, gradient)
     return client, server, ExitMetrics(exit_metrics, server_metrics, link)
-
-
-def message_bytes(
-    spec: BranchSpec, message: Message, mask: Array, gradient: Array | None = None
-) -> Array:
-    """Count what crosses the link in a step.
-
-    Args:
-      spec: of the client.
-      message: that it sends; the labels, ``int32 [B]``, go with it.
-      mask: ``bool [B]``; padding is not sent.
-      gradient: what comes back, ``[B, ...]``.
-
-    Returns:
-      ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
-    """
-    label = jnp.dtype(jnp.int32).itemsize
-    up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
-    back = 0
-    if gradient is not None:
-        back = gradient.size // len(gradient) * gradient.dtype.itemsize
-    return pack_bytes(up, back * jnp.sum(mask, dtype=jnp.int32))
 
 
 def _params(branch: Branch) -> tuple[PyTree, ...]:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
-from hsee_jax.config.schema import Config, DataConfig, override, parse_absence
+from hsee_jax.config.fields import DataConfig, parse_absence
+from hsee_jax.config.schema import Config, override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo, dataset_info, load_dataset
@@ -138,9 +139,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
     """
-    axis = client_axis(config.run.client_axis)
-    if axis == "loop" and jax.process_count() > 1:
-        raise UserError("client_axis: loop is not allowed with several processes")
+    axis = _axis(config)
     info = build_info(config.data)
     federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
     groups, mesh = federation.groups, federation.mesh
@@ -149,7 +148,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     attendance.check(groups, cadence.rounds)
     train, test = build_data(config.data) if data is None else data
     parts, held = _deal(config, train)
-    cuts = {i: group.cut for group in groups for i in group.ids}
+    cuts = [cut for _, cut in sorted((i, g.cut) for g in groups for i in g.ids)]
     shards: Shards = dict(enumerate(parts))
     batch_size = min(config.run.batch_size, max(map(len, parts)))
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
@@ -161,12 +160,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
         info=info,
         federation=federation,
         strategy=strategy,
-        manifest=manifest(
-            parts,
-            train.labels,
-            cuts=[cuts[i] for i in range(len(cuts))],
-            num_classes=info.num_classes,
-        ),
+        manifest=manifest(parts, train.labels, cuts=cuts, num_classes=info.num_classes),
         test=to_devices(test, mesh, SAME),
         validation=_take(train, held, mesh) if len(held) else None,
         train=placed,
@@ -197,6 +191,18 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
 
 def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+def _axis(config: Config) -> str:
+    """Choose ``loop`` or ``vmap``.
+
+    Raises:
+      UserError: several processes cannot loop.
+    """
+    axis = client_axis(config.run.client_axis)
+    if axis == "loop" and jax.process_count() > 1:
+        raise UserError("client_axis: loop is not allowed with several processes")
+    return axis
 
 
 def _attendance(config: Config) -> Attendance:
@@ -251,7 +257,7 @@ def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
 def _store(
     config: Config, federation: Federation, strategy: Strategy
 ) -> tuple[tuple[int, ...], Store]:
-    """Choose where the state of the clients is kept; return the slots of a round, too."""
+    """Choose the slots of a round and where the state of the clients is kept."""
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
     slots = num_slots(

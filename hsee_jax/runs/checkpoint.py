@@ -7,7 +7,6 @@ so wherever a run is killed, every checkpoint that there is has its digests. Its
 the number of rounds done; ``7-40`` is 40 steps into the round after the 7th.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -19,16 +18,16 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+from flax import struct
 from orbax.checkpoint import v1 as ocp
 
-from flax import struct
-
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import PyTree
 from hsee_jax.federation.branch import Branch
-from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import in_first, is_first
+from hsee_jax.runs.digests import DIGESTS, digests_of, verify
 
-_DIGESTS, _NOTES = "digests.json", "notes.json"
+_NOTES = "notes.json"
 _UNFINISHED, _DAMAGED = ".tmp", ".damaged"  # at the end of a folder's name
 _log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Checkpoint(NamedTuple):
 def find(
     folder: Path, which: str = "latest", *, midway: bool = False
 ) -> Checkpoint | None:
-    """Chooses a checkpoint, and compares its files with their digests.
+    """Choose a checkpoint, and compare its files with their digests.
 
     One that is damaged is passed over with a warning, and the next best is tried.
 
@@ -72,7 +71,7 @@ def find(
         reverse=True,
     ):
         try:
-            _verify(places[place])
+            verify(places[place])
         except UserError as error:
             damage = damage or error
             _log.warning("%s; an earlier one is looked for", error)
@@ -85,7 +84,7 @@ def find(
 
 
 def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
-    """Reads a checkpoint, whatever devices wrote it.
+    """Read a checkpoint, whatever devices wrote it.
 
     Args:
       checkpoint: see `find`.
@@ -119,7 +118,7 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
 
 
 class Writer:
-    """Writes checkpoints into a folder, in the background of a ``with`` statement.
+    """Write checkpoints into a folder, in the background of a ``with`` statement.
 
     Raises:
       UserError: from every method: what is written does not go to the disk.
@@ -128,7 +127,7 @@ class Writer:
     def __init__(
         self, folder: Path, *, keep: int, after: Checkpoint | None = None
     ) -> None:
-        """Opens a folder.
+        """Open a folder.
 
         Args:
           folder: of the checkpoints; what was left there unfinished is removed.
@@ -140,7 +139,7 @@ class Writer:
         self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
 
     def __enter__(self) -> "Writer":
-        """Returns itself."""
+        """Remove what is unfinished."""
         in_first(self._clean)
         return self
 
@@ -150,13 +149,13 @@ class Writer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Waits for the last one to be written."""
+        """Wait for the last checkpoint to be written."""
         self._seal()
 
     def save(
         self, rounds: int, steps: int, state: PyTree, notes: Mapping[str, Any]
     ) -> None:
-        """Starts writing a checkpoint; training may go on, and give up ``state``.
+        """Start to write a checkpoint; training may go on, and give up ``state``.
 
         Args:
           rounds: done.
@@ -176,7 +175,7 @@ class Writer:
         self._unsealed = folder, notes, response
 
     def _seal(self) -> None:
-        """Waits for the checkpoint being written, and gives it its name."""
+        """Wait for the checkpoint being written, and give it its name."""
         if self._unsealed is None:
             return
         (folder, notes, response), self._unsealed = self._unsealed, None
@@ -184,8 +183,8 @@ class Writer:
             response.result()
             if is_first():
                 (folder / _NOTES).write_text(json.dumps(notes, indent=2))
-                digests = json.dumps(_digests(folder), indent=2)
-                (folder / _DIGESTS).write_text(digests)
+                digests = json.dumps(digests_of(folder), indent=2)
+                (folder / DIGESTS).write_text(digests)
                 final = folder.with_name(folder.name.removesuffix(_UNFINISHED))
                 _remove(final)
                 folder.replace(final)
@@ -194,7 +193,7 @@ class Writer:
             raise self._unwritten(folder, error) from error
 
     def _forget(self) -> None:
-        """Removes the checkpoints that are not to be kept."""
+        """Remove the checkpoints that are not to be kept."""
         places = _places(self._folder)
         whole = sorted(place for place in places if place[1] == 0)
         kept = {*whole[-self._keep :], max(places)}
@@ -262,7 +261,7 @@ def _with_links(stored: PyTree, like: PyTree) -> PyTree:
 
 
 def _places(folder: Path) -> dict[tuple[int, int], Path]:
-    """The checkpoints of a folder by the rounds and steps in their names."""
+    """Return the checkpoints of a folder by the rounds and steps in their names."""
     names = {path: re.fullmatch(r"(\d+)(?:-(\d+))?", path.name) for path in _in(folder)}
     return {
         (int(name[1]), int(name[2] or 0)): path for path, name in names.items() if name
@@ -274,7 +273,7 @@ def _in(folder: Path) -> list[Path]:
 
 
 def _score(folder: Path) -> float:
-    """What the best checkpoint has most of; least where it cannot be read."""
+    """Return the score of a checkpoint, the least where it cannot be read."""
     try:
         return float(json.loads((folder / _NOTES).read_text())["score"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -282,42 +281,13 @@ def _score(folder: Path) -> float:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint, first its name: it must not be seen with half its files."""
+    """Remove a checkpoint, first its name: nobody must see it with half its files."""
     if folder.exists():
         shutil.rmtree(folder.replace(folder.with_name(folder.name + _UNFINISHED)))
 
 
-def _verify(folder: Path) -> None:
-    """Compares the files of a checkpoint with their digests."""
-    try:
-        known = dict(json.loads((folder / _DIGESTS).read_text()))
-        found = _digests(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder, _DIGESTS) from error
-    for name in sorted({*known, *found}):
-        if known.get(name) != found.get(name):
-            raise _damaged(folder, name)
-
-
-def _damaged(folder: Path, name: str) -> UserError:
-    path = folder / name
-    what = "has changed since it was written" if path.exists() else "is missing"
-    return UserError(f"run: checkpoint {folder} cannot be read: {path} {what}")
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder, by its path."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != _DIGESTS:
-            with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-
 def _reason(error: BaseException) -> str:
-    """The first line of what an error comes from."""
+    """Return the first line of what an error comes from."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

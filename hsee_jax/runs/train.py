@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import numpy.typing as npt
 
 from hsee_jax.config.schema import Config, to_json
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
-from hsee_jax.core.types import ExitMetrics, Metrics
 from hsee_jax.engine.evaluation import ClientResult
-from hsee_jax.engine.plan import EMPTY, RoundPlan
+from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.build import build
@@ -42,6 +39,7 @@ from hsee_jax.runs.folder import (
     replace_file,
 )
 from hsee_jax.runs.history import read_records
+from hsee_jax.runs.midway import midway_notes, progress_from
 from hsee_jax.runs.records import (
     RoundRecord,
     Scores,
@@ -200,7 +198,7 @@ class _Loop:
 
     def _pause(self, plan: RoundPlan, progress: RoundProgress, seconds: float) -> None:
         wall_seconds = time.perf_counter() - self._begin
-        notes = _midway_notes(plan, progress, seconds, wall_seconds)
+        notes = midway_notes(plan, progress, seconds, wall_seconds)
         moment = self._moment(progress.steps, notes, due=True)
         for callback in self._callbacks:
             callback.on_pause(moment)
@@ -247,41 +245,8 @@ def _resumed(experiment: Experiment, folder: Path) -> _Start:
     if checkpoint.steps == 0:
         return start
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
-    begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
+    begun = progress_from(experiment.plan(checkpoint.rounds), checkpoint)
     return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
-
-
-def _midway_notes(
-    plan: RoundPlan, progress: RoundProgress, seconds: float, wall_seconds: float
-) -> dict[str, Any]:
-    """Return what a checkpoint in the middle of a round notes."""
-    exit_sums, server_sums, link = progress.metrics
-    return {
-        "seconds": seconds,
-        "wall_seconds": wall_seconds,
-        "ids": plan.ids.tolist(),
-        "metrics": [[s.tolist() for s in sums] for sums in (exit_sums, server_sums)],
-        "link": np.asarray(link).tolist(),
-    }
-
-
-def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
-    """Read how far a round had come, with each client's sums in the slot it has now."""
-    notes: Any = checkpoint.notes
-    seats = {i: n for n, i in enumerate(notes["ids"]) if i != EMPTY}
-    nothing = [[0, 0], [0, 0]]
-
-    def moved(sums: list[Any], empty: Any = 0.0) -> npt.NDArray[Any]:
-        ids = plan.ids.tolist()
-        return np.array([sums[seats[i]] if i in seats else empty for i in ids])
-
-    # Version 0.1 did not count the bytes of each message.
-    link = notes.get("link", [nothing] * len(notes["ids"]))
-    sums: Any = [tuple(map(moved, sums)) for sums in notes["metrics"]]
-    exit_sums, server_sums = (Metrics(*branch) for branch in sums)
-    moved_link: Any = moved(link, nothing)
-    metrics = ExitMetrics(exit_sums, server_sums, moved_link)
-    return RoundProgress(checkpoint.steps, False, metrics)
 
 
 def _start_folder(folder: Path, experiment: Experiment, start: _Start) -> None:
