@@ -1,10 +1,10 @@
 """The forms of the convolution, by shape: forward pass and each gradient.
 
-What it shows: which form of `hsee_jax.nn.convolution` is fastest for one set of weights and for
-weights stacked over clients, at the convolutions of ResNet-18 on images of 32 pixels
-(width 64 with batches of 32, width 16 with batches of 8), and what a scan costs the
-gradient by the weights. The table in `hsee_jax/conv.py` is read off the rows of
-``setting`` single.
+What it shows: which form of `hsee_jax.nn.convolution` is fastest for one set of weights
+and for weights stacked over clients, at the convolutions of ResNet-18 on images of 32
+pixels (width 64 with batches of 32, width 16 with batches of 8), and what a scan costs
+the gradient by the weights. The table in `hsee_jax/nn/convolution.py` is read off the
+rows of ``setting`` single.
 
 Expected on CPU: winograd ahead from 64 channels up; grouped slowest by far on stacks;
 the native gradient by the weights many times slower in a scan than in a loop.

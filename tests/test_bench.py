@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from short_resnet import SHORT_RESNET
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -17,8 +18,6 @@ import bench_all  # noqa: E402
 import bench_scaling  # noqa: E402
 import federations  # noqa: E402
 import performance  # noqa: E402
-
-from hsee_jax.runs.build import build as experiment
 
 
 def import_round():
@@ -51,41 +50,25 @@ def written(folder, name):
     return content["rows"]
 
 
-@pytest.fixture
-def short_resnet(monkeypatch):
-    """The first four layers of ResNet-18, which compile in half the time."""
-    build_model = experiment.build_model
-
-    def shorter(*args):
-        model = build_model(*args)
-        return model._replace(
-            stages=model.stages[:4],
-            exit_heads=model.exit_heads[:4],
-            layer_names=model.layer_names[:4],
-        )
-
-    monkeypatch.setattr(experiment, "build_model", shorter)
-
-
 @pytest.mark.parametrize(
     "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
 )
-def test_pytorch_trains_alike(strategy, short_resnet):
+def test_pytorch_trains_alike(strategy):
     """Three clients of two cuts, from the same weights, over several rounds."""
     bench_round = import_round()
-    differences = bench_round.check(8, strategy, cuts=("1", "3"))
+    differences = bench_round.check(8, strategy, cuts=("1", "3"), **SHORT_RESNET)
     assert len(differences) == 4
     assert max(differences) < 1e-5
 
 
 @pytest.mark.slow
-def test_the_check_sees_an_average_that_is_left_out(monkeypatch, short_resnet):
+def test_the_check_sees_an_average_that_is_left_out(monkeypatch):
     bench_round = import_round()
     monkeypatch.setattr(
         bench_round.baseline.TorchFederation, "_average", lambda self: None
     )
     with pytest.raises(SystemExit, match="losses differ"):
-        bench_round.check(8, "averaging", cuts=("1", "3"))
+        bench_round.check(8, "averaging", cuts=("1", "3"), **SHORT_RESNET)
 
 
 def test_federations_have_full_batches_and_all_cuts():

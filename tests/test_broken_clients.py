@@ -5,17 +5,18 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import noise_state, tiny_model, write_run
+from tiny import TINY, noise_state, write_run
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
-from hsee_jax.inference import study as gating
 from hsee_jax.inference.client_study import Target
+from hsee_jax.inference.study import study as make_study
 
 CONFIG = override(
     preset("demo"),
+    **TINY,
     num_clients=3,
     cuts=("1", "3"),  # of clients 0 and 2, and of client 1
     max_train_samples=200,
@@ -23,15 +24,6 @@ CONFIG = override(
     validation_share=0.25,
 )
 EVERY = slice(None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def network():
-    """Three small layers in place of a ResNet."""
-    model = tiny_model(input_shape=(28, 28, 1), classes=10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hsee_jax.experiment.build_model", lambda *args: model)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def sound(tmp_path_factory, state):
     """The study of the run with nothing broken."""
     folder = tmp_path_factory.mktemp("sound")
     write_run(folder, CONFIG, state=state)
-    return gating.study(folder, batch_size=32)
+    return make_study(folder, batch_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +81,20 @@ def found(run):
 
 
 def test_the_others_get_their_thresholds(found, sound):
-    exit, server, other = found["thresholds"]["clients"]
+    first, second, other = found["thresholds"]["clients"]
     before = sound.thresholds(Target("offload", 0.3))["clients"]
     assert other == before[2]
     # The broken exit leaves all to its server.
-    assert (exit["exit_accuracy"], exit["exit_calibration_error"]) == (0, None)
-    assert exit["threshold"] == exit["on_device"] == exit["validation_on_device"] == 0
-    assert exit["accuracy"] == exit["server_accuracy"] == before[0]["server_accuracy"]
+    assert (first["exit_accuracy"], first["exit_calibration_error"]) == (0, None)
+    for figure in ("threshold", "on_device", "validation_on_device"):
+        assert first[figure] == 0
+    for figure in ("accuracy", "server_accuracy"):
+        assert first[figure] == before[0]["server_accuracy"]
     # The exit in front of the broken server is as sure as before.
-    assert (server["server_accuracy"], server["server_calibration_error"]) == (0, None)
+    assert (second["server_accuracy"], second["server_calibration_error"]) == (0, None)
     for figure in ("threshold", "on_device", "exit_accuracy"):
-        assert server[figure] == before[1][figure]
-    assert 0 < server["accuracy"] <= server["exit_accuracy"]
+        assert second[figure] == before[1][figure]
+    assert 0 < second["accuracy"] <= second["exit_accuracy"]
 
 
 def test_the_curve_counts_them(found):
@@ -130,12 +124,12 @@ def test_the_tables_show_them(found, run):
 
 def test_a_target_accuracy_is_that_of_the_sound_clients(run, sound):
     """A broken client gets its most accurate threshold."""
-    study = gating.study(run, batch_size=32)
+    study = make_study(run, batch_size=32)
     most = sound.clients[2].held_out.accuracy.max()
-    exit, server, other = study.thresholds(Target("accuracy", most))["clients"]
+    first, second, other = study.thresholds(Target("accuracy", most))["clients"]
     assert other["validation_accuracy"] == pytest.approx(most)
-    assert (exit["threshold"], exit["on_device"]) == (0, 0)
-    assert server["validation_accuracy"] == study.clients[1].held_out.accuracy.max()
+    assert (first["threshold"], first["on_device"]) == (0, 0)
+    assert second["validation_accuracy"] == study.clients[1].held_out.accuracy.max()
     with pytest.raises(UserError, match="cannot be reached by client 2 "):
         study.thresholds(Target("accuracy", most + 1e-3))
 

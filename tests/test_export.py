@@ -13,17 +13,20 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from tiny import write_run
+from short_resnet import SHORT_RESNET
+from tiny import TINY, write_run
 
-import hsee_jax
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.pipeline import normalize
+from hsee_jax.deployment import export_client
+from hsee_jax.federation import client_spec, forward
+from hsee_jax.runs import restore_client
 from hsee_jax.runs.build import build_model
 
-SMALL = override(preset("demo"), num_clients=3, cuts=("1", "3"))
+SMALL = override(preset("demo"), **TINY, num_clients=3, cuts=("1", "3"))
 BEFORE = """
 import sys
 sys.modules["hsee_jax"] = None
@@ -61,7 +64,7 @@ def assert_answers(place, spec, branch):
     """They are those of a branch; returns logits and uncertainty."""
     images, five, one = answers_elsewhere(place)
     inputs = normalize(images, (0.286,), (0.353,))
-    answer = jax.jit(partial(hsee_jax.forward, spec, train=False))
+    answer = jax.jit(partial(forward, spec, train=False))
     features, logits, _ = answer(branch, inputs, jnp.ones(5, bool))
     for found, count in ((five, 5), (one, 1)):
         for name, expected in (("logits", logits), ("features", features)):
@@ -74,7 +77,7 @@ def assert_answers(place, spec, branch):
 
 
 @pytest.fixture
-def run(tiny_network, tmp_path):
+def run(tmp_path):
     write_run(tmp_path / "run", SMALL)
     return tmp_path / "run"
 
@@ -94,9 +97,9 @@ def write_known(run, rounds):
 def test_an_export_stands_alone(run):
     """A client of cut 1: 36 + 8 parameters in the layer and 50 in the exit."""
     write_known(run, rounds=1)
-    place = hsee_jax.export_client(run, 2)
+    place = export_client(run, 2)
     assert place == run / "export" / "client-2"
-    branch = hsee_jax.restore_client(run, 2)
+    branch = restore_client(run, 2)
     logits, uncertainty = assert_answers(place, *branch)
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares = np.sort(shares / shares.sum(-1, keepdims=True))
@@ -116,6 +119,7 @@ def test_an_export_stands_alone(run):
         "layer": "layer1",
         "input": {"shape": [28, 28, 1], "dtype": "uint8"},
         "classes": 10,
+        "label_values": None,
         "mean": [0.286],
         "std": [0.353],
         "criterion": "margin",
@@ -144,50 +148,40 @@ def test_an_export_stands_alone(run):
 def test_what_is_known_of_another_round_is_not_told(run):
     """And an export takes the place of an earlier one, but of nothing else."""
     write_known(run, rounds=1)
-    place = hsee_jax.export_client(run, 2)
+    place = export_client(run, 2)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     (place / "notes").touch()
     (place / "weights.safetensors").write_text("changed")
-    hsee_jax.export_client(run, 2)
+    export_client(run, 2)
     assert {name: (place / name).read_bytes() for name in before} == before
     assert (place / "notes").exists()
 
     write_run(run, SMALL, rounds=3)
     write_known(run, rounds=2)
-    hsee_jax.export_client(run, 2)
+    export_client(run, 2)
     card = json.loads((place / "card.json").read_text())
     assert (card["rounds"], card["criterion"]) == (3, "entropy")
     unknown = ("threshold", "exit_accuracy", "server_accuracy")
     assert [card[name] for name in unknown] == [None] * 3
-    hsee_jax.export_client(run, 2, which="best")
+    export_client(run, 2, which="best")
     assert json.loads((place / "card.json").read_text())["exit_accuracy"] == 0.25
 
     thesis = run.parent / "thesis"
     thesis.mkdir()
     (thesis / "README.md").write_text("years of work")
     with pytest.raises(UserError, match="neither empty nor an export"):
-        hsee_jax.export_client(run, 2, out=thesis)
+        export_client(run, 2, out=thesis)
     assert [path.name for path in thesis.iterdir()] == ["README.md"]
 
 
 @pytest.mark.slow
-def test_a_client_of_resnet18(tmp_path, monkeypatch):
+def test_a_client_of_resnet18(tmp_path):
     """Strides, shortcuts, and BatchNorm in the exit; later layers take time alone."""
-    config = override(SMALL, cuts=("4",), width=2, exit_head="bn_linear")
-    config = override(config, strategy="sequential", link="int8")
-
-    def first_layers(*args):
-        model = build_model(*args)
-        return model._replace(
-            stages=model.stages[:4],
-            exit_heads=model.exit_heads[:4],
-            layer_names=model.layer_names[:4],
-        )
-
-    monkeypatch.setattr("hsee_jax.experiment.build_model", first_layers)
+    config = override(SMALL, **SHORT_RESNET, width=2, exit_head="bn_linear")
+    config = override(config, cuts=("4",), strategy="sequential", link="int8")
     state = write_run(tmp_path, config)
-    place = hsee_jax.export_client(tmp_path, 1)
-    spec = hsee_jax.client_spec(first_layers(config), 4, optax.identity())
+    place = export_client(tmp_path, 1)
+    spec = client_spec(build_model(config), 4, optax.identity())
     branch = jax.tree.map(lambda leaf: leaf[1], state.clients[0])
     assert_answers(place, spec, branch)
     weights = load_file(place / "weights.safetensors")
@@ -202,7 +196,7 @@ def test_a_client_of_resnet18(tmp_path, monkeypatch):
 
 def test_the_command_exports(run, monkeypatch, capsys):
     caches = []
-    monkeypatch.setattr(cli, "use_cache", caches.append)
+    monkeypatch.setattr("hsee_jax.cli.arguments.use_cache", caches.append)
     out = run.parent / "out"
     words = f"export {run} --client 1 --checkpoint best --compilation-cache off"
     assert cli.main([*words.split(), "--out", str(out)]) == 0

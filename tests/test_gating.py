@@ -2,28 +2,29 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 from test_inference import unsure, without_a_gate
-from tiny import tiny_model
+from tiny import TINY, write_run
 
 from hsee_jax import cli
+from hsee_jax.cli import gate as command
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.data import load_dataset
-from hsee_jax.inference import study as gating
 from hsee_jax.inference.calibration import calibration_error, judge
 from hsee_jax.inference.client_study import Target
-from hsee_jax.runs import train as runs
-from hsee_jax.runs.build import build
-from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.inference.study import study as make_study
+from hsee_jax.runs import evaluate, reopen
+from hsee_jax.runs.build import build, build_data
 
 CONFIG = override(
     preset("demo"),
+    **TINY,
     num_clients=3,
     cuts=("1", "3"),
     max_train_samples=200,
@@ -37,22 +38,16 @@ CONFIG = override(
 def run(tmp_path_factory):
     """Write the folder of a run before its first round, in which the clients differ."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    model = tiny_model(input_shape=(28, 28, 1), classes=10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hsee_jax.experiment.build_model", lambda *args: model)
-        experiment = build(CONFIG)
-        with Writer(folder / "checkpoints", keep=1) as checkpoints:
-            state = experiment.store.settled(experiment.init())
-            large = jax.tree.map(lambda leaf: 3 * leaf, state.clients)  # and unlike
-            state = state.replace(clients=large)
-            checkpoints.save(1, 0, state, {"score": 0.0})
-        (folder / "config.json").write_text(to_json(CONFIG))
-        yield folder
+    experiment = build(CONFIG)
+    state = experiment.store.to_checkpoint(experiment.init())
+    large = jax.tree.map(lambda leaf: 3 * leaf, state.clients)  # and unlike
+    write_run(folder, CONFIG, state=state.replace(clients=large))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def study(run):
-    return gating.study(run, batch_size=32)
+    return make_study(run, batch_size=32)
 
 
 def thresholds_of(study, target):
@@ -64,7 +59,7 @@ def test_a_study_is_what_the_networks_answer(run, study):
     chosen = study.thresholds(Target("offload", 0.3))
     client = chosen["clients"][1]
     assert (client["id"], client["cut"]) == (1, 3)
-    experiment, state = runs.reopen(run)
+    experiment, state = reopen(run)
     assert len(experiment.validation.labels) == chosen["validation_samples"] == 50
     own = jax.tree.map(lambda leaf: leaf[0], state.clients[1])
     server = jax.tree.map(lambda leaf: leaf[0], state.servers[1])
@@ -106,9 +101,11 @@ def test_the_curve_is_that_of_21_targets(run, study):
     json.dumps(curve, allow_nan=False)
     mean, clients = curve["mean"], curve["clients"]
     assert [client["id"] for client in clients] == [0, 1, 2]
-    figures = runs.evaluate(run)
+    _, scores = evaluate(run)
     for point, kind in ((mean[0], "server"), (mean[-1], "exit")):
-        assert point["accuracy"] == pytest.approx(figures[f"mean_{kind}_accuracy"])
+        assert point["accuracy"] == pytest.approx(
+            getattr(scores, f"mean_{kind}_accuracy")
+        )
     assert (mean[0]["threshold"], mean[0]["on_device"]) == (0, 0)
     assert (mean[-1]["on_device"], mean[-1]["bytes"]) == (1, 0)
     for point, offload in enumerate(np.linspace(1, 0, 21).round(2).tolist()):
@@ -146,12 +143,12 @@ def test_targets_are_met_on_the_held_out_samples(study):
 
 def test_the_test_set_chooses_nothing(run, study, monkeypatch):
     """Other test samples change the accuracy, but no threshold."""
-    train, test = load_dataset(CONFIG.data)
+    train, test = build_data(CONFIG.data)
     turned = Dataset(255 - test.images, test.labels[::-1])
     monkeypatch.setattr(
-        "hsee_jax.experiment.load_dataset", lambda config: (train, turned)
+        sys.modules["hsee_jax.runs.build"], "build_data", lambda config: (train, turned)
     )
-    other = gating.study(run, batch_size=32)
+    other = make_study(run, batch_size=32)
     for target in (Target("offload", 0.4), Target("accuracy", 0.02)):
         assert thresholds_of(study, target) == thresholds_of(other, target)
     means = [s.curve()["mean"] for s in (study, other)]
@@ -192,7 +189,7 @@ def test_gates_flags(study, tmp_path, monkeypatch, capsys):
         seen.append((str(folder), *options.values()))
         return study
 
-    monkeypatch.setattr(gating, "study", recorded)
+    monkeypatch.setattr(command, "study", recorded)
     out = ["--out", tmp_path / "out", "--json"]
     assert gate("run", *out, "--target-bytes", 1000) == 0
     found = json.loads(capsys.readouterr().out)
@@ -232,7 +229,7 @@ def test_gates_flags(study, tmp_path, monkeypatch, capsys):
 )
 def test_a_mistake_is_one_line(study, tmp_path, monkeypatch, capsys, words, message):
     """The command writes nothing."""
-    monkeypatch.setattr(gating, "study", lambda folder, **options: study)
+    monkeypatch.setattr(command, "study", lambda folder, **options: study)
     assert gate(tmp_path / "run", *words.split()) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

@@ -67,7 +67,7 @@ def test_a_gate_is_a_choice_between_both_answers(cut, criterion):
     doubts = unsure(exit_logits, criterion)
     gate = make_gate(*specs(cut), batch_size=16, criterion=criterion, sizes=(1, 5, 16))
     values = np.sort(doubts)
-    largest = CRITERIA[criterion].largest(CLASSES)
+    largest = CRITERIA.make(criterion).largest(CLASSES)
     for threshold in (0.0, *(values[1:] + values[:-1]) / 2, largest * 1.001):
         answers = gate.answer(*parts(cut), inputs, threshold)
         exited = doubts < threshold
@@ -84,8 +84,9 @@ def test_a_gate_is_a_choice_between_both_answers(cut, criterion):
 def test_the_largest_uncertainty_is_that_of_equal_logits(criterion):
     """And the smallest, 0, is that of logits that leave one class alone."""
     logits = jnp.array([[2.0, 2.0, 2.0], [90.0, 0.0, 0.0]])
-    values = CRITERIA[criterion].uncertainty(logits)
-    np.testing.assert_allclose(values, [CRITERIA[criterion].largest(3), 0], atol=1e-6)
+    measure = CRITERIA.make(criterion)
+    values = measure.uncertainty(logits)
+    np.testing.assert_allclose(values, [measure.largest(3), 0], atol=1e-6)
 
 
 def test_at_equality_a_sample_is_sent():

@@ -13,6 +13,7 @@ from hsee_jax.config.values import options
 
 SMALL = hsee_jax.override(
     hsee_jax.preset("demo"),
+    **TINY,
     rounds=1,
     num_clients=2,
     cuts=("1", "3"),
@@ -43,7 +44,7 @@ def test_the_library_example_runs(tmp_path):
     assert all(0.5 < loss < 8 for loss in losses)
 
 
-def test_the_restore_example_runs(tmp_path, monkeypatch, tiny_network):
+def test_the_restore_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hsee_jax.train(SMALL, Path("runs/demo"))
     names = {}
@@ -54,7 +55,7 @@ def test_the_restore_example_runs(tmp_path, monkeypatch, tiny_network):
     assert len(names["alone"].layers) == len(names["spec"].stages) == 1
 
 
-def test_the_gate_example_runs(tmp_path, monkeypatch, tiny_network, capsys):
+def test_the_gate_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     hsee_jax.train(SMALL, Path("runs/demo"))
     assert cli.main("gate runs/demo --target-offload 0.3".split()) == 0

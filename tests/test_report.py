@@ -52,15 +52,28 @@ def make_run(
     records = []
     for number in range(1, 2 * len(exits) + 1):
         record = {"round": number, "seconds": number, "images": 100}
-        record["train"] = {"exit_loss": 2.0, "server_loss": 1.0 / number}
+        record["train"] = {
+            "exit_loss": 2.0,
+            "exit_accuracy": 0.1,
+            "server_loss": 1.0 / number,
+            "server_accuracy": 0.2,
+        }
         if number % 2 == 0:
             pairs = zip(
                 exits[number // 2 - 1], servers[number // 2 - 1], cuts, strict=True
             )
             record["test"] = {
                 "mean_exit_accuracy": float(np.mean(exits[number // 2 - 1])),
+                "mean_server_accuracy": float(np.mean(servers[number // 2 - 1])),
                 "clients": [
-                    {"id": i, "cut": cut, "exit_accuracy": a, "server_accuracy": b}
+                    {
+                        "id": i,
+                        "cut": cut,
+                        "exit_loss": 2.0,
+                        "exit_accuracy": a,
+                        "server_loss": None,  # not finite
+                        "server_accuracy": b,
+                    }
                     for i, (a, b, cut) in enumerate(pairs)
                 ][::-1],  # the order does not matter
             }
@@ -71,7 +84,17 @@ def make_run(
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines)
     if 2 * len(exits) == config.run.rounds:
-        summary = {"device": "1 x abacus", "versions": {"jax": "0.1", "numpy": "0.2"}}
+        summary = {
+            "rounds": len(records),
+            **records[-1]["test"],
+            "wall_seconds": sum(record["wall_seconds"] for record in records),
+            "images_per_second": 40.0,
+            "missed_rounds": 0,
+            "left_out_rounds": 0,
+            "device": "1 x abacus",
+            "versions": {"jax": "0.1", "numpy": "0.2"},
+            "link": {"up_bytes": 0, "down_bytes": 0, "cuts": []},
+        }
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -101,14 +124,17 @@ def test_curves_are_runs_that_differ_in_seeds_alone(four):
 
 
 def test_a_label_names_every_option_that_differs(tmp_path):
-    one = make_run(tmp_path / "one", alpha=0.5)
+    one = make_run(tmp_path / "one", partition="dirichlet", alpha=0.5)
     more = {"learning_rate": 0.2, "max_train_samples": 7, "data_dir": "elsewhere"}
-    other = make_run(tmp_path / "other", **more)
+    other = make_run(tmp_path / "other", partition="dirichlet", **more)
     labels = [curve.label for curve in read_curves([one, other])]
     assert labels == [
         "max_train_samples=None, alpha=0.5, learning_rate=0.1",
         "max_train_samples=7, alpha=0.3, learning_rate=0.2",
     ]
+    even = make_run(tmp_path / "even")  # has no alpha
+    labels = [curve.label for curve in read_curves([one, even])]
+    assert labels == ["partition=dirichlet", "partition=iid"]
 
 
 def test_the_tables_hold_means_and_sample_deviations(four):
@@ -218,8 +244,9 @@ def test_the_figures_show_the_numbers(four):
 def test_no_label_overlaps_another(tmp_path, clients, labels, counts):
     final = (np.linspace(0, 1, clients),)
     sizes = {"clients": clients, "labels": labels, "counts": counts, "rounds": 2}
-    long = {"strategy": "sequential", "batch_norm": "keep_local", "period": 3}
+    long = {"average": "servers", "batch_norm": "keep_local", "period": 3}
     long |= {"learning_rate": 0.12345, "optimizer_state": "average", "momentum": 0.1}
+    long |= {"weights": "uniform"}
     folders = [
         make_run(tmp_path / str(i), exits=final, servers=final, **sizes, **options)
         for i, options in enumerate((long, {}, {"seed": 1}))
@@ -256,12 +283,12 @@ BAD = {
     "metrics.jsonl": [
         (None, "No such file"),
         ("", "no evaluated round yet"),
-        ("{}\n", "line 1, is damaged: KeyError: 'images'"),
+        ("{}\n", "line 1, is damaged: KeyError: 'round'"),
         ("[1]\n2\n", "line 1, is damaged"),
         ("\ufeff\n{}\n", "line 1, is damaged"),
     ],
     "partition.json": [(None, "No such file"), ("[{}]", "damaged"), ("[", "damaged")],
-    "summary.json": [("{}", "is damaged: KeyError: 'versions'"), ("[]", "damaged")],
+    "summary.json": [("{}", "is damaged: KeyError: 'rounds'"), ("[]", "damaged")],
     "config.json": [(None, "is not a run"), ("{", "is not JSON")],
 }
 
@@ -287,7 +314,7 @@ def test_the_command(four, tmp_path, monkeypatch, capsys):
     assert out == f"{markdown(results(read_curves(four[:1])))}\na0/report/report.html\n"
     assert (tmp_path / "a0" / "report" / "report.html").exists()
     with monkeypatch.context() as stub:
-        stub.setattr("hsee_jax.report.write_report", lambda curves, out: out)
+        stub.setattr("hsee_jax.report.page.write_report", lambda curves, out: out)
         assert cli.main(["report", "a0", "s"]) == 0
         assert capsys.readouterr().out.endswith("\n\nreport\n")
     for words, message in (

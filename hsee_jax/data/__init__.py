@@ -25,6 +25,18 @@ from hsee_jax.data import archives, arrays, prepared
 from hsee_jax.data.download import OnBytes, download_archive
 from hsee_jax.data.info import DATASETS, OWN, PACKAGED, DatasetInfo, Source
 
+__all__ = [
+    "DATASETS",
+    "DatasetInfo",
+    "OWN",
+    "PACKAGED",
+    "Source",
+    "dataset_info",
+    "find_source",
+    "load_dataset",
+    "prepare",
+]
+
 _log = logging.getLogger(__name__)
 Folder = str | os.PathLike[str] | None
 

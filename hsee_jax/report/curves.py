@@ -57,9 +57,9 @@ def spread(values: Values) -> tuple[Any, Any]:
 
 
 def differing(every: Sequence[Options]) -> list[str]:
-    """Return the options in which runs differ."""
+    """Return the options in which the runs that have them differ."""
     names = dict.fromkeys(name for options in every for name in options)
-    return [n for n in names if len({options.get(n) for options in every}) > 1]
+    return [n for n in names if len({own[n] for own in every if n in own}) > 1]
 
 
 def shown(value: Any) -> str:
