@@ -24,7 +24,6 @@ from hsee_jax.engine.round import (
     make_no_means,
     nothing_done,
     step_key,
-    turn_on_state,
     turn_sequence,
 )
 from hsee_jax.federation.aggregation import newest
@@ -32,8 +31,10 @@ from hsee_jax.federation.state import (
     Means,
     RunState,
     positions,
+    put_member,
     split_stacks,
     stack_sizes,
+    take_member,
 )
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import (
@@ -249,7 +250,7 @@ def _one_turn(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) ->
             jnp.concatenate([g.mask[t] for g in inputs.groups])[n],
         )
         batch = constrain(batch, mesh, PartitionSpec(CLIENTS))
-        turns = [turn_on_state(strategy, g) for g in range(len(sizes))]
+        turns = [_on_group(strategy, g) for g in range(len(sizes))]
         group_of, member_of = map(jnp.asarray, positions(sizes))
         state, metrics = jax.lax.switch(
             group_of[n],
@@ -270,3 +271,25 @@ def _one_turn(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) ->
         return _average_if(strategy, due, carry, inputs.groups)
 
     return step
+
+
+def _on_group(strategy: Strategy, g: int) -> Callable:
+    """Make the turn of a group's member, on the whole state."""
+    s = 0 if strategy.shared else g
+
+    def turn(
+        state: RunState, member: Array, batch: Batch, rate: Array
+    ) -> tuple[RunState, ExitMetrics]:
+        clients, servers = list(state.clients), list(state.servers)
+        client, server = take_member(clients[g], member), servers[s]
+        if not strategy.shared:
+            server = take_member(server, member)
+        assert strategy.turn is not None
+        client, server, metrics = strategy.turn(client, server, batch, rate, group=g)
+        if not strategy.shared:
+            server = put_member(servers[s], member, server)
+        clients[g], servers[s] = put_member(clients[g], member, client), server
+        state = state.replace(clients=tuple(clients), servers=tuple(servers))
+        return state, metrics
+
+    return turn

@@ -187,25 +187,3 @@ def _scale_gradient(values: Array, share: float) -> Array:
         return values
     fixed = jax.lax.stop_gradient(values)
     return fixed if share == 0.0 else fixed + share * (values - fixed)
-
-
-def message_bytes(
-    spec: BranchSpec, message: Message, mask: Array, gradient: Array | None = None
-) -> Array:
-    """Count what crosses the link in a step.
-
-    Args:
-      spec: of the client.
-      message: that it sends; the labels, ``int32 [B]``, go with it.
-      mask: ``bool [B]``; padding is not sent.
-      gradient: what comes back, ``[B, ...]``.
-
-    Returns:
-      ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
-    """
-    label = jnp.dtype(jnp.int32).itemsize
-    up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
-    back = 0
-    if gradient is not None:
-        back = gradient.size // len(gradient) * gradient.dtype.itemsize
-    return pack_bytes(up, back * jnp.sum(mask, dtype=jnp.int32))

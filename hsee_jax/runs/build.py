@@ -258,7 +258,7 @@ def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
 def _store(
     config: Config, federation: Federation, strategy: Strategy
 ) -> tuple[tuple[int, ...], Store]:
-    """Choose where the state of the clients is kept; return the slots of a round, too."""
+    """Choose where the clients' state is kept; return the slots of a round, too."""
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
     slots = num_slots(

@@ -138,9 +138,12 @@ class Summary(NamedTuple):
         """Return the summary as JSON holds it."""
         values = self._asdict()
         scores = values.pop("scores").to_json()
-        return {"rounds": values.pop("rounds")} | scores | values | {
-            "link": self.link._asdict()
-        }
+        return (
+            {"rounds": values.pop("rounds")}
+            | scores
+            | values
+            | {"link": self.link._asdict()}
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Summary":

@@ -29,7 +29,6 @@ from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
 from hsee_jax.runs.records import (
-    RoundRecord,
     Scores,
     Summary,
     round_record,
