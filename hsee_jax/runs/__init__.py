@@ -1,0 +1,28 @@
+"""Runs: built from a configuration, trained in a folder, restored from it."""
+
+from hsee_jax.runs.build import build
+from hsee_jax.runs.callbacks import Callback, Moment
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.history import History, read_history
+from hsee_jax.runs.records import RoundRecord, Scores, Summary
+from hsee_jax.runs.reopen import evaluate, reopen
+from hsee_jax.runs.restore import Restored, restore, restore_client
+from hsee_jax.runs.train import train
+
+__all__ = [
+    "Callback",
+    "Experiment",
+    "History",
+    "Moment",
+    "Restored",
+    "RoundRecord",
+    "Scores",
+    "Summary",
+    "build",
+    "evaluate",
+    "read_history",
+    "reopen",
+    "restore",
+    "restore_client",
+    "train",
+]

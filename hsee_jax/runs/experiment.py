@@ -1,0 +1,207 @@
+"""A run that is ready to start: its parts, and what it does with them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.config.schema import Config
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset, ExitMetrics, Key
+from hsee_jax.data.info import DatasetInfo
+from hsee_jax.data.partition import Share
+from hsee_jax.engine.compilation import check_finite
+from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
+from hsee_jax.engine.plan import (
+    Absence,
+    RoundPlan,
+    missing,
+    participants,
+    plan_round,
+)
+from hsee_jax.engine.round import RoundFn, RoundProgress
+from hsee_jax.engine.store import Store
+from hsee_jax.federation.federation import Federation, Group
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.nn.model import Model
+from hsee_jax.systems.costs import LayerCost, layer_costs
+from hsee_jax.systems.traffic import (
+    Bytes,
+    Traffic,
+    averages_in,
+    bytes_by_cut,
+    round_bytes,
+)
+
+Shards = dict[int, npt.NDArray[np.int32]]  # client id -> its samples
+
+
+class Attendance(NamedTuple):
+    """Who takes part in the rounds."""
+
+    participation: float  # share of the clients drawn for each round
+    dropout: float  # probability that a client misses a round
+    absences: tuple[Absence, ...]
+    seed: int
+
+    def missing(self, groups: Sequence[Group], number: int) -> set[int]:
+        """Return the clients that miss a round, counted from 0."""
+        return missing(
+            [i for group in groups for i in group.ids],
+            dropout=self.dropout,
+            absences=self.absences,
+            seed=self.seed,
+            number=number,
+        )
+
+    def check(self, groups: Sequence[Group], rounds: int) -> None:
+        """Refuse a run with a round in which no client takes part."""
+        if self.dropout == 0 and not self.absences:
+            return
+        for number in range(rounds):
+            drawn = participants(
+                groups,
+                participation=self.participation,
+                seed=self.seed,
+                number=number,
+            )
+            if not drawn - self.missing(groups, number):
+                raise UserError(
+                    f"dropout: {self.dropout} is not allowed with these absences and "
+                    f"seeds; no client is left in round {number + 1}"
+                )
+
+
+class Cadence(NamedTuple):
+    """How long a run is, and how often it is evaluated and saved, in rounds."""
+
+    rounds: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+class Experiment(NamedTuple):
+    """A run that is ready to start."""
+
+    config: Config  # as it is written to the run's folder
+    info: DatasetInfo
+    federation: Federation
+    strategy: Strategy
+    manifest: list[Share]  # who has what of the training set
+    test: Dataset  # on the devices
+    validation: Dataset | None  # on the devices: training samples that were held out
+    train: Dataset  # on the devices: all of them
+    shards: Shards  # of ``train``
+    slots: tuple[int, ...]  # of each group, in a round
+    attendance: Attendance
+    cadence: Cadence
+    batch_size: int  # of a client's step
+    eval_batch_size: int
+    init_key: Key
+    stop_on_nonfinite: bool  # end the run with the first client that is not finite
+    plain_model: Model  # with the convolution itself, see `build_model`
+    traffic: tuple[Traffic, ...]  # of a client of each group
+    store: Store
+    learning_rates: npt.NDArray[np.float32]  # [rounds, T]
+    round_fn: RoundFn
+    evaluate_fn: EvaluateFn
+
+    def init(self) -> Any:
+        """Draw the state before the first round, in the form that the store keeps."""
+        return self.store.init(self.init_key)
+
+    def plan(self, number: int) -> RoundPlan:
+        """Draw who does what in a round, counted from 0."""
+        groups, attendance = self.federation.groups, self.attendance
+        return plan_round(
+            groups,
+            self.shards,
+            batch_size=self.batch_size,
+            participation=attendance.participation,
+            turn=self.strategy.turn_unit,
+            seed=attendance.seed,
+            number=number,
+            slots=self.slots,
+            missing=attendance.missing(groups, number),
+        )
+
+    def run_round(
+        self,
+        state: Any,
+        begun: RoundProgress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[Any, RoundPlan, RoundProgress]:
+        """Train the next round; the buffers of ``state`` are given up.
+
+        Args:
+          state: before.
+          begun: how much of the round is finished; None is nothing.
+          stop: see `RoundFn`.
+
+        Returns:
+          The state, what the round was, and how far it has come.
+
+        Raises:
+          DivergenceError: the round has ended, and no client could take all of its
+            steps, or one could not and the run is to stop at that.
+        """
+        number = int(state.round)
+        plan = self.plan(number)
+        some, means, progress = self.round_fn(
+            self.store.take(state, plan.ids),
+            self.train,
+            plan,
+            self.learning_rates[number],
+            self.weights(plan),
+            begun,
+            stop,
+        )
+        midway = not progress.finished
+        if not midway:
+            check_finite(
+                plan,
+                progress.metrics,
+                number=number + 1,
+                stop=self.stop_on_nonfinite,
+            )
+        state = self.store.put(state, plan.ids, some, means, midway=midway)
+        return state, plan, progress
+
+    def weights(self, plan: RoundPlan) -> npt.NDArray[np.float32]:
+        """Return the weight of each slot in the averages, ``float32 [N]``."""
+        uniform = self.strategy.weights == "uniform"
+        weights = [
+            float(active and (uniform or len(self.shards[i])))
+            for i, active in zip(plan.ids.tolist(), plan.active, strict=True)
+        ]
+        return np.array(weights, np.float32)
+
+    def round_bytes(self, number: int, metrics: ExitMetrics) -> Bytes:
+        """Return what crossed the links in a round, counted from 1."""
+        averages = averages_in(self.strategy, number, self.learning_rates.shape[1])
+        return round_bytes(self.traffic, self.slots, metrics, averages)
+
+    def bytes_by_cut(self) -> list[dict[str, Any]]:
+        """Return what crosses the link of a client of each cut, see `bytes_by_cut`."""
+        rounds, steps = self.learning_rates.shape
+        averages = [averages_in(self.strategy, r + 1, steps) for r in range(rounds)]
+        return bytes_by_cut(
+            self.traffic,
+            self.manifest,
+            batch_size=self.batch_size,
+            averages=float(np.mean(averages)),
+        )
+
+    def costs(self) -> tuple[LayerCost, ...]:
+        """Return the costs of all layers and heads, see `layer_costs`."""
+        return layer_costs(self.plain_model)
+
+    def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
+        """Evaluate all clients on the whole of ``data``, which is on the devices."""
+        return sorted(
+            result
+            for ids in self.store.chunks()
+            for result in self.evaluate_fn(self.store.take(state, ids), data, ids)
+        )

@@ -1,0 +1,97 @@
+"""What a run has left in its folder: its options, rounds, partition and summary."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hsee_jax.config.schema import SEEDS, flatten
+from hsee_jax.core.errors import UserError
+from hsee_jax.data.partition import Share
+from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.records import RoundRecord, Summary
+
+# The options that are a run's own, as runs of one experiment differ in them.
+OWN = (*SEEDS, "data_dir")
+
+
+class History(NamedTuple):
+    """A run's folder, read."""
+
+    options: dict[str, Any]  # by name
+    partition: list[Share]
+    records: list[RoundRecord]  # as far as the run has come
+    summary: Summary | None  # None until the run ends
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return the seeds of the run."""
+        return tuple(self.options[name] for name in SEEDS)
+
+
+def read_history(folder: Path) -> History:
+    """Read a run's folder.
+
+    Raises:
+      UserError: it is not a run, or one of its files is damaged.
+    """
+    config = read_config(folder)
+    path = folder / "partition.json"
+    with _reading(path):
+        partition = [Share(**entry) for entry in _read(path)]
+        np.array([share.label_counts for share in partition], np.int64).reshape(
+            config.clients.num_clients, -1
+        )
+    records = read_records(folder)
+    for record in records:
+        if record.test is not None and len(record.test.clients) != len(partition):
+            raise UserError(
+                f"run: {folder / 'metrics.jsonl'}, round {record.round}, is damaged: "
+                f"{len(record.test.clients)} clients instead of {len(partition)}"
+            )
+    summary, path = None, folder / "summary.json"
+    if path.exists():
+        with _reading(path):
+            summary = Summary.from_json(_read(path))
+    return History(flatten(config), partition, records, summary)
+
+
+def read_records(folder: Path) -> list[RoundRecord]:
+    """Read the records of a run's rounds; a line cut off by a kill is passed over.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    path, records = folder / "metrics.jsonl", []
+    with _reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        with _reading(f"{path}, line {number},"):
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                if number == len(lines):
+                    break
+                raise
+            records.append(RoundRecord.from_json(values))
+    return records
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _reading(what: object) -> Iterator[None]:
+    """Say in one line what is wrong with a file of a run."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run: {what} cannot be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"run: {what} is damaged: {type(error).__name__}: {error}"
+        ) from error

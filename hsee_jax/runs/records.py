@@ -1,0 +1,244 @@
+"""A round's record and a run's summary: typed, and written and read here alone.
+
+``metrics.jsonl`` holds a `RoundRecord` a line, ``summary.json`` a `Summary`.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hsee_jax.core.types import ExitMetrics
+from hsee_jax.engine.evaluation import ClientResult, means
+from hsee_jax.engine.plan import RoundPlan
+from hsee_jax.engine.round import all_finite
+from hsee_jax.systems.traffic import Bytes
+
+_PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class TrainFigures(NamedTuple):
+    """Means over the samples of a round, while they were trained on."""
+
+    exit_loss: float  # in nats
+    exit_accuracy: float
+    server_loss: float
+    server_accuracy: float
+
+
+class Scores(NamedTuple):
+    """What all clients score on the test set."""
+
+    mean_exit_accuracy: float
+    mean_server_accuracy: float
+    clients: tuple[ClientResult, ...]  # by ascending id
+
+    @classmethod
+    def of(cls, results: Sequence[ClientResult]) -> "Scores":
+        """Average the results of clients."""
+        return cls(*means(results), tuple(results))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON holds them; a loss that is not finite is None."""
+        return {
+            **self._asdict(),
+            "clients": [
+                {name: _plain(value) for name, value in result._asdict().items()}
+                for result in self.clients
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Scores":
+        """Read what `to_json` gives."""
+        clients = sorted(ClientResult(**_floats(one)) for one in values["clients"])
+        return cls(
+            values["mean_exit_accuracy"], values["mean_server_accuracy"], tuple(clients)
+        )
+
+
+class RoundRecord(NamedTuple):
+    """What a round is remembered by."""
+
+    round: int  # from 1
+    seconds: float  # of training
+    images: int  # trained on
+    missed: list[int]  # ids of clients that were drawn and did not take part
+    left_out: list[int]  # ids of clients with a step that was refused
+    train: TrainFigures  # without the clients that were left out
+    link: Bytes  # over all clients
+    wall_seconds: float  # with evaluation, since the end of the round before
+    test: Scores | None = None  # where the round was evaluated
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON holds it."""
+        values = self._asdict()
+        values["train"] = self.train._asdict()
+        values["link"] = self.link._asdict()
+        test = values.pop("test")
+        return values if test is None else values | {"test": test.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RoundRecord":
+        """Read what `to_json` gives.
+
+        Raises:
+          KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(
+            round=int(values["round"]),
+            seconds=float(values["seconds"]),
+            images=int(values["images"]),
+            missed=list(values.get("missed", ())),
+            left_out=list(values.get("left_out", ())),
+            train=TrainFigures(**values["train"]),
+            link=Bytes(**values.get("link", {"up_bytes": 0, "down_bytes": 0})),
+            wall_seconds=float(values["wall_seconds"]),
+            test=Scores.from_json(values["test"]) if "test" in values else None,
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """Return the figures of the round by name, for logs and trackers."""
+        found = {"images_per_second": self.images / self.seconds}
+        found |= {f"train/{k}": v for k, v in self.train._asdict().items()}
+        found |= {f"link/{k}": v for k, v in self.link._asdict().items()}
+        if self.test is not None:
+            found["test/mean_exit_accuracy"] = self.test.mean_exit_accuracy
+            found["test/mean_server_accuracy"] = self.test.mean_server_accuracy
+        return found
+
+
+class LinkSummary(NamedTuple):
+    """What crossed the links in a run."""
+
+    up_bytes: float
+    down_bytes: float
+    cuts: list[dict[str, Any]]  # of one client of each cut, see `bytes_by_cut`
+
+
+class Summary(NamedTuple):
+    """The final figures of a run."""
+
+    rounds: int
+    scores: Scores
+    wall_seconds: float
+    images_per_second: float
+    missed_rounds: int  # rounds of clients, over all of them
+    left_out_rounds: int
+    device: str
+    versions: dict[str, str]
+    link: LinkSummary
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as JSON holds it."""
+        values = self._asdict()
+        scores = values.pop("scores").to_json()
+        return {"rounds": values.pop("rounds")} | scores | values | {
+            "link": self.link._asdict()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Summary":
+        """Read what `to_json` gives.
+
+        Raises:
+          KeyError, TypeError, ValueError: it is something else.
+        """
+        own = {k: values[k] for k in cls._fields if k not in ("scores", "link")}
+        link = LinkSummary(**values["link"])
+        return cls(**own, scores=Scores.from_json(values), link=link)
+
+
+def round_record(
+    number: int,
+    plan: RoundPlan,
+    metrics: ExitMetrics,
+    link: Bytes,
+    *,
+    seconds: float,
+    wall_seconds: float,
+    test: Scores | None,
+) -> RoundRecord:
+    """Make the record of a round.
+
+    Args:
+      number: of the round, from 1.
+      plan: of the round.
+      metrics: of its slots, ``[N, ...]``.
+      link: what crossed the links.
+      seconds: of training.
+      wall_seconds: see `RoundRecord`.
+      test: the scores, if the round was evaluated.
+    """
+    fine = all_finite(metrics)
+    count = np.sum(metrics.exit.count[fine])
+    figures = [
+        float(np.sum(total[fine]) / count)
+        for branch in (metrics.exit, metrics.server)
+        for total in (branch.loss_sum, branch.correct)
+    ]
+    drawn = np.unique(plan.order)
+    return RoundRecord(
+        round=number,
+        seconds=seconds,
+        images=int(np.sum(metrics.exit.count)),
+        missed=plan.ids[drawn][~plan.active[drawn]].tolist(),
+        left_out=plan.ids[~fine].tolist(),
+        train=TrainFigures(*figures),
+        link=link,
+        wall_seconds=wall_seconds,
+        test=test,
+    )
+
+
+def summarize(
+    scores: Scores, records: Sequence[RoundRecord], cuts: list[dict[str, Any]]
+) -> Summary:
+    """Make the summary of a run from its last scores and all its records."""
+    return Summary(
+        rounds=len(records),
+        scores=scores,
+        wall_seconds=sum(record.wall_seconds for record in records),
+        images_per_second=images_per_second(records),
+        missed_rounds=sum(len(record.missed) for record in records),
+        left_out_rounds=sum(len(record.left_out) for record in records),
+        device=device_name(),
+        versions={
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+        link=LinkSummary(
+            up_bytes=sum(record.link.up_bytes for record in records),
+            down_bytes=sum(record.link.down_bytes for record in records),
+            cuts=cuts,
+        ),
+    )
+
+
+def images_per_second(records: Sequence[RoundRecord]) -> float:
+    """Return the speed of the median round, so that compilation does not count."""
+    images = np.median([record.images for record in records])
+    return float(images / np.median([record.seconds for record in records]))
+
+
+def device_name() -> str:
+    """Return how many devices there are, and of which kind."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def dumps(values: Any, *, lines: bool = False) -> str:
+    """Write JSON with a final newline; indented, unless it is one of many lines."""
+    return json.dumps(values, indent=None if lines else 2) + "\n"
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if value is None else value for k, value in values.items()}

@@ -1,0 +1,48 @@
+"""Build a finished run's experiment again, with its data, and evaluate it."""
+
+from pathlib import Path
+
+from hsee_jax.config.schema import override
+from hsee_jax.federation.state import RunState
+from hsee_jax.runs.build import build, build_info
+from hsee_jax.runs.checkpoint import load
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.folder import check_info, read_config
+from hsee_jax.runs.records import Scores
+from hsee_jax.runs.restore import checkpoint_of
+
+
+def reopen(
+    folder: Path, which: str = "latest", *, data_dir: str | None = None
+) -> tuple[Experiment, RunState]:
+    """Build a run's experiment again and read its state.
+
+    Args:
+      folder: of the run.
+      which: see `restore`.
+      data_dir: where the data are, if not where they were.
+
+    Raises:
+      UserError: there is no such run, it has no checkpoint, or its data are gone, or
+        others.
+    """
+    config = read_config(folder)
+    if data_dir is not None:
+        config = override(config, data_dir=data_dir)
+    check_info(folder, build_info(config.data))
+    checkpoint = checkpoint_of(folder, which)
+    experiment = build(config)
+    return experiment, load(checkpoint, experiment.store.checkpoint_shapes())
+
+
+def evaluate(
+    folder: Path, which: str = "latest", *, data_dir: str | None = None
+) -> tuple[int, Scores]:
+    """Evaluate a checkpoint on the test set, see `reopen`.
+
+    Returns:
+      The finished rounds, and the scores.
+    """
+    experiment, state = reopen(folder, which, data_dir=data_dir)
+    slots = experiment.store.from_checkpoint(state)
+    return int(state.round), Scores.of(experiment.evaluate(slots, experiment.test))
