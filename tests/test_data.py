@@ -20,8 +20,8 @@ REAL = Path(
 
 
 def test_every_dataset_is_a_choice():
-    assert options()["dataset"][1].metadata["choices"] == (*DATASETS, OWN)
-    assert options()["labels"][1].metadata["choices"] == LABELS
+    assert options()["dataset"][1].choices == (*DATASETS, OWN)
+    assert options()["labels"][1].choices == LABELS
     assert set(archives.ARCHIVES) == set(DATASETS) - {"fashion_mnist_small"}
 
 

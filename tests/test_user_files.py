@@ -1,7 +1,7 @@
 """Files that users write with whatever program they have: absences, configurations."""
 
 import pytest
-from hsee_jax.flags import config_from
+from hsee_jax.cli.flags import config_from
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset

@@ -89,6 +89,12 @@ class DataConfig(Section):
         one_of(PARTITIONS),
     ] = "iid"
 
+    def check(self) -> None:
+        """Refuse a rule for labels where there are none of the user's own."""
+        if self.labels != "refuse" and self.dataset != OWN:
+            allowed = f"refuse unless the dataset is {OWN}"
+            raise self.fields()["labels"].refusal(self.labels, allowed)
+
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
