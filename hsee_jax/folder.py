@@ -18,9 +18,9 @@ from hsee_jax.partition import Share
 from hsee_jax.processes import in_first
 
 _log = logging.getLogger(__name__)
-Record = dict[str, Any]  # what a file of it holds, as JSON
+Record = dict[str, Any]  # an object of one of its JSON files
 
-# The fields that have no effect on the training.
+# Fields without an effect on the training.
 BOOKKEEPING = (
     "data_dir",
     "eval_every",
@@ -33,7 +33,7 @@ _MAY_CHANGE = ("rounds", *BOOKKEEPING)  # with --resume
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run.
+    """Read the configuration of a run.
 
     Raises:
       UserError: there is no run in the folder.
@@ -47,7 +47,7 @@ def read_config(folder: Path) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Reads a configuration file.
+    """Read a configuration file.
 
     Raises:
       UserError: it is not there, not JSON, or not a valid configuration.
@@ -64,10 +64,10 @@ def load_config(path: Path) -> Config:
 
 
 def read_info(folder: Path) -> DatasetInfo:
-    """What a run's network knows of its data, which need not be there any more.
+    """Read what a run's network knows of its data, which may be gone.
 
     Raises:
-      UserError: it is not there, or damaged.
+      UserError: ``data.json`` is missing or damaged.
     """
     path = folder / "data.json"
     try:
@@ -87,7 +87,7 @@ def read_info(folder: Path) -> DatasetInfo:
 
 
 def check_writable(folder: Path) -> None:
-    """Looks whether a folder can be written to, or made.
+    """Refuse a folder that can neither be written to nor made.
 
     Raises:
       UserError: it cannot.
@@ -98,12 +98,28 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"out: {nearest} is not a folder that can be written to")
 
 
+def check_name(folder: Path) -> None:
+    """Refuse a folder whose name is no text: checkpoints cannot be kept there.
+
+    Raises:
+      UserError: the name has bytes outside of the encoding of the locale.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"run: {folder} has a name outside of the encoding of this locale; allowed "
+            "is an ASCII name, or a name in UTF-8 in a UTF-8 locale"
+        ) from error
+
+
 def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Looks whether a run may start in a folder, or go on.
+    """Refuse a folder in which a run may neither start nor go on.
 
     Raises:
       UserError: it may not.
     """
+    check_name(folder)
     if resume and overwrite:
         raise UserError("resume: is not allowed together with overwrite")
     if resume:
@@ -127,7 +143,7 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def check_same(config: Config, stored: Config) -> None:
-    """Looks whether a run may go on with another configuration than it has.
+    """Refuse a configuration that a run cannot go on with.
 
     Raises:
       UserError: a field that has an effect differs.
@@ -142,7 +158,7 @@ def check_same(config: Config, stored: Config) -> None:
 
 
 def check_info(folder: Path, found: DatasetInfo) -> None:
-    """Looks whether data are of the shape, classes and normalisation that a run has.
+    """Refuse data of another shape, other classes or moments than those of a run.
 
     Raises:
       UserError: they are not.
@@ -150,7 +166,7 @@ def check_info(folder: Path, found: DatasetInfo) -> None:
     try:
         stored = read_info(folder)
     except UserError:
-        return  # it is lost, and `train` writes it anew
+        return  # `train` writes a lost file anew
     for name, theirs, value in zip(stored._fields, stored, found, strict=True):
         if value != theirs:
             raise UserError(
@@ -160,9 +176,9 @@ def check_info(folder: Path, found: DatasetInfo) -> None:
 
 
 def check_partition(folder: Path, shares: Sequence[Share]) -> None:
-    """Looks, by the labels, whether the training samples are those of a run.
+    """Refuse training samples that are not those of a run, judged by their labels.
 
-    The same indices are other images where a dataset is there in another form.
+    The same index is another image where a dataset is stored in another form.
 
     Raises:
       UserError: they are not.
@@ -170,7 +186,7 @@ def check_partition(folder: Path, shares: Sequence[Share]) -> None:
     try:
         stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # it is lost, and `train` writes it anew
+        return  # `train` writes a lost file anew
     if stored != [share._asdict() for share in shares]:
         raise UserError(
             f"data_dir: the training samples found now are not those of {folder}; "

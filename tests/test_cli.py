@@ -6,13 +6,20 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hsee_jax.terminal import Progress
 
+import hsee_jax
+import hsee_jax.api
 from hsee_jax import cli
+from hsee_jax.base import UserError
+from hsee_jax.cli.commands import COMMANDS
+from hsee_jax.cli.terminal import ProgressBar
 from hsee_jax.config import Config, flatten, options, override, preset
 from hsee_jax.data import load_dataset
 from hsee_jax.fields import takes_many
@@ -25,7 +32,7 @@ SMALL = (
 
 
 def hsee(*words):
-    command = [sys.executable, "-m", "hsee_jax.cli", *map(str, words)]
+    command = [sys.executable, "-m", "hsee_jax", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -135,7 +142,9 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr("hsee_jax.runs.train", load)
     monkeypatch.setattr("hsee_jax.runs.evaluate", load)
-    monkeypatch.setattr(cli, "_print_results", lambda *a: None)
+    for command in ("train", "inspect"):
+        name = f"hsee_jax.cli.{command}.print_figures"
+        monkeypatch.setattr(name, lambda *a, **k: None)
     for words in (["train", "--out", str(tmp_path / "run")], ["eval", "run"]):
         assert cli.main(words) == 0
         out, err = capsys.readouterr()
@@ -153,7 +162,7 @@ def test_sigterm_stops_after_the_round_and_resume_goes_on(
     """Told in round 2, while its line is shown; the next round is the last."""
     words = ["--num-clients", "2", "--cuts", "1", "--max-train-samples", "32"]
     words += ["--max-test-samples", "8", "--rounds", "5", "--checkpoint-every", "9"]
-    show = Progress.show
+    show = ProgressBar.show
 
     def tell(self, record):
         show(self, record)
@@ -168,7 +177,7 @@ def test_sigterm_stops_after_the_round_and_resume_goes_on(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.main(["train", *words, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "show", tell)
+        patch.setattr(ProgressBar, "show", tell)
         status = cli.main(["train", *words, "--out", str(stopped)])
     assert status == 128 + signal.SIGTERM
     assert "stopped after round 3; --resume" in capsys.readouterr().err
@@ -281,6 +290,133 @@ def test_bad_input_is_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def numpy_memory():
+    np.empty(2**60, np.uint8)
+
+
+def jax_memory():
+    jnp.zeros((2**20, 2**30), jnp.uint8).block_until_ready()
+
+
+def device_memory():
+    raise jax.errors.JaxRuntimeError("INTERNAL: failed to allocate 3.1GiB\nmore")
+
+
+def thread_memory():
+    raise RuntimeError("can't start new thread")
+
+
+def memory_of_a_cause():
+    try:
+        raise MemoryError
+    except MemoryError as error:
+        raise ValueError("the writer failed") from error
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [numpy_memory, jax_memory, device_memory, thread_memory, memory_of_a_cause],
+)
+def test_no_memory_is_one_line_and_status_2(fail, monkeypatch, capsys):
+    monkeypatch.setattr("hsee_jax.runs.evaluate", lambda *a, **k: fail())
+    assert cli.main(["eval", "run"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("hsee: memory: ")
+    assert "a smaller --batch-size" in err
+
+
+def test_other_faults_are_not_hidden(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("INTERNAL: a fault of ours")
+
+    monkeypatch.setattr("hsee_jax.runs.evaluate", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.main(["eval", "run"])
+
+
+NEED_DEVICES = ("train", "eval run", "gate run", "export run --client 0", "info")
+
+
+def test_devices_that_are_not_there_are_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    code = "import sys; from hsee_jax import cli\n"
+    code += f"print([cli.main(words.split()) for words in {NEED_DEVICES}])"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{[2] * len(NEED_DEVICES)}\n"
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(NEED_DEVICES)
+    for line in lines:
+        assert line.startswith("hsee: JAX_PLATFORMS: nowhere is not allowed: ")
+
+
+def test_a_device_that_jax_only_asserts_is_one_line(monkeypatch, capsys):
+    """As it does for CUDA without its plugin."""
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert cli.main(["info"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "JAX_PLATFORMS: cuda is not allowed" in err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_needs_no_docstrings(command):
+    """Which ``python -OO`` removes."""
+    words = [command] * bool(command)
+    code = [sys.executable, "-OO", "-m", "hsee_jax", *words, "--help"]
+    result = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "None" not in result.stdout
+    for name in [command] if command else COMMANDS:
+        text = " ".join(result.stdout.split())
+        assert COMMANDS[name].description in text
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hsee {metadata.version('hsee-jax')}\n"
+    assert hsee_jax.__version__ == metadata.version("hsee-jax")
+
+
+def test_the_public_names_are_there():
+    assert set(hsee_jax.__all__) <= set(dir(hsee_jax))
+    for name in hsee_jax.__all__:
+        assert getattr(hsee_jax, name) is getattr(hsee_jax.api, name)
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = hsee_jax.nothing
+
+
+def test_runs_begun_in_one_second_have_folders_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    """Folders of runs that are refused are removed again."""
+    folders = []
+
+    def train(config, folder, **options):
+        assert folder.is_dir()
+        folders.append(folder)
+        if config.run.rounds == 7:
+            raise UserError("rounds: 7")
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hsee_jax.runs.train", train)
+    monkeypatch.setattr("hsee_jax.cli.train.print_figures", lambda *a, **k: None)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    assert cli.main(["train", "--rounds", "7"]) == 2
+    assert not Path("runs").exists()
+    assert [cli.main(["train"]) for _ in range(3)] == [0] * 3
+    assert cli.main(["train", "cifar10", "--rounds", "7"]) == 2
+    names = ["demo-now", "demo-now", "demo-now-2", "demo-now-3", "cifar10-now"]
+    assert folders == [Path("runs") / name for name in names]
+    assert sorted(path.name for path in Path("runs").iterdir()) == names[1:4]
+
+
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     for words in (
         "train --cuts 11",
@@ -301,7 +437,7 @@ def test_every_field_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
         "hsee_jax.runs.train",
         lambda config, *a, **k: seen.append(config),
     )
-    monkeypatch.setattr(cli, "_print_results", lambda *a: None)
+    monkeypatch.setattr("hsee_jax.cli.train.print_figures", lambda *a, **k: None)
     item = options()[name][1]
     current = flatten(preset("demo"))[name]
     value = different(item, current)
@@ -335,7 +471,7 @@ def different(item, current):
 
 def test_every_field_is_read():
     """Each one is an option of a strategy, or an attribute beside config.py."""
-    package = Path(cli.__file__).parent
+    package = Path(cli.__file__).parents[1]
     code = "".join(
         path.read_text() for path in package.rglob("*.py") if path.name != "config.py"
     )

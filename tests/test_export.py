@@ -201,7 +201,7 @@ def test_a_client_of_resnet18(tmp_path, monkeypatch):
 
 def test_the_command_exports(run, monkeypatch, capsys):
     caches = []
-    monkeypatch.setattr(cli, "use_cache", caches.append)
+    monkeypatch.setattr("hsee_jax.cli.arguments.use_cache", caches.append)
     out = run.parent / "out"
     words = f"export {run} --client 1 --checkpoint best --compilation-cache off"
     assert cli.main([*words.split(), "--out", str(out)]) == 0

@@ -1,12 +1,13 @@
 """Run folders: resuming, restoring, diverging."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from hsee_jax import runs
+from hsee_jax import experiment, runs
 from hsee_jax.base import DivergenceError, UserError
 from hsee_jax.config import override, preset, to_json
 from hsee_jax.data import load_dataset
@@ -140,6 +141,47 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
     assert again == pytest.approx(summary["mean_server_accuracy"])
     with pytest.raises(UserError, match="data_dir: the data found now, of num_classes"):
         runs.evaluate(folder, data_dir=str(tmp_path / "fewer"))
+
+
+def test_a_batch_has_no_more_rows_than_a_shard(tmp_path, monkeypatch):
+    """However many are asked for: as with a batch of the largest shard."""
+    sizes = []
+
+    def make(*args, batch_size, **options):
+        sizes.append(batch_size)
+        return make_evaluation(*args, batch_size=batch_size, **options)
+
+    make_evaluation = experiment.make_evaluation
+    monkeypatch.setattr(experiment, "make_evaluation", make)
+    largest = 18  # of 54 samples for three clients; 6 are held out
+    runs.train(override(SMALL, batch_size=largest), tmp_path / "shard")
+    huge = override(SMALL, batch_size=10**6, eval_batch_size=10**6)
+    assert experiment.build(huge).plan(0).indices.shape[-1] == largest
+    assert sizes[-1] == 40
+    runs.train(huge, tmp_path / "huge")
+    records = [without_times(lines(tmp_path / name)) for name in ("shard", "huge")]
+    assert records[0] == records[1]
+
+
+def test_more_rows_than_a_shard_would_change_nothing(monkeypatch):
+    """A batch that is padded beyond the largest shard trains the same clients."""
+    config = override(SMALL, batch_size=40, participation=1.0)
+    ready = experiment.build(config)
+    states = []
+    for rows in (18, 40):
+        plan = partial(experiment.plan_round, batch_size=rows)
+        monkeypatch.setattr(
+            experiment, "plan_round", lambda *a, batch_size, p=plan, **k: p(*a, **k)
+        )
+        state, played, _ = ready.run_round(ready.init())
+        monkeypatch.undo()
+        assert played.indices.shape[-1] == rows
+        states.append(ready.store.settled(state))
+
+    def compare(one, other):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(compare, *states)
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from hsee_jax.cli.terminal import results_table, show
 from hsee_jax.config import PRESETS
 from hsee_jax.fields import unknown
 from hsee_jax.flags import Parser, add_cache, add_options, use_cache
+from hsee_jax.folder import check_name
 from hsee_jax.processes import check_devices
 
 
@@ -70,6 +71,7 @@ def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     given = parser.parse(words)
     if given.checkpoint not in ("latest", "best"):
         raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    check_name(given.run)
     use_cache(vars(given))
     check_devices()
     return given

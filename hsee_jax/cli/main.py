@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import hsee_jax
 from hsee_jax.cli import signals, streams
 from hsee_jax.cli.commands import COMMANDS, usage
 
@@ -32,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if words[:1] == ["--version"]:
-        from hsee_jax import __version__
-
-        print(f"hsee {__version__}")
+        print(f"hsee {hsee_jax.__version__}")
         return 0
     try:
         return _run(words)
@@ -54,6 +53,7 @@ def console_main() -> None:
     farewell = "stopped"
     if command and command.after_interrupt:
         farewell += f"; {command.after_interrupt}"
+    sys.unraisablehook = signals.keep_interrupt
     try:
         streams.open_streams()
         with signals.exit_on_interrupt():
