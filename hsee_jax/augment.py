@@ -28,14 +28,16 @@ def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
     return (images.astype(jnp.float32) / 255.0 - shift) / scale
 
 
-def augment(key: Key, images: Array, kind: str) -> Array:
-    """Random crop and flip of every image by itself.
+def augment(key: Key, images: Array, kind: str, *, draws: int | None = None) -> Array:
+    """Crop and flip every image by itself, at random.
 
     Args:
       key: a typed key.
       images: ``float32 [B, H, W, C]``, normalised, so that the margin is mean grey.
       kind: ``"none"``, ``"crop"``: a window of the image padded by 4 pixels of 0, or
         ``"crop_flip"``: also mirrored left to right with probability one half.
+      draws: the images that are drawn for, at least B; None is B. A batch and its first
+        rows, with equal ``draws``, are augmented alike.
     """
     if kind not in _KINDS:
         raise unknown("augment", kind, _KINDS)
@@ -44,11 +46,12 @@ def augment(key: Key, images: Array, kind: str) -> Array:
     chex.assert_rank(images, 4)
     batch, height, width, _ = images.shape
     crop_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(crop_key, (2, batch, 1), 0, 2 * _PAD + 1)
+    draws = batch if draws is None else draws
+    offsets = jax.random.randint(crop_key, (2, draws, 1), 0, 2 * _PAD + 1)[:, :batch]
     rows = jnp.arange(height)[None, :] + offsets[0] - _PAD
     columns = jnp.arange(width)[None, :]
     if kind == "crop_flip":
-        flip = jax.random.bernoulli(flip_key, shape=(batch, 1))
+        flip = jax.random.bernoulli(flip_key, shape=(draws, 1))[:batch]
         columns = jnp.where(flip, width - 1 - columns, columns)
     columns = columns + offsets[1] - _PAD
     inside = ((rows >= 0) & (rows < height))[:, :, None] & (
@@ -68,11 +71,13 @@ class InputPipeline(NamedTuple):
     mean: tuple[float, ...]  # of each channel, scale 0..1
     std: tuple[float, ...]
     augment: str  # see `augment`
+    draws: int | None = None  # see `augment`
 
     def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
         """The samples at ``int32 [B]``, normalised and augmented."""
         batch = self.evaluation(data, indices, mask)
-        return batch._replace(inputs=augment(key, batch.inputs, self.augment))
+        inputs = augment(key, batch.inputs, self.augment, draws=self.draws)
+        return batch._replace(inputs=inputs)
 
     def evaluation(self, data: Dataset, indices: Array, mask: Array) -> Batch:
         """The samples at ``int32 [B]``, normalised."""

@@ -301,7 +301,9 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     )
     global_steps = np.arange(config.run.rounds * steps, dtype=np.float32)
     rates: Array = jax.vmap(schedule)(global_steps)
-    pipeline = InputPipeline(info.mean, info.std, config.data.augment)
+    pipeline = InputPipeline(
+        info.mean, info.std, config.data.augment, draws=config.run.batch_size
+    )
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
     slots = num_slots(

@@ -117,7 +117,9 @@ def keep_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 @contextlib.contextmanager
-def _handled(number: int, handler: Callable[[int, FrameType | None], Any]) -> Iterator:
+def _handled(
+    number: int, handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
     """Handle a signal, and restore its former handler."""
     before = signal.signal(number, handler)
     try:
