@@ -72,7 +72,7 @@ def plain_network(size: Size) -> Callable[[], Any]:
     info = DATASETS["cifar10"]
     pipeline = InputPipeline(info.mean, info.std)
     rows = np.arange(size.images, dtype=np.int32).reshape(-1, size.batch_size)
-    mask = np.ones(size.batch_size, bool)
+    mask = jnp.ones(size.batch_size, bool)
 
     @partial(jax.jit, donate_argnums=0)
     def run(branch: Branch, data: Dataset, rows: Array) -> Branch:

@@ -146,6 +146,37 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
         runs.evaluate(folder, data_dir=str(tmp_path / "fewer"))
 
 
+def test_a_batch_has_no_more_rows_than_a_shard(tmp_path):
+    """However many are asked for: as with a batch of the largest shard."""
+    small = override(SMALL, augment="none")  # draws depend on the batch size
+    largest = 18  # of 54 samples for three clients; 6 are held out
+    runs.train(override(small, batch_size=largest), tmp_path / "shard")
+    huge = override(small, batch_size=10**6, eval_batch_size=10**6)
+    experiment = runs.build(huge)
+    assert experiment.plan(0).indices.shape[-1] == largest
+    assert experiment.eval_batch_size == 40
+    runs.train(huge, tmp_path / "huge")
+    records = [without_times(lines(tmp_path / name)) for name in ("shard", "huge")]
+    assert records[0] == records[1]
+
+
+def test_more_rows_than_a_shard_would_change_nothing():
+    """A batch that is padded beyond the largest shard trains the same clients."""
+    config = override(SMALL, batch_size=40, participation=1.0, augment="none")
+    ready = runs.build(config)
+    states = []
+    for rows in (18, 40):
+        wide = ready._replace(batch_size=rows)
+        state, played, _ = wide.run_round(wide.init())
+        assert played.indices.shape[-1] == rows
+        states.append(ready.store.to_checkpoint(state))
+
+    def compare(one, other):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(compare, *states)
+
+
 @SCHEDULES.register
 def explosive(peak, steps):
     """A rate that no weight survives, after the warm-up."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.engine.plan import Absence, missing
 from hsee_jax.runs import checkpoint
 from hsee_jax.runs.checkpoint import find
-from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.folder import locked, read_config
 
 SMALL = override(
     preset("demo"),
@@ -126,9 +127,7 @@ def test_a_scan_can_be_stopped_as_well(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), slow("loop", "vmap")])
-def test_a_round_goes_on_in_other_slots(
-    first, then, tmp_path, monkeypatch
-):
+def test_a_round_goes_on_in_other_slots(first, then, tmp_path, monkeypatch):
     """On eight devices each cut has eight slots for its clients, in a loop two."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
     config = override(SMALL, rounds=1, client_axis=then)
@@ -269,6 +268,56 @@ def test_two_processes_do_not_write_one_run(tmp_path):
     assert len(refused) == 4
     runs.train(config, tmp_path / "alone")
     assert_same_run(tmp_path / "alone", tmp_path / "run")
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from hsee_jax.runs.folder import locked
+with locked(Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    command = [sys.executable, "-c", LOCKED, str(tmp_path / "run")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with child.stdout as output:
+        assert output.readline() == "ready\n"
+    with pytest.raises(UserError, match="written by another process"):
+        with locked(tmp_path / "run"):
+            pass
+    child.kill()
+    child.wait()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with locked(tmp_path / "run"):
+        assert "run cannot be locked" in caplog.text
+
+
+def test_nothing_needs_a_module_of_one_system():
+    """Windows has neither of these."""
+    modules = ("fcntl", "resource", "pwd", "termios")
+    for path in Path(runs.__file__).parents[1].rglob("*.py"):
+        found = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        assert not set(found) & set(modules), path
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    """Checkpoints cannot be kept there, which is told before the training."""
+    folder = tmp_path / "r\udcff"
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match="outside of the encoding"):
+            runs.train(SMALL, folder, **how)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["save_async", slow("write_text"), slow("open")])
@@ -471,9 +520,7 @@ def test_failing_clients_are_counted_and_reported(tmp_path, capsys):
         ("stop", "servers", []),
     ],
 )
-def test_a_diverging_client_is_left_out_or_stops(
-    policy, average, rounds, tmp_path
-):
+def test_a_diverging_client_is_left_out_or_stops(policy, average, rounds, tmp_path):
     """Where its own layers are averaged too, it recovers with the first means."""
     config = override(SMALL, on_nonfinite=policy, strategy="broken", average=average)
     if policy == "stop":
