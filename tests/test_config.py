@@ -5,9 +5,9 @@ import json
 import pytest
 
 from hsee_jax.config.presets import PRESETS, preset
-from hsee_jax.config.schema import (
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import (
     SECTIONS,
-    Config,
     flatten,
     from_dict,
     options,
