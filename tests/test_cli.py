@@ -266,7 +266,7 @@ BAD = [
     ),
     ("train --link int4", "link: int4 is unknown (did you mean int8?)"),
     ("train --strategy centralized", "num_clients: 6 is not allowed"),
-    ("train --turn epoch", "turn: epoch has no effect on averaging"),
+    ("train --turn epoch", "turn: epoch has no effect on strategy averaging"),
     (
         "train --strategy sequential --weights uniform",
         "weights: uniform has no effect on sequential; it is read by averaging, "

@@ -4,7 +4,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.link.codecs import FULL
+from hsee_jax.link.codecs import CODECS, FULL
 
 # Factories take a `Federation`.
 ALGORITHMS: Registry[Strategy] = Registry("strategy")
@@ -28,7 +28,8 @@ def require_one_cut(federation: Federation, name: str) -> None:
 def require_full_link(federation: Federation, name: str) -> None:
     """Refuse a codec where no features are sent."""
     if federation.codec != FULL:
+        known = (codec for codec in CODECS if CODECS.make(codec) == federation.codec)
         raise UserError(
-            f"link: this form of features has no effect on {name}, where no features "
-            "are sent; allowed is full"
+            f"link: {next(known, 'this codec')} is not allowed with {name}, where no "
+            "features are sent; allowed is full"
         )

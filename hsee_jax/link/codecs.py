@@ -89,16 +89,21 @@ def full() -> Codec:
     return FULL
 
 
+_LARGEST = float(jnp.finfo(jnp.float16).max)
+
+
+def _encode_float16(features: Array) -> Message:
+    values = features.astype(jnp.float32)
+    return jnp.clip(values, -_LARGEST, _LARGEST).astype(jnp.float16)
+
+
+FLOAT16 = stateless(_encode_float16)
+
+
 @CODECS.register(summary="half precision")
 def float16() -> Codec:
     """Send features in half precision, clipped so that none becomes infinite."""
-    most = float(jnp.finfo(jnp.float16).max)
-
-    def encode(features: Array) -> Message:
-        values = features.astype(jnp.float32)
-        return jnp.clip(values, -most, most).astype(jnp.float16)
-
-    return stateless(encode)
+    return FLOAT16
 
 
 class Levels(NamedTuple):
@@ -109,6 +114,25 @@ class Levels(NamedTuple):
     step: Array  # float32 [B, 1 ...]: to the next; 0 where all values are equal
 
 
+def _encode_int8(features: Array) -> Levels:
+    values = features.astype(jnp.float32)
+    axes = tuple(range(1, values.ndim))
+    offset = jnp.min(values, axes, keepdims=True)
+    # Products, as quotients are compiled in another way for another batch size.
+    step = (jnp.max(values, axes, keepdims=True) - offset) * (1 / 255)
+    inverse = 1 / jnp.where(step > 0, step, 1.0)
+    levels = jnp.clip(jnp.round((values - offset) * inverse), 0, 255)
+    return Levels((levels - 128).astype(jnp.int8), offset, step)
+
+
+def _decode_int8(message: Levels, dtype: Any) -> Array:
+    levels = message.codes.astype(jnp.float32) + 128
+    return (message.offset + message.step * levels).astype(dtype)
+
+
+INT8 = stateless(_encode_int8, _decode_int8)
+
+
 @CODECS.register(summary="256 levels between the extremes of each sample")
 def int8() -> Codec:
     """Send each value as one of 256 levels between its sample's extremes.
@@ -116,22 +140,7 @@ def int8() -> Codec:
     No value arrives further from the original than half a step, the range of its
     sample / 510.
     """
-
-    def encode(features: Array) -> Levels:
-        values = features.astype(jnp.float32)
-        axes = tuple(range(1, values.ndim))
-        offset = jnp.min(values, axes, keepdims=True)
-        # Products, as quotients are compiled in another way for another batch size.
-        step = (jnp.max(values, axes, keepdims=True) - offset) * (1 / 255)
-        inverse = 1 / jnp.where(step > 0, step, 1.0)
-        levels = jnp.clip(jnp.round((values - offset) * inverse), 0, 255)
-        return Levels((levels - 128).astype(jnp.int8), offset, step)
-
-    def decode(message: Levels, dtype: Any) -> Array:
-        levels = message.codes.astype(jnp.float32) + 128
-        return (message.offset + message.step * levels).astype(dtype)
-
-    return stateless(encode, decode)
+    return INT8
 
 
 def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
