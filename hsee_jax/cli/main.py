@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as helped:  # of argparse, after it has printed a help
         return int(helped.code or 0)
     except Exception as error:
-        end = _end(error)
-        if end is None:
+        failure = _end(error)
+        if failure is None:
             raise
-        _say(end.line)
-        return end.status
+        _say(failure.line)
+        return failure.status
 
 
 def console_main() -> None:
