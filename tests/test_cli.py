@@ -269,8 +269,7 @@ BAD = [
     ("train --turn epoch", "turn: epoch has no effect on strategy averaging"),
     (
         "train --strategy sequential --weights uniform",
-        "weights: uniform has no effect on sequential; it is read by averaging, "
-        "splitfed_v1, splitfed_v2, fedavg",
+        "weights: uniform has no effect on strategy sequential; it is read by ",
     ),
     ("train --exit-gradient 1", "exit_gradient: 1.0"),
     ("train --validation-share 1", "validation_share: 1.0"),
