@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hsee_jax.federation.aggregation import layer_mean, receive
 from hsee_jax.federation.branch import LayerState
+from hsee_jax.optim import MERGES, with_merge
 
 OPTIMIZER = optax.trace(0.9)
 
@@ -28,14 +29,14 @@ def layer(values, momentum=0.0):
     )
 
 
-def average(groups, weights, *, optimizer=OPTIMIZER, **options):
+def average(groups, weights, *, optimizer=OPTIMIZER, state="keep", **options):
     """What all holders have after the mean of round 3, theirs being of round 2."""
-    options = {"optimizer_state": "keep"} | options
+    optimizer = with_merge(optimizer, state)
     mean = layer_mean(
         groups,
         [jnp.asarray(w, jnp.float32) for w in weights],
         number=jnp.int32(3),
-        optimizer_state=options["optimizer_state"],
+        optimizer=optimizer,
     )
     take = partial(receive, optimizer=optimizer, **options)
     return [
@@ -59,8 +60,8 @@ def test_a_layer_held_once_is_unchanged():
 
 def test_without_weight_nothing_changes():
     before = layer([1, 2])
-    for state in ("keep", "average", "reset"):
-        (after,) = average([before], [[0, 0]], optimizer_state=state)
+    for state in MERGES:
+        (after,) = average([before], [[0, 0]], state=state)
         jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
@@ -69,21 +70,20 @@ def test_an_absent_holder_receives_the_mean_of_the_others():
     np.testing.assert_allclose(after.params["conv"]["kernel"], 2.0)
 
 
-@pytest.mark.parametrize("state", ["keep", "average", "reset"])
-def test_local_batch_norm_keeps_parameters_and_statistics(state):
+@pytest.mark.parametrize("state", MERGES)
+def test_local_batch_norm_keeps_all_that_belongs_to_it(state):
+    """Parameters, statistics and optimizer state, under every rule for the rest."""
     before = layer([1, 3], momentum=1.0)
-    (after,) = average(
-        [before], [[1, 1]], batch_norm="keep_local", optimizer_state=state
-    )
+    (after,) = average([before], [[1, 1]], batch_norm="keep_local", state=state)
     np.testing.assert_allclose(after.params["conv"]["kernel"], 2.0)
     for part in (after.params["bn"], after.batch_stats["bn"]):
         for leaf in part.values():
             np.testing.assert_array_equal(leaf[:, 0], [1, 3])
     trace = after.opt_state.trace
-    expected = {"keep": ([2, 4], [2, 4]), "average": ([3, 3], [2, 4])}
-    kernel, scale = expected.get(state, ([0, 0], [0, 0]))
-    np.testing.assert_allclose(trace["conv"]["kernel"][:, 0], kernel)
-    np.testing.assert_allclose(trace["bn"]["scale"][:, 0], scale)
+    expected = {"keep": [2, 4], "average": [3, 3], "reset": [0, 0]}
+    np.testing.assert_allclose(trace["conv"]["kernel"][:, 0], expected[state])
+    for leaf in trace["bn"].values():
+        np.testing.assert_array_equal(leaf[:, 0], [2, 4])
 
 
 def test_counts_of_the_optimizer_stay_whole():
@@ -92,9 +92,7 @@ def test_counts_of_the_optimizer_stay_whole():
     state = jax.vmap(adam.init)(params)
     state = state._replace(count=jnp.asarray([4, 5, 5], jnp.int32))
     holders = LayerState(params=params, batch_stats={}, opt_state=state)
-    (after,) = average(
-        [holders], [[1, 1, 1]], optimizer=adam, optimizer_state="average"
-    )
+    (after,) = average([holders], [[1, 1, 1]], optimizer=adam, state="average")
     np.testing.assert_array_equal(after.opt_state.count, [5, 5, 5])
 
 

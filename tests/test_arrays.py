@@ -9,7 +9,7 @@ from tiny_archives import noise, write_npz
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import dataset_info, load_dataset, prepare
 from hsee_jax.data.info import LABELS as LABEL_RULES
@@ -190,13 +190,14 @@ def test_known_datasets_keep_their_classes(tmp_path):
             load_dataset("cifar100", folder=tmp_path)
 
 
-def test_a_run_keeps_the_original_labels(tmp_path, tiny_network, capsys):
+def test_a_run_keeps_the_original_labels(tmp_path, capsys):
     """Training remaps, and the run's folder says what each class was."""
     data, run = tmp_path / "data", tmp_path / "run"
     images = noise(16, (28, 28, 1), 2)[0]
     labels = np.resize(IDS, 16)
     write_npz(data, (images, labels), (images[:4], labels[:4]))
-    words = "--width 4 --num-clients 2 --cuts 1 2 --rounds 1 --batch-size 4".split()
+    words = "--network tiny --plugin tiny --num-clients 2 --cuts 1 2".split()
+    words += "--rounds 1 --batch-size 4".split()
     words += ["--dataset", "npz", "--data-dir", str(data), "--out", str(run)]
     assert cli.main(["train", *words]) == 2
     assert "holds the label 5, but not 1" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.data.pipeline import augment, normalize
+from hsee_jax.data.pipeline import AUGMENTATIONS, normalize
 
 
 def test_normalize_centres_and_scales_each_channel():
@@ -18,7 +18,7 @@ def test_each_image_is_a_window_of_itself_padded_and_perhaps_flipped():
     images = np.random.default_rng(0).standard_normal((40, 6, 6, 1), np.float32)
     key = jax.random.key(0)
     kinds = {
-        kind: np.asarray(jax.jit(augment, static_argnums=2)(key, images, kind))
+        kind: np.asarray(jax.jit(AUGMENTATIONS.make(kind))(key, images))
         for kind in ("none", "crop", "crop_flip")
     }
     np.testing.assert_array_equal(kinds["none"], images)

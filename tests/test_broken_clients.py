@@ -9,7 +9,7 @@ from tiny import TINY, noise_state, write_run
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.study import study as make_study

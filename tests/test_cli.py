@@ -6,28 +6,38 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hsee_jax
 from hsee_jax import cli
-from hsee_jax.algorithms.hetero_splitee import options_of
-from hsee_jax.algorithms.registry import ALGORITHMS as STRATEGIES
-from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import Config, flatten, options, override
-from hsee_jax.core.options import takes_many
-from hsee_jax.engine.round import RoundProgress as Progress
-from hsee_jax.runs.build import build_data as load_dataset_of
+from hsee_jax.cli.commands import COMMANDS
+from hsee_jax.cli.terminal import ProgressBar
+from hsee_jax.config import SECTIONS, flatten, options, override, preset
+from hsee_jax.core.errors import UserError
+from hsee_jax.runs.build import build_data
+from hsee_jax.runs.records import Scores
 
 SMALL = (
     "--width 2 --stem 7x7 --num-clients 3 --cuts 8 layer4 --max-train-samples 60 "
     "--max-test-samples 40 --batch-size 16 --rounds 2 --seed 5"
 ).split()
 
+# The same for a network that compiles at once.
+TINY = [*SMALL[4:], "--network", "tiny", "--plugin", "tiny"]
+
+
+FINISHED = SimpleNamespace(rounds=1, scores=Scores(0.5, 0.5, ()))  # of a run
+
 
 def hsee(*words):
-    command = [sys.executable, "-m", "hsee_jax.cli", *map(str, words)]
+    command = [sys.executable, "-m", "hsee_jax", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -87,9 +97,9 @@ def test_evals_flags_choose_checkpoint_and_data(monkeypatch, capsys):
 
     def evaluate(folder, which, *, data_dir):
         seen.append((str(folder), which, data_dir))
-        return {"rounds": 1}
+        return 1, Scores(0.5, 0.5, ())
 
-    monkeypatch.setattr("hsee_jax.runs.evaluate", evaluate)
+    monkeypatch.setattr("hsee_jax.cli.inspect.evaluate_run", evaluate)
     words = "eval run --checkpoint best --data-dir there --json".split()
     assert cli.main(words) == 0
     assert cli.main(["eval", "run", "--json"]) == 0
@@ -99,10 +109,10 @@ def test_evals_flags_choose_checkpoint_and_data(monkeypatch, capsys):
     assert "did you mean best?" in capsys.readouterr().err
 
 
-def test_config_resume_and_overwrite(tiny_network, tmp_path, capsys):
+def test_config_resume_and_overwrite(tmp_path, capsys):
     """A stored configuration gives the same figures; --resume and --rounds go on."""
     folder, copy = tmp_path / "run", tmp_path / "copy"
-    small = [*SMALL, "--cuts", "1", "layer3", "--out", str(folder)]
+    small = [*TINY, "--cuts", "1", "layer3", "--out", str(folder)]
     assert cli.main(["train", *small]) == 0
     stored = str(folder / "config.json")
     assert cli.main(["train", "--config", stored, "--out", str(copy)]) == 0
@@ -133,11 +143,17 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
     config = override(preset("demo"), dataset="npz", data_dir=str(tmp_path))
 
     def load(*args, **kwargs):
-        load_dataset_of(config.data)
+        build_data(config.data)
+        return FINISHED
 
-    monkeypatch.setattr("hsee_jax.runs.train", load)
-    monkeypatch.setattr("hsee_jax.runs.evaluate", load)
-    monkeypatch.setattr(cli, "_print_results", lambda *a: None)
+    def evaluate(*args, **kwargs):
+        return 1, load().scores
+
+    monkeypatch.setattr("hsee_jax.cli.train.train_run", load)
+    monkeypatch.setattr("hsee_jax.cli.inspect.evaluate_run", evaluate)
+    for command in ("train", "inspect"):
+        name = f"hsee_jax.cli.{command}.print_figures"
+        monkeypatch.setattr(name, lambda *a, **k: None)
     for words in (["train", "--out", str(tmp_path / "run")], ["eval", "run"]):
         assert cli.main(words) == 0
         out, err = capsys.readouterr()
@@ -150,16 +166,17 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_sigterm_stops_after_the_round_and_resume_goes_on(
-    tiny_network, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
     """Told in round 2, while its line is shown; the next round is the last."""
     words = ["--num-clients", "2", "--cuts", "1", "--max-train-samples", "32"]
     words += ["--max-test-samples", "8", "--rounds", "5", "--checkpoint-every", "9"]
-    show = Progress.show
+    words += ["--network", "tiny", "--plugin", "tiny"]
+    show = ProgressBar.on_round
 
-    def tell(self, record):
-        show(self, record)
-        if record["round"] == 2:
+    def tell(self, record, moment):
+        show(self, record, moment)
+        if record.round == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def rounds(folder):
@@ -170,7 +187,7 @@ def test_sigterm_stops_after_the_round_and_resume_goes_on(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.main(["train", *words, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "show", tell)
+        patch.setattr(ProgressBar, "on_round", tell)
         status = cli.main(["train", *words, "--out", str(stopped)])
     assert status == 128 + signal.SIGTERM
     assert "stopped after round 3; --resume" in capsys.readouterr().err
@@ -283,6 +300,133 @@ def test_bad_input_is_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def numpy_memory():
+    np.empty(2**60, np.uint8)
+
+
+def jax_memory():
+    jnp.zeros((2**20, 2**30), jnp.uint8).block_until_ready()
+
+
+def device_memory():
+    raise jax.errors.JaxRuntimeError("INTERNAL: failed to allocate 3.1GiB\nmore")
+
+
+def thread_memory():
+    raise RuntimeError("can't start new thread")
+
+
+def memory_of_a_cause():
+    try:
+        raise MemoryError
+    except MemoryError as error:
+        raise ValueError("the writer failed") from error
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [numpy_memory, jax_memory, device_memory, thread_memory, memory_of_a_cause],
+)
+def test_no_memory_is_one_line_and_status_2(fail, monkeypatch, capsys):
+    monkeypatch.setattr("hsee_jax.cli.inspect.evaluate_run", lambda *a, **k: fail())
+    assert cli.main(["eval", "run"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("hsee: memory: ")
+    assert "a smaller --batch-size" in err
+
+
+def test_other_faults_are_not_hidden(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("INTERNAL: a fault of ours")
+
+    monkeypatch.setattr("hsee_jax.cli.inspect.evaluate_run", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.main(["eval", "run"])
+
+
+NEED_DEVICES = ("train", "eval run", "gate run", "export run --client 0", "info")
+
+
+def test_devices_that_are_not_there_are_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    code = "import sys; from hsee_jax import cli\n"
+    code += f"print([cli.main(words.split()) for words in {NEED_DEVICES}])"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{[2] * len(NEED_DEVICES)}\n"
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(NEED_DEVICES)
+    for line in lines:
+        assert line.startswith("hsee: JAX_PLATFORMS: nowhere is not allowed: ")
+
+
+def test_a_device_that_jax_only_asserts_is_one_line(monkeypatch, capsys):
+    """As it does for CUDA without its plugin."""
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert cli.main(["info"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "JAX_PLATFORMS: cuda is not allowed" in err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_needs_no_docstrings(command):
+    """Which ``python -OO`` removes."""
+    words = [command] * bool(command)
+    code = [sys.executable, "-OO", "-m", "hsee_jax", *words, "--help"]
+    result = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    for name in [command] if command else COMMANDS:
+        text = " ".join(result.stdout.split())
+        assert COMMANDS[name].description in text
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hsee {metadata.version('hsee-jax')}\n"
+    assert hsee_jax.__version__ == metadata.version("hsee-jax")
+
+
+def test_the_public_names_are_there():
+    assert set(hsee_jax.__all__) <= set(dir(hsee_jax))
+    for name in hsee_jax.__all__:
+        assert getattr(hsee_jax, name) is not None
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = hsee_jax.nothing
+
+
+def test_runs_begun_in_one_second_have_folders_of_their_own(
+    tmp_path, monkeypatch, capsys
+):
+    """Folders of runs that are refused are removed again."""
+    folders = []
+
+    def train(config, folder, **options):
+        assert folder.is_dir()
+        folders.append(folder)
+        if config.run.rounds == 7:
+            raise UserError("rounds: 7")
+        (folder / "config.json").write_text("{}")
+        return FINISHED
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hsee_jax.cli.train.train_run", train)
+    monkeypatch.setattr("hsee_jax.cli.train.print_figures", lambda *a, **k: None)
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    assert cli.main(["train", "--rounds", "7"]) == 2
+    assert not Path("runs").exists()
+    assert [cli.main(["train"]) for _ in range(3)] == [0] * 3
+    assert cli.main(["train", "cifar10", "--rounds", "7"]) == 2
+    names = ["demo-now", "demo-now", "demo-now-2", "demo-now-3", "cifar10-now"]
+    assert folders == [Path("runs") / name for name in names]
+    assert sorted(path.name for path in Path("runs").iterdir()) == names[1:4]
+
+
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     for words in (
         "train --cuts 11",
@@ -295,53 +439,61 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+READERS = {  # what reads an option that the demo does not
+    "alpha": {"partition": "dirichlet"},
+    "classes_per_client": {"partition": "classes"},
+    "exit_gradient": {"boundary": "joint"},
+    "features": {"network": "tiny"},
+    "labels": {"dataset": "npz"},
+    "turn": {"strategy": "sequential"},
+}
+
+
 @pytest.mark.parametrize("name", options())
-def test_every_field_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
+def test_every_option_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
     """The flag reaches the configuration that is trained."""
     seen = []
-    monkeypatch.setattr(
-        "hsee_jax.runs.train",
-        lambda config, *a, **k: seen.append(config),
-    )
-    monkeypatch.setattr(cli, "_print_results", lambda *a: None)
-    item = options()[name][1]
-    current = flatten(preset("demo"))[name]
-    value = different(item, current)
-    words = [str(v) for v in (value if takes_many(item) else [value])]
-    words.insert(0, f"--{name.replace('_', '-')}")
+
+    def train(config, *args, **kwargs):
+        seen.append(config)
+        return FINISHED
+
+    monkeypatch.setattr("hsee_jax.cli.train.train_run", train)
+    monkeypatch.setattr("hsee_jax.cli.train.print_figures", lambda *a, **k: None)
+    option = options()[name][1]
+    base = override(preset("demo"), **READERS.get(name, {}))
+    current = flatten(base)[name]
+    value = different(option, current)
+    words = [f"--{name.replace('_', '-')}"]
+    words += map(str, value if option.many else [value])
+    for reader, choice in READERS.get(name, {}).items():
+        words += [f"--{reader}", choice]
     if name == "data_dir":  # kept as an absolute path
         value = str(Path(value).resolve())
-    needs = {"exit_gradient": {"boundary": "joint"}, "labels": {"dataset": "npz"}}
-    other = needs.get(name, {})
-    expected = override(preset("demo"), **{name: value}, **other)
-    if name == "turn":  # of no effect on the preset's strategy
-        words += ["--strategy", "sequential"]
-        expected = override(expected, strategy="sequential")
-    for field, needed in other.items():
-        words += [f"--{field}", needed]
+    expected = override(base, **{name: value})
     assert cli.main(["train", *words, "--out", str(tmp_path / "run")]) == 0
     assert seen == [expected]
     assert value != current
 
 
-def different(item, current):
-    """Another allowed value of a field."""
-    choices = item.metadata["choices"]
-    if choices:
-        return next(choice for choice in choices if choice != current)
-    if takes_many(item):
-        return ("1:2-3",) if item.name == "absences" else ("1", "layer2")
-    if item.type is float:
+def different(option, current):
+    """Another allowed value of an option."""
+    if option.choices:
+        return next(choice for choice in option.choices if choice != current)
+    if option.many:
+        several = {"absences": ("1:2-3",), "plugin": ("tiny",)}
+        return several.get(option.name, ("1", "layer2"))
+    if option.kind is float:
         return 0.125
-    return "folder" if item.type == str | None else (current or 3) + 1
+    return "folder" if option.kind is str else (current or 3) + 1
 
 
 def test_every_field_is_read():
-    """Each one is an option of a strategy, or an attribute beside config.py."""
-    package = Path(cli.__file__).parent
+    """Each one is an attribute somewhere beside its definition."""
+    package = Path(cli.__file__).parents[1]
     code = "".join(
-        path.read_text() for path in package.rglob("*.py") if path.name != "config.py"
+        path.read_text() for path in package.rglob("*.py") if path.name != "schema.py"
     )
-    of_strategies = {name for strategy in STRATEGIES for name in options_of(strategy)}
-    for name in set(flatten(Config())) - of_strategies:
-        assert re.search(rf"\.{name}\b|\b{name}: str,|\"{name}\"", code), name
+    for section in SECTIONS.values():
+        for name in section.fields():
+            assert re.search(rf"\.{name}\b|\"{name}\"", code), name

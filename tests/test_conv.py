@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from hsee_jax.config.schema import options
+from hsee_jax.config.values import options
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.resnet import resnet18
 

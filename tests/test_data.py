@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_archives import WRITE, noise, tar, tiny_archive, write_npz
 
-from hsee_jax.config.schema import options
+from hsee_jax.config.values import options
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import archives, dataset_info, find_source, load_dataset, prepare
 from hsee_jax.data.info import DATASETS, LABELS, OWN
@@ -20,8 +20,8 @@ REAL = Path(
 
 
 def test_every_dataset_is_a_choice():
-    assert options()["dataset"][1].metadata["choices"] == (*DATASETS, OWN)
-    assert options()["labels"][1].metadata["choices"] == LABELS
+    assert options()["dataset"][1].choices == (*DATASETS, OWN)
+    assert options()["labels"][1].choices == LABELS
     assert set(archives.ARCHIVES) == set(DATASETS) - {"fashion_mnist_small"}
 
 

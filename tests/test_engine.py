@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_strategies import train
+from rounds import assert_same, branches, train
 from tiny import (
     CLASSES,
     PIPELINE,
@@ -18,14 +18,14 @@ from tiny import (
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.core.errors import DivergenceError
 from hsee_jax.core.types import ExitMetrics, Metrics, Stage
+from hsee_jax.data.pipeline import AUGMENTATIONS
 from hsee_jax.engine import check_finite, client_axis, make_round
 from hsee_jax.engine.evaluation import make_evaluation, means
 from hsee_jax.engine.plan import plan_round
 from hsee_jax.federation.branch import forward
 from hsee_jax.federation.state import take_member
 from hsee_jax.federation.strategy import server_of
-from hsee_jax.parallel.mesh import SAME, make_mesh
-from hsee_jax.parallel.mesh import to_devices as place
+from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])
@@ -58,28 +58,27 @@ def test_one_compilation_for_each_distinct_cut(make, axis):
 @pytest.mark.slow
 def test_both_forms_agree_when_images_are_augmented():
     """A client's random crops do not depend on the clients stacked with it."""
-    import test_strategies
-
     federation = tiny_federation({0: 1, 1: 2, 2: 1})
     shards = tiny_shards({0: 6, 1: 5, 2: 3})
-    results = []
-    pipeline = PIPELINE._replace(augment="crop_flip")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_strategies, "PIPELINE", pipeline)
-        for axis in ("loop", "vmap"):
-            strategy = averaging(federation)
-            state, _ = train(strategy, federation, shards, axis=axis)
-            results.append(test_strategies.branches(federation, strategy, state))
-    plain, _ = train(averaging(federation), federation, shards, axis="loop")
-    without = test_strategies.branches(federation, averaging(federation), plain)
-    test_strategies.assert_same(*results, rtol=1e-3, atol=1e-4)
+    strategy = averaging(federation)
+    augmented = PIPELINE._replace(augment=AUGMENTATIONS.make("crop_flip"))
+
+    def result(axis, pipeline):
+        state, _ = train(strategy, federation, shards, axis=axis, pipeline=pipeline)
+        return branches(federation, strategy, state)
+
+    looped = result("loop", augmented)
+    assert_same(looped, result("vmap", augmented), rtol=1e-3, atol=1e-4)
     with pytest.raises(AssertionError):
-        test_strategies.assert_same(results[0], without, rtol=1e-3, atol=1e-4)
+        assert_same(looped, result("loop", PIPELINE), rtol=1e-3, atol=1e-4)
 
 
 def test_auto_is_a_loop_on_cpu():
     assert client_axis("auto") == "loop"
     assert client_axis("vmap") == "vmap"
+
+
+LINK = np.zeros((3, 2, 2), np.int64)
 
 
 def test_a_loss_that_is_not_finite_names_client_branch_and_round():
@@ -93,16 +92,16 @@ def test_a_loss_that_is_not_finite_names_client_branch_and_round():
         number=0,
     )
     good = Metrics(np.ones(3), np.ones(3), np.ones(3))
-    check_finite(plan, ExitMetrics(good, good), number=1, stop=True)
+    check_finite(plan, ExitMetrics(good, good, LINK), number=1, stop=True)
     bad = good._replace(loss_sum=np.array([1.0, 2.0, np.nan]))
-    check_finite(plan, ExitMetrics(good, bad), number=4)
+    check_finite(plan, ExitMetrics(good, bad, LINK), number=4)
     with pytest.raises(DivergenceError, match="server loss of client 5 .* round 4"):
-        check_finite(plan, ExitMetrics(good, bad), number=4, stop=True)
+        check_finite(plan, ExitMetrics(good, bad, LINK), number=4, stop=True)
     # the only other ones took no part
     alone = Metrics(*(np.array([0.0, 0.0, 1.0]) for _ in Metrics._fields))
     bad = alone._replace(loss_sum=np.array([0.0, 0.0, np.inf]))
     with pytest.raises(DivergenceError, match="exit loss of client 5 .* round 4"):
-        check_finite(plan, ExitMetrics(bad, alone), number=4)
+        check_finite(plan, ExitMetrics(bad, alone, LINK), number=4)
 
 
 @pytest.mark.parametrize(("axis", "devices", "count"), [("loop", 1, 7), ("vmap", 2, 8)])
@@ -122,7 +121,7 @@ def test_samples_that_are_not_there_are_refused(axis, devices, count):
         number=0,
     )
     with pytest.raises(ValueError, match="the plan asks for sample 7, and a device"):
-        run(None, place(tiny_data(count), mesh, SAME), plan, None, None)
+        run(None, to_devices(tiny_data(count), mesh, SAME), plan, None, None)
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])

@@ -18,7 +18,7 @@ from tiny import TINY, write_run
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.deployment import export_client

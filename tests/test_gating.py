@@ -13,7 +13,7 @@ from tiny import TINY, write_run
 from hsee_jax import cli
 from hsee_jax.cli import gate as command
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.inference.calibration import calibration_error, judge

@@ -10,37 +10,57 @@ import pytest
 from tiny import DenseLayer, tiny_data, tiny_federation, tiny_model
 
 from hsee_jax import cli
-from hsee_jax.algorithms.fedavg import fedavg
-from hsee_jax.algorithms.hetero_splitee import averaging, sequential
-from hsee_jax.algorithms.references import centralized, local
-from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
-from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import options, override
-from hsee_jax.core.errors import UserError
-from hsee_jax.core.types import Batch, ExitMetrics, Metrics
+from hsee_jax.algorithms import (
+    averaging,
+    centralized,
+    fedavg,
+    local,
+    sequential,
+    splitfed_v1,
+    splitfed_v2,
+)
+from hsee_jax.config import override, preset
+from hsee_jax.core import Batch, UserError
 from hsee_jax.federation.branch import (
     client_spec,
-    decode,
-    encode,
     forward,
     init_client,
     init_server,
     server_spec,
 )
-from hsee_jax.federation.step import branch_step, joint_step, message_bytes
+from hsee_jax.federation.step import branch_step, joint_step
 from hsee_jax.inference.gate import make_gate
-from hsee_jax.link.codecs import CODECS as LINKS
-from hsee_jax.link.codecs import cross
+from hsee_jax.link import CODECS, sample_bytes
+from hsee_jax.nn import NETWORKS
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network
 from hsee_jax.runs.build import build
-from hsee_jax.systems.traffic import Bytes, averages_in, nbytes, traffic_of
+from hsee_jax.systems.traffic import averages_in, nbytes, traffic_of
 
 MODEL = tiny_model((DenseLayer(8), DenseLayer(5)))  # compiles fast
-DESCENT = optax.identity()
+DESCENT = optax.scale(-1.0)
 NETWORK = jax.jit(lambda: init_network(MODEL, jax.random.key(0)))()
-jit_encode = jax.jit(encode, static_argnums=1)
-jit_cross = jax.jit(cross, static_argnums=1)
+INT8 = CODECS.make("int8")
+
+
+@NETWORKS.register
+def dense_pair(*, num_classes, input_shape):
+    """Two dense layers, whose sizes are easily counted."""
+    return tiny_model((DenseLayer(8), DenseLayer(5)), input_shape, num_classes)
+
+
+@partial(jax.jit, static_argnums=1)
+def encode(values, name):
+    """The first message for features."""
+    codec = CODECS.make(name)
+    sample = jax.ShapeDtypeStruct((1, *values.shape[1:]), values.dtype)
+    return codec.encode(values, codec.init(sample))[0]
+
+
+@partial(jax.jit, static_argnums=1)
+def cross(values, name):
+    """The features that arrive."""
+    return CODECS.make(name).decode(encode(values, name), values.dtype)
 
 
 def features(dtype=np.float32):
@@ -70,14 +90,9 @@ def assert_same(one, other, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
 
 
-def test_the_configuration_offers_every_link():
-    assert set(options()["link"][1].metadata["choices"]) == set(LINKS)
-
-
 def test_int8_is_256_levels_between_a_samples_extremes():
     sent = features()
-    message = jit_encode(sent, "int8")
-    arrived = np.asarray(decode(message, jnp.float32))
+    message, arrived = encode(sent, "int8"), np.asarray(cross(sent, "int8"))
     assert message.codes.dtype == np.int8
     for n, sample in enumerate(sent):
         codes, values = by_hand(sample)
@@ -96,61 +111,51 @@ def test_int8_is_256_levels_between_a_samples_extremes():
 def test_float16_is_numpys_within_its_range():
     sent = features()
     expected = np.clip(sent, -65504, 65504).astype(np.float16)
-    message = np.asarray(jit_encode(sent, "float16"))
+    message = np.asarray(encode(sent, "float16"))
     assert message.dtype == jnp.float16
     np.testing.assert_array_equal(message, expected)
     assert np.isfinite(message).all()
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", CODECS)
 def test_bfloat16_arrives_as_bfloat16(link):
     sent = features(jnp.bfloat16)
-    arrived = np.asarray(jit_cross(sent, link))
+    arrived = np.asarray(cross(sent, link))
     assert arrived.dtype == sent.dtype == jnp.bfloat16
     before, after = sent.astype(np.float32), arrived.astype(np.float32)
     assert np.isfinite(after).all()
     np.testing.assert_allclose(after[:3], before[:3], atol=np.ptp(before[2]) / 255)
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", CODECS)
 def test_what_is_not_finite_stays_so(link):
     """So that a divergence is seen, and by the sample alone that it is in."""
     sent = features()
     sent[1, 0, 0, 0] = np.nan
-    arrived = np.asarray(jit_cross(sent, link))
+    arrived = np.asarray(cross(sent, link))
     assert np.isnan(arrived[1]).any()
     assert np.isfinite(np.delete(arrived, 1, axis=0)).all()
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", CODECS)
 def test_a_message_does_not_depend_on_its_company(link):
-    every = jax.device_get(jit_encode(features(), link))
+    every = jax.device_get(encode(features(), link))
     for n in range(6):
         own = jax.tree.map(lambda a, n=n: a[n : n + 1], every)
-        alone = jit_encode(features()[n : n + 1], link)
+        alone = encode(features()[n : n + 1], link)
         jax.tree.map(np.testing.assert_array_equal, own, alone)
 
 
-@pytest.mark.parametrize("link", LINKS)
-def test_the_gradient_comes_back_as_it_was_sent(link):
-    sent, weights = features()[:3], features()[:3] + 1
-
-    @jax.jit
-    def pulled_back(sent):
-        arrived, pull_back = jax.vjp(lambda x: cross(x, link), sent)
-        return arrived, pull_back(jnp.asarray(weights))[0]
-
-    arrived, gradient = pulled_back(sent)
-    np.testing.assert_array_equal(gradient, weights)
-    expected = jax.jit(lambda x: decode(encode(x, link), jnp.float32))(sent)
-    np.testing.assert_allclose(arrived, expected, rtol=1e-6)
-
-
 def test_a_full_link_adds_nothing_to_the_program():
-    assert not jax.make_jaxpr(lambda x: cross(x, "full"))(features()).eqns
+    codec = CODECS.make("full")
+
+    def crossed(values):
+        return codec.decode(codec.encode(values, ())[0], values.dtype)
+
+    assert not jax.make_jaxpr(crossed)(features()).eqns
 
 
-PAIR = tiny_federation({0: 1, 1: 1}, MODEL)._replace(link="int8")
+PAIR = tiny_federation({0: 1, 1: 1}, MODEL)._replace(codec=INT8)
 RATE = np.float32(0.1)
 
 
@@ -159,8 +164,7 @@ def step_by_hand(client, server, rows):
     client_side, server_side = PAIR.specs(0)
     client, sent, _ = branch_step(client_side, client, rows, RATE)
     arrived = rows._replace(inputs=cross(sent, "int8"))
-    plain = server_side._replace(link="full")
-    server, _, server_metrics = branch_step(plain, server, arrived, RATE)
+    server, _, server_metrics = branch_step(server_side, server, arrived, RATE)
     return client, server, server_metrics
 
 
@@ -200,16 +204,16 @@ def both_branches():
 
 def test_a_joint_step_returns_the_gradient_at_what_arrived():
     """The client moves by the gradient of the server's loss there, pulled back."""
-    client_side = client_spec(MODEL, 1, DESCENT)
+    client_side = client_spec(MODEL, 1, DESCENT, INT8)
     rows, rates = batch(), (jnp.float32(1), jnp.float32(1))
 
     @jax.jit
     def stepped(client, server):
-        server_side = server_spec(MODEL, 1, DESCENT, "int8")
+        server_side = server_spec(MODEL, 1, DESCENT, INT8)
         return joint_step(client_side, server_side, client, server, rows, rates)[0]
 
     @jax.jit
-    def by_hand(client, server):
+    def moved_by_hand(client, server):
         def sent(params):
             branch = client.replace(layers=(client.layers[0].replace(params=params),))
             return forward(client_side, branch, rows.inputs, rows.mask, train=True)[0]
@@ -225,12 +229,12 @@ def test_a_joint_step_returns_the_gradient_at_what_arrived():
         return jax.tree.map(lambda a, b: a - b, params, move)
 
     new = stepped(*both_branches()).layers[0].params
-    assert_same(new, by_hand(*both_branches()), rtol=1e-5, atol=1e-6)
+    assert_same(new, moved_by_hand(*both_branches()), rtol=1e-5, atol=1e-6)
 
 
 def test_gated_inference_sends_over_the_link():
     """Whoever is sent: the others in a part of the batch make no difference."""
-    specs = client_spec(MODEL, 1, DESCENT), server_spec(MODEL, 1, DESCENT, "int8")
+    specs = client_spec(MODEL, 1, DESCENT, INT8), server_spec(MODEL, 1, DESCENT, INT8)
     client, server = both_branches()
     inputs, mask = batch(count=7, padding=0).inputs, jnp.ones(7, bool)
 
@@ -255,13 +259,14 @@ def test_gated_inference_sends_over_the_link():
     assert np.abs(expected - full).max() > 1e-4
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", CODECS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_bytes_of_a_message_are_those_of_its_arrays(link, dtype):
-    real = jit_encode(features(dtype), link)
+    real = encode(features(dtype), link)
     size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(real))
-    shape = jax.ShapeDtypeStruct((6, 4, 3, 2), dtype)
-    assert message_bytes(shape, link) == nbytes(real) == size
+    codec, sample = CODECS.make(link), jax.ShapeDtypeStruct((1, 4, 3, 2), dtype)
+    assert codec.nbytes(real).tolist() == [sample_bytes(codec, sample)] * 6
+    assert nbytes(real) == size == 6 * sample_bytes(codec, sample)
     each = {"full": 24 * jnp.dtype(dtype).itemsize, "float16": 48, "int8": 24 + 8}
     assert size == 6 * each[link]
 
@@ -275,7 +280,9 @@ def test_the_bytes_of_a_sample_by_strategy():
     """Behind cut 1 there are 5 x 5 x 4 floats, behind cut 3 there are 8."""
 
     def samples(make, cuts=(1, 3), link="full", **chosen):
-        federation = tiny_federation(dict(enumerate(cuts)))._replace(link=link)
+        federation = tiny_federation(dict(enumerate(cuts)))._replace(
+            codec=CODECS.make(link)
+        )
         traffic = traffic_with(federation, make(federation, **chosen))
         return [one.sample for one in traffic]
 
@@ -287,7 +294,8 @@ def test_the_bytes_of_a_sample_by_strategy():
     assert samples(splitfed_v2, (1, 1)) == [(404, 400)]
     assert samples(fedavg, (3, 3)) == samples(centralized, (2,)) == [(0, 0)]
     for make, cuts in ((fedavg, (3, 3)), (centralized, (2,))):
-        with pytest.raises(UserError, match="link: int8 is not allowed with"):
+        message = f"link: .* no effect on {make.__name__}, .* allowed is full"
+        with pytest.raises(UserError, match=message):
             samples(make, cuts, link="int8")
 
 
@@ -355,18 +363,17 @@ def test_how_often_layers_are_averaged_in_a_round():
     assert averages_in(local(federation), 1, 3) == 0
 
 
-def test_a_run_counts_what_crossed(monkeypatch):
+def test_a_run_counts_what_crossed():
     """A sample is a byte for each of 8 or 5 features, 8 of range and 4 of label.
 
     A layer has a weight for each pair of inputs and outputs, and biases, and so has the
     exit head of 10 classes. Two of three clients take part in a round of two steps.
     """
-    model = tiny_model((DenseLayer(8), DenseLayer(5)), (28, 28, 1), 10)
-    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda *_: model)
     up, first = {1: 8 + 12, 2: 5 + 12}, 28 * 28 * 8 + 8
     weights = {1: 4 * (first + 90), 2: 4 * (first + 45 + 60)}
     config = override(
         preset("demo"),  # averages over clients and servers
+        network="dense_pair",
         num_clients=3,
         cuts=("1", "layer2"),
         link="int8",
@@ -384,29 +391,19 @@ def test_a_run_counts_what_crossed(monkeypatch):
     samples = [share.samples for share in shares]
     steps = experiment.learning_rates.shape[1]
 
-    records = []
+    state = experiment.init()
     for number in (1, 2, 3):
-        plan = experiment.plan(number - 1)
-        counts = plan.mask.sum(axis=(0, 2))
-        scores = Metrics(counts * 0.0, counts, counts)
-        crossed = experiment.crossed(number, ExitMetrics(scores, scores))
+        state, plan, progress = experiment.run_round(state)
         there = plan.ids[plan.active].tolist()
         assert len(there) == 2
         times = number * steps // 3 - (number - 1) * steps // 3
         means = times * sum(weights[shares[i].cut] for i in there)
         sent = sum(samples[i] * up[shares[i].cut] for i in there)
+        crossed = experiment.round_bytes(number, progress.metrics)
         assert crossed == (sent + means, means)
-        records.append({"link": crossed._asdict()})
 
-    link = experiment.link_summary(records)
-    for name in Bytes._fields:
-        assert link[name] == sum(record["link"][name] for record in records)
-    for one, cut, mean in zip(
-        link["cuts"],
-        (1, 2),
-        ((samples[0] + samples[2]) / 2, samples[1]),
-        strict=True,
-    ):
+    both = (samples[0] + samples[2]) / 2, samples[1]
+    for one, cut, mean in zip(experiment.bytes_by_cut(), (1, 2), both, strict=True):
         assert one["cut"] == cut
         assert one["step"] == {"up_bytes": 16 * up[cut], "down_bytes": 0}
         down = weights[cut] * steps / 3
@@ -414,8 +411,17 @@ def test_a_run_counts_what_crossed(monkeypatch):
         assert one["round"]["up_bytes"] == pytest.approx(mean * up[cut] + down)
 
 
-def test_info_shows_what_crosses_at_every_cut(tiny_network, capsys):
-    words = ["--cuts", "1", "--link", "int8", "--boundary", "joint"]
+def test_info_shows_what_crosses_at_every_cut(capsys):
+    words = [
+        "--network",
+        "tiny",
+        "--cuts",
+        "1",
+        "--link",
+        "int8",
+        "--boundary",
+        "joint",
+    ]
     assert cli.main(["info", *words]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]

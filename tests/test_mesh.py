@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_strategies import CUTS, SIZES, assert_same, branches, train
+from rounds import assert_same, branches, train
+from test_strategies import CUTS, SIZES
 from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 
 from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
-from hsee_jax.parallel.mesh import SAME, make_mesh
-from hsee_jax.parallel.mesh import to_devices as place
+from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 
 JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
 STRATEGIES = {
@@ -64,7 +64,7 @@ def check_devices(name, participation, counts):
     expected = branches(federation, strategy, state)
     data = tiny_data(11, seed=5)
     evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4)
-    scores = evaluate(state, place(data, None, SAME))
+    scores = evaluate(state, to_devices(data, None, SAME))
     for count in counts:
         mesh = first_devices(count)
         federation = tiny_federation(CUTS, mesh=mesh)
@@ -88,7 +88,7 @@ def check_devices(name, participation, counts):
             evaluate = make_evaluation(
                 federation, strategy, PIPELINE, batch_size=4, axis="vmap"
             )
-            spread = evaluate(state, place(data, mesh, SAME))
+            spread = evaluate(state, to_devices(data, mesh, SAME))
             assert [s[:2] for s in spread] == [s[:2] for s in scores]
             assert_same([s[2:] for s in spread], [s[2:] for s in scores], rtol=1e-3)
 

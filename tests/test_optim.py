@@ -5,34 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsee_jax.config.schema import OptimConfig
-from hsee_jax.optim.optimizers import make_optimizer
-from hsee_jax.optim.schedules import make_schedule
+from hsee_jax.optim import adamw, make_schedule, sgd
 
 
 def test_sgd_is_heavy_ball_and_spares_biases():
-    """d1 = g + 0.1 p; d2 = 0.5 d1 + g + 0.1 p; the bias has no decay."""
-    sgd = make_optimizer(OptimConfig(momentum=0.5, weight_decay=0.1))
+    """The updates are -d: d1 = g + 0.1 p; d2 = 0.5 d1 + g + 0.1 p.
+
+    The bias has no decay.
+    """
+    optimizer = sgd(momentum=0.5, weight_decay=0.1)
     params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
     grads = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
-    state = sgd.init(params)
-    first, state = sgd.update(grads, state, params)
-    second, _ = sgd.update(grads, state, params)
+    state = optimizer.init(params)
+    first, state = optimizer.update(grads, state, params)
+    second, _ = optimizer.update(grads, state, params)
     np.testing.assert_allclose(
-        [first["kernel"][0, 0], second["kernel"][0, 0]], [1.2, 1.8]
+        [first["kernel"][0, 0], second["kernel"][0, 0]], [-1.2, -1.8]
     )
-    np.testing.assert_allclose([first["bias"][0], second["bias"][0]], [1.0, 1.5])
+    np.testing.assert_allclose([first["bias"][0], second["bias"][0]], [-1.0, -1.5])
 
 
 @jax.numpy_dtype_promotion("standard")  # optax relies on it
 def test_adamw_decays_beside_the_adaptive_step():
-    """The first Adam direction is the gradient's sign; the decay is added."""
-    adamw = make_optimizer(OptimConfig(optimizer="adamw", weight_decay=0.1))
+    """The first Adam update is minus the gradient's sign; minus the decay is added."""
+    optimizer = adamw(weight_decay=0.1)
     params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
     grads = {"kernel": jnp.full((1, 1), -3.0), "bias": jnp.full(1, 0.5)}
-    update, _ = adamw.update(grads, adamw.init(params), params)
-    np.testing.assert_allclose(update["kernel"][0, 0], -1.0 + 0.2, rtol=1e-4)
-    np.testing.assert_allclose(update["bias"][0], 1.0, rtol=1e-4)
+    update, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(update["kernel"][0, 0], 1.0 - 0.2, rtol=1e-4)
+    np.testing.assert_allclose(update["bias"][0], -1.0, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,5 @@ def test_adamw_decays_beside_the_adaptive_step():
 )
 def test_warm_up_then_cosine_or_constant(schedule, expected):
     """4 steps up, then (1 + cos(pi k / 4)) / 2 for k = 0..3."""
-    config = OptimConfig(learning_rate=1.0, warmup_rounds=2, schedule=schedule)
-    rates = make_schedule(config, num_rounds=4, steps_per_round=2)
+    rates = make_schedule(schedule, learning_rate=1.0, warmup_steps=4, total_steps=8)
     np.testing.assert_allclose([rates(step) for step in range(8)], expected, rtol=1e-5)

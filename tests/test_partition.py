@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 
-from hsee_jax.config.schema import Config, override
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.data.partition import hold_out, partition
+from hsee_jax.data.partition import PARTITIONS, hold_out, partition
 from hsee_jax.engine.plan import EMPTY, num_slots, plan_round
 from hsee_jax.federation.federation import Client, group_clients
 from hsee_jax.runs.build import build
 
-KINDS = ("iid", "dirichlet", "classes", "quantity")
-
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(list(PARTITIONS)),
     clients=st.integers(1, 12),
     extra=st.integers(0, 60),
     alpha=st.sampled_from([0.05, 0.3, 10.0]),
@@ -28,26 +28,24 @@ def test_a_partition_uses_every_sample_once(kind, clients, extra, alpha, seed):
     labels = (
         np.random.default_rng(seed).integers(0, 4, clients + extra).astype(np.int32)
     )
-    config = override(
-        Config(), num_clients=clients, partition=kind, alpha=alpha, partition_seed=seed
-    )
-    shards = partition(labels, config)
+    deal = PARTITIONS.make(kind, options={"alpha": alpha})
+    shards = partition(labels, clients, deal, seed=seed)
     assert len(shards) == clients
     assert min(map(len, shards)) >= 1
     np.testing.assert_array_equal(
         np.sort(np.concatenate(shards)), np.arange(len(labels))
     )
-    again = partition(labels, config)
+    again = partition(labels, clients, deal, seed=seed)
     for one, other in zip(shards, again, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_kinds_differ_as_they_should():
     labels = np.repeat(np.arange(10), 100).astype(np.int32)
-    base = override(Config(), num_clients=10)
 
-    def shares(kind, **changes):
-        shards = partition(labels, override(base, partition=kind, **changes))
+    def shares(kind, **options):
+        deal = PARTITIONS.make(kind, options=options)
+        shards = partition(labels, 10, deal, seed=0)
         return np.array([np.bincount(labels[s], minlength=10) for s in shards])
 
     assert set(shares("iid").sum(axis=1)) == {100}
@@ -61,7 +59,7 @@ def test_kinds_differ_as_they_should():
 
 def test_more_clients_than_samples():
     with pytest.raises(UserError, match=r"num_clients: 5 .* allowed are 1\.\.4"):
-        partition(np.zeros(4, np.int32), override(Config(), num_clients=5))
+        partition(np.zeros(4, np.int32), 5, PARTITIONS.make("iid"), seed=0)
 
 
 def numbered(count, first=0):
@@ -77,10 +75,12 @@ def numbers(data):
     return pixels[:, 0, 0, 0] + 256 * pixels[:, 0, 1, 0]
 
 
-def test_what_is_held_out_is_drawn_from_all_and_no_clients(tiny_network):
+def test_what_is_held_out_is_drawn_from_all_and_no_clients():
     """A tenth of 600, for any partition; the test set stays what it was."""
     train, test = numbered(600), numbered(50, first=600)
-    base = override(Config(), validation_share=0.1, num_clients=3, cuts=("1", "2"))
+    base = override(
+        Config(), **TINY, validation_share=0.1, num_clients=3, cuts=("1", "2")
+    )
     drawn = []
     for changes in (
         {"partition": "iid"},
@@ -104,23 +104,26 @@ def test_what_is_held_out_is_drawn_from_all_and_no_clients(tiny_network):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_nothing_or_at_least_one_sample_is_held_out(tiny_network):
+def test_nothing_or_at_least_one_sample_is_held_out():
     train = numbered(12)
-    kept, held = hold_out(12, override(Config(), validation_share=0.01))
+    kept, held = hold_out(12, 0.01, seed=0)
     assert (len(kept), len(held)) == (11, 1)
-    kept, held = hold_out(12, Config())
+    kept, held = hold_out(12, 0.0, seed=0)
     assert (len(kept), len(held)) == (12, 0)
-    config = override(Config(), cuts=("1",))
+    config = override(Config(), **TINY, cuts=("1",))
     experiment = build(config, data=(train, train))
     assert experiment.validation is None
-    whole = partition(train.labels, config)
+    deal = PARTITIONS.make(config.data.partition, options=config.data.options)
+    whole = partition(
+        train.labels, config.clients.num_clients, deal, seed=config.run.partition_seed
+    )
     for one, other in zip(whole, experiment.shards.values(), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def draw(groups, shards, number=0, **changes):
     options = {"batch_size": 4, "participation": 1.0, "turn": "batch", "seed": 3}
-    return plan_round(groups, shards, **(options | changes), number=round)
+    return plan_round(groups, shards, **(options | changes), number=number)
 
 
 def test_a_round_uses_each_sample_of_the_active_once():
@@ -129,8 +132,8 @@ def test_a_round_uses_each_sample_of_the_active_once():
     ids = [i for group in groups for i in group.ids]
     assert ids == [1, 3, 0, 2]
     taken = []
-    for round in range(20):
-        plan = draw(groups, shards, round, participation=0.5)
+    for number in range(20):
+        plan = draw(groups, shards, number, participation=0.5)
         assert plan.indices.shape == plan.mask.shape == (3, 4, 4)
         assert plan.active.sum() == 2
         taken.append(tuple(plan.active))
@@ -150,9 +153,9 @@ def test_slots_hold_whoever_takes_part_in_any_round():
     slots = num_slots(groups, participation=0.25, seed=3, rounds=8, multiple=3)
     assert all(count % 3 == 0 and count < 10 for count in slots)
     most = np.zeros(2, int)
-    for round in range(8):
-        plan = draw(groups, shards, round, participation=0.25, slots=slots)
-        full = draw(groups, shards, round, participation=0.25)
+    for number in range(8):
+        plan = draw(groups, shards, number, participation=0.25, slots=slots)
+        full = draw(groups, shards, number, participation=0.25)
         seated = plan.ids[plan.active]
         assert len(plan.ids) == sum(slots)
         assert (plan.ids[~plan.active] == EMPTY).all()

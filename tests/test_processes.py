@@ -7,23 +7,22 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import TINY
 
+from hsee_jax import runs
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import join
-from hsee_jax.runs.train import train as runs
 
 CODE = """
 import sys
 sys.path.insert(0, {tests!r})
-from tiny import tiny_model
-import hsee_jax.experiment, hsee_jax.cli
-model = tiny_model(input_shape=(28, 28, 1), classes=10)
-hsee_jax.experiment.build_model = lambda *args: model
+import hsee_jax.cli
 sys.exit(hsee_jax.cli.main(sys.argv[1:]))
 """
 FLAGS = {
+    **TINY,
     "num_clients": 5,
     "cuts": ("1", "2"),
     "max_train_samples": 90,
@@ -72,9 +71,7 @@ def lines_of(folder):
 @pytest.mark.parametrize(
     "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
 )
-def test_two_processes_equal_one(
-    tmp_path, request, monkeypatch, tiny_network, strategy
-):
+def test_two_processes_equal_one(tmp_path, request, monkeypatch, strategy):
     """Also that a run of two goes on in one, and that only the first writes logs."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     config = override(preset("demo"), **FLAGS, strategy=strategy, rounds=3)
@@ -100,7 +97,7 @@ def test_two_processes_equal_one(
         assert one["images"] == other["images"]
         for name, value in other["train"].items():
             np.testing.assert_allclose(one["train"][name], value, rtol=1e-3)
-    assert len(alone["clients"]) == len(summary["clients"]) == 5
+    assert len(alone.scores.clients) == len(summary["clients"]) == 5
 
 
 def test_all_processes_refuse_a_folder_that_is_taken(tmp_path, request):

@@ -10,7 +10,7 @@ from tiny import TINY
 
 import hsee_jax
 from hsee_jax import cli
-from hsee_jax.config.schema import options
+from hsee_jax.config.values import options
 from hsee_jax.nn import NETWORKS
 
 SMALL = hsee_jax.override(

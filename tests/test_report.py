@@ -16,7 +16,7 @@ from PIL import Image
 
 from hsee_jax import cli
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.events import write_events

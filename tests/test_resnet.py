@@ -74,11 +74,11 @@ def test_stems_and_shapes():
 def test_bfloat16_keeps_parameters_statistics_and_losses_in_float32():
     model = resnet18(num_classes=10, input_shape=(8, 8, 1), width=2, dtype="bfloat16")
     network = weights(model)
-    client = init_client(network, 3, optax.identity())
+    client = init_client(network, 3, optax.scale(-1.0))
     batch = Batch(
         jnp.ones((4, 8, 8, 1), jnp.float32), jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
     )
-    spec = client_spec(model, 3, optax.identity())
+    spec = client_spec(model, 3, optax.scale(-1.0))
     after, features, metrics = jax.jit(
         lambda c: branch_step(spec, c, batch, jnp.float32(0.1))
     )(client)
@@ -195,8 +195,8 @@ def test_logits_and_gradients_equal_pytorchs(train):
         torch_logits, torch.tensor(labels, dtype=torch.long)
     ).backward()
 
-    branch = init_server(network, 0, optax.identity())
-    spec = server_spec(model, 0, optax.identity())
+    branch = init_server(network, 0, optax.scale(-1.0))
+    spec = server_spec(model, 0, optax.scale(-1.0))
 
     @jax.jit
     def loss(branch):

@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import noise_state, write_run
+from tiny import TINY, noise_state, write_run
 
 import hsee_jax
+from hsee_jax import runs
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch
-from hsee_jax.runs import restore as restored
-from hsee_jax.runs import train as runs
-from hsee_jax.runs.build import build_info as dataset_info_of
+from hsee_jax.federation import branch_step, forward, server_spec
+from hsee_jax.runs.build import build_info
 from hsee_jax.runs.checkpoint import load
 
 SMALL = override(
     preset("demo"),
+    **TINY,
     num_clients=5,
     cuts=("3", "1"),
     max_train_samples=60,
@@ -32,7 +33,6 @@ SMALL = override(
     rounds=1,
     schedule="constant",
 )
-pytestmark = pytest.mark.usefixtures("tiny_network")
 
 
 def assert_same(one, other):
@@ -40,7 +40,7 @@ def assert_same(one, other):
 
 
 @pytest.fixture
-def folder(tiny_network, tmp_path):
+def folder(tmp_path):
     write_run(tmp_path / "run", SMALL)
     return tmp_path / "run"
 
@@ -71,21 +71,21 @@ def test_branches_are_found_by_the_ids_of_clients(strategy, tmp_path):
 def test_the_whole_network_of_a_client_answers_and_trains(folder):
     run = hsee_jax.restore(folder)
     network = run.network(3)
-    spec = hsee_jax.server_spec(run.federation.model, 0, run.federation.optimizer)
+    spec = server_spec(run.federation.model, 0, run.federation.optimizer)
     images = jax.random.normal(jax.random.key(0), (8, 28, 28, 1))
     batch = Batch(images, jnp.arange(8), jnp.ones(8, bool))
-    forward = partial(hsee_jax.forward, mask=batch.mask, train=False)
+    answer = partial(forward, mask=batch.mask, train=False)
 
     @jax.jit
     def answers(network, client, server):
-        client_spec, server_spec = run.specs(3)
-        features, _, _ = forward(client_spec, client, images)
-        return [forward(spec, network, images), forward(server_spec, server, features)]
+        first, behind = run.specs(3)
+        features, _, _ = answer(first, client, images)
+        return [answer(spec, network, images), answer(behind, server, features)]
 
     (_, logits, _), (_, expected, _) = answers(network, run.client(3), run.server(3))
     np.testing.assert_allclose(logits, expected, rtol=1e-6)
 
-    step = jax.jit(partial(hsee_jax.branch_step, spec))
+    step = jax.jit(partial(branch_step, spec))
     losses = []
     for _ in range(20):
         network, _, metrics = step(network, batch, 0.02)
@@ -100,8 +100,8 @@ def test_one_client_is_read_alone(folder, monkeypatch):
         targets.append(like)
         return load(checkpoint, like)
 
-    monkeypatch.setattr(restored, "load", spy)
-    spec, branch = hsee_jax.restore_client(folder, 3)
+    monkeypatch.setattr(sys.modules["hsee_jax.runs.restore"], "load", spy)
+    spec, branch = runs.restore_client(folder, 3)
     assert_same(branch, whole.client(3))
     assert len(spec.stages) == len(branch.layers) == 1
     paths = {
@@ -115,7 +115,7 @@ def test_one_client_is_read_alone(folder, monkeypatch):
     state = hsee_jax.restore(folder, only=3).state
     assert all(leaf is ... for leaf in jax.tree.leaves(state.servers))
     with pytest.raises(UserError, match="client: -1 is not in the run"):
-        hsee_jax.restore_client(folder, -1)
+        runs.restore_client(folder, -1)
 
 
 def test_the_best_checkpoint_or_none(folder):
@@ -140,7 +140,7 @@ def test_a_run_is_restored_without_its_data(tmp_path):
         np.savez(data / split, images=images, labels=np.arange(40) % 10)
     config = override(SMALL, dataset="npz", data_dir=str(data))
     state = write_run(folder, config)
-    info = dataset_info_of(config.data)
+    info = build_info(config.data)
     shutil.rmtree(data)
     run = hsee_jax.restore(folder)
     assert run.info == info
@@ -167,10 +167,7 @@ ONE_DEVICE = """
 import sys
 sys.path.insert(0, {tests!r})
 import jax, numpy as np
-import hsee_jax.experiment
-from tiny import tiny_model
-model = tiny_model(input_shape=(28, 28, 1), classes=10)
-hsee_jax.experiment.build_model = lambda *args: model
+import hsee_jax
 assert jax.device_count() == 1
 np.savez("leaves", *jax.tree.leaves(hsee_jax.restore("eight").state))
 """
@@ -193,7 +190,7 @@ def test_eight_devices_to_one(tmp_path, request):
     state = jax.tree.map(
         lambda leaf, like: jax.device_put(np.resize(leaf, like.shape), like.sharding),
         noise_state(config),
-        hsee_jax.build(config).store.like(),
+        hsee_jax.build(config).store.checkpoint_shapes(),
     )
     write_run(tmp_path / "eight", config, state=state)
     code = ONE_DEVICE.format(tests=str(request.path.parent))

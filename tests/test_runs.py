@@ -5,18 +5,22 @@ import json
 import jax
 import numpy as np
 import pytest
+from tiny import TINY, AfterRound
 
+from hsee_jax import runs
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.data.partition import hold_out
+from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.inference.study import study
-from hsee_jax.runs import train as runs
-from hsee_jax.runs.build import build_data as load_dataset_of
+from hsee_jax.optim import SCHEDULES
+from hsee_jax.runs.build import build_data
 from hsee_jax.runs.folder import read_config
 
 SMALL = override(
     preset("demo"),
+    **TINY,
     num_clients=3,
     cuts=("1", "layer3"),
     max_train_samples=60,
@@ -28,8 +32,6 @@ SMALL = override(
     participation=0.7,
     augment="crop_flip",
 )
-pytestmark = pytest.mark.usefixtures("tiny_network")
-SCORES = ("mean_exit_accuracy", "mean_server_accuracy", "clients")
 
 
 class Stop(Exception):
@@ -56,15 +58,15 @@ def test_going_on_equals_not_stopping(tmp_path, strategy):
     whole = runs.train(config, tmp_path / "whole")
 
     def stop(record):
-        if record["round"] == 3:
+        if record.round == 3:
             raise Stop
 
     with pytest.raises(Stop):
-        runs.train(config, tmp_path / "stopped", on_round=stop)
+        runs.train(config, tmp_path / "stopped", callbacks=[AfterRound(stop)])
     assert not (tmp_path / "stopped" / "summary.json").exists()
     resumed = runs.train(config, tmp_path / "stopped", resume=True)
 
-    assert {k: whole[k] for k in SCORES} == {k: resumed[k] for k in SCORES}
+    assert whole.scores == resumed.scores
     _, one = runs.reopen(tmp_path / "whole")
     _, other = runs.reopen(tmp_path / "stopped")
     assert int(one.round) == 3
@@ -73,16 +75,15 @@ def test_going_on_equals_not_stopping(tmp_path, strategy):
     assert records[0] == records[1]
     assert [record["round"] for record in records[0]] == [1, 2, 3]
 
-    figures = runs.evaluate(tmp_path / "whole")
-    assert {k: figures[k] for k in SCORES} == {k: whole[k] for k in SCORES}
-    best = runs.evaluate(tmp_path / "whole", "best")
+    assert runs.evaluate(tmp_path / "whole") == (3, whole.scores)
+    _, best = runs.evaluate(tmp_path / "whole", "best")
     scores = {r["round"]: r["test"] for r in lines(tmp_path / "whole") if "test" in r}
-    assert best["mean_server_accuracy"] == max(
+    assert best.mean_server_accuracy == max(
         score["mean_server_accuracy"] for score in scores.values()
     )
     # resumed once more, there is nothing left to do
     again = runs.train(config, tmp_path / "stopped", resume=True)
-    assert {k: again[k] for k in SCORES} == {k: whole[k] for k in SCORES}
+    assert again.scores == whole.scores
 
 
 def test_the_partition_is_kept_with_the_run(tmp_path):
@@ -95,10 +96,10 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
     shares = json.loads(text)
     assert [(share["id"], share["cut"]) for share in shares] == [(0, 1), (1, 3), (2, 1)]
     every = [index for share in shares for index in share["indices"]]
-    _, held = hold_out(60, config)
+    _, held = hold_out(60, config.data.validation_share, seed=3)
     assert len(held) == 6
     assert sorted([*every, *held.tolist()]) == list(range(60))
-    labels = load_dataset_of(config.data)[0].labels
+    labels = build_data(config.data)[0].labels
     for share in shares:
         assert share["samples"] == len(share["indices"]) == sum(share["label_counts"])
         of_share = labels[share["indices"]].tolist()
@@ -137,23 +138,55 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
     with pytest.raises(UserError, match="data_dir: the training samples found now"):
         study(folder, data_dir=other)
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
-    again = runs.evaluate(folder, data_dir=other)["mean_server_accuracy"]
-    assert again == pytest.approx(summary["mean_server_accuracy"])
+    _, again = runs.evaluate(folder, data_dir=other)
+    assert again.mean_server_accuracy == pytest.approx(
+        summary.scores.mean_server_accuracy
+    )
     with pytest.raises(UserError, match="data_dir: the data found now, of num_classes"):
         runs.evaluate(folder, data_dir=str(tmp_path / "fewer"))
 
 
-def test_divergence_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    config = override(SMALL, checkpoint_every=1, participation=1.0)
-    build = runs.build
+def test_a_batch_has_no_more_rows_than_a_shard(tmp_path):
+    """However many are asked for: as with a batch of the largest shard."""
+    small = override(SMALL, augment="none")  # draws depend on the batch size
+    largest = 18  # of 54 samples for three clients; 6 are held out
+    runs.train(override(small, batch_size=largest), tmp_path / "shard")
+    huge = override(small, batch_size=10**6, eval_batch_size=10**6)
+    experiment = runs.build(huge)
+    assert experiment.plan(0).indices.shape[-1] == largest
+    assert experiment.eval_batch_size == 40
+    runs.train(huge, tmp_path / "huge")
+    records = [without_times(lines(tmp_path / name)) for name in ("shard", "huge")]
+    assert records[0] == records[1]
 
-    def with_a_wild_rate(config):
-        experiment = build(config)
-        rates = experiment.learning_rates.copy()
-        rates[1:] = 1e30
-        return experiment._replace(learning_rates=rates)
 
-    monkeypatch.setattr(runs, "build", with_a_wild_rate)
+def test_more_rows_than_a_shard_would_change_nothing():
+    """A batch that is padded beyond the largest shard trains the same clients."""
+    config = override(SMALL, batch_size=40, participation=1.0, augment="none")
+    ready = runs.build(config)
+    states = []
+    for rows in (18, 40):
+        wide = ready._replace(batch_size=rows)
+        state, played, _ = wide.run_round(wide.init())
+        assert played.indices.shape[-1] == rows
+        states.append(ready.store.to_checkpoint(state))
+
+    def compare(one, other):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(compare, *states)
+
+
+@SCHEDULES.register
+def explosive(peak, steps):
+    """A rate that no weight survives, after the warm-up."""
+    return lambda step: 1e30
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
+    config = override(
+        SMALL, checkpoint_every=1, participation=1.0, schedule="explosive"
+    )
     with pytest.raises(DivergenceError, match=r"of client \d is not finite in round 2"):
         runs.train(config, tmp_path / "run")
     _, state = runs.reopen(tmp_path / "run")
@@ -201,8 +234,11 @@ def test_a_folder_is_only_replaced_when_told(tmp_path):
 def test_latest_and_best_are_kept(tmp_path, monkeypatch):
     """Of scores 0.1, 0.9, 0.2 after rounds 1 to 3, the last and the second stay."""
     scores = iter([0.1, 0.9, 0.2])
-    monkeypatch.setattr(runs, "means", lambda results: (0.0, next(scores)))
-    monkeypatch.setattr(runs, "_scores", lambda results: {})
+
+    def evaluate(experiment, state, data):
+        return [ClientResult(0, 1, 0.0, next(scores), 0.0, 0.0)]
+
+    monkeypatch.setattr(runs.Experiment, "evaluate", evaluate)
     config = override(SMALL, checkpoint_every=1, keep_checkpoints=1)
     runs.train(config, tmp_path / "run")
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]

@@ -23,7 +23,7 @@ from hsee_jax.nn.model import init_network
 MODEL = tiny_model()
 NETWORK = jax.jit(lambda: init_network(MODEL, jax.random.key(0)))()
 # Plain gradient descent: the change of the weights is the gradient.
-DESCENT = optax.identity()
+DESCENT = optax.scale(-1.0)
 RATES = (jnp.float32(1.0), jnp.float32(1.0))
 
 

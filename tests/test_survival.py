@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,22 +15,24 @@ import jax
 import numpy as np
 import pytest
 from test_strategies import assert_same, branches, train
-from tiny import tiny_federation, tiny_model, tiny_shards
+from tiny import TINY, AfterRound, tiny_federation, tiny_shards
 
 import hsee_jax.engine.scan
-from hsee_jax import cli
+from hsee_jax import cli, runs
+from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import local
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.engine.plan import Absence, missing
+from hsee_jax.runs import checkpoint
 from hsee_jax.runs.checkpoint import find
-from hsee_jax.runs.folder import read_config
-from hsee_jax.runs.train import train as runs
+from hsee_jax.runs.folder import locked, read_config
 
 SMALL = override(
     preset("demo"),
+    **TINY,
     num_clients=4,
     cuts=("1", "2"),
     max_train_samples=60,
@@ -95,7 +98,7 @@ SOME = ("sequential", "averaging")
 
 
 @pytest.mark.parametrize("name", [n if n in SOME else slow(n) for n in EVERY])
-def test_a_stop_between_two_steps_changes_nothing(name, tiny_network, tmp_path):
+def test_a_stop_between_two_steps_changes_nothing(name, tmp_path):
     """For every strategy; state of absent clients on the host for the paper's two."""
     config = override(SMALL, strategy=name, **EVERY[name])
     if name in SOME:
@@ -113,7 +116,7 @@ def test_a_stop_between_two_steps_changes_nothing(name, tiny_network, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["averaging", "sequential", "splitfed_v2"])
-def test_a_scan_can_be_stopped_as_well(name, tiny_network, tmp_path, monkeypatch):
+def test_a_scan_can_be_stopped_as_well(name, tmp_path, monkeypatch):
     """One compiled program, whatever part of the round it runs."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
     changes = EVERY[name] | {"client_axis": "vmap", "rounds": 2}
@@ -124,9 +127,7 @@ def test_a_scan_can_be_stopped_as_well(name, tiny_network, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), slow("loop", "vmap")])
-def test_a_round_goes_on_in_other_slots(
-    first, then, tiny_network, tmp_path, monkeypatch
-):
+def test_a_round_goes_on_in_other_slots(first, then, tmp_path, monkeypatch):
     """On eight devices each cut has eight slots for its clients, in a loop two."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
     config = override(SMALL, rounds=1, client_axis=then)
@@ -144,7 +145,7 @@ def test_a_round_goes_on_in_other_slots(
     assert one == other
 
 
-def test_a_round_that_has_not_ended_is_not_judged(tiny_network, monkeypatch):
+def test_a_round_that_has_not_ended_is_not_judged(monkeypatch):
     """No client is finite; the stop has its way, and the end of the round says so."""
     experiment = runs.build(override(SMALL, strategy="sequential", turn="epoch"))
     state = experiment.init()
@@ -158,7 +159,7 @@ def test_a_round_that_has_not_ended_is_not_judged(tiny_network, monkeypatch):
         experiment.run_round(state, progress)
 
 
-def test_a_signal_stops_in_the_middle_of_a_round(tiny_network, tmp_path, monkeypatch):
+def test_a_signal_stops_in_the_middle_of_a_round(tmp_path, monkeypatch):
     """SIGTERM within the first turn of round 2, and the same run in the end."""
     words = "--num-clients 2 --cuts 1 --max-train-samples 64 --max-test-samples 8 "
     words = (words + "--batch-size 8 --rounds 2").split()
@@ -195,7 +196,7 @@ def damages(path):
     yield "delete", None
 
 
-def test_of_damaged_checkpoints_the_one_before_is_used(tiny_network, tmp_path, caplog):
+def test_of_damaged_checkpoints_the_one_before_is_used(tmp_path, caplog):
     """Every file of the latest checkpoint; prints what happened to each."""
     config = override(SMALL, checkpoint_every=1, rounds=2)
     runs.train(config, tmp_path / "run")
@@ -236,7 +237,7 @@ def test_of_damaged_checkpoints_the_one_before_is_used(tiny_network, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_run_without_a_checkpoint_begins_anew(tiny_network, tmp_path, caplog):
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     """Killed in its first round, or while its folder was made."""
     config = override(SMALL, rounds=1)
     runs.train(config, tmp_path / "whole")
@@ -253,7 +254,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tiny_network, tmp_path, caplog):
     assert_same_run(tmp_path / "whole", killed)
 
 
-def test_two_processes_do_not_write_one_run(tiny_network, tmp_path):
+def test_two_processes_do_not_write_one_run(tmp_path):
     """A lock of another open file is that of another process."""
     config, refused = override(SMALL, rounds=2), []
 
@@ -263,31 +264,80 @@ def test_two_processes_do_not_write_one_run(tiny_network, tmp_path):
                 runs.train(config, tmp_path / "run", **{how: True})
             refused.append(error)
 
-    runs.train(config, tmp_path / "run", on_round=start_another)
+    runs.train(config, tmp_path / "run", callbacks=[AfterRound(start_another)])
     assert len(refused) == 4
     runs.train(config, tmp_path / "alone")
     assert_same_run(tmp_path / "alone", tmp_path / "run")
 
 
+LOCKED = """
+import sys, time
+from pathlib import Path
+from hsee_jax.runs.folder import locked
+with locked(Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    command = [sys.executable, "-c", LOCKED, str(tmp_path / "run")]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with child.stdout as output:
+        assert output.readline() == "ready\n"
+    with pytest.raises(UserError, match="written by another process"):
+        with locked(tmp_path / "run"):
+            pass
+    child.kill()
+    child.wait()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with locked(tmp_path / "run"):
+        assert "run cannot be locked" in caplog.text
+
+
+def test_nothing_needs_a_module_of_one_system():
+    """Windows has neither of these."""
+    modules = ("fcntl", "resource", "pwd", "termios")
+    for path in Path(runs.__file__).parents[1].rglob("*.py"):
+        found = re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        assert not set(found) & set(modules), path
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    """Checkpoints cannot be kept there, which is told before the training."""
+    folder = tmp_path / "r\udcff"
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match="outside of the encoding"):
+            runs.train(SMALL, folder, **how)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("where", ["save_async", slow("write_text"), slow("open")])
-def test_a_full_disk_is_one_clear_line(where, tiny_network, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_clear_line(where, tmp_path, monkeypatch):
     """In a checkpoint's arrays, its digests, or the log; there is one to go on from."""
     config = override(SMALL, rounds=3, checkpoint_every=1)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill(record):
-        if record["round"] == 2:
-            owner = Path if where != "save_async" else hsee_jax.checkpoint.ocp
+        if record.round == 2:
+            owner = Path if where != "save_async" else checkpoint.ocp
             monkeypatch.setattr(owner, where, refuse)
 
     def refuse(*args, **kwargs):
         raise full
 
     with pytest.raises(UserError, match="No space left on device") as error:
-        runs.train(config, tmp_path / "run", on_round=fill)
+        runs.train(config, tmp_path / "run", callbacks=[AfterRound(fill)])
     assert "\n" not in str(error.value)
     monkeypatch.undo()
-    monkeypatch.setattr("hsee_jax.experiment.build_model", lambda *_: tiny_network_of())
     runs.train(config, tmp_path / "run", resume=True)
     runs.train(config, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -297,11 +347,9 @@ CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import hsee_jax.experiment
-from test_survival import SMALL, tiny_network_of
+from test_survival import SMALL
 from hsee_jax import runs
 from hsee_jax.config import override
-hsee_jax.experiment.build_model = lambda *_: tiny_network_of()
 folder = Path(sys.argv[2])
 config = override(SMALL, rounds=30, checkpoint_every=1, strategy="averaging")
 print("ready", flush=True)
@@ -309,12 +357,8 @@ runs.train(config, folder, resume=(folder / "config.json").exists())
 """
 
 
-def tiny_network_of():
-    return tiny_model(input_shape=(28, 28, 1), classes=10)
-
-
 @pytest.mark.slow
-def test_fifty_kills_leave_a_run_that_goes_on(tiny_network, tmp_path):
+def test_fifty_kills_leave_a_run_that_goes_on(tmp_path):
     """SIGKILL at random moments; in the end the run is the one without kills."""
 
     def start(folder):
@@ -406,6 +450,13 @@ def broken_init(strategy):
     return init
 
 
+@ALGORITHMS.register
+def broken(federation, *, average: str = "servers"):
+    """The paper's averaging, of which client 2 begins with NaN."""
+    strategy = averaging(federation, average=average)
+    return strategy._replace(init=broken_init(strategy))
+
+
 def test_who_misses_a_round_keeps_its_state():
     """It neither trains nor weighs; other clients draw what they would have drawn."""
     federation = tiny_federation(CUTS)
@@ -441,11 +492,12 @@ def test_a_client_misses_its_share_of_the_rounds():
     assert known == [set(), {3}, {3}, {3}, set(), set(), set(), set(), {3}, set()]
 
 
-def test_failing_clients_are_counted_and_reported(tiny_network, tmp_path, capsys):
+def test_failing_clients_are_counted_and_reported(tmp_path, capsys):
     """By the command line, with a schedule from a file."""
     schedule = tmp_path / "absent.csv"
     schedule.write_text("client,from,to\n3,2,3\n0,3,9\n")
     words = "--num-clients 4 --cuts 1 2 --max-train-samples 60 --max-test-samples 20 "
+    words += "--network tiny --plugin tiny "
     words += f"--batch-size 6 --rounds 3 --absences-file {schedule}"
     assert cli.main(["train", *words.split(), "--out", str(tmp_path / "run")]) == 0
     assert [r["missed"] for r in lines(tmp_path / "run")] == [[], [3], [0, 3]]
@@ -468,29 +520,16 @@ def test_failing_clients_are_counted_and_reported(tiny_network, tmp_path, capsys
         ("stop", "servers", []),
     ],
 )
-def test_a_diverging_client_is_left_out_or_stops(
-    policy, average, rounds, tiny_network, tmp_path, monkeypatch
-):
+def test_a_diverging_client_is_left_out_or_stops(policy, average, rounds, tmp_path):
     """Where its own layers are averaged too, it recovers with the first means."""
-    config = override(SMALL, on_nonfinite=policy, average=average)
-    build = runs.build
-
-    def with_a_broken_client(config):
-        experiment = build(config)
-        store = experiment.store
-        monkeypatch.setattr(
-            store, "init", broken_init(experiment.strategy._replace(init=store.init))
-        )
-        return experiment
-
-    monkeypatch.setattr(runs, "build", with_a_broken_client)
+    config = override(SMALL, on_nonfinite=policy, strategy="broken", average=average)
     if policy == "stop":
         with pytest.raises(DivergenceError, match="exit loss of client 2 .* round 1"):
             runs.train(config, tmp_path / "run")
         return
     summary = runs.train(config, tmp_path / "run")
     assert [r["left_out"] for r in lines(tmp_path / "run")] == rounds
-    assert summary["left_out_rounds"] == sum(map(len, rounds))
-    broken = [c["id"] for c in summary["clients"] if c["exit_loss"] is None]
-    assert broken == rounds[-1]
+    assert summary.left_out_rounds == sum(map(len, rounds))
+    clients = summary.scores.clients
+    assert [c.id for c in clients if np.isnan(c.exit_loss)] == rounds[-1]
     assert all(r["train"]["exit_loss"] > 0 for r in lines(tmp_path / "run"))

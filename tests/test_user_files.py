@@ -1,11 +1,11 @@
 """Files that users write with whatever program they have: absences, configurations."""
 
 import pytest
-from hsee_jax.flags import config_from
 
 from hsee_jax import cli
+from hsee_jax.cli.flags import config_from
 from hsee_jax.config.presets import preset
-from hsee_jax.config.schema import override, to_json
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.folder import load_config
 

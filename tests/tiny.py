@@ -21,6 +21,7 @@ from hsee_jax.runs.build import (
     build_optimizer,
     build_strategy,
 )
+from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.checkpoint import Writer
 
 CLASSES = 3
@@ -128,6 +129,16 @@ def tiny_shards(sizes: dict[int, int]) -> dict[int, np.ndarray]:
     order = np.random.default_rng(1).permutation(sum(sizes.values())).astype(np.int32)
     ends = np.cumsum(list(sizes.values()))[:-1]
     return dict(zip(sizes, np.split(order, ends), strict=True))
+
+
+class AfterRound(Callback):
+    """Calls a function with the record of each round."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_round(self, record, moment):
+        self.act(record)
 
 
 def noise_state(config, rounds: int = 1):

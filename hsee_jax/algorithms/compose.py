@@ -21,9 +21,11 @@ exits are probes that change nothing (unless ``exit_gradient`` says otherwise). 
 none, no features cross a link.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
-from hsee_jax.algorithms.averages import make_averages
+from hsee_jax.algorithms.averages import Averages, find_holders
 from hsee_jax.algorithms.steps import (
     Rates,
     clients_then_server,
@@ -40,6 +42,53 @@ from hsee_jax.federation.strategy import InitStateFn, StepFn, Strategy
 from hsee_jax.nn.model import init_network
 from hsee_jax.optim.optimizers import with_merge
 
+
+class Properties(NamedTuple):
+    """Where an algorithm lies in the space."""
+
+    shared: bool  # one server for all clients, or one for each
+    # The holders over which a layer is averaged: "none", "servers", "clients" or
+    # "all_holders"; where clients take part, exit heads are averaged over each cut.
+    average: str
+    # "detached": no gradient crosses the cut; "joint": the server's flows back, see
+    # `joint_step`; "none": likewise, but the client holds the server's layers too.
+    boundary: str = "detached"
+    exit_gradient: float = 0.0  # see `joint_step`
+    # At a shared server, "batch": in each step it takes one batch of every client, in
+    # the given order; "epoch": all of a client's round, then the next client's.
+    turn: str = "batch"
+    period: int = 1  # how often to average, in units of ``period_unit``; 0 is never
+    period_unit: str = "rounds"  # or "steps"
+    weights: str = "samples"  # of the clients in a mean, or "uniform"
+    # See `receive`; "auto" keeps BatchNorm local where only servers are averaged: the
+    # features that a replica sees are those of its own client.
+    batch_norm: str = "auto"
+    optimizer_state: str = "keep"  # of `hsee_jax.optim.MERGES`
+    server_lr_scale: float = 1.0  # the server's learning rate relative to the clients'
+    # "shared": all parts are slices of one network; "per_client": each client's, and
+    # its server's, are drawn by themselves.
+    init: str = "shared"
+
+    def check(self) -> None:
+        """Refuse unknown names, and properties that contradict each other.
+
+        Raises:
+          UserError: a name is unknown, or an exit gradient is asked for where no
+            gradient crosses the cut.
+          ValueError: a shared server is to be averaged.
+        """
+        for name, allowed in _NAMES.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+        if self.shared and self.average in ("servers", "all_holders"):
+            raise ValueError(f"a shared server is not averaged, so not {self.average}")
+        if self.exit_gradient and self.boundary == "detached":
+            raise UserError(
+                f"exit_gradient: {self.exit_gradient} is not allowed with a detached "
+                "boundary; allowed is 0"
+            )
+
+
 _NAMES = {
     "average": ("none", "servers", "clients", "all_holders"),
     "boundary": ("detached", "joint", "none"),
@@ -51,82 +100,47 @@ _NAMES = {
 }
 
 
-def compose(
-    federation: Federation,
-    *,
-    shared: bool,
-    average: str,
-    boundary: str = "detached",
-    exit_gradient: float = 0.0,
-    turn: str = "batch",
-    period: int = 1,
-    period_unit: str = "rounds",
-    weights: str = "samples",
-    batch_norm: str = "auto",
-    optimizer_state: str = "keep",
-    server_lr_scale: float = 1.0,
-    init: str = "shared",
-) -> Strategy:
-    """Make a strategy from its properties; `hsee_jax.algorithms.options` explains them.
-
-    ``shared`` is one server for all clients, or one for each. ``average`` may also be
-    ``"none"`` or ``"clients"``; where clients take part, exit heads are averaged over
-    each cut. ``boundary`` may also be ``"none"``: joint, but the client holds the
-    server's layers too, and no link lies between them. A shared server is a slice of
-    the one network even where ``init`` is ``"per_client"``.
-    """
-    _check(average, boundary, turn, period_unit, batch_norm, weights, init)
-    _check_fit(shared, average, boundary, exit_gradient)
-    if batch_norm == "auto":
-        batch_norm = "keep_local" if average == "servers" else "average"
-    optimizer = with_merge(federation.optimizer, optimizer_state)
-    federation = federation._replace(optimizer=optimizer)
-    parts, rates = server_parts(federation, shared=shared), Rates(server_lr_scale)
-    turn_fn = make_turn(federation, parts, rates, boundary, exit_gradient)
+def compose(federation: Federation, properties: Properties) -> Strategy:
+    """Make a strategy from its properties; see `Properties.check` for the errors."""
+    properties.check()
+    shared, boundary = properties.shared, properties.boundary
+    federation = federation._replace(
+        optimizer=with_merge(federation.optimizer, properties.optimizer_state)
+    )
+    parts = server_parts(federation, shared=shared)
+    rates = Rates(properties.server_lr_scale)
+    turn = make_turn(federation, parts, rates, boundary, properties.exit_gradient)
     step: StepFn | None = None  # else turns wait for each other
     if not shared:
-        step = in_parallel(federation, turn_fn)
-    elif boundary == "detached" and turn == "batch":
+        step = in_parallel(federation, turn)
+    elif boundary == "detached" and properties.turn == "batch":
         step = clients_then_server(federation, parts, rates)
-    averages = make_averages(
+    batch_norm = properties.batch_norm
+    if batch_norm == "auto":
+        batch_norm = "keep_local" if properties.average == "servers" else "average"
+    averages = Averages(
         federation,
+        find_holders(federation, properties.average),
+        batch_norm,
         shared=shared,
-        average=average,
-        boundary=boundary,
-        batch_norm=batch_norm,
+        together=boundary == "none",
         spread=federation.mesh is not None and step is not None,
     )
     return Strategy(
-        _init_fn(federation, shared=shared, init=init),
-        turn_fn,
-        step,
-        *averages,
+        init=_init_fn(federation, shared=shared, init=properties.init),
+        turn=turn,
+        step=step,
+        aggregate=averages.aggregate,
+        receive=averages.receive,
+        messages=averages.messages,
         part=parts.take,
         shared=shared,
-        turn_unit=turn if shared else "batch",
-        period=0 if average == "none" else period,
-        period_unit=period_unit,
+        turn_unit=properties.turn if shared else "batch",
+        period=0 if properties.average == "none" else properties.period,
+        period_unit=properties.period_unit,
         boundary=boundary,
-        weights=weights,
+        weights=properties.weights,
     )
-
-
-def _check(*given: str) -> None:
-    """Refuse a name that `_NAMES` does not list, in its order."""
-    for (name, allowed), value in zip(_NAMES.items(), given, strict=True):
-        if value not in allowed:
-            raise unknown(name, value, allowed)
-
-
-def _check_fit(shared: bool, average: str, boundary: str, exit_gradient: float) -> None:
-    """Refuse properties that exclude each other."""
-    if shared and average in ("servers", "all_holders"):
-        raise ValueError(f"a shared server is not averaged, so not {average}")
-    if exit_gradient and boundary == "detached":
-        raise UserError(
-            f"exit_gradient: {exit_gradient} is not allowed with a detached boundary; "
-            "allowed is 0"
-        )
 
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:

@@ -5,7 +5,7 @@ averaged, by numbers of samples. The cut is behind the last layer; the exit ther
 probe that changes nothing.
 """
 
-from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.algorithms.options import BatchNorm, OptimizerState, Weights
 from hsee_jax.algorithms.registry import ALGORITHMS, cuts_of, require_full_link
 from hsee_jax.core.errors import UserError
@@ -31,10 +31,12 @@ def fedavg(
     require_full_link(federation, "fedavg")
     return compose(
         federation,
-        shared=False,
-        average="all_holders",
-        boundary="none",
-        weights=weights,
-        batch_norm=batch_norm,
-        optimizer_state=optimizer_state,
+        Properties(
+            shared=False,
+            average="all_holders",
+            boundary="none",
+            weights=weights,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
+        ),
     )

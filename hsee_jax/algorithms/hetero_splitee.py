@@ -10,7 +10,7 @@ The paper leaves the options below open; their defaults are our choices. With
 ``boundary="joint"`` the server's gradient flows back, as in split learning.
 """
 
-from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.algorithms.options import (
     Average,
     BatchNorm,
@@ -47,13 +47,15 @@ def sequential(
     """
     return compose(
         federation,
-        shared=True,
-        average="none",
-        turn=turn,
-        boundary=boundary,
-        exit_gradient=exit_gradient,
-        server_lr_scale=server_lr_scale,
-        init=init,
+        Properties(
+            shared=True,
+            average="none",
+            turn=turn,
+            boundary=boundary,
+            exit_gradient=exit_gradient,
+            server_lr_scale=server_lr_scale,
+            init=init,
+        ),
     )
 
 
@@ -79,15 +81,17 @@ def averaging(
     """
     return compose(
         federation,
-        shared=False,
-        average=average,
-        period=period,
-        period_unit=period_unit,
-        weights=weights,
-        boundary=boundary,
-        exit_gradient=exit_gradient,
-        batch_norm=batch_norm,
-        optimizer_state=optimizer_state,
-        server_lr_scale=server_lr_scale,
-        init=init,
+        Properties(
+            shared=False,
+            average=average,
+            period=period,
+            period_unit=period_unit,
+            weights=weights,
+            boundary=boundary,
+            exit_gradient=exit_gradient,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
+            server_lr_scale=server_lr_scale,
+            init=init,
+        ),
     )

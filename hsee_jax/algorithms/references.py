@@ -4,7 +4,7 @@
 the upper one.
 """
 
-from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.algorithms.options import Init, ServerLrScale
 from hsee_jax.algorithms.registry import ALGORITHMS, require_full_link
 from hsee_jax.core.errors import UserError
@@ -22,10 +22,12 @@ def local(
     """Train every client alone, with a server of its own."""
     return compose(
         federation,
-        shared=False,
-        average="none",
-        server_lr_scale=server_lr_scale,
-        init=init,
+        Properties(
+            shared=False,
+            average="none",
+            server_lr_scale=server_lr_scale,
+            init=init,
+        ),
     )
 
 
@@ -38,4 +40,5 @@ def centralized(federation: Federation) -> Strategy:
             f"num_clients: {count} is not allowed with centralized; allowed is 1"
         )
     require_full_link(federation, "centralized")
-    return compose(federation, shared=False, average="none", boundary="none")
+    properties = Properties(shared=False, average="none", boundary="none")
+    return compose(federation, properties)

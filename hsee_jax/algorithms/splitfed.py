@@ -8,7 +8,7 @@ Here the exits are probes that change nothing, and in version 2 the server takes
 batch of each client in turn; ``turn="epoch"`` is the order of the paper.
 """
 
-from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.algorithms.options import BatchNorm, OptimizerState, Turn, Weights
 from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
 from hsee_jax.federation.federation import Federation
@@ -27,12 +27,14 @@ def splitfed_v1(
     require_one_cut(federation, "splitfed_v1")
     return compose(
         federation,
-        shared=False,
-        average="all_holders",
-        boundary="joint",
-        weights=weights,
-        batch_norm=batch_norm,
-        optimizer_state=optimizer_state,
+        Properties(
+            shared=False,
+            average="all_holders",
+            boundary="joint",
+            weights=weights,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
+        ),
     )
 
 
@@ -49,11 +51,13 @@ def splitfed_v2(
     require_one_cut(federation, "splitfed_v2")
     return compose(
         federation,
-        shared=True,
-        average="clients",
-        boundary="joint",
-        turn=turn,
-        weights=weights,
-        batch_norm=batch_norm,
-        optimizer_state=optimizer_state,
+        Properties(
+            shared=True,
+            average="clients",
+            boundary="joint",
+            turn=turn,
+            weights=weights,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
+        ),
     )

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
-from hsee_jax.federation.branch import Branch, decode, encode
+from hsee_jax.federation.branch import Branch, decode, encode, message_bytes
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
 from hsee_jax.federation.step import (
     branch_step,
     detached_step,
     joint_step,
-    message_bytes,
     server_step,
 )
 from hsee_jax.federation.strategy import StepFn, TurnFn

@@ -18,6 +18,7 @@ from hsee_jax.cli.terminal import results_table, show
 from hsee_jax.config import PRESETS
 from hsee_jax.core.errors import unknown
 from hsee_jax.parallel.processes import check_devices
+from hsee_jax.runs.folder import check_name
 from hsee_jax.runs.records import Scores
 
 
@@ -82,6 +83,7 @@ def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     given = parser.parse(words)
     if given.checkpoint not in ("latest", "best"):
         raise unknown("checkpoint", given.checkpoint, ("latest", "best"))
+    check_name(given.run)
     use_cache(vars(given))
     check_devices()
     return given

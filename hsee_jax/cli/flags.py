@@ -20,7 +20,7 @@ from hsee_jax.config import (
     override,
     preset,
 )
-from hsee_jax.config.schema import load_plugins
+from hsee_jax.config.plugins import load_plugins
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option
 from hsee_jax.runs.folder import load_config, read_config

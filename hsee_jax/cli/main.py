@@ -10,7 +10,9 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import hsee_jax
 from hsee_jax.cli import signals, streams
 from hsee_jax.cli.commands import COMMANDS, usage
 
@@ -19,6 +21,13 @@ _NO_MEMORY = re.compile(
     "cannot allocate memory|can't start new thread",
     re.IGNORECASE,
 )
+
+
+class _End(NamedTuple):
+    """How a command ends that failed."""
+
+    status: int
+    line: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,20 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if words[:1] == ["--version"]:
-        from hsee_jax import __version__
-
-        print(f"hsee {__version__}")
+        print(f"hsee {hsee_jax.__version__}")
         return 0
     try:
         return _run(words)
-    except SystemExit as end:  # of argparse, after it has printed a help
-        return int(end.code or 0)
+    except SystemExit as helped:  # of argparse, after it has printed a help
+        return int(helped.code or 0)
     except Exception as error:
-        status, line = _explain(error)
-        if status is None:
+        end = _end(error)
+        if end is None:
             raise
-        _say(line)
-        return status
+        _say(end.line)
+        return end.status
 
 
 def console_main() -> None:
@@ -54,6 +61,7 @@ def console_main() -> None:
     farewell = "stopped"
     if command and command.after_interrupt:
         farewell += f"; {command.after_interrupt}"
+    sys.unraisablehook = signals.keep_interrupt
     try:
         streams.open_streams()
         with signals.exit_on_interrupt():
@@ -82,22 +90,23 @@ def _run(words: Sequence[str]) -> int:
     return COMMANDS[words[0]].load()(words[1:]) or 0
 
 
-def _explain(error: Exception) -> tuple[int | None, str]:
-    """Return the exit status and the line of an error; None is a fault of ours."""
+def _end(error: Exception) -> _End | None:
+    """Return how an error ends a command; None if it is a fault of this package."""
     from hsee_jax.core.errors import DivergenceError, UserError
 
     if isinstance(error, UserError):
-        return 2, str(error)
+        return _End(2, str(error))
     if isinstance(error, DivergenceError):
-        return 3, str(error)
+        return _End(3, str(error))
     if lacks_memory(error):
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
-        return 2, (
+        return _End(
+            2,
             f"memory: there is not enough ({reason[:200]}); a smaller --batch-size, "
             "--eval-batch-size or --width needs less, as do fewer clients at once "
-            "(--participation, --client-axis loop)"
+            "(--participation, --client-axis loop)",
         )
-    return None, ""
+    return None
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ descriptor at once, wherever the main thread is (`signal.set_wakeup_fd`), and a 
 that reads it can end the process.
 """
 
+import _thread
 import contextlib
 import os
 import signal
@@ -102,8 +103,23 @@ def exit_on_interrupt() -> Iterator[None]:
         yield
 
 
+def keep_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Repeat a Ctrl-C that fell into a callback, which cannot raise; a hook of `sys`.
+
+    Python would print its traceback there and go on.
+    """
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.05, _thread.interrupt_main)  # the callback is over then
+    again.daemon = True
+    again.start()
+
+
 @contextlib.contextmanager
-def _handled(number: int, handler: Callable[[int, FrameType | None], Any]) -> Iterator:
+def _handled(
+    number: int, handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
     """Handle a signal, and restore its former handler."""
     before = signal.signal(number, handler)
     try:

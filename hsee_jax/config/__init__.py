@@ -1,19 +1,19 @@
 """The configuration of a run, and its presets."""
 
-from hsee_jax.config.fields import (
+from hsee_jax.config.presets import PRESETS, preset
+from hsee_jax.config.schema import (
+    BOOKKEEPING,
+    SEEDS,
     ClientsConfig,
+    Config,
     DataConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     StrategyConfig,
 )
-from hsee_jax.config.presets import PRESETS, preset
-from hsee_jax.config.schema import (
-    BOOKKEEPING,
+from hsee_jax.config.values import (
     SECTIONS,
-    SEEDS,
-    Config,
     flatten,
     from_dict,
     options,

@@ -1,6 +1,7 @@
 """Named configurations."""
 
-from hsee_jax.config.schema import Config, override
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import unknown
 
 PRESETS: dict[str, Config] = {

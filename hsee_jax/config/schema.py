@@ -2,28 +2,32 @@
 
 Each field, and each option of what the fields name, is also a flag of the command line
 (`learning_rate` is ``--learning-rate``), so names are unique over all sections.
+Defaults marked [ours] are choices that the paper leaves open.
 """
 
-import dataclasses
-import functools
-import importlib
-import json
-import sys
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, ClassVar
 
-from hsee_jax.config.fields import (
-    ClientsConfig,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    StrategyConfig,
-)
+from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.config.section import Section
-from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.core.options import Option
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import (
+    Rule,
+    at_least,
+    between,
+    one_of,
+    positive,
+    share,
+)
+from hsee_jax.core.registry import Registry
+from hsee_jax.data.info import DATASETS, LABELS, OWN
+from hsee_jax.data.partition import PARTITIONS
+from hsee_jax.data.pipeline import AUGMENTATIONS
+from hsee_jax.link.codecs import CODECS
+from hsee_jax.nn import NETWORKS
+from hsee_jax.optim import OPTIMIZERS, SCHEDULES
 
 SEEDS = ("model_seed", "data_seed", "partition_seed")
 
@@ -39,6 +43,205 @@ BOOKKEEPING = (
 
 
 @dataclass(frozen=True)
+class DataConfig(Section):
+    """Which samples there are, and who has them."""
+
+    registries: ClassVar[Mapping[str, Registry]] = {
+        "augment": AUGMENTATIONS,
+        "partition": PARTITIONS,
+    }
+    dataset: Annotated[
+        str,
+        "fashion_mnist_small comes with the package, the others are read from "
+        "--data-dir (see hsee data); npz is your own, train.npz and test.npz there",
+        one_of(*DATASETS, OWN),
+    ] = "fashion_mnist_small"
+    labels: Annotated[
+        str,
+        "what to do with labels of npz that are not 0..K-1: refuse them, or remap them "
+        "in ascending order",
+        one_of(LABELS),
+    ] = "refuse"
+    data_dir: Annotated[
+        str | None, "folder with the datasets; without one, ~/tensorflow_datasets"
+    ] = None
+    max_train_samples: Annotated[
+        int | None, "use only the first so many", at_least(1)
+    ] = None
+    max_test_samples: Annotated[
+        int | None, "use only the first so many", at_least(1)
+    ] = None
+    validation_share: Annotated[
+        float,
+        "share of the training samples held out from all clients, for the thresholds "
+        "of hsee gate",
+        share,
+    ] = 0.0
+    augment: Annotated[
+        str,
+        "how training images are changed at random: a crop of the image padded by 4, "
+        "and a flip",
+        one_of(AUGMENTATIONS),
+    ] = "none"
+    partition: Annotated[
+        str,
+        "how samples are dealt to clients [ours: iid, disjoint, equal]",
+        one_of(PARTITIONS),
+    ] = "iid"
+
+    def check(self) -> None:
+        """Refuse a rule for labels where there are none of the user's own."""
+        if self.labels != "refuse" and self.dataset != OWN:
+            allowed = f"refuse unless the dataset is {OWN}"
+            raise self.fields()["labels"].refusal(self.labels, allowed)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The network."""
+
+    registries: ClassVar[Mapping[str, Registry]] = {"network": NETWORKS}
+    network: Annotated[
+        str, "network that is trained; --plugin brings more", one_of(NETWORKS)
+    ] = "resnet18"
+
+
+@dataclass(frozen=True)
+class ClientsConfig(Section):
+    """How many clients there are, and where each is cut."""
+
+    registries: ClassVar[Mapping[str, Registry]] = {"link": CODECS}
+    num_clients: Annotated[int, "how many clients", at_least(1)] = 12
+    cuts: Annotated[
+        tuple[str, ...],
+        "cut layers, numbers or names, dealt out in turn: 3 5 7 3 5 7 ...",
+    ] = ("3", "5", "7")
+    link: Annotated[
+        str,
+        "form in which features leave a client, in training and after it: as computed, "
+        "in half precision, or as 256 levels of each sample's own [ours]",
+        one_of(CODECS),
+    ] = "full"
+    participation: Annotated[
+        float,
+        "share of the clients drawn for each round",
+        Rule("more than 0, at most 1", lambda value: 0 < value <= 1),
+    ] = 1.0
+    dropout: Annotated[
+        float,
+        "probability that a client misses a round: it does not train in it, and is not "
+        "in the averages",
+        share,
+    ] = 0.0
+    absences: Annotated[
+        tuple[str, ...],
+        "rounds that clients miss for certain, as CLIENT:FROM-TO, rounds from 1; "
+        "--absences-file reads them from a file",
+    ] = ()
+    on_nonfinite: Annotated[
+        str,
+        "a client whose loss or gradient is not finite does not take that step, and "
+        "leave_out leaves it out of the round's averages; stop ends the run",
+        one_of("leave_out", "stop"),
+    ] = "leave_out"
+
+    def check(self) -> None:
+        """Check the absences."""
+        for absence in self.absences:
+            client, first, last = parse_absence(absence)
+            if not (0 <= client < self.num_clients and 1 <= first <= last):
+                raise _not_an_absence(absence)
+
+
+def parse_absence(text: str) -> tuple[int, int, int]:
+    """Return client, first and last round of an entry of `absences`."""
+    found = re.fullmatch(r"(\d+):(\d+)-(\d+)", text)
+    if found is None:
+        raise _not_an_absence(text)
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _not_an_absence(text: str) -> UserError:
+    return UserError(
+        f"absences: {text} is not allowed; allowed is CLIENT:FROM-TO with a client's "
+        "id and rounds from 1"
+    )
+
+
+@dataclass(frozen=True)
+class StrategyConfig(Section):
+    """How the server learns from many clients."""
+
+    registries: ClassVar[Mapping[str, Registry]] = {"strategy": ALGORITHMS}
+    strategy: Annotated[
+        str,
+        "one shared server, or one per client averaged layer by layer; the others are "
+        "baselines",
+        one_of(ALGORITHMS),
+    ] = "averaging"
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """The recipe of every branch [ours]."""
+
+    registries: ClassVar[Mapping[str, Registry]] = {
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+    }
+    optimizer: Annotated[str, "update rule", one_of(OPTIMIZERS)] = "sgd"
+    learning_rate: Annotated[float, "peak learning rate", positive] = 0.1
+    schedule: Annotated[str, "learning rate after the warm-up", one_of(SCHEDULES)] = (
+        "cosine"
+    )
+    warmup_rounds: Annotated[float, "rounds of linear warm-up", at_least(0)] = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Length, seeds and bookkeeping of a run."""
+
+    rounds: Annotated[
+        int, "rounds; one is a local epoch of every client", at_least(1)
+    ] = 100
+    batch_size: Annotated[int, "samples in a client's step", at_least(1)] = 128
+    eval_every: Annotated[
+        int, "rounds between evaluations on the test set", at_least(1)
+    ] = 5
+    eval_batch_size: Annotated[int, "samples in an evaluation step", at_least(1)] = 250
+    checkpoint_every: Annotated[int, "rounds between checkpoints", at_least(1)] = 5
+    keep_checkpoints: Annotated[
+        int, "latest checkpoints kept, beside the best", at_least(1)
+    ] = 2
+    client_axis: Annotated[
+        str,
+        "clients one after another, or the clients of one cut at once; auto is loop on "
+        "CPU and vmap elsewhere",
+        one_of("auto", "loop", "vmap"),
+    ] = "auto"
+    model_seed: Annotated[
+        int,
+        "seed of the initial weights; --seed sets all three seeds",
+        between(0, 2**31 - 1),
+    ] = 0
+    data_seed: Annotated[
+        int,
+        "seed of participation, batches, turns and augmentation; see --seed",
+        between(0, 2**31 - 1),
+    ] = 0
+    partition_seed: Annotated[
+        int,
+        "seed of the partition and of what is held out; see --seed",
+        between(0, 2**31 - 1),
+    ] = 0
+    plugin: Annotated[
+        tuple[str, ...],
+        "modules to import first, which register networks, codecs, algorithms ...; "
+        "they are looked for in the current folder too",
+    ] = ()
+
+
+@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -48,120 +251,3 @@ class Config:
     strategy: StrategyConfig = StrategyConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
-
-
-SECTIONS: Mapping[str, type[Section]] = {
-    field.name: cast(type[Section], field.type) for field in dataclasses.fields(Config)
-}
-
-
-def options() -> dict[str, tuple[str, Option]]:
-    """Return every option by its name, with the section that it belongs to."""
-    return {
-        name: (section, option)
-        for section, kind in SECTIONS.items()
-        for name, option in kind.known().items()
-    }
-
-
-def override(config: Config, **changes: Any) -> Config:
-    """Return a copy with some options changed, named without their section.
-
-    Options that the named network, strategy, ... do not read are dropped.
-
-    Raises:
-      UserError: an unknown option, a value that is not allowed, or an option that
-        would have no effect.
-    """
-    known = options()
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        if name not in known:
-            raise unknown("field", name, known)
-        sections.setdefault(known[name][0], {})[name] = value
-    changed = {
-        name: getattr(config, name).changed(values) for name, values in sections.items()
-    }
-    return dataclasses.replace(config, **changed)
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Return all values by name."""
-    return {
-        name: value
-        for section in SECTIONS
-        for name, value in getattr(config, section).values().items()
-    }
-
-
-def to_json(config: Config) -> str:
-    """Return the configuration as indented JSON, one object a section."""
-    values = {section: getattr(config, section).values() for section in SECTIONS}
-    return json.dumps(values, indent=2)
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Read what `to_json` writes; sections and values may be missing.
-
-    Values of options that the named entries do not read are passed over: files of
-    version 0.1 hold them all.
-
-    Raises:
-      UserError: an unknown section or option, a value of another type, or one that is
-        not allowed.
-    """
-    for section, content in values.items():
-        if section not in SECTIONS:
-            raise unknown("section", section, SECTIONS)
-        if not isinstance(content, Mapping):
-            raise UserError(f"{section}: {content} is not an object of fields")
-    values = _migrated(values)
-    plugins = SECTIONS["run"].fields()["plugin"]
-    load_plugins(plugins.checked(values.get("run", {}).get("plugin", ())))
-    sections = {name: _section(name, content) for name, content in values.items()}
-    return dataclasses.replace(Config(), **cast(dict[str, Any], sections))
-
-
-def _migrated(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put options that version 0.1 kept in another section where they are now."""
-    clients = dict(values.get("clients", {}))
-    if "init" not in clients:
-        return values
-    strategy = {"init": clients.pop("init"), **values.get("strategy", {})}
-    return {**values, "clients": clients, "strategy": strategy}
-
-
-def _section(name: str, content: Mapping[str, Any]) -> Section:
-    kind = SECTIONS[name]
-    known, fields = kind.known(), kind.fields()
-    for key, value in content.items():
-        if key not in known:
-            raise unknown(f"field of {name}", key, known)
-        known[key].checked(value)
-    section = kind(**{key: content[key] for key in fields if key in content})
-    active = section.active()
-    return section.changed({key: content[key] for key in active if key in content})
-
-
-@functools.cache
-def load_plugin(name: str) -> None:
-    """Import a module, from the current folder too; what it registers can be named.
-
-    Raises:
-      UserError: there is no such module, or it cannot be imported.
-    """
-    if "" not in sys.path:
-        sys.path.append("")
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        raise UserError(
-            f"plugin: {name} cannot be imported ({type(error).__name__}: {error}); "
-            "allowed is a module on Python's path or in the current folder"
-        ) from error
-
-
-def load_plugins(names: Iterable[str]) -> None:
-    """Import modules, see `load_plugin`."""
-    for name in names:
-        load_plugin(name)

@@ -1,17 +1,18 @@
 """What a round is, for both forms of the engine."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
+from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.federation.state import Means, RunState, put_member, take_member
+from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import SAME, SPREAD
 
@@ -133,23 +134,15 @@ def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
     return count % strategy.period == 0
 
 
-def turn_on_state(strategy: Strategy, g: int) -> Callable:
-    """Make the turn of a group's member, on the whole state."""
-    s = 0 if strategy.shared else g
+def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
+    """Make zeros in the shape of a round's means."""
+    sharding = None if mesh is None else NamedSharding(mesh, SAME)
 
-    def turn(
-        state: RunState, member: Array, batch: Batch, rate: Array
-    ) -> tuple[RunState, ExitMetrics]:
-        clients, servers = list(state.clients), list(state.servers)
-        client, server = take_member(clients[g], member), servers[s]
-        if not strategy.shared:
-            server = take_member(server, member)
-        assert strategy.turn is not None
-        client, server, metrics = strategy.turn(client, server, batch, rate, group=g)
-        if not strategy.shared:
-            server = put_member(servers[s], member, server)
-        clients[g], servers[s] = put_member(clients[g], member, client), server
-        state = state.replace(clients=tuple(clients), servers=tuple(servers))
-        return state, metrics
+    @partial(jax.jit, out_shardings=sharding)
+    def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(strategy.aggregate, state, weights)[1],
+        )
 
-    return turn
+    return no_means

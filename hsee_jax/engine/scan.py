@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.data.pipeline import InputPipeline
@@ -21,9 +21,9 @@ from hsee_jax.engine.round import (
     data_layout,
     due_after,
     layout,
+    make_no_means,
     nothing_done,
     step_key,
-    turn_on_state,
     turn_sequence,
 )
 from hsee_jax.federation.aggregation import newest
@@ -31,8 +31,10 @@ from hsee_jax.federation.state import (
     Means,
     RunState,
     positions,
+    put_member,
     split_stacks,
     stack_sizes,
+    take_member,
 )
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import (
@@ -88,7 +90,7 @@ def make_scan_round(
     each: Any = layout(strategy).clients
     by_step = PartitionSpec(None, *each)
     blocks = 1 if mesh is None or data_layout(strategy) == SAME else mesh.size
-    no_means = _no_means(strategy, mesh)
+    no_means = make_no_means(strategy, mesh)
 
     def run_and_fetch(
         state: RunState,
@@ -176,20 +178,6 @@ def _program(
     return run
 
 
-def _no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
-    """Make zeros in the shape of a round's means."""
-    sharding = None if mesh is None else NamedSharding(mesh, SAME)
-
-    @partial(jax.jit, out_shardings=sharding)
-    def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(strategy.aggregate, state, weights)[1],
-        )
-
-    return no_means
-
-
 def _average_if(
     strategy: Strategy, due: Array | bool, carry: _Carry, groups: tuple[_GroupPlan, ...]
 ) -> _Carry:
@@ -262,7 +250,7 @@ def _one_turn(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) ->
             jnp.concatenate([g.mask[t] for g in inputs.groups])[n],
         )
         batch = constrain(batch, mesh, PartitionSpec(CLIENTS))
-        turns = [turn_on_state(strategy, g) for g in range(len(sizes))]
+        turns = [_on_group(strategy, g) for g in range(len(sizes))]
         group_of, member_of = map(jnp.asarray, positions(sizes))
         state, metrics = jax.lax.switch(
             group_of[n],
@@ -283,3 +271,25 @@ def _one_turn(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) ->
         return _average_if(strategy, due, carry, inputs.groups)
 
     return step
+
+
+def _on_group(strategy: Strategy, g: int) -> Callable:
+    """Make the turn of a group's member, on the whole state."""
+    s = 0 if strategy.shared else g
+
+    def turn(
+        state: RunState, member: Array, batch: Batch, rate: Array
+    ) -> tuple[RunState, ExitMetrics]:
+        clients, servers = list(state.clients), list(state.servers)
+        client, server = take_member(clients[g], member), servers[s]
+        if not strategy.shared:
+            server = take_member(server, member)
+        assert strategy.turn is not None
+        client, server, metrics = strategy.turn(client, server, batch, rate, group=g)
+        if not strategy.shared:
+            server = put_member(servers[s], member, server)
+        clients[g], servers[s] = put_member(clients[g], member, client), server
+        state = state.replace(clients=tuple(clients), servers=tuple(servers))
+        return state, metrics
+
+    return turn

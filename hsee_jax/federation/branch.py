@@ -155,18 +155,6 @@ def decode(spec: BranchSpec, message: Message) -> Array:
     return spec.codec.decode(message, spec.input_dtype)
 
 
-def _variables(layer: LayerState) -> Variables:
-    return {"params": layer.params, "batch_stats": layer.batch_stats}
-
-
-def _scale_gradient(values: Array, share: float) -> Array:
-    """Return the same values; a gradient that flows back through them is scaled."""
-    if share == 1.0:
-        return values
-    fixed = jax.lax.stop_gradient(values)
-    return fixed if share == 0.0 else fixed + share * (values - fixed)
-
-
 def message_bytes(
     spec: BranchSpec, message: Message, mask: Array, gradient: Array | None = None
 ) -> Array:
@@ -187,3 +175,15 @@ def message_bytes(
     if gradient is not None:
         back = gradient.size // len(gradient) * gradient.dtype.itemsize
     return pack_bytes(up, back * jnp.sum(mask, dtype=jnp.int32))
+
+
+def _variables(layer: LayerState) -> Variables:
+    return {"params": layer.params, "batch_stats": layer.batch_stats}
+
+
+def _scale_gradient(values: Array, share: float) -> Array:
+    """Return the same values; a gradient that flows back through them is scaled."""
+    if share == 1.0:
+        return values
+    fixed = jax.lax.stop_gradient(values)
+    return fixed if share == 0.0 else fixed + share * (values - fixed)

@@ -141,9 +141,14 @@ def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
       codec: of the link.
       features: shape and dtype of a sample's features, ``[1, ...]``.
     """
-    zeros = jnp.zeros(features.shape, features.dtype)
-    message, _ = codec.encode(zeros, codec.init(features))
-    return int(codec.nbytes(message)[0])
+
+    @jax.jit  # one program; mostly a constant
+    def first_message() -> Array:
+        zeros = jnp.zeros(features.shape, features.dtype)
+        message, _ = codec.encode(zeros, codec.init(features))
+        return codec.nbytes(message)[0]
+
+    return int(first_message())
 
 
 _LOW_BITS = 15
@@ -157,7 +162,7 @@ def pack_bytes(up: Array, down: Array) -> Array:
       down: ``int32 []``, bytes in one step to the client.
 
     Returns:
-      ``int32 [2, 2]``: up and down, each as a high and a low part. Up to 65,536 of them
+      ``int32 [2, 2]``: up and down, each as a high and a low part. Up to 32,768 of them
       can be added.
     """
     counts = jnp.stack([up, down])

@@ -11,7 +11,6 @@ mask is false do not reach the batch statistics. ``conv`` names a form of the
 convolution, see `hsee_jax.nn.convolution`.
 """
 
-import itertools
 from functools import partial
 from typing import Annotated, Any
 
@@ -180,26 +179,26 @@ def resnet18(
     Args:
       num_classes: K.
       input_shape: ``(H, W, C)``.
-      width: channels of the first group; the later groups have 2, 4 and 8 times as
-        many.
+      width: channels of the first group; the later groups have 2, 4 and 8 times more.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
       exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
-      dtype: of the computation, ``"float32"`` or ``"bfloat16"``; parameters,
-        statistics, logits and losses are float32 in both.
+      dtype: of the computation; parameters, statistics and logits are float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
-    With the defaults, 10 classes and 32x32x3 images, layers and final head have
-    11,173,962 parameters.
+    Returns:
+      The model; with the defaults, 10 classes and 32x32x3 images, layers and final head
+      have 11,173,962 parameters.
     """
     if stem == "auto":
         stem = "3x3" if max(input_shape[:2]) <= 64 else "7x7"
     compute = jnp.dtype(dtype)
     modules: list[Any] = [Stem(width, int(stem[0]), compute, conv)]
     names = ["stem"]
-    for group, block in itertools.product(range(4), range(2)):
-        stride = 2 if group > 0 and block == 0 else 1
-        modules.append(BasicBlock(width * 2**group, stride, compute, conv))
-        names.append(f"layer{group + 1}.{block}")
+    for group in range(4):
+        for block in range(2):
+            stride = 2 if group > 0 and block == 0 else 1
+            modules.append(BasicBlock(width * 2**group, stride, compute, conv))
+            names.append(f"layer{group + 1}.{block}")
     exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
         stages=tuple(map(from_linen, modules)),

@@ -79,7 +79,8 @@ def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
     for number, (folder, place) in enumerate(zip(folders, places, strict=True)):
         if place in places[:number]:
             raise UserError(f"run: {folder} is given twice")
-        run = _read_run(folder, str(place.relative_to(common)))
+        relative = os.fsencode(place.relative_to(common))
+        run = _read_run(folder, relative.decode("utf-8", "backslashreplace"))
         key = frozenset(_shared_options(run).items()), max(run.accuracies)
         groups.setdefault(key, []).append(run)
     curves = [_shared_options(runs[0]) for runs in groups.values()]

@@ -9,26 +9,32 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
-from hsee_jax.config.fields import DataConfig, parse_absence
-from hsee_jax.config.schema import Config, override
+from hsee_jax.config.schema import Config, DataConfig, parse_absence
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo, dataset_info, load_dataset
-from hsee_jax.data.partition import PARTITIONS, Indices, hold_out, manifest, partition
+from hsee_jax.data.partition import (
+    PARTITIONS,
+    Indices,
+    Share,
+    hold_out,
+    manifest,
+    partition,
+)
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
 from hsee_jax.engine.compilation import client_axis, make_round
 from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
-from hsee_jax.engine.plan import (
-    EMPTY,
-    Absence,
-    num_slots,
-    steps_per_round,
-    take_seats,
-)
-from hsee_jax.engine.round import data_layout
+from hsee_jax.engine.placement import Shards, place_data
+from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
 from hsee_jax.engine.store import DeviceStore, Store
-from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.federation.federation import (
+    Client,
+    Federation,
+    Group,
+    group_clients,
+)
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
@@ -36,14 +42,8 @@ from hsee_jax.nn.model import Model
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
-from hsee_jax.parallel.mesh import (
-    SAME,
-    make_mesh,
-    place_blocks,
-    process_of_slots,
-    to_devices,
-)
-from hsee_jax.runs.experiment import Attendance, Cadence, Experiment, Shards
+from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -139,7 +139,9 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
     """
-    axis = _axis(config)
+    axis = client_axis(config.run.client_axis)
+    if axis == "loop" and jax.process_count() > 1:
+        raise UserError("client_axis: loop is not allowed with several processes")
     info = build_info(config.data)
     federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
     groups, mesh = federation.groups, federation.mesh
@@ -148,19 +150,18 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     attendance.check(groups, cadence.rounds)
     train, test = build_data(config.data) if data is None else data
     parts, held = _deal(config, train)
-    cuts = [cut for _, cut in sorted((i, g.cut) for g in groups for i in g.ids)]
     shards: Shards = dict(enumerate(parts))
     batch_size = min(config.run.batch_size, max(map(len, parts)))
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = _store(config, federation, strategy)
-    placed, placed_shards = _place_data(federation, strategy, slots, train, shards)
+    placed, placed_shards = place_data(federation, strategy, slots, train, shards)
     pipeline = _pipeline(config, info)
     return Experiment(
         config=config,
         info=info,
         federation=federation,
         strategy=strategy,
-        manifest=manifest(parts, train.labels, cuts=cuts, num_classes=info.num_classes),
+        manifest=_manifest(groups, parts, train, info),
         test=to_devices(test, mesh, SAME),
         validation=_take(train, held, mesh) if len(held) else None,
         train=placed,
@@ -191,18 +192,6 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
 
 def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
-
-
-def _axis(config: Config) -> str:
-    """Choose ``loop`` or ``vmap``.
-
-    Raises:
-      UserError: several processes cannot loop.
-    """
-    axis = client_axis(config.run.client_axis)
-    if axis == "loop" and jax.process_count() > 1:
-        raise UserError("client_axis: loop is not allowed with several processes")
-    return axis
 
 
 def _attendance(config: Config) -> Attendance:
@@ -237,6 +226,18 @@ def _deal(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
     return [kept[part] for part in parts], held
 
 
+def _manifest(
+    groups: Sequence[Group], parts: list[Indices], train: Dataset, info: DatasetInfo
+) -> list[Share]:
+    cuts = {i: group.cut for group in groups for i in group.ids}
+    return manifest(
+        parts,
+        train.labels,
+        cuts=[cuts[i] for i in range(len(cuts))],
+        num_classes=info.num_classes,
+    )
+
+
 def _take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
     return to_devices(Dataset(*(a[indices] for a in data)), mesh, SAME)
 
@@ -257,7 +258,7 @@ def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
 def _store(
     config: Config, federation: Federation, strategy: Strategy
 ) -> tuple[tuple[int, ...], Store]:
-    """Choose the slots of a round and where the state of the clients is kept."""
+    """Choose where the clients' state is kept; return the slots of a round, too."""
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
     slots = num_slots(
@@ -268,33 +269,3 @@ def _store(
         multiple=1 if federation.mesh is None else federation.mesh.size,
     )
     return slots, (HostStore if on_host else DeviceStore)(federation, strategy, slots)
-
-
-def _place_data(
-    federation: Federation,
-    strategy: Strategy,
-    slots: Sequence[int],
-    train: Dataset,
-    shards: Shards,
-) -> tuple[Dataset, Shards]:
-    """Put on each device the samples that its process needs.
-
-    One process: all of them. Several: those of the clients in the process's own slots;
-    a client's shard then counts in its process's block.
-    """
-    mesh = federation.mesh
-    if mesh is None or data_layout(strategy) == SAME:
-        return to_devices(train, mesh, SAME), shards
-    if jax.process_count() == 1:
-        return place_blocks(train, mesh), shards
-    blocks: dict[int, list[int]] = {p: [] for p in range(jax.process_count())}
-    homes = [p for count in slots for p in process_of_slots(mesh, count)]
-    ids = take_seats(federation.groups, slots, set())
-    moved: Shards = {}
-    for i, process in zip(ids.tolist(), homes, strict=True):
-        if i != EMPTY:
-            first = len(blocks[process])
-            moved[i] = np.arange(first, first + len(shards[i]), dtype=np.int32)
-            blocks[process].extend(shards[i])
-    own = np.resize(blocks[jax.process_index()] or [0], max(map(len, blocks.values())))
-    return place_blocks(Dataset(*(a[own] for a in train)), mesh), moved

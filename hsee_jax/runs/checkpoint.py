@@ -4,12 +4,11 @@ A checkpoint is a folder with the ``state`` as Orbax writes it, ``notes.json`` a
 ``digests.json``, the sha256 of every other file: Orbax itself reads changed bytes as if
 they were weights. It is put together under another name and renamed when it is whole,
 so wherever a run is killed, every checkpoint that there is has its digests. Its name is
-the number of rounds done; ``7-40`` is 40 steps into the round after the 7th.
+the number of finished rounds; ``7-40`` is 40 steps into the round after the 7th.
 """
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -25,10 +24,18 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import PyTree
 from hsee_jax.federation.branch import Branch
 from hsee_jax.parallel.processes import in_first, is_first
-from hsee_jax.runs.digests import DIGESTS, digests_of, verify
+from hsee_jax.runs.checkpoint_folder import (
+    DIGESTS,
+    NOTES,
+    UNFINISHED,
+    compute_digests,
+    find_places,
+    read_score,
+    remove,
+    verify,
+)
 
-_NOTES = "notes.json"
-_UNFINISHED, _DAMAGED = ".tmp", ".damaged"  # at the end of a folder's name
+_DAMAGED = ".damaged"  # at the end of the name of a folder that is set aside
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +53,7 @@ def find(
 ) -> Checkpoint | None:
     """Choose a checkpoint, and compare its files with their digests.
 
-    One that is damaged is passed over with a warning, and the next best is tried.
+    A damaged checkpoint is passed over with a warning, and the next best is tried.
 
     Args:
       folder: of the checkpoints.
@@ -61,13 +68,13 @@ def find(
     """
     places = {
         place: path
-        for place, path in _places(folder).items()
+        for place, path in find_places(folder).items()
         if place[1] == 0 or midway
     }
     damage: UserError | None = None
     for place in sorted(
         places,
-        key=lambda p: (_score(places[p]) if which == "best" else 0, p),
+        key=lambda p: (read_score(places[p]) if which == "best" else 0, p),
         reverse=True,
     ):
         try:
@@ -76,7 +83,7 @@ def find(
             damage = damage or error
             _log.warning("%s; an earlier one is looked for", error)
             continue
-        notes = json.loads((places[place] / _NOTES).read_text())
+        notes = json.loads((places[place] / NOTES).read_text())
         return Checkpoint(places[place], *place, notes)
     if damage is not None:
         raise damage
@@ -118,7 +125,7 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
 
 
 class Writer:
-    """Write checkpoints into a folder, in the background of a ``with`` statement.
+    """Writes checkpoints into a folder, in the background of a ``with`` statement.
 
     Raises:
       UserError: from every method: what is written does not go to the disk.
@@ -127,7 +134,7 @@ class Writer:
     def __init__(
         self, folder: Path, *, keep: int, after: Checkpoint | None = None
     ) -> None:
-        """Open a folder.
+        """Choose a folder.
 
         Args:
           folder: of the checkpoints; what was left there unfinished is removed.
@@ -139,7 +146,7 @@ class Writer:
         self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
 
     def __enter__(self) -> "Writer":
-        """Remove what is unfinished."""
+        """Remove what was left unfinished."""
         in_first(self._clean)
         return self
 
@@ -149,7 +156,7 @@ class Writer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Wait for the last checkpoint to be written."""
+        """Wait for the last checkpoint."""
         self._seal()
 
     def save(
@@ -166,7 +173,7 @@ class Writer:
         copy = jax.tree.map(lambda leaf: leaf.copy(), _without_links(state))
         self._seal()
         name = f"{rounds}-{steps}" if steps else str(rounds)
-        folder = self._folder / f"{name}{_UNFINISHED}"
+        folder = self._folder / f"{name}{UNFINISHED}"
         in_first(partial(self._make, folder))
         try:
             response = ocp.save_async((folder / "state").absolute(), copy)
@@ -175,18 +182,18 @@ class Writer:
         self._unsealed = folder, notes, response
 
     def _seal(self) -> None:
-        """Wait for the checkpoint being written, and give it its name."""
+        """Wait for the checkpoint that is being written, and give it its name."""
         if self._unsealed is None:
             return
         (folder, notes, response), self._unsealed = self._unsealed, None
         try:
             response.result()
             if is_first():
-                (folder / _NOTES).write_text(json.dumps(notes, indent=2))
-                digests = json.dumps(digests_of(folder), indent=2)
+                (folder / NOTES).write_text(json.dumps(notes, indent=2))
+                digests = json.dumps(compute_digests(folder), indent=2)
                 (folder / DIGESTS).write_text(digests)
-                final = folder.with_name(folder.name.removesuffix(_UNFINISHED))
-                _remove(final)
+                final = folder.with_name(folder.name.removesuffix(UNFINISHED))
+                remove(final)
                 folder.replace(final)
                 self._forget()
         except Exception as error:
@@ -194,18 +201,18 @@ class Writer:
 
     def _forget(self) -> None:
         """Remove the checkpoints that are not to be kept."""
-        places = _places(self._folder)
+        places = find_places(self._folder)
         whole = sorted(place for place in places if place[1] == 0)
         kept = {*whole[-self._keep :], max(places)}
         if whole:
-            kept.add(max(whole, key=lambda place: (_score(places[place]), place)))
+            kept.add(max(whole, key=lambda place: (read_score(places[place]), place)))
         for place in places.keys() - kept:
-            _remove(places[place])
+            remove(places[place])
 
     def _clean(self) -> None:
-        for path in self._folder.glob(f"*{_UNFINISHED}"):
+        for path in self._folder.glob(f"*{UNFINISHED}"):
             shutil.rmtree(path)
-        for place, path in _places(self._folder).items():
+        for place, path in find_places(self._folder).items():
             if self._after is not None and place > self._after[1:3]:
                 aside = path.with_name(path.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -258,32 +265,6 @@ def _with_links(stored: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(
         put, like, stored, is_leaf=lambda node: isinstance(node, Branch)
     )
-
-
-def _places(folder: Path) -> dict[tuple[int, int], Path]:
-    """Return the checkpoints of a folder by the rounds and steps in their names."""
-    names = {path: re.fullmatch(r"(\d+)(?:-(\d+))?", path.name) for path in _in(folder)}
-    return {
-        (int(name[1]), int(name[2] or 0)): path for path, name in names.items() if name
-    }
-
-
-def _in(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _score(folder: Path) -> float:
-    """Return the score of a checkpoint, the least where it cannot be read."""
-    try:
-        return float(json.loads((folder / _NOTES).read_text())["score"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return float("-inf")
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint, first its name: nobody must see it with half its files."""
-    if folder.exists():
-        shutil.rmtree(folder.replace(folder.with_name(folder.name + _UNFINISHED)))
 
 
 def _reason(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.compilation import check_finite
 from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
+from hsee_jax.engine.placement import Shards
 from hsee_jax.engine.plan import (
     Absence,
     RoundPlan,
@@ -33,8 +34,6 @@ from hsee_jax.systems.traffic import (
     bytes_by_cut,
     round_bytes,
 )
-
-Shards = dict[int, npt.NDArray[np.int32]]  # client id -> its samples
 
 
 class Attendance(NamedTuple):

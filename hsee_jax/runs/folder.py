@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hsee_jax.config.schema import BOOKKEEPING, Config, flatten, from_dict
+from hsee_jax.config.schema import BOOKKEEPING, Config
+from hsee_jax.config.values import flatten, from_dict
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
@@ -89,12 +90,28 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"out: {nearest} is not a folder that can be written to")
 
 
+def check_name(folder: Path) -> None:
+    """Refuse a folder whose name is no text: checkpoints cannot be kept there.
+
+    Raises:
+      UserError: the name has bytes outside of the encoding of the locale.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"run: {folder} has a name outside of the encoding of this locale; allowed "
+            "is an ASCII name, or a name in UTF-8 in a UTF-8 locale"
+        ) from error
+
+
 def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder in which a run may not start, or go on.
 
     Raises:
       UserError: it may not.
     """
+    check_name(folder)
     if resume and overwrite:
         raise UserError("resume: is not allowed together with overwrite")
     if resume:

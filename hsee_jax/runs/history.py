@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsee_jax.config.schema import SEEDS, flatten
+from hsee_jax.config.schema import SEEDS
+from hsee_jax.config.values import flatten
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.runs.folder import read_config

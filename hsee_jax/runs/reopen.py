@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hsee_jax.config.schema import override
+from hsee_jax.config.values import override
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build, build_info
 from hsee_jax.runs.checkpoint import load

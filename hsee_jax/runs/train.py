@@ -6,50 +6,35 @@ The folder holds ``config.json``, ``data.json`` (the `DatasetInfo`), ``partition
 """
 
 import json
-import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from hsee_jax.config.schema import Config, to_json
-from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import to_json
+from hsee_jax.core.errors import DivergenceError, Stopped
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
-from hsee_jax.runs.checkpoint import Checkpoint, find, load
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import (
-    check_info,
-    check_partition,
-    check_same,
-    check_start,
-    locked,
-    read_config,
-    replace_file,
-)
-from hsee_jax.runs.history import read_records
-from hsee_jax.runs.midway import midway_notes, progress_from
+from hsee_jax.runs.folder import check_same, check_start, locked, read_config
 from hsee_jax.runs.records import (
-    RoundRecord,
     Scores,
     Summary,
-    dumps,
     round_record,
     summarize,
 )
-
-_log = logging.getLogger(__name__)
+from hsee_jax.runs.start import Start, midway_notes, prepare_folder, resume_from
 
 
 def train(
@@ -94,10 +79,10 @@ def train(
     experiment = build(config)
     with locked(folder), ExitStack() as stack:
         in_first(check)
-        start = _Start(experiment.init())
+        start = Start(experiment.init())
         if resume:
-            start = _resumed(experiment, folder)
-        in_first(partial(_start_folder, folder, experiment, start))
+            start = resume_from(experiment, folder)
+        in_first(partial(prepare_folder, folder, experiment, start))
         everything = (
             MetricsLog(folder),
             *callbacks,
@@ -112,24 +97,13 @@ def train(
         return loop.run()
 
 
-class _Start(NamedTuple):
-    """Where training begins."""
-
-    state: Any
-    records: tuple[RoundRecord, ...] = ()  # of the finished rounds
-    begun: RoundProgress | None = None  # of the next round
-    seconds: float = 0.0  # that the next round has taken in training
-    wall_seconds: float = 0.0  # and in all
-    checkpoint: Checkpoint | None = None
-
-
 class _Loop:
     """The rounds of a run, one after another."""
 
     def __init__(
         self,
         experiment: Experiment,
-        start: _Start,
+        start: Start,
         callbacks: Sequence[Callback],
         stop: Callable[[], bool],
         begin: float,
@@ -213,58 +187,6 @@ class _Loop:
             partial(self._experiment.store.to_checkpoint, self._state),
             {"config": config} | notes,
         )
-
-
-def _resumed(experiment: Experiment, folder: Path) -> _Start:
-    """Read where a run goes on.
-
-    Raises:
-      UserError: its files are damaged, or its data are others.
-    """
-    checkpoint = find(folder / "checkpoints", midway=True)
-    if checkpoint is None:
-        _log.warning("%s has no checkpoint; the run begins anew", folder)
-        return _Start(experiment.init())
-    rounds = experiment.cadence.rounds
-    if rounds < checkpoint.rounds + (checkpoint.steps > 0):
-        raise UserError(
-            f"rounds: {rounds} is not allowed with --resume; the run has done "
-            f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
-        )
-    check_info(folder, experiment.info)
-    check_partition(folder, experiment.manifest)
-    state = load(checkpoint, experiment.store.checkpoint_shapes())
-    records = read_records(folder)[: checkpoint.rounds]
-    if len(records) < checkpoint.rounds:
-        raise UserError(
-            f"run: {folder / 'metrics.jsonl'} has {len(records)} lines for "
-            f"{checkpoint.rounds} rounds"
-        )
-    state = experiment.store.from_checkpoint(state)
-    start = _Start(state, tuple(records), checkpoint=checkpoint)
-    if checkpoint.steps == 0:
-        return start
-    seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
-    begun = progress_from(experiment.plan(checkpoint.rounds), checkpoint)
-    return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
-
-
-def _start_folder(folder: Path, experiment: Experiment, start: _Start) -> None:
-    """Leave in the folder what a run has where it begins, and nothing else.
-
-    The configuration comes first: with it alone a run can be resumed.
-    """
-    if start.checkpoint is None:
-        for derived in ("checkpoints", "report", "gate", "export"):
-            shutil.rmtree(folder / derived, ignore_errors=True)
-    (folder / "summary.json").unlink(missing_ok=True)
-    replace_file(folder / "config.json", to_json(experiment.config) + "\n")
-    replace_file(folder / "data.json", dumps(experiment.info._asdict()))
-    lines = [dumps(record.to_json(), lines=True) for record in start.records]
-    replace_file(folder / "metrics.jsonl", "".join(lines))
-    shares = [share._asdict() for share in experiment.manifest]
-    text = json.dumps(shares, separators=(",", ":"))
-    replace_file(folder / "partition.json", text + "\n")
 
 
 def _check_results(

@@ -1,0 +1,46 @@
+"""Where the training samples lie: on one device, on all, or each where it is needed."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.types import Dataset
+from hsee_jax.engine.plan import EMPTY, take_seats
+from hsee_jax.engine.round import data_layout
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.parallel.mesh import SAME, place_blocks, process_of_slots, to_devices
+
+Shards = dict[int, npt.NDArray[np.int32]]  # client id -> its samples
+
+
+def place_data(
+    federation: Federation,
+    strategy: Strategy,
+    slots: Sequence[int],
+    train: Dataset,
+    shards: Shards,
+) -> tuple[Dataset, Shards]:
+    """Put on each device the samples that its process needs.
+
+    One process: all of them. Several: those of the clients in the process's own slots;
+    a client's shard then counts in its process's block.
+    """
+    mesh = federation.mesh
+    if mesh is None or data_layout(strategy) == SAME:
+        return to_devices(train, mesh, SAME), shards
+    if jax.process_count() == 1:
+        return place_blocks(train, mesh), shards
+    blocks: dict[int, list[int]] = {p: [] for p in range(jax.process_count())}
+    homes = [p for count in slots for p in process_of_slots(mesh, count)]
+    ids = take_seats(federation.groups, slots, set())
+    moved: Shards = {}
+    for i, process in zip(ids.tolist(), homes, strict=True):
+        if i != EMPTY:
+            first = len(blocks[process])
+            moved[i] = np.arange(first, first + len(shards[i]), dtype=np.int32)
+            blocks[process].extend(shards[i])
+    own = np.resize(blocks[jax.process_index()] or [0], max(map(len, blocks.values())))
+    return place_blocks(Dataset(*(a[own] for a in train)), mesh), moved

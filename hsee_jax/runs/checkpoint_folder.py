@@ -1,0 +1,71 @@
+"""The folders of checkpoints: their names, their digests and their removal."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from hsee_jax.core.errors import UserError
+
+DIGESTS, NOTES = "digests.json", "notes.json"
+UNFINISHED = ".tmp"  # at the end of a folder's name
+
+
+def find_places(folder: Path) -> dict[tuple[int, int], Path]:
+    """Find the checkpoints of a folder, by the rounds and steps in their names."""
+    names = {path: re.fullmatch(r"(\d+)(?:-(\d+))?", path.name) for path in _in(folder)}
+    return {
+        (int(name[1]), int(name[2] or 0)): path for path, name in names.items() if name
+    }
+
+
+def _in(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def read_score(folder: Path) -> float:
+    """Read what the best checkpoint has most of; minus infinity if it is damaged."""
+    try:
+        return float(json.loads((folder / NOTES).read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("-inf")
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, first its name: nobody may see it with half its files."""
+    if folder.exists():
+        shutil.rmtree(folder.replace(folder.with_name(folder.name + UNFINISHED)))
+
+
+def verify(folder: Path) -> None:
+    """Compare the files of a checkpoint with their digests.
+
+    Raises:
+      UserError: a file is missing or has changed.
+    """
+    try:
+        known = dict(json.loads((folder / DIGESTS).read_text()))
+        found = compute_digests(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, DIGESTS) from error
+    for name in sorted({*known, *found}):
+        if known.get(name) != found.get(name):
+            raise _damaged(folder, name)
+
+
+def _damaged(folder: Path, name: str) -> UserError:
+    path = folder / name
+    what = "has changed since it was written" if path.exists() else "is missing"
+    return UserError(f"run: checkpoint {folder} cannot be read: {path} {what}")
+
+
+def compute_digests(folder: Path) -> dict[str, str]:
+    """Compute the sha256 of every file below a folder, by its path."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != DIGESTS:
+            with path.open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

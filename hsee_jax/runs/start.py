@@ -1,0 +1,119 @@
+"""Where a training begins: anew, after a round, or in the middle of one."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.config.values import to_json
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import ExitMetrics, Metrics
+from hsee_jax.engine.plan import EMPTY, RoundPlan
+from hsee_jax.engine.round import RoundProgress
+from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.folder import check_info, check_partition, replace_file
+from hsee_jax.runs.history import read_records
+from hsee_jax.runs.records import RoundRecord, dumps
+
+_log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """Where training begins."""
+
+    state: Any
+    records: tuple[RoundRecord, ...] = ()  # of the finished rounds
+    begun: RoundProgress | None = None  # of the next round
+    seconds: float = 0.0  # that the next round has taken in training
+    wall_seconds: float = 0.0  # and in all
+    checkpoint: Checkpoint | None = None
+
+
+def resume_from(experiment: Experiment, folder: Path) -> Start:
+    """Read where a run goes on.
+
+    Raises:
+      UserError: its files are damaged, or its data are others.
+    """
+    checkpoint = find(folder / "checkpoints", midway=True)
+    if checkpoint is None:
+        _log.warning("%s has no checkpoint; the run begins anew", folder)
+        return Start(experiment.init())
+    rounds = experiment.cadence.rounds
+    if rounds < checkpoint.rounds + (checkpoint.steps > 0):
+        raise UserError(
+            f"rounds: {rounds} is not allowed with --resume; the run has done "
+            f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
+        )
+    check_info(folder, experiment.info)
+    check_partition(folder, experiment.manifest)
+    state = load(checkpoint, experiment.store.checkpoint_shapes())
+    records = read_records(folder)[: checkpoint.rounds]
+    if len(records) < checkpoint.rounds:
+        raise UserError(
+            f"run: {folder / 'metrics.jsonl'} has {len(records)} lines for "
+            f"{checkpoint.rounds} rounds"
+        )
+    state = experiment.store.from_checkpoint(state)
+    start = Start(state, tuple(records), checkpoint=checkpoint)
+    if checkpoint.steps == 0:
+        return start
+    seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
+    begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
+    return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def midway_notes(
+    plan: RoundPlan, progress: RoundProgress, seconds: float, wall_seconds: float
+) -> dict[str, Any]:
+    """Return what a checkpoint in the middle of a round notes."""
+    exit_sums, server_sums, link = progress.metrics
+    return {
+        "seconds": seconds,
+        "wall_seconds": wall_seconds,
+        "ids": plan.ids.tolist(),
+        "metrics": [[s.tolist() for s in sums] for sums in (exit_sums, server_sums)],
+        "link": np.asarray(link).tolist(),
+    }
+
+
+def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
+    """Read how far a round had come, with each client's sums in the slot it has now."""
+    notes: Any = checkpoint.notes
+    seats = {i: n for n, i in enumerate(notes["ids"]) if i != EMPTY}
+    nothing = [[0, 0], [0, 0]]
+
+    def moved(sums: list[Any], empty: Any = 0.0) -> npt.NDArray[Any]:
+        ids = plan.ids.tolist()
+        return np.array([sums[seats[i]] if i in seats else empty for i in ids])
+
+    # Version 0.1 did not count the bytes of each message.
+    link = notes.get("link", [nothing] * len(notes["ids"]))
+    sums: Any = [tuple(map(moved, sums)) for sums in notes["metrics"]]
+    exit_sums, server_sums = (Metrics(*branch) for branch in sums)
+    moved_link: Any = moved(link, nothing)
+    metrics = ExitMetrics(exit_sums, server_sums, moved_link)
+    return RoundProgress(checkpoint.steps, False, metrics)
+
+
+def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
+    """Leave in the folder what a run has where it begins, and nothing else.
+
+    The configuration comes first: with it alone a run can be resumed.
+    """
+    if start.checkpoint is None:
+        for derived in ("checkpoints", "report", "gate", "export"):
+            shutil.rmtree(folder / derived, ignore_errors=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    replace_file(folder / "config.json", to_json(experiment.config) + "\n")
+    replace_file(folder / "data.json", dumps(experiment.info._asdict()))
+    lines = [dumps(record.to_json(), lines=True) for record in start.records]
+    replace_file(folder / "metrics.jsonl", "".join(lines))
+    shares = [share._asdict() for share in experiment.manifest]
+    text = json.dumps(shares, separators=(",", ":"))
+    replace_file(folder / "partition.json", text + "\n")
