@@ -27,6 +27,7 @@ def train(
     few=False,
     missing=None,
     pipeline=PIPELINE,
+    peak=0.05,
 ):
     """Train on noise; return the state, and (plan, rates, metrics) of each round.
 
@@ -58,7 +59,7 @@ def train(
             missing=(missing or {}).get(number, ()),
             **draw,
         )
-        rates = np.linspace(0.05, 0.02, len(plan.indices), dtype=np.float32)
+        rates = np.linspace(peak, 0.4 * peak, len(plan.indices), dtype=np.float32)
         weights = [
             float(active and (uniform or len(shards[i])))
             for i, active in zip(plan.ids, plan.active, strict=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hsee_jax.federation.aggregation import layer_mean, receive
 from hsee_jax.federation.branch import LayerState
-from hsee_jax.optim import MERGES, with_merge
+from hsee_jax.optim import MERGES, Merge, as_optimizer, with_merge
 
 OPTIMIZER = optax.trace(0.9)
 
@@ -84,6 +84,22 @@ def test_local_batch_norm_keeps_all_that_belongs_to_it(state):
     np.testing.assert_allclose(trace["conv"]["kernel"][:, 0], expected[state])
     for leaf in trace["bn"].values():
         np.testing.assert_array_equal(leaf[:, 0], [2, 4])
+
+
+def test_no_rule_touches_what_belongs_to_a_local_batch_norm():
+    """Not even one that changes all of the state that it is given."""
+    changes = Merge(
+        lambda state: jax.tree.map(lambda _: False, state),
+        lambda old, mean, state: jax.tree.map(lambda leaf: leaf + 100, state),
+    )
+    optimizer = as_optimizer(OPTIMIZER)._replace(merge=changes)
+    (after,) = average(
+        [layer([1, 3])], [[1, 1]], optimizer=optimizer, batch_norm="keep_local"
+    )
+    trace = after.opt_state.trace
+    np.testing.assert_array_equal(trace["conv"]["kernel"][:, 0], [101, 103])
+    for leaf in trace["bn"].values():
+        np.testing.assert_array_equal(leaf[:, 0], [1, 3])
 
 
 def test_counts_of_the_optimizer_stay_whole():

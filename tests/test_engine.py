@@ -9,6 +9,7 @@ from rounds import assert_same, branches, train
 from tiny import (
     CLASSES,
     PIPELINE,
+    DenseLayer,
     tiny_data,
     tiny_federation,
     tiny_model,
@@ -71,6 +72,27 @@ def test_both_forms_agree_when_images_are_augmented():
     assert_same(looped, result("vmap", augmented), rtol=1e-3, atol=1e-4)
     with pytest.raises(AssertionError):
         assert_same(looped, result("loop", PIPELINE), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [averaging, sequential])
+def test_turns_and_steps_give_the_same(make):
+    """A strategy may have only one of them, in both forms of the engine."""
+    dense = tiny_model((DenseLayer(8), DenseLayer(5)))
+    federation = tiny_federation({0: 1, 1: 2, 2: 1}, dense)
+    both, shards = make(federation), tiny_shards({0: 6, 1: 5, 2: 3})
+    assert both.turn and both.step
+    results = []
+    for strategy, axis in (
+        (both, "loop"),
+        (both._replace(turn=None), "loop"),
+        (both._replace(step=None), "loop"),
+        (both._replace(turn=None), "vmap"),
+        (both._replace(step=None), "vmap"),
+    ):
+        state, log = train(strategy, federation, shards, axis=axis)
+        results.append((branches(federation, strategy, state), log[-1][2]))
+    for other in results[1:]:
+        assert_same(results[0], other, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_is_a_loop_on_cpu():

@@ -9,18 +9,11 @@ import optax
 import pytest
 from tiny import DenseLayer, tiny_data, tiny_federation, tiny_model
 
-from hsee_jax import cli
 from hsee_jax.algorithms import (
     averaging,
-    centralized,
-    fedavg,
-    local,
     sequential,
-    splitfed_v1,
-    splitfed_v2,
 )
-from hsee_jax.config import override, preset
-from hsee_jax.core import Batch, UserError
+from hsee_jax.core import Batch
 from hsee_jax.federation.branch import (
     client_spec,
     forward,
@@ -31,22 +24,14 @@ from hsee_jax.federation.branch import (
 from hsee_jax.federation.step import branch_step, joint_step
 from hsee_jax.inference.gate import make_gate
 from hsee_jax.link import CODECS, sample_bytes
-from hsee_jax.nn import NETWORKS
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network
-from hsee_jax.runs.build import build
-from hsee_jax.systems.traffic import averages_in, nbytes, traffic_of
+from hsee_jax.systems.traffic import nbytes
 
 MODEL = tiny_model((DenseLayer(8), DenseLayer(5)))  # compiles fast
 DESCENT = optax.scale(-1.0)
 NETWORK = jax.jit(lambda: init_network(MODEL, jax.random.key(0)))()
 INT8 = CODECS.make("int8")
-
-
-@NETWORKS.register
-def dense_pair(*, num_classes, input_shape):
-    """Two dense layers, whose sizes are easily counted."""
-    return tiny_model((DenseLayer(8), DenseLayer(5)), input_shape, num_classes)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -269,164 +254,3 @@ def test_the_bytes_of_a_message_are_those_of_its_arrays(link, dtype):
     assert nbytes(real) == size == 6 * sample_bytes(codec, sample)
     each = {"full": 24 * jnp.dtype(dtype).itemsize, "float16": 48, "int8": 24 + 8}
     assert size == 6 * each[link]
-
-
-def traffic_with(federation, strategy):
-    state = jax.eval_shape(strategy.init, jax.random.key(0))
-    return traffic_of(federation, strategy, state)
-
-
-def test_the_bytes_of_a_sample_by_strategy():
-    """Behind cut 1 there are 5 x 5 x 4 floats, behind cut 3 there are 8."""
-
-    def samples(make, cuts=(1, 3), link="full", **chosen):
-        federation = tiny_federation(dict(enumerate(cuts)))._replace(
-            codec=CODECS.make(link)
-        )
-        traffic = traffic_with(federation, make(federation, **chosen))
-        return [one.sample for one in traffic]
-
-    assert samples(local) == [(404, 0), (36, 0)]
-    assert samples(averaging, link="float16") == [(204, 0), (20, 0)]
-    assert samples(sequential, link="int8") == [(112, 0), (20, 0)]
-    both = samples(sequential, link="int8", boundary="joint")
-    assert both == [(112, 400), (20, 32)]
-    assert samples(splitfed_v2, (1, 1)) == [(404, 400)]
-    assert samples(fedavg, (3, 3)) == samples(centralized, (2,)) == [(0, 0)]
-    for make, cuts in ((fedavg, (3, 3)), (centralized, (2,))):
-        message = f"link: .* no effect on {make.__name__}, .* allowed is full"
-        with pytest.raises(UserError, match=message):
-            samples(make, cuts, link="int8")
-
-
-def test_the_bytes_of_an_average_are_those_of_the_clients_layers():
-    """Against the arrays of the state, of two clients in a stack."""
-
-    def weights(make, cuts=(1, 3, 1, 3), **chosen):
-        federation = tiny_federation(dict(enumerate(cuts)))
-        traffic = traffic_with(federation, make(federation, **chosen))
-        return [one.weights for one in traffic]
-
-    shapes = jax.eval_shape(
-        averaging(tiny_federation({0: 1, 1: 3, 2: 1, 3: 3})).init, jax.random.key(0)
-    )
-    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-    def held(stack, *parts, without="nothing"):
-        layers = [
-            [getattr(layer, part) for part in parts]
-            for layer in (*stack.layers, stack.head)
-        ]
-        leaves = jax.tree_util.tree_leaves_with_path(layers)
-        return (
-            sum(
-                leaf.nbytes
-                for path, leaf in leaves
-                if without not in jax.tree_util.keystr(path)
-            )
-            // 2
-        )
-
-    def clients(*parts, **chosen):
-        return [held(stack, *parts, **chosen) for stack in state.clients]
-
-    for make in (local, sequential, averaging):
-        assert weights(make) == [0, 0]
-    everything = partial(averaging, average="all_holders")
-    assert weights(everything) == clients("params", "batch_stats")
-    with_state = partial(everything, optimizer_state="average")
-    assert weights(with_state) == clients("params", "batch_stats", "opt_state")
-    assert weights(with_state, batch_norm="keep_local") == clients(
-        "params", "opt_state", without="BatchNorm"
-    )
-    for make in (splitfed_v1, splitfed_v2):
-        assert weights(make, (1, 1)) == clients("params", "batch_stats")[:1]
-    both = [
-        held(stack, "params", "batch_stats")
-        for stack in (state.clients[1], state.servers[1])
-    ]
-    assert weights(fedavg, (3, 3)) == [sum(both)]
-
-
-def test_how_often_layers_are_averaged_in_a_round():
-    """Rounds of 3 steps: steps 1..3, 4..6, 7..9."""
-    federation = tiny_federation({0: 1})
-
-    def counts(**chosen):
-        strategy = averaging(federation, **chosen)
-        return [averages_in(strategy, number, 3) for number in (1, 2, 3)]
-
-    assert counts() == [1, 1, 1]
-    assert counts(period=2) == [0, 1, 0]
-    assert counts(period=0) == [0, 0, 0]
-    assert counts(period=2, period_unit="steps") == [1, 2, 1]
-    assert averages_in(local(federation), 1, 3) == 0
-
-
-def test_a_run_counts_what_crossed():
-    """A sample is a byte for each of 8 or 5 features, 8 of range and 4 of label.
-
-    A layer has a weight for each pair of inputs and outputs, and biases, and so has the
-    exit head of 10 classes. Two of three clients take part in a round of two steps.
-    """
-    up, first = {1: 8 + 12, 2: 5 + 12}, 28 * 28 * 8 + 8
-    weights = {1: 4 * (first + 90), 2: 4 * (first + 45 + 60)}
-    config = override(
-        preset("demo"),  # averages over clients and servers
-        network="dense_pair",
-        num_clients=3,
-        cuts=("1", "layer2"),
-        link="int8",
-        period=3,
-        period_unit="steps",
-        rounds=3,
-        participation=0.7,
-        max_train_samples=60,
-        max_test_samples=20,
-        partition="quantity",
-    )
-    experiment = build(config)
-    shares = experiment.manifest
-    assert [share.cut for share in shares] == [1, 2, 1]
-    samples = [share.samples for share in shares]
-    steps = experiment.learning_rates.shape[1]
-
-    state = experiment.init()
-    for number in (1, 2, 3):
-        state, plan, progress = experiment.run_round(state)
-        there = plan.ids[plan.active].tolist()
-        assert len(there) == 2
-        times = number * steps // 3 - (number - 1) * steps // 3
-        means = times * sum(weights[shares[i].cut] for i in there)
-        sent = sum(samples[i] * up[shares[i].cut] for i in there)
-        crossed = experiment.round_bytes(number, progress.metrics)
-        assert crossed == (sent + means, means)
-
-    both = (samples[0] + samples[2]) / 2, samples[1]
-    for one, cut, mean in zip(experiment.bytes_by_cut(), (1, 2), both, strict=True):
-        assert one["cut"] == cut
-        assert one["step"] == {"up_bytes": 16 * up[cut], "down_bytes": 0}
-        down = weights[cut] * steps / 3
-        assert one["round"]["down_bytes"] == pytest.approx(down)
-        assert one["round"]["up_bytes"] == pytest.approx(mean * up[cut] + down)
-
-
-def test_info_shows_what_crosses_at_every_cut(capsys):
-    words = [
-        "--network",
-        "tiny",
-        "--cuts",
-        "1",
-        "--link",
-        "int8",
-        "--boundary",
-        "joint",
-    ]
-    assert cli.main(["info", *words]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
-    shown = {row[0]: row[-2:] for row in rows if row[0]}
-    codes = {"1": 28 * 28 * 4, "2": 28 * 28 * 3, "3": 8}
-    assert shown == {
-        cut: [f"{count + 12:,}", f"{4 * count:,}"] for cut, count in codes.items()
-    }

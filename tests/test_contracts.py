@@ -1,0 +1,271 @@
+"""What holds for every network, codec and algorithm that is registered.
+
+A new entry is tested by being registered. A network is made small by the options in
+`SMALL`, as far as it reads them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rounds import KEY, assert_same, branches, train
+from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
+
+from hsee_jax.algorithms import ALGORITHMS
+from hsee_jax.core import Batch, Stage, UserError
+from hsee_jax.federation.branch import (
+    client_spec,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.federation.step import branch_step, joint_step
+from hsee_jax.link import CODECS, sample_bytes
+from hsee_jax.nn import NETWORKS, masked_cross_entropy
+from hsee_jax.nn.model import Network, init_network, layer_inputs
+
+SMALL = {"width": 2, "features": 2}
+CLASSES, INPUT_SHAPE = 3, (8, 8, 1)
+DESCENT = optax.scale(-1.0)  # the change of the weights is the gradient
+RATES = (jnp.float32(1.0), jnp.float32(1.0))
+REAL, ROWS = 6, 8
+
+
+def compiled(stage):
+    return Stage(stage.init, jax.jit(stage.apply, static_argnames="train"))
+
+
+@functools.cache
+def model_of(name):
+    """The network with each layer compiled by itself, so that all cuts share them."""
+    model = NETWORKS.make(
+        name, options=SMALL, num_classes=CLASSES, input_shape=INPUT_SHAPE
+    )
+    heads = {head: compiled(head) for head in (*model.exit_heads, model.final_head)}
+    return model._replace(
+        stages=tuple(map(compiled, model.stages)),
+        exit_heads=tuple(heads[head] for head in model.exit_heads),
+        final_head=heads[model.final_head],
+    )
+
+
+@functools.cache
+def network_of(name, seed=0) -> Network:
+    """Weights of noise in the right shapes, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape) / max(1, np.prod(leaf.shape[:-1])) ** 0.5
+        if path[-1].key in ("scale", "var"):
+            noise = 1 + 0.1 * abs(noise)
+        return jnp.asarray(noise, leaf.dtype)
+
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: init_network(model_of(name), key))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def parts(name, cut, seed=0):
+    """Specs and branches of a client of this cut and of its server."""
+    model, network = model_of(name), network_of(name, seed)
+    specs = client_spec(model, cut, DESCENT), server_spec(model, cut, DESCENT)
+    client = init_client(network, cut, DESCENT)
+    return specs, client, init_server(network, cut, DESCENT)
+
+
+def batch(name, padding=0.0):
+    """Rows of noise; those of padding hold what is asked for."""
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(size=(ROWS, *model_of(name).input_shape))
+    inputs[REAL:] = padding
+    labels = rng.integers(0, CLASSES, ROWS)
+    return Batch(
+        jnp.asarray(inputs, jnp.float32),
+        jnp.asarray(labels, jnp.int32),
+        jnp.arange(ROWS) < REAL,
+    )
+
+
+def cuts_of(name):
+    return range(1, len(model_of(name).stages) + 1)
+
+
+def middle_of(name):
+    return (len(cuts_of(name)) + 1) // 2
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+@networks
+def test_a_network_has_a_name_and_an_exit_for_each_layer(name):
+    model = model_of(name)
+    counts = map(len, (model.stages, model.exit_heads, model.layer_names))
+    assert set(counts) == {len(set(model.layer_names))}
+    assert model.input_shape == INPUT_SHAPE
+
+
+@networks
+@pytest.mark.parametrize("train", [True, False])
+def test_split_forward_is_the_whole_forward(name, train):
+    """Logits and batch statistics, bit for bit, at every cut."""
+    rows = batch(name)
+    spec = server_spec(model_of(name), 0, DESCENT)
+    whole = init_server(network_of(name), 0, DESCENT)
+    _, expected, stats = forward(spec, whole, rows.inputs, rows.mask, train=train)
+    assert expected.shape == (ROWS, CLASSES)
+    assert expected.dtype == jnp.float32
+    for cut in cuts_of(name):
+        (own, other), client, server = parts(name, cut)
+        features, scores, before = forward(
+            own, client, rows.inputs, rows.mask, train=train
+        )
+        _, logits, after = forward(other, server, features, rows.mask, train=train)
+        assert scores.shape == expected.shape
+        assert features.shape[1:] == layer_inputs(model_of(name))[cut].shape[1:]
+        assert_equal((logits, (*before[:-1], *after)), (expected, stats))
+
+
+@networks
+def test_the_joint_gradient_is_that_of_the_whole_network(name):
+    check_joint_gradient(name, [middle_of(name)])
+
+
+@pytest.mark.slow
+@networks
+def test_the_joint_gradient_is_that_of_the_whole_network_at_every_cut(name):
+    check_joint_gradient(name, cuts_of(name))
+
+
+def check_joint_gradient(name, cuts):
+    """Descent at rate 1 moves all weights by the gradient of the final loss."""
+    model, network, rows = model_of(name), network_of(name), batch(name)
+
+    def whole_loss(params):
+        *layers, head = params
+        values = rows.inputs
+        held = (*network.layers, network.final_head)
+        stages = (*model.stages, model.final_head)
+        for stage, own, variables in zip(stages, (*layers, head), held, strict=True):
+            variables = {**variables, "params": own}
+            values, _ = stage.apply(variables, values, rows.mask, train=True)
+        return masked_cross_entropy(values, rows.labels, rows.mask)[0]
+
+    everything = [v["params"] for v in (*network.layers, network.final_head)]
+    gradient = jax.grad(whole_loss)(everything)
+    expected = jax.tree.map(jnp.subtract, everything, gradient)
+    for cut in cuts:
+        specs, client, server = parts(name, cut)
+        client, server, _ = joint_step(*specs, client, server, rows, RATES)
+        layers = (*client.layers, *server.layers, server.head)
+        assert_same([layer.params for layer in layers], expected, rtol=1e-5, atol=1e-6)
+
+
+@networks
+def test_padding_does_not_leak_into_real_rows(name):
+    """What it holds changes neither features, statistics, gradients nor metrics."""
+    cut = middle_of(name)
+    specs, client, server = parts(name, cut)
+    results = []
+    for padding in (0.0, 1e3):
+        rows = batch(name, padding)
+        *moved, metrics = joint_step(*specs, client, server, rows, RATES)
+        features, logits, _ = forward(
+            specs[0], client, rows.inputs, rows.mask, train=True
+        )
+        results.append((moved, metrics, features[:REAL], logits[:REAL]))
+    assert_equal(*results)
+
+
+@networks
+def test_stacked_is_looped(name):
+    """Two clients with weights of their own, side by side and one by one."""
+    cut = middle_of(name)
+    spec = parts(name, cut)[0][0]
+    clients = [parts(name, cut, seed)[1] for seed in (0, 1)]
+    rows = batch(name)
+
+    def step(client):
+        return branch_step(spec, client, rows, RATES[0])
+
+    stacked = jax.vmap(step)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *clients))
+    for k, client in enumerate(clients):
+        own = jax.tree.map(lambda leaf, k=k: leaf[k], stacked)
+        assert_same(own, step(client), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_codec(name, dtype):
+    """Shapes, dtypes, bytes, and that samples and states do not mix."""
+    codec = CODECS.make(name)
+    values = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(dtype)
+    sample = jax.ShapeDtypeStruct((1, 4, 3), dtype)
+    state = codec.init(sample)
+
+    @jax.jit
+    def cross(values):
+        message, after = codec.encode(values, state)
+        arrived = codec.decode(message, dtype)
+        return message, after, arrived, codec.nbytes(message)
+
+    message, after, arrived, sizes = cross(values)
+    assert (arrived.shape, arrived.dtype) == (values.shape, dtype)
+    assert np.isfinite(arrived.astype(np.float32)).all()
+    leaves = jax.tree.leaves(message)
+    assert {len(leaf) for leaf in leaves} == {5}
+    assert (sizes.shape, sizes.dtype) == ((5,), jnp.int32)
+    assert int(sizes.sum()) == sum(np.asarray(leaf).nbytes for leaf in leaves)
+    assert sample_bytes(codec, sample) == sizes[0]
+    # a step of a scan gives the state that the next takes
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for new, old in zip(*map(jax.tree.leaves, (after, state)), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+    for n in range(5):
+        alone = cross(values[n : n + 1])[0]
+        assert_equal(alone, jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], message))
+
+
+DENSE = tiny_model((DenseLayer(8), DenseLayer(5)))  # compiles fast
+SIZES = {4: 7, 1: 3, 6: 4}
+FEDERATIONS = ({4: 1, 1: 2, 6: 1}, {4: 1, 1: 1, 6: 1}, {4: 2, 1: 2, 6: 2}, {4: 1})
+
+
+def accepted(make):
+    """The first federation that an algorithm takes, and its strategy on it."""
+    for cuts in FEDERATIONS:
+        federation = tiny_federation(cuts, DENSE)
+        try:
+            return federation, make(federation)
+        except UserError:
+            continue
+    raise AssertionError(f"{make.__name__} takes none of {FEDERATIONS}")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_trains_alike_in_both_forms_of_the_engine(name):
+    """A round moves clients and servers, and uses every sample once."""
+    federation, strategy = accepted(ALGORITHMS[name].make)
+    sizes = {i: SIZES[i] for group in federation.groups for i in group.ids}
+    shards, results = tiny_shards(sizes), []
+    for axis in ("loop", "vmap"):
+        state, log = train(strategy, federation, shards, axis=axis, rounds=1)
+        results.append((branches(federation, strategy, state), log[0][2]))
+    assert_same(*results, rtol=1e-3, atol=1e-5)
+    found, metrics = results[0]
+    assert metrics.exit.count.sum() == metrics.server.count.sum() == sum(sizes.values())
+    start = branches(federation, strategy, jax.jit(strategy.init)(KEY))
+    for i, pair in found.items():
+        for after, before in zip(pair, start[i], strict=True):
+            moved = jax.tree.map(
+                lambda a, b: np.abs(a - b).max(), after.head.params, before.head.params
+            )
+            assert max(jax.tree.leaves(moved)) > 1e-4
