@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import pytest
+from tiny import TINY
 
 import hsee_jax
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.config import SECTIONS, Config, options, override, preset
-from hsee_jax.config.section import Section
+from hsee_jax.config.section import Section, Values
 from hsee_jax.core import (
     Option,
     Registry,
@@ -23,7 +23,12 @@ from hsee_jax.core import (
     share,
 )
 from hsee_jax.core.options import Rule, read_options
-from hsee_jax.runs.build import build
+from hsee_jax.runs.build import (
+    build,
+    build_federation,
+    build_info,
+    build_strategy,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -193,21 +198,7 @@ def test_a_choice_may_be_registered_later(registry):
     assert option.choices == ("circle", "square", "triangle")
 
 
-@pytest.fixture(scope="module")
-def flags():
-    return config_parser("train", [])._option_string_actions
-
-
-@pytest.mark.parametrize("name", options())
-def test_every_option_has_a_flag_and_a_help(name, flags):
-    _, option = options()[name]
-    flag = flags[f"--{name.replace('_', '-')}"]
-    assert flag.dest == name
-    assert len(option.help) > 10
-    assert flag.help.startswith(option.help.replace("%", "%%"))
-
-
-# One entry of each registry in turn, and what else their checks ask for.
+# What the checks of an entry ask for.
 NEEDS = {
     "fedavg": {"cuts": ("9",), "link": "full"},
     "splitfed_v1": {"cuts": ("3",)},
@@ -226,42 +217,96 @@ def entries(registry):
     ]
 
 
-def value_of(option, turn):
-    """A value that is not the default; of choices each in its turn."""
-    if option.choices:
-        return option.choices[turn % len(option.choices)]
-    if option.kind is float:
-        return 0.25
-    return option.default + 1 + turn
-
-
-def a_configuration(turn):
-    """The entries that have their turn, and other values of all their options."""
-    changes = {}
-    for kind in SECTIONS.values():
-        for field, registry in kind.registries.items():
-            names = entries(registry)
-            changes[field] = name = names[turn % len(names)]
-            for option in registry[name].options.values():
-                changes[option.name] = value_of(option, turn)
-    if "boundary" in changes:
-        changes |= {"boundary": "joint"} if turn % 2 else {"exit_gradient": 0.0}
-    changes["width"] = 2
-    return override(SMALL, **(changes | NEEDS.get(changes["strategy"], {})))
-
-
 SMALL = override(
-    preset("demo"), max_train_samples=40, max_test_samples=10, cuts=("2", "3")
+    preset("demo"), max_train_samples=40, max_test_samples=10, cuts=("2", "3"), width=2
 )
-TURNS = range(
-    max(len(entries(r)) for kind in SECTIONS.values() for r in kind.registries.values())
+# Every entry of every registry: the field that names it, its registry and its name.
+ENTRIES = [
+    (field, registry, name)
+    for kind in SECTIONS.values()
+    for field, registry in kind.registries.items()
+    for name in entries(registry)
+]
+
+
+# All options, but those of entries that other tests have registered.
+NAMES = sorted(
+    {name for kind in SECTIONS.values() for name in kind.fields()}
+    | {name for _, registry, entry in ENTRIES for name in registry[entry].options}
 )
 
 
 @pytest.fixture(scope="module")
+def flags():
+    return config_parser("train", [])._option_string_actions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_a_flag_and_a_help(name, flags):
+    _, option = options()[name]
+    flag = flags[f"--{name.replace('_', '-')}"]
+    assert flag.dest == name
+    assert len(option.help) > 10
+    assert flag.help.startswith(option.help.replace("%", "%%"))
+
+
+def naming(field, name, **changes):
+    """A configuration that names an entry."""
+    return override(SMALL, **{field: name}, **NEEDS.get(name, {}), **changes)
+
+
+def choices():
+    for field, registry, name in ENTRIES:
+        yield pytest.param(field, name, {}, id=f"{field}={name}")
+        for option in registry[name].options.values():
+            for choice in option.choices:
+                yield pytest.param(
+                    field,
+                    name,
+                    {option.name: choice},
+                    id=f"{name}-{option.name}={choice}",
+                )
+
+
+@pytest.mark.parametrize(("field", "name", "changes"), list(choices()))
+def test_every_choice_can_be_built(field, name, changes):
+    """Every entry of every registry, and every name that an option may be."""
+    config = naming(field, name, **changes)
+    federation = build_federation(config, build_info(config.data))
+    strategy = build_strategy(config, federation)
+    assert len(federation.model.stages) == 9
+    assert callable(strategy.init)
+
+
+def configurations():
+    """The entries in turn, with other values of all numbers."""
+    rows = [
+        [(field, name) for name in entries(registry)]
+        for kind in SECTIONS.values()
+        for field, registry in kind.registries.items()
+    ]
+    for turn in range(max(map(len, rows))):
+        changes = dict(row[turn % len(row)] for row in rows)
+        changes |= NEEDS.get(changes["strategy"], {})
+        if turn:  # the same for any network, and this is built sooner
+            changes |= TINY | {"cuts": changes.get("cuts", ("2", "3"))}
+            changes["cuts"] = tuple(min(cut, "3") for cut in changes["cuts"])
+        config = override(SMALL, **changes)
+        numbers = {
+            name: 0.25 if option.kind is float else option.default + 1
+            for section in SECTIONS
+            for name, option in getattr(config, section).active().items()
+            if option.kind in (int, float)
+        }
+        if "exit_gradient" in numbers:
+            numbers["boundary"] = "joint"
+        yield override(config, **numbers)
+
+
+@pytest.fixture(scope="module")
 def reads():
-    """What builds of all entries read: name -> values, and the factories called."""
-    found, called = {}, set()
+    """The values that builds of all entries read, by their names."""
+    found = {}
     get, make = Section.__getattribute__, Registry.make
 
     def read(section, name):
@@ -271,8 +316,7 @@ def reads():
             found.setdefault(name, set()).add(value)
         return value
 
-    def made(registry, name, *context, options={}, **more):
-        called.add((registry.kind, name))
+    def made(registry, name, *context, options=Values(), **more):  # noqa: B008
         for key in registry[name].options:
             found.setdefault(key, set()).add(options.get(key))
         return make(registry, name, *context, options=options, **more)
@@ -280,30 +324,18 @@ def reads():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Section, "__getattribute__", read)
         patch.setattr(Registry, "make", made)
-        with jax.numpy_dtype_promotion("standard"):  # flax, in bfloat16
-            for turn in TURNS:
-                build(a_configuration(turn))
-    return found, called
+        for config in configurations():
+            build(config)
+    return found
 
 
-def test_every_choice_can_be_built(reads):
-    """Every entry of every registry, and every name that an option may be."""
-    found, called = reads
-    for kind in SECTIONS.values():
-        for registry in kind.registries.values():
-            assert {(registry.kind, name) for name in entries(registry)} <= called
-            for option in registry.options().values():
-                assert set(option.choices) <= found[option.name]
-
-
-@pytest.mark.parametrize("name", sorted(set(options()) - {"plugin"}))
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "plugin"])
 def test_every_option_reaches_a_build(name, reads):
     """Fields are read beside the configuration, options given to their factories."""
-    found, _ = reads
     section, option = options()[name]
-    assert found[name]
+    assert reads[name]
     if name not in SECTIONS[section].fields() and not option.choices:
-        assert found[name] - {option.default}
+        assert reads[name] - {option.default}
 
 
 def names_used(make):
@@ -314,11 +346,9 @@ def names_used(make):
 
 
 def test_every_factory_uses_its_options():
-    for kind in SECTIONS.values():
-        for registry in kind.registries.values():
-            for name in entries(registry):
-                entry = registry[name]
-                assert set(entry.options) <= names_used(entry.make), name
+    for _, registry, name in ENTRIES:
+        entry = registry[name]
+        assert set(entry.options) <= names_used(entry.make), name
 
 
 def test_a_configuration_holds_no_option_without_a_reader():

@@ -154,7 +154,10 @@ def test_its_help_names_its_option(capsys):
     ("words", "message"),
     [
         ("--plugin no_net", "plugin: no_net cannot be imported (ModuleNotFoundError"),
-        ("--plugin bad_net", "plugin: bad_net cannot be imported (RuntimeError: no)"),
+        (
+            "--plugin bad_net",
+            "plugin: bad_net cannot be imported (RuntimeError: no way)",
+        ),
         ("--plugin my_net --network my_ne", "network: my_ne is unknown (did you mean"),
         (
             "--plugin my_net --network my_net --width 4",
@@ -174,7 +177,7 @@ def test_its_help_names_its_option(capsys):
 )
 @pytest.mark.parametrize("command", ["train", "info"])
 def test_a_mistake_is_one_line(command, words, message, place, capsys):
-    (place / "bad_net.py").write_text('raise RuntimeError("no")\n')
+    (place / "bad_net.py").write_text('raise RuntimeError("no\\nway")\n')
     out = ["--out", "new"] if command == "train" else []
     assert cli.main([command, *words.split(), *out]) == 2
     out, err = capsys.readouterr()

@@ -126,9 +126,7 @@ def test_a_scan_can_be_stopped_as_well(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), slow("loop", "vmap")])
-def test_a_round_goes_on_in_other_slots(
-    first, then, tmp_path, monkeypatch
-):
+def test_a_round_goes_on_in_other_slots(first, then, tmp_path, monkeypatch):
     """On eight devices each cut has eight slots for its clients, in a loop two."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
     config = override(SMALL, rounds=1, client_axis=then)
@@ -472,9 +470,7 @@ def test_failing_clients_are_counted_and_reported(tmp_path, capsys):
         ("stop", "servers", []),
     ],
 )
-def test_a_diverging_client_is_left_out_or_stops(
-    policy, average, rounds, tmp_path
-):
+def test_a_diverging_client_is_left_out_or_stops(policy, average, rounds, tmp_path):
     """Where its own layers are averaged too, it recovers with the first means."""
     config = override(SMALL, on_nonfinite=policy, strategy="broken", average=average)
     if policy == "stop":

@@ -1,9 +1,9 @@
 """Files that users write with whatever program they have: absences, configurations."""
 
 import pytest
-from hsee_jax.cli.flags import config_from
 
 from hsee_jax import cli
+from hsee_jax.cli.flags import config_from
 from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import override, to_json
 from hsee_jax.core.errors import UserError
