@@ -1,9 +1,13 @@
 """Configurations check themselves, and survive JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.config.presets import PRESETS, preset
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import (
@@ -18,13 +22,98 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.resnet import resnet18
 
+MANY = ("cuts", "absences")
 NAMES = resnet18(num_classes=10, input_shape=(32, 32, 3)).layer_names
 
 
+WRITTEN = Path(__file__).parent / "data" / "run-0.1" / "config.json"
+
+
+def assert_round_trip(config):
+    values = json.loads(to_json(config))
+    assert from_dict(values) == config
+    assert json.loads(to_json(from_dict(values))) == values
+    assert hash(from_dict(values)) == hash(config)
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_json_round_trip(name):
-    config = preset(name)
-    assert from_dict(json.loads(to_json(config))) == config
+@pytest.mark.parametrize("strategy", [*ALGORITHMS])
+def test_json_round_trip(name, strategy):
+    assert_round_trip(preset(name))
+    assert_round_trip(override(preset(name), strategy=strategy))
+
+
+def values_of(option):
+    """Values that an option may have, `None` among them where that is one."""
+    if option.choices:
+        value = st.sampled_from(option.choices)
+    elif option.name == "absences":
+        value = st.sampled_from(["0:1-2", "0:3-3"])
+    elif option.kind is str:
+        value = st.text(max_size=5)
+    else:
+        numbers = st.integers(-1, 99) if option.kind is int else st.floats(-0.5, 2)
+        value = numbers.filter(lambda n: all(rule.holds(n) for rule in option.rules))
+    value = st.lists(value, max_size=3).map(tuple) if option.many else value
+    return st.none() | value if option.optional else value
+
+
+@st.composite
+def configurations(draw):
+    """Configurations with any value in any option that has an effect."""
+    known = options()
+    entries = {f for kind in SECTIONS.values() for f in kind.registries}
+    config = override(Config(), **{f: draw(values_of(known[f][1])) for f in entries})
+    names = sorted(flatten(config).keys() - entries - {"labels", "plugin"})
+    chosen = draw(st.lists(st.sampled_from(names), unique=True, max_size=6))
+    return override(
+        config, **{name: draw(values_of(known[name][1])) for name in chosen}
+    )
+
+
+@given(configurations())
+@settings(max_examples=30, deadline=None)
+def test_any_configuration_survives_json(config):
+    assert_round_trip(config)
+
+
+def test_a_configuration_of_version_0_1_is_read():
+    """Which held every option, whoever reads it, and `init` among the clients."""
+    values = json.loads(WRITTEN.read_text())
+    assert values["clients"]["init"] == "shared" and "turn" in values["strategy"]
+    config = from_dict(values)
+    assert config == override(
+        Config(),
+        max_train_samples=48,
+        max_test_samples=40,
+        validation_share=0.2,
+        width=1,
+        num_clients=3,
+        cuts=("2", "7"),
+        rounds=2,
+        batch_size=8,
+        eval_every=2,
+        checkpoint_every=2,
+    )
+    written = {k: v for section in values.values() for k, v in section.items()}
+    for name, value in flatten(config).items():
+        if name not in ("network", "labels", "plugin"):  # there were none
+            assert written[name] == (list(value) if name in MANY else value)
+    values["clients"]["init"] = "per_client"
+    assert from_dict(values).strategy.init == "per_client"
+    assert_round_trip(from_dict(values))
+    # what has no effect is checked all the same
+    values["strategy"]["turn"] = "never"
+    with pytest.raises(UserError, match="turn: never is unknown"):
+        from_dict(values)
+
+
+def test_init_is_read_where_a_strategy_reads_it():
+    values = {"clients": {"init": "per_client"}, "strategy": {"strategy": "fedavg"}}
+    assert "init" not in flatten(from_dict(values))
+    values = {"clients": {"init": "random"}}
+    with pytest.raises(UserError, match="init: random is unknown"):
+        from_dict(values)
 
 
 def test_cuts_may_be_numbers():
@@ -73,6 +162,12 @@ def test_errors_name_field_value_and_what_is_allowed(changes, words):
     [
         {"optimm": {}},
         {"optim": {"rate": 1}},
+        {"clients": {"learning_rate": 0.1}},
+        {"strategy": {"strategy": "averagin"}},
+        {"model": {"network": "resnet19"}},
+        {"run": {"plugin": ["no_such_module"]}},
+        {"run": {"plugin": "tiny"}},
+        {"model": {"depth_of_field": 2}},
         {"optim": {"learning_rate": "fast"}},
         {"run": {"rounds": 1.5}},
         {"run": {"rounds": True}},
@@ -81,8 +176,9 @@ def test_errors_name_field_value_and_what_is_allowed(changes, words):
     ],
 )
 def test_bad_json_is_refused(values):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as error:
         from_dict(values)
+    assert "\n" not in str(error.value)
 
 
 def test_cuts_by_number_and_by_name():

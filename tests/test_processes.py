@@ -83,7 +83,9 @@ def test_two_processes_equal_one(tmp_path, request, monkeypatch, strategy):
     assert "round 2/2" in results[0][1]
     assert "client" in results[0][0]
     lines = results[1][0].splitlines()
-    assert [line for line in lines if not line.startswith("[Gloo]")] == []
+    # Gloo's threads print too, into each other's lines
+    ours = (line for line in lines if not line.startswith("[Gloo]"))
+    assert [line for line in ours if line and "peer ranks" not in line] == []
 
     summary = json.loads((two / "summary.json").read_text())
     assert summary["device"] == "4 x cpu"

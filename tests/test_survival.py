@@ -161,7 +161,8 @@ def test_a_round_that_has_not_ended_is_not_judged(monkeypatch):
 
 def test_a_signal_stops_in_the_middle_of_a_round(tmp_path, monkeypatch):
     """SIGTERM within the first turn of round 2, and the same run in the end."""
-    words = "--num-clients 2 --cuts 1 --max-train-samples 64 --max-test-samples 8 "
+    words = "--network tiny --plugin tiny --num-clients 2 --cuts 1 "
+    words += "--max-train-samples 64 --max-test-samples 8 "
     words = (words + "--batch-size 8 --rounds 2").split()
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.main(["train", *words, "--out", str(whole)]) == 0

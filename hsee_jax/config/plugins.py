@@ -20,8 +20,9 @@ def load_plugin(name: str) -> None:
     try:
         importlib.import_module(name)
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"plugin: {name} cannot be imported ({type(error).__name__}: {error}); "
+            f"plugin: {name} cannot be imported ({type(error).__name__}: {reason}); "
             "allowed is a module on Python's path or in the current folder"
         ) from error
 

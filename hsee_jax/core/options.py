@@ -104,9 +104,9 @@ class Option:
                 return tuple(self.kind(entry) for entry in value)
         elif type(value) is self.kind or (self.kind is float and type(value) is int):
             return self.kind(value)
-        shown = json.dumps(value, default=str)
-        what = f"a list of {self.kind.__name__}" if self.many else self.kind.__name__
-        raise self.refusal(shown, what if self.many else f"a {what}")
+        what = self.kind.__name__
+        article = "a list of" if self.many else "an" if what == "int" else "a"
+        raise self.refusal(json.dumps(value, default=str), f"{article} {what}")
 
 
 def read_options(owner: Any, names: Iterable[str]) -> Mapping[str, Option]:

@@ -19,7 +19,9 @@ class Moment(NamedTuple):
     rounds: int  # finished
     steps: int  # finished in the round after them
     due: bool  # whether a checkpoint is to be written
-    state: Callable[[], RunState]  # of all clients, as a checkpoint holds it
+    # Returns the state of all clients, as a checkpoint holds it. The next round gives
+    # up its buffers: copy what you keep.
+    state: Callable[[], RunState]
     notes: Mapping[str, Any]  # what `train` needs to go on from here
 
 

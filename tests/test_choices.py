@@ -1,0 +1,201 @@
+"""Every option has a flag, a help and a reader, and every choice can be built."""
+
+import dis
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+import hsee_jax
+from hsee_jax.cli.arguments import config_parser
+from hsee_jax.cli.flags import config_from
+from hsee_jax.config import SECTIONS, flatten, options, override, preset
+from hsee_jax.config.section import Section, Values
+from hsee_jax.core import Registry
+from hsee_jax.runs.build import (
+    build,
+    build_federation,
+    build_info,
+    build_strategy,
+)
+
+# What the checks of an entry ask for.
+NEEDS = {
+    "fedavg": {"cuts": ("9",), "link": "full"},
+    "splitfed_v1": {"cuts": ("3",)},
+    "splitfed_v2": {"cuts": ("3",)},
+    "centralized": {"num_clients": 1, "cuts": ("3",), "link": "full"},
+}
+OURS = Path(hsee_jax.__file__).parent
+
+
+def entries(registry):
+    """The entries of the package itself; other tests may have registered more."""
+    return [
+        name
+        for name, entry in registry.items()
+        if entry.make.__module__.startswith("hsee_jax.")
+    ]
+
+
+SMALL = override(
+    preset("demo"), max_train_samples=40, max_test_samples=10, cuts=("2", "3"), width=2
+)
+# Every entry of every registry: the field that names it, its registry and its name.
+ENTRIES = [
+    (field, registry, name)
+    for kind in SECTIONS.values()
+    for field, registry in kind.registries.items()
+    for name in entries(registry)
+]
+
+
+# All options, but those of entries that other tests have registered.
+NAMES = sorted(
+    {name for kind in SECTIONS.values() for name in kind.fields()}
+    | {name for _, registry, entry in ENTRIES for name in registry[entry].options}
+)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return config_parser("train", [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_a_flag_and_a_help(name, parser):
+    _, option = options()[name]
+    flag = parser._option_string_actions[f"--{name.replace('_', '-')}"]
+    assert flag.dest == name
+    assert len(option.help) > 10
+    assert flag.help.startswith(option.help.replace("%", "%%"))
+
+
+def another(option, current):
+    """A value that is allowed, and not the current one."""
+    if option.choices:
+        return next(choice for choice in option.choices if choice != current)
+    if option.many:
+        return {"absences": ("1:2-3",), "plugin": ("tiny",)}.get(option.name, ("1",))
+    if option.kind is float:
+        return 0.125
+    return "/folder" if option.kind is str else (current or 3) + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_changes_its_option(name, parser):
+    """Where the preset names no reader, another flag does."""
+    option, needed = options()[name][1], {"labels": {"dataset": "npz"}}.get(name, {})
+    if name not in flatten(preset("demo")):
+        readers = ((f, entry) for f, r, entry in ENTRIES if name in r[entry].options)
+        needed = dict([next(readers)])
+    before = override(preset("demo"), **needed)
+    value = another(option, flatten(before)[name])
+    words = [word for field in needed.items() for word in (f"--{field[0]}", field[1])]
+    words += [f"--{name.replace('_', '-')}"]
+    words += map(str, value if option.many else [value])
+    after = config_from(vars(parser.parse(words)))
+    assert after == override(before, **{name: value})
+    assert flatten(after)[name] == value
+
+
+def naming(field, name, **changes):
+    """A configuration that names an entry."""
+    return override(SMALL, **{field: name}, **NEEDS.get(name, {}), **changes)
+
+
+def choices():
+    for field, registry, name in ENTRIES:
+        yield pytest.param(field, name, {}, id=f"{field}={name}")
+        for option in registry[name].options.values():
+            for choice in option.choices:
+                yield pytest.param(
+                    field,
+                    name,
+                    {option.name: choice},
+                    id=f"{name}-{option.name}={choice}",
+                )
+
+
+@pytest.mark.parametrize(("field", "name", "changes"), list(choices()))
+def test_every_choice_can_be_built(field, name, changes):
+    """Every entry of every registry, and every name that an option may be."""
+    config = naming(field, name, **changes)
+    federation = build_federation(config, build_info(config.data))
+    strategy = build_strategy(config, federation)
+    assert len(federation.model.stages) == 9
+    assert callable(strategy.init)
+
+
+def configurations():
+    """The entries in turn, with other values of all numbers."""
+    rows = [
+        [(field, name) for name in entries(registry)]
+        for kind in SECTIONS.values()
+        for field, registry in kind.registries.items()
+    ]
+    for turn in range(max(map(len, rows))):
+        changes = dict(row[turn % len(row)] for row in rows)
+        changes |= NEEDS.get(changes["strategy"], {})
+        if turn:  # the same for any network, and this is built sooner
+            changes |= TINY | {"cuts": changes.get("cuts", ("2", "3"))}
+            changes["cuts"] = tuple(min(cut, "3") for cut in changes["cuts"])
+        config = override(SMALL, **changes)
+        numbers = {
+            name: 0.25 if option.kind is float else option.default + 1
+            for section in SECTIONS
+            for name, option in getattr(config, section).active().items()
+            if option.kind in (int, float)
+        }
+        if "exit_gradient" in numbers:
+            numbers["boundary"] = "joint"
+        yield override(config, **numbers)
+
+
+@pytest.fixture(scope="module")
+def reads():
+    """The values that builds of all entries read, by their names."""
+    found = {}
+    get, make = Section.__getattribute__, Registry.make
+
+    def read(section, name):
+        value = get(section, name)
+        caller = Path(sys._getframe(1).f_code.co_filename)
+        if OURS in caller.parents and caller.parent.name != "config":
+            found.setdefault(name, set()).add(value)
+        return value
+
+    def made(registry, name, *context, options=Values(), **more):  # noqa: B008
+        for key in registry[name].options:
+            found.setdefault(key, set()).add(options.get(key))
+        return make(registry, name, *context, options=options, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", read)
+        patch.setattr(Registry, "make", made)
+        for config in configurations():
+            build(config)
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "plugin"])
+def test_every_option_reaches_a_build(name, reads):
+    """Fields are read beside the configuration, options given to their factories."""
+    section, option = options()[name]
+    assert reads[name]
+    if name not in SECTIONS[section].fields() and not option.choices:
+        assert reads[name] - {option.default}
+
+
+def names_used(make):
+    """The names of parameters that the body of a function uses."""
+    code = make.__code__
+    loads = {i.argval for i in dis.get_instructions(code) if "LOAD" in i.opname}
+    return loads | set(code.co_cellvars)
+
+
+def test_every_factory_uses_its_options():
+    for _, registry, name in ENTRIES:
+        entry = registry[name]
+        assert set(entry.options) <= names_used(entry.make), name

@@ -1,0 +1,186 @@
+"""A user's own network, in a module of its own: every command takes it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hsee_jax as hs
+from hsee_jax import cli
+
+NETWORK = '''
+"""A chain of small convolutions."""
+
+from typing import Annotated
+
+import flax.linen as nn
+
+import hsee_jax as hs
+from hsee_jax.core import at_least
+
+
+class Block(nn.Module):
+    """A convolution of stride 2."""
+
+    @nn.compact
+    def __call__(self, x, mask, *, train):
+        return nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+
+
+class Head(nn.Module):
+    """The mean over space and a linear layer."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, mask, *, train):
+        return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
+@hs.nn.register
+def my_net(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    depth: Annotated[int, "how many convolutions", at_least(1)] = 2,
+) -> hs.Model:
+    """A chain of convolutions."""
+    head = hs.nn.from_linen(Head(num_classes))
+    return hs.Model(
+        stages=(hs.nn.from_linen(Block()),) * depth,
+        exit_heads=(head,) * depth,
+        final_head=head,
+        layer_names=tuple(f"conv{i + 1}" for i in range(depth)),
+        input_shape=input_shape,
+    )
+'''
+MINE = "--plugin my_net --network my_net --depth 3".split()
+FEW = (
+    "--num-clients 2 --cuts 1 conv2 --max-train-samples 32 --max-test-samples 16 "
+    "--validation-share 0.25 --batch-size 4 --rounds 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder with the user's module, and beside it the run."""
+    place = tmp_path_factory.mktemp("mine")
+    (place / "my_net.py").write_text(NETWORK)
+    command = [sys.executable, "-m", "hsee_jax", "train", *MINE, *FEW, "--out", "run"]
+    package = str(Path(hs.__file__).parents[1])
+    ended = subprocess.run(
+        command,
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    """Commands run in the user's folder."""
+    monkeypatch.chdir(place)
+
+
+def test_the_run_names_the_network_and_its_module(place):
+    config = json.loads((place / "run" / "config.json").read_text())
+    assert config["model"] == {"network": "my_net", "depth": 3}
+    assert config["run"]["plugin"] == ["my_net"]
+
+
+def test_it_is_evaluated(place, capsys):
+    """To the figures that training ended with."""
+    assert cli.main(["eval", "run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    assert [client["cut"] for client in found["clients"]] == [1, 2]
+    for client, written in zip(found["clients"], summary["clients"], strict=True):
+        assert client == pytest.approx(written, rel=1e-5)
+
+
+def test_it_is_restored():
+    run = hs.restore("run")
+    assert len(run.federation.model.stages) == 3
+    assert [len(run.client(i).layers) for i in range(2)] == [1, 2]
+    images = np.zeros((1, 28, 28, 1), np.float32)
+    (layer,) = run.client(0).layers
+    assert layer.params["Conv_0"]["kernel"].shape == (3, 3, *images.shape[-1:], 4)
+
+
+def test_a_gate_is_made_of_it(place, capsys):
+    assert cli.main("gate run --target-offload 0.5".split()) == 0
+    assert (place / "run" / "gate" / "thresholds.json").exists()
+
+
+def test_a_client_is_exported(place, capsys):
+    assert cli.main("export run --client 1".split()) == 0
+    assert capsys.readouterr().out == f"{Path('run/export/client-1')}\n"
+    assert len(list((place / "run" / "export" / "client-1").iterdir())) > 1
+
+
+def test_a_report_is_made_of_it(place, capsys):
+    assert cli.main("report run".split()) == 0
+    assert list((place / "run" / "report").glob("*.html"))
+
+
+def test_its_costs_are_shown(capsys):
+    """A block has 3 x 3 x C x 4 weights and 4 biases; the head 4 x 10 and 10."""
+    assert cli.main(["info", *MINE, "--cuts", "1", "2"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in out.splitlines()]
+    assert [row[:3] for row in rows if "conv" in "".join(row[1:2])] == [
+        ["1", "conv1", "40"],
+        ["2", "conv2", "148"],
+        ["3", "conv3", "148"],
+    ]
+    assert next(row for row in rows if row[:2] == ["final", "head"])[2] == "50"
+
+
+def test_its_help_names_its_option(capsys):
+    assert cli.main(["train", "--plugin", "my_net", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--depth INT how many convolutions (my_net) (2)" in text
+    assert "my_net: A chain of convolutions." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--plugin no_net", "plugin: no_net cannot be imported (ModuleNotFoundError"),
+        (
+            "--plugin bad_net",
+            "plugin: bad_net cannot be imported (RuntimeError: no way)",
+        ),
+        ("--plugin my_net --network my_ne", "network: my_ne is unknown (did you mean"),
+        (
+            "--plugin my_net --network my_net --width 4",
+            "width: 4 has no effect on network my_net; it is read by resnet18",
+        ),
+        ("--plugin my_net --network my_net --depth 0", "depth: 0 is not allowed"),
+        (
+            "--plugin my_net --network my_net --depth x",
+            "--depth: invalid int value: 'x'",
+        ),
+        ("--plugin my_net --depth 3", "depth: 3 has no effect on network resnet18"),
+        (
+            "--plugin my_net --network my_net --depth 3 --cuts 4",
+            "cuts: 4 is not a layer; allowed are 1..3",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "info"])
+def test_a_mistake_is_one_line(command, words, message, place, capsys):
+    (place / "bad_net.py").write_text('raise RuntimeError("no\\nway")\n')
+    out = ["--out", "new"] if command == "train" else []
+    assert cli.main([command, *words.split(), *out]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert not (place / "new").exists()
