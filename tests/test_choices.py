@@ -13,12 +13,7 @@ from hsee_jax.cli.flags import config_from
 from hsee_jax.config import SECTIONS, flatten, options, override, preset
 from hsee_jax.config.section import Section, Values
 from hsee_jax.core import Registry
-from hsee_jax.runs.build import (
-    build,
-    build_federation,
-    build_info,
-    build_strategy,
-)
+from hsee_jax.runs.build import build, build_federation, build_info, build_strategy
 
 # What the checks of an entry ask for.
 NEEDS = {

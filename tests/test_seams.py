@@ -17,13 +17,13 @@ from hsee_jax.federation.branch import (
     forward,
     init_client,
     init_server,
+    message_bytes,
 )
 from hsee_jax.federation.step import (
     client_backward,
     client_forward,
     detached_step,
     joint_step,
-    message_bytes,
     server_step,
 )
 from hsee_jax.link import CODECS, FULL
