@@ -41,7 +41,7 @@ def in_order_of_value(sets: Iterable[str], seeds: Iterable[int]) -> list[rows.Ru
         first = FIRST.index(name) if name in FIRST else len(FIRST)
         return (first == len(FIRST), place, first, row)
 
-    pairs = [(place, row) for place, set in enumerate(sets) for row in rows.rows(set)]
+    pairs = [(place, row) for place, study in enumerate(sets) for row in rows.rows(study)]
     return [rows.Run(row, seed) for seed in seeds for _, row in sorted(pairs, key=rank)]
 
 
@@ -58,8 +58,8 @@ def main(words: Sequence[str] | None = None) -> int:
     end = time.monotonic() + given.seconds
     missing: list[str] = []
     try:
-        for set in given.sets:
-            rows.select([set])
+        for study in given.sets:
+            rows.select([study])
         use_cache({})
         with StopSignals() as signals:
 

@@ -256,8 +256,8 @@ def _pytorch(runner: Runner, setting: Any) -> Callable[[int], Losses]:
         setting=setting,
     )
 
-    def run(round: int) -> npt.NDArray[np.float64]:
-        drawn = experiment.plan(round)
+    def run(number: int) -> npt.NDArray[np.float64]:
+        drawn = experiment.plan(number)
         rate = experiment.config.optim.learning_rate
         return theirs.run_round(drawn.indices, drawn.order, rate)
 

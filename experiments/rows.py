@@ -39,11 +39,11 @@ def sets() -> list[str]:
     return sorted(path.parent.name for path in ROWS.glob(f"*/{COMMON}"))
 
 
-def rows(set: str) -> list[str]:
+def rows(study: str) -> list[str]:
     """Names of a set's rows, ``set/name``."""
     return [
-        f"{set}/{path.stem}"
-        for path in sorted((ROWS / set).glob("*.toml"))
+        f"{study}/{path.stem}"
+        for path in sorted((ROWS / study).glob("*.toml"))
         if path.name != COMMON
     ]
 

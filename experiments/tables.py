@@ -40,11 +40,11 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def set_table(set: str, folder: Path = rows.RESULTS) -> str:
+def set_table(study: str, folder: Path = rows.RESULTS) -> str:
     """A Markdown line for each row of a set, and what it was run on."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     machines = []
-    for row in rows.rows(set):
+    for row in rows.rows(study):
         runs = [rows.Run(row, seed) for seed in SEEDS]
         found = {run.seed: result for run in runs if (result := rows.load(run, folder))}
         name = row.partition("/")[2]
@@ -68,16 +68,16 @@ def machine(result: rows.Result) -> str:
     return f"{result['device']} with {result['cpu_cores']} core(s); {versions}"
 
 
-def about(set: str) -> str:
+def about(study: str) -> str:
     """What a set shows and costs, from the head of its file."""
-    lines = (rows.ROWS / set / rows.COMMON).read_text().splitlines()
+    lines = (rows.ROWS / study / rows.COMMON).read_text().splitlines()
     comments = [line.removeprefix("#").strip() for line in lines if line[:1] == "#"]
     return "\n".join(comments).replace("Command: ", "Command: `") + "`"
 
 
-def section(set: str, folder: Path) -> str:
+def section(study: str, folder: Path) -> str:
     """A set's heading, words and table."""
-    return f"### {set}\n\n{about(set)}\n\n{set_table(set, folder)}"
+    return f"### {study}\n\n{about(study)}\n\n{set_table(study, folder)}"
 
 
 def main() -> None:
@@ -89,9 +89,9 @@ def main() -> None:
     given = parser.parse_args()
     for path, sets in (
         (given.readme, IN_README),
-        (given.page, [set for set in rows.sets() if set not in IN_README]),
+        (given.page, [study for study in rows.sets() if study not in IN_README]),
     ):
-        text = "\n\n".join(section(set, given.results) for set in sets)
+        text = "\n\n".join(section(study, given.results) for study in sets)
         path.write_text(insert(path.read_text(), text, "results"))
 
 
