@@ -41,7 +41,9 @@ def in_order_of_value(sets: Iterable[str], seeds: Iterable[int]) -> list[rows.Ru
         first = FIRST.index(name) if name in FIRST else len(FIRST)
         return (first == len(FIRST), place, first, row)
 
-    pairs = [(place, row) for place, study in enumerate(sets) for row in rows.rows(study)]
+    pairs = [
+        (place, row) for place, study in enumerate(sets) for row in rows.rows(study)
+    ]
     return [rows.Run(row, seed) for seed in seeds for _, row in sorted(pairs, key=rank)]
 
 

@@ -19,7 +19,7 @@ import hsee_jax
 from hsee_jax import cli
 from hsee_jax.cli.commands import COMMANDS
 from hsee_jax.cli.terminal import ProgressBar
-from hsee_jax.config import SECTIONS, flatten, options, override, preset
+from hsee_jax.config import override, preset
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.build import build_data
 from hsee_jax.runs.records import Scores
@@ -436,63 +436,3 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
         assert result.returncode == 2
         assert result.stderr.count("\n") == 1, result.stderr
         assert not (tmp_path / "run").exists()
-
-
-READERS = {  # what reads an option that the demo does not
-    "alpha": {"partition": "dirichlet"},
-    "classes_per_client": {"partition": "classes"},
-    "exit_gradient": {"boundary": "joint"},
-    "features": {"network": "tiny"},
-    "labels": {"dataset": "npz"},
-    "turn": {"strategy": "sequential"},
-}
-
-
-@pytest.mark.parametrize("name", options())
-def test_every_option_is_a_flag_that_changes_it(name, monkeypatch, tmp_path):
-    """The flag reaches the configuration that is trained."""
-    seen = []
-
-    def train(config, *args, **kwargs):
-        seen.append(config)
-        return FINISHED
-
-    monkeypatch.setattr("hsee_jax.cli.train.train_run", train)
-    monkeypatch.setattr("hsee_jax.cli.train.print_figures", lambda *a, **k: None)
-    option = options()[name][1]
-    base = override(preset("demo"), **READERS.get(name, {}))
-    current = flatten(base)[name]
-    value = different(option, current)
-    words = [f"--{name.replace('_', '-')}"]
-    words += map(str, value if option.many else [value])
-    for reader, choice in READERS.get(name, {}).items():
-        words += [f"--{reader}", choice]
-    if name == "data_dir":  # kept as an absolute path
-        value = str(Path(value).resolve())
-    expected = override(base, **{name: value})
-    assert cli.main(["train", *words, "--out", str(tmp_path / "run")]) == 0
-    assert seen == [expected]
-    assert value != current
-
-
-def different(option, current):
-    """Another allowed value of an option."""
-    if option.choices:
-        return next(choice for choice in option.choices if choice != current)
-    if option.many:
-        several = {"absences": ("1:2-3",), "plugin": ("tiny",)}
-        return several.get(option.name, ("1", "layer2"))
-    if option.kind is float:
-        return 0.125
-    return "folder" if option.kind is str else (current or 3) + 1
-
-
-def test_every_field_is_read():
-    """Each one is an attribute somewhere beside its definition."""
-    package = Path(cli.__file__).parents[1]
-    code = "".join(
-        path.read_text() for path in package.rglob("*.py") if path.name != "schema.py"
-    )
-    for section in SECTIONS.values():
-        for name in section.fields():
-            assert re.search(rf"\.{name}\b|\"{name}\"", code), name
