@@ -9,10 +9,7 @@ import optax
 import pytest
 from tiny import DenseLayer, tiny_data, tiny_federation, tiny_model
 
-from hsee_jax.algorithms import (
-    averaging,
-    sequential,
-)
+from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.core import Batch
 from hsee_jax.federation.branch import (
     client_spec,
