@@ -143,6 +143,19 @@ def test_scan_checkpoint_and_shard_map(mode):
     assert_close(jax.jit(sharded)(x, w), expected)
 
 
+def groups_of(run, *operands):
+    """The number of groups of every convolution in a program."""
+    text = jax.jit(run).lower(*operands).as_text()
+    return [
+        max(
+            int(line.partition(f"{kind}_group_count = ")[2].partition(" ")[0])
+            for kind in ("batch", "feature")
+        )
+        for line in text.splitlines()
+        if "stablehlo.convolution" in line
+    ]
+
+
 @pytest.mark.parametrize(
     ("mode", "groups"),
     [
@@ -154,18 +167,8 @@ def test_scan_checkpoint_and_shard_map(mode):
 )
 def test_what_stacked_weights_become(mode, groups):
     """The number of groups of every convolution in the program."""
-    shape = SHAPES["3x3"]
-    run = jax.vmap(passes(convolution(mode), shape))
-    text = jax.jit(run).lower(*arrays(shape)).as_text()
-    lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
-    found = [
-        max(
-            int(line.partition(f"{kind}_group_count = ")[2].partition(" ")[0])
-            for kind in ("batch", "feature")
-        )
-        for line in lines
-    ]
-    assert found == groups
+    run = jax.vmap(passes(convolution(mode), SHAPES["3x3"]))
+    assert groups_of(run, *arrays(SHAPES["3x3"])) == groups
 
 
 def test_shared_weights_are_one_convolution_of_a_larger_batch():
@@ -177,13 +180,16 @@ def test_shared_weights_are_one_convolution_of_a_larger_batch():
     assert f"tensor<{CLIENTS * BATCH}x6x8x4xf32>" in text
 
 
-def test_accelerators_take_the_native_one_and_patches_for_stacks(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.parametrize(
+    ("backend", "stacked"), [("gpu", [1] * 9), ("tpu", [CLIENTS] * 3)]
+)
+def test_accelerators_take_the_native_one(monkeypatch, backend, stacked):
+    """For stacked weights a GPU takes one after another, a TPU groups of one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     run = passes(convolution("auto"), WIDE)
     x, w = arrays(WIDE)
-    alone = jax.make_jaxpr(run)(x[0], w[0]).pretty_print()
-    assert alone.count("conv_general_dilated[") == 3
-    assert "conv_general_dilated[" not in str(jax.make_jaxpr(jax.vmap(run))(x, w))
+    assert groups_of(run, x[0], w[0]) == [1] * 3
+    assert groups_of(jax.vmap(run), x, w) == stacked
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_what_is_not_supported_is_refused(options):
 
 
 def test_modes_are_those_of_the_configuration():
-    assert set(options()["conv"][1].metadata["choices"]) == set(MODES)
+    assert set(options()["conv"][1].choices) == set(MODES)
     with pytest.raises(ValueError, match="patch is none of auto"):
         convolution("patch")
 
