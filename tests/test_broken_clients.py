@@ -1,5 +1,6 @@
 """`hsee gate` on runs in which some networks are not finite, beside sound ones."""
 
+import functools
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from tiny import TINY, noise_state, write_run
 
 from hsee_jax import cli
+from hsee_jax.cli import gate as command
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
@@ -72,9 +74,16 @@ def strict_json(text):
 
 
 @pytest.fixture(scope="module")
-def found(run):
+def study(run):
+    return make_study(run, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def found(run, study):
     """What `hsee gate` writes."""
-    assert gate(run, "--target-offload", 0.3) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "study", lambda folder, **options: study)
+        assert gate(run, "--target-offload", 0.3) == 0
     names = ("curve", "thresholds")
     texts = [(run / "gate" / f"{name}.json").read_text() for name in names]
     return dict(zip(names, map(strict_json, texts), strict=True))
@@ -122,9 +131,8 @@ def test_the_tables_show_them(found, run):
         assert cells[broken][f" {figure} accuracy "] == " 0.0000 "
 
 
-def test_a_target_accuracy_is_that_of_the_sound_clients(run, sound):
+def test_a_target_accuracy_is_that_of_the_sound_clients(study, sound):
     """A broken client gets its most accurate threshold."""
-    study = make_study(run, batch_size=32)
     most = sound.clients[2].held_out.accuracy.max()
     first, second, other = study.thresholds(Target("accuracy", most))["clients"]
     assert other["validation_accuracy"] == pytest.approx(most)
@@ -134,8 +142,9 @@ def test_a_target_accuracy_is_that_of_the_sound_clients(run, sound):
         study.thresholds(Target("accuracy", most + 1e-3))
 
 
-def test_a_run_without_a_sound_client_has_a_curve(tmp_path, state, capsys):
+def test_a_run_without_a_sound_client_has_a_curve(tmp_path, state, monkeypatch, capsys):
     """All samples go to servers that are always wrong; no accuracy can be reached."""
+    monkeypatch.setattr(command, "study", functools.cache(make_study))
     clients = tuple(with_nan(stack, EVERY) for stack in state.clients)
     write_run(tmp_path, CONFIG, state=state.replace(clients=clients))
     assert gate(tmp_path, "--target-bytes", 0, "--json") == 0

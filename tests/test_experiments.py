@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny  # noqa: F401  registers its network
 
 import hsee_jax
 from hsee_jax.runs.build import build_federation, build_strategy
@@ -35,6 +36,8 @@ cuts = ["1", "2"]
 max_train_samples = 40
 max_test_samples = 20
 rounds = 3
+network = "tiny"
+plugin = ["tiny"]
 """
 
 
@@ -88,7 +91,7 @@ def test_rows_are_chosen_by_themselves_and_by_sets(mini):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, tiny_network, capsys):
+def test_a_run_that_is_stopped_goes_on_and_is_done_once(mini, capsys):
     one = rows.Run("mini/averaging", 1)
     assert runner.perform(one, changes={}, **mini, stop=lambda: True) == (
         "stopped in round 1 after step 1 (3 rounds)"
@@ -197,7 +200,7 @@ def test_the_accelerator_takes_the_telling_rows_first():
 
 @pytest.mark.slow
 def test_the_accelerator_keeps_to_its_time_and_goes_on(
-    mini, tiny_network, tmp_path, monkeypatch, capsys
+    mini, tmp_path, monkeypatch, capsys
 ):
     """From plain npz files; the second call ends what the first one began."""
     rng = np.random.default_rng(0)
@@ -281,11 +284,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {experiments!r}]
-import rows, run
-from tiny import tiny_model
-import hsee_jax.experiment
-model = tiny_model(input_shape=(28, 28, 1), classes=10)
-hsee_jax.experiment.build_model = lambda *args: model
+import rows, run, tiny
 rows.ROWS = Path({rows!r})
 if __name__ == "__main__":
     raise SystemExit(run.main())

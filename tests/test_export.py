@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -76,10 +77,16 @@ def assert_answers(place, spec, branch):
     return five["logits"], five["uncertainty"]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    write_run(folder, SMALL)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path):
-    write_run(tmp_path / "run", SMALL)
-    return tmp_path / "run"
+def run(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "run")
 
 
 def write_known(run, rounds):
