@@ -1,5 +1,8 @@
 """The learning rate as a function of the global step: a warm-up, then a schedule."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import optax
 
 from hsee_jax.core.registry import Registry
@@ -22,7 +25,12 @@ def constant(peak: float, steps: int) -> optax.Schedule:
 
 
 def make_schedule(
-    name: str, *, learning_rate: float, warmup_steps: int, total_steps: int
+    name: str,
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+    options: Mapping[str, Any] = {},
 ) -> optax.Schedule:
     """Build the learning rate of each global step.
 
@@ -31,8 +39,10 @@ def make_schedule(
       learning_rate: the peak.
       warmup_steps: W; the rate rises linearly from peak / W to the peak.
       total_steps: of the whole run, the warm-up included.
+      options: values of the options of the schedule.
     """
-    after = SCHEDULES.make(name, learning_rate, total_steps - warmup_steps)
+    steps = total_steps - warmup_steps
+    after = SCHEDULES.make(name, learning_rate, steps, options=options)
     if warmup_steps == 0:
         return after
     rise = optax.linear_schedule(

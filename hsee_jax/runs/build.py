@@ -250,6 +250,7 @@ def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
         learning_rate=optim.learning_rate,
         warmup_steps=round(optim.warmup_rounds * steps),
         total_steps=rounds * steps,
+        options=optim.options,
     )
     rates: Any = jax.vmap(schedule)(np.arange(rounds * steps, dtype=np.float32))
     return np.asarray(rates, np.float32).reshape(-1, steps)
