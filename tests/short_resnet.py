@@ -18,6 +18,6 @@ def short_resnet(**options) -> Model:
     )
 
 
-short_resnet.__name__ = "short_resnet"
+short_resnet.__name__, short_resnet.__module__ = "short_resnet", __name__
 if "short_resnet" not in NETWORKS:  # this module may be imported under two names
     NETWORKS.register(short_resnet)

@@ -42,7 +42,7 @@ class Head(nn.Module):
 
 
 @hs.nn.register
-def my_net(
+def users_net(
     *,
     num_classes: int,
     input_shape: tuple[int, ...],
@@ -58,7 +58,7 @@ def my_net(
         input_shape=input_shape,
     )
 '''
-MINE = "--plugin my_net --network my_net --depth 3".split()
+MINE = "--plugin users_net --network users_net --depth 3".split()
 FEW = (
     "--num-clients 2 --cuts 1 conv2 --max-train-samples 32 --max-test-samples 16 "
     "--validation-share 0.25 --batch-size 4 --rounds 1"
@@ -69,7 +69,7 @@ FEW = (
 def place(tmp_path_factory):
     """The folder with the user's module, and beside it the run."""
     place = tmp_path_factory.mktemp("mine")
-    (place / "my_net.py").write_text(NETWORK)
+    (place / "users_net.py").write_text(NETWORK)
     command = [sys.executable, "-m", "hsee_jax", "train", *MINE, *FEW, "--out", "run"]
     package = str(Path(hs.__file__).parents[1])
     ended = subprocess.run(
@@ -91,8 +91,8 @@ def here(place, monkeypatch):
 
 def test_the_run_names_the_network_and_its_module(place):
     config = json.loads((place / "run" / "config.json").read_text())
-    assert config["model"] == {"network": "my_net", "depth": 3}
-    assert config["run"]["plugin"] == ["my_net"]
+    assert config["model"] == {"network": "users_net", "depth": 3}
+    assert config["run"]["plugin"] == ["users_net"]
 
 
 def test_it_is_evaluated(place, capsys):
@@ -144,10 +144,10 @@ def test_its_costs_are_shown(capsys):
 
 
 def test_its_help_names_its_option(capsys):
-    assert cli.main(["train", "--plugin", "my_net", "--help"]) == 0
+    assert cli.main(["train", "--plugin", "users_net", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--depth INT how many convolutions (my_net) (2)" in text
-    assert "my_net: A chain of convolutions." in text
+    assert "--depth INT how many convolutions (users_net) (2)" in text
+    assert "users_net: A chain of convolutions." in text
 
 
 @pytest.mark.parametrize(
@@ -158,19 +158,22 @@ def test_its_help_names_its_option(capsys):
             "--plugin bad_net",
             "plugin: bad_net cannot be imported (RuntimeError: no way)",
         ),
-        ("--plugin my_net --network my_ne", "network: my_ne is unknown (did you mean"),
         (
-            "--plugin my_net --network my_net --width 4",
-            "width: 4 has no effect on network my_net; it is read by resnet18",
+            "--plugin users_net --network my_ne",
+            "network: my_ne is unknown (did you mean",
         ),
-        ("--plugin my_net --network my_net --depth 0", "depth: 0 is not allowed"),
         (
-            "--plugin my_net --network my_net --depth x",
+            "--plugin users_net --network users_net --width 4",
+            "width: 4 has no effect on network users_net; it is read by resnet18",
+        ),
+        ("--plugin users_net --network users_net --depth 0", "depth: 0 is not allowed"),
+        (
+            "--plugin users_net --network users_net --depth x",
             "--depth: invalid int value: 'x'",
         ),
-        ("--plugin my_net --depth 3", "depth: 3 has no effect on network resnet18"),
+        ("--plugin users_net --depth 3", "depth: 3 has no effect on network resnet18"),
         (
-            "--plugin my_net --network my_net --depth 3 --cuts 4",
+            "--plugin users_net --network users_net --depth 3 --cuts 4",
             "cuts: 4 is not a layer; allowed are 1..3",
         ),
     ],

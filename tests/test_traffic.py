@@ -54,7 +54,7 @@ def test_the_bytes_of_a_sample_by_strategy():
     assert samples(splitfed_v2, (1, 1)) == [(404, 400)]
     assert samples(fedavg, (3, 3)) == samples(centralized, (2,)) == [(0, 0)]
     for make, cuts in ((fedavg, (3, 3)), (centralized, (2,))):
-        message = f"link: .* no effect on {make.__name__}, .* allowed is full"
+        message = f"link: int8 is not allowed with {make.__name__}, .* allowed is full"
         with pytest.raises(UserError, match=message):
             samples(make, cuts, link="int8")
 
