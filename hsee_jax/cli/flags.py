@@ -139,9 +139,11 @@ def _help(section: Any, option: Option, demo: Any) -> str:
         if option.name == registry.kind:
             entries = registry.values()
             text += ": " + "; ".join(f"{e.name}: {e.summary}" for e in entries)
-    default = option.default if demo is None else demo
-    shown = " ".join(default) if option.many else default
-    return f"{text} (demo: {shown})" if demo is not None else f"{text} ({shown})"
+    value = option.default if demo is None else demo
+    if value is None or value == ():
+        return text
+    shown = " ".join(value) if option.many else value
+    return f"{text} ({shown})" if demo is None else f"{text} (demo: {shown})"
 
 
 def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
