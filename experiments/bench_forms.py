@@ -5,7 +5,7 @@ are stacked (`--client-axis vmap`), for a loop over the clients, and for one Res
 trained on as many images by `branch_step` in one program. The cost of a form is its
 time for an image relative to that plain network: 1 means that many clients cost no more
 than one network on all of their images. `auto` rests on this table.
-Cost: about 5 minutes on a GPU; on a CPU only --quick is of use.
+Cost: about 5 minutes on a GPU; a small size on a CPU takes 10.
 Command: python experiments/bench_forms.py [--forms unrolled grouped ...]
 """
 
@@ -53,8 +53,9 @@ class Size(NamedTuple):
         return self.clients * self.batch_size * self.steps
 
 
-FULL = Size(64, 128, 12, 4, "bfloat16")
-QUICK = Size(2, 4, 3, 2, "float32")
+ACCELERATOR = Size(64, 128, 12, 4, "bfloat16")
+CPU = Size(8, 8, 6, 2, "float32")
+QUICK = Size(2, 4, 3, 1, "float32")
 
 
 def plain_network(size: Size) -> Callable[[], Any]:
@@ -140,7 +141,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     arguments = parser.parse_args()
     forms = arguments.forms or [form for form in FORMS if form != "auto"]
-    size, repeats = (QUICK, 1) if arguments.quick else (FULL, 7)
+    size, repeats = (CPU if jax.default_backend() == "cpu" else ACCELERATOR), 7
+    if arguments.quick:
+        size, repeats, forms = QUICK, 1, ["unrolled"]
     rows = measure(size, forms, repeats=repeats)
     print(bench.table(rows, COLUMNS))
     print(f"\nwrote {bench.write('forms', rows, out=arguments.out)}")

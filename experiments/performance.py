@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench
+import bench_forms
 import bench_gate
 import bench_round
 import bench_scaling
@@ -61,6 +62,12 @@ SECTIONS = (
     _scaling("memory", "Peak memory against the number of clients"),
     _scaling("precision", "Precision, and a loop or one scan (vmap)"),
     _scaling("population", "Rounds of a few clients out of many"),
+    Section(
+        "forms",
+        "Forms of the stacked convolutions in whole rounds",
+        bench_forms.COLUMNS,
+        {"gpu": []},
+    ),
     Section(
         "gate",
         "Early exits: time against the share of samples that is sent",

@@ -180,7 +180,8 @@ def _auto(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str
     On CPU, stacked weights never get a native convolution: XLA runs it slowly inside a
     scan. XLA for TPU makes one convolution of a group, with the client as a spatial
     axis. On a GPU the gradients of grouped convolutions by the weights become forward
-    convolutions with windows as large as the image, so the clients go one by one.
+    convolutions with windows as large as the image, so the clients go one by one:
+    experiments/bench_forms.py measured a round at 1.6 times the speed of groups.
     """
     backend = jax.default_backend()
     if backend != "cpu":
