@@ -114,7 +114,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata
 
-        return metadata.version("hsee-jax")
+        try:
+            return metadata.version("hsee-jax")
+        except metadata.PackageNotFoundError:  # a source tree that is not installed
+            return "unknown"
     if name in _HOMES:
         value = getattr(importlib.import_module(f"hsee_jax.{_HOMES[name]}"), name)
         globals()[name] = value

@@ -54,6 +54,10 @@ class Notebook(runs.Callback):
         self.calls.append("exit")
         self.error = kind
 
+    def on_start(self, experiment):
+        self.calls.append("start")
+        self.rounds = experiment.cadence.rounds
+
     def on_round(self, record, moment):
         self.calls.append(f"round {record.round}")
         self.records.append(record)
@@ -81,7 +85,9 @@ def whole(tmp_path_factory):
 
 def test_a_callback_is_told_every_round_and_the_end(whole):
     notebook, summary = whole
-    assert notebook.calls == ["enter", "round 1", "round 2", "round 3", "end", "exit"]
+    rounds = ["round 1", "round 2", "round 3"]
+    assert notebook.calls == ["enter", "start", *rounds, "end", "exit"]
+    assert notebook.rounds == 3
     assert notebook.error is None
     assert notebook.records == read_records(notebook.folder)
     assert [record.test is None for record in notebook.records] == [True, False, False]
@@ -122,14 +128,14 @@ def test_a_callback_is_told_of_a_stop_in_the_middle_of_a_round(whole, tmp_path):
         train(CONFIG, tmp_path / "run", callbacks=[first], stop=stop)
     rounds, steps = stopped.value.rounds, stopped.value.steps
     assert (rounds, steps > 0) == (1, True)
-    assert first.calls == ["enter", "round 1", "pause", "exit"]
+    assert first.calls == ["enter", "start", "round 1", "pause", "exit"]
     assert first.error is Stopped and first.summary is None
     assert first.moments[-1][:3] == (rounds, steps, True)
     saved = find(tmp_path / "run" / "checkpoints", midway=True)
     assert (saved.rounds, saved.steps) == (rounds, steps)
 
     train(CONFIG, tmp_path / "run", resume=True, callbacks=[second])
-    assert second.calls == ["enter", "round 2", "round 3", "end", "exit"]
+    assert second.calls == ["enter", "start", "round 2", "round 3", "end", "exit"]
     for record, expected in zip(
         first.records + second.records, whole[0].records, strict=True
     ):

@@ -37,10 +37,13 @@ def feedback():
     def init(features):
         return Feedback(jnp.zeros(features.shape), jnp.zeros((), jnp.int32))
 
-    def encode(features, state):
+    def encode(features, state, mask):
         wanted = features + jnp.broadcast_to(state.error, features.shape)
         quarters = jnp.round(4 * wanted)
-        error = jnp.mean(wanted - quarters / 4, axis=0, keepdims=True)
+        rows = jnp.reshape(mask, (-1, *[1] * (features.ndim - 1)))
+        missed = jnp.where(rows, wanted - quarters / 4, 0)
+        count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
+        error = jnp.sum(missed, axis=0, keepdims=True) / count
         return quarters.astype(jnp.int8), Feedback(error, state.count + 1)
 
     def decode(message, dtype):
@@ -57,7 +60,7 @@ def sparse():
 
     return Codec(
         init=lambda features: (),
-        encode=lambda features, state: (jnp.maximum(features, 0), state),
+        encode=lambda features, state, mask: (jnp.maximum(features, 0), state),
         decode=lambda message, dtype: message.astype(dtype),
         nbytes=nbytes,
     )
@@ -118,6 +121,12 @@ def test_padding_alone_leaves_the_state_as_it_is():
     jax.tree.map(np.testing.assert_array_equal, after, client)
     _, after = encode(spec, client, values, jnp.arange(4) < 1)
     assert after.link.count == 4
+    # nor do rows of padding reach it, or features that are not finite
+    other = values.at[1:].set(7.0)
+    _, again = encode(spec, client, other, jnp.arange(4) < 1)
+    jax.tree.map(np.testing.assert_array_equal, again.link, after.link)
+    _, broken = encode(spec, client, values * jnp.nan, jnp.ones(4, bool))
+    jax.tree.map(np.testing.assert_array_equal, broken, client)
 
 
 def test_the_state_waits_on_the_host_for_its_client():

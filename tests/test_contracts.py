@@ -213,7 +213,8 @@ def test_a_codec(name, dtype):
 
     @jax.jit
     def cross(values):
-        message, after = codec.encode(values, state)
+        mask = jnp.ones(len(values), bool)
+        message, after = codec.encode(values, state, mask)
         arrived = codec.decode(message, dtype)
         return message, after, arrived, codec.nbytes(message)
 
@@ -229,6 +230,9 @@ def test_a_codec(name, dtype):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for new, old in zip(*map(jax.tree.leaves, (after, state)), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
+    infinite = values.copy()
+    infinite[1, 0, 0] = np.inf  # the server has to see it, to refuse the step
+    assert not np.isfinite(cross(infinite)[2][1].astype(np.float32)).all()
     for n in range(5):
         alone = cross(values[n : n + 1])[0]
         assert_equal(alone, jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], message))

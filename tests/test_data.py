@@ -18,6 +18,8 @@ REAL = Path(
     os.environ.get("HSEE_TFDS_DIR", Path(__file__).parents[2] / "shared/data/tfds")
 )
 
+LOG = "hsee_jax.data.datasets"
+
 
 def test_every_dataset_is_a_choice():
     assert options()["dataset"][1].choices == (*DATASETS, OWN)
@@ -62,7 +64,7 @@ def said(caplog, monkeypatch):
     """What the package logs, also after a command line in the same process."""
     monkeypatch.setattr(logging.getLogger("hsee_jax"), "propagate", True)
     caplog.set_level(logging.INFO, "hsee_jax")
-    return lambda: [r.message for r in caplog.records if r.name == "hsee_jax.data"]
+    return lambda: [r.message for r in caplog.records if r.name == LOG]
 
 
 @pytest.fixture

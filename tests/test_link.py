@@ -36,7 +36,8 @@ def encode(values, name):
     """The first message for features."""
     codec = CODECS.make(name)
     sample = jax.ShapeDtypeStruct((1, *values.shape[1:]), values.dtype)
-    return codec.encode(values, codec.init(sample))[0]
+    mask = jnp.ones(len(values), bool)
+    return codec.encode(values, codec.init(sample), mask)[0]
 
 
 @partial(jax.jit, static_argnums=1)
@@ -131,10 +132,11 @@ def test_a_message_does_not_depend_on_its_company(link):
 def test_a_full_link_adds_nothing_to_the_program():
     codec = CODECS.make("full")
 
-    def crossed(values):
-        return codec.decode(codec.encode(values, ())[0], values.dtype)
+    def crossed(values, mask):
+        return codec.decode(codec.encode(values, (), mask)[0], values.dtype)
 
-    assert not jax.make_jaxpr(crossed)(features()).eqns
+    mask = np.ones(len(features()), bool)
+    assert not jax.make_jaxpr(crossed)(features(), mask).eqns
 
 
 PAIR = tiny_federation({0: 1, 1: 1}, MODEL)._replace(codec=INT8)

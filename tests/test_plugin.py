@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import hsee_jax as hs
 from hsee_jax import cli
+from hsee_jax.nn import NETWORKS
 
 NETWORK = '''
 """A chain of small convolutions."""
@@ -20,7 +22,7 @@ from typing import Annotated
 import flax.linen as nn
 
 import hsee_jax as hs
-from hsee_jax.core import at_least
+from hsee_jax.core import at_least, one_of
 
 
 class Block(nn.Module):
@@ -47,6 +49,12 @@ def users_net(
     num_classes: int,
     input_shape: tuple[int, ...],
     depth: Annotated[int, "how many convolutions", at_least(1)] = 2,
+    # ResNet-18 has options of these names, too
+    width: int = 4,
+    stem: Annotated[str, "none", one_of("none", "patch")] = "none",
+    conv: Annotated[str, "form", one_of("own")] = "own",
+    sizes: tuple[int, ...] = (3, 3),
+    dense: bool = False,
 ) -> hs.Model:
     """A chain of convolutions."""
     head = hs.nn.from_linen(Head(num_classes))
@@ -58,7 +66,19 @@ def users_net(
         input_shape=input_shape,
     )
 '''
-MINE = "--plugin users_net --network users_net --depth 3".split()
+MINE = (
+    "--plugin users_net --network users_net --depth 3 --stem patch --sizes 5 3 "
+    "--dense true"
+).split()
+MODEL = {
+    "network": "users_net",
+    "depth": 3,
+    "width": 4,
+    "stem": "patch",
+    "conv": "own",
+    "sizes": [5, 3],
+    "dense": True,
+}
 FEW = (
     "--num-clients 2 --cuts 1 conv2 --max-train-samples 32 --max-test-samples 16 "
     "--validation-share 0.25 --batch-size 4 --rounds 1"
@@ -91,7 +111,7 @@ def here(place, monkeypatch):
 
 def test_the_run_names_the_network_and_its_module(place):
     config = json.loads((place / "run" / "config.json").read_text())
-    assert config["model"] == {"network": "users_net", "depth": 3}
+    assert config["model"] == MODEL
     assert config["run"]["plugin"] == ["users_net"]
 
 
@@ -143,11 +163,48 @@ def test_its_costs_are_shown(capsys):
     assert next(row for row in rows if row[:2] == ["final", "head"])[2] == "50"
 
 
+def test_its_options_are_its_own():
+    """Another network's values, chosen or not, do not become its own."""
+    hs.config.load_plugins(["users_net"])
+    chosen = hs.override(hs.preset("demo"), stem="7x7")
+    chosen = hs.override(chosen, network="users_net")
+    plain = hs.override(hs.Config(), network="users_net", plugin=("users_net",))
+    assert chosen.model == plain.model
+    assert (plain.model.width, plain.model.stem, plain.model.sizes) == (
+        4,
+        "none",
+        (3, 3),
+    )
+    back = hs.override(plain, network="resnet18")
+    assert back.model == hs.Config().model
+
+
+def test_a_report_needs_no_plugin(place, capsys):
+    """Figures of a run can be drawn where its network is not."""
+    run = place / "elsewhere"
+    shutil.copytree(place / "run", run)
+    text = (run / "config.json").read_text().replace("users_net", "lost_net")
+    (run / "config.json").write_text(text)
+    assert cli.main(["report", str(run)]) == 0
+    assert cli.main(["eval", str(run)]) == 2
+    assert "plugin: lost_net cannot be imported" in capsys.readouterr().err
+
+
 def test_its_help_names_its_option(capsys):
     assert cli.main(["train", "--plugin", "users_net", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--depth INT how many convolutions (users_net) (2)" in text
     assert "users_net: A chain of convolutions." in text
+
+
+CLASH = """
+import hsee_jax as hs
+
+
+@hs.nn.register
+def clash_net(*, num_classes, input_shape, init: int = 1):
+    pass
+"""
 
 
 @pytest.mark.parametrize(
@@ -159,17 +216,25 @@ def test_its_help_names_its_option(capsys):
             "plugin: bad_net cannot be imported (RuntimeError: no way)",
         ),
         (
-            "--plugin users_net --network my_ne",
-            "network: my_ne is unknown (did you mean",
+            "--plugin users_net --network users_ne",
+            "network: users_ne is unknown (did you mean users_net?)",
         ),
         (
-            "--plugin users_net --network users_net --width 4",
-            "width: 4 has no effect on network users_net; it is read by resnet18",
+            "--plugin users_net --network users_net --exit-head linear",
+            "exit_head: linear has no effect on network users_net; it is read by resn",
         ),
         ("--plugin users_net --network users_net --depth 0", "depth: 0 is not allowed"),
         (
             "--plugin users_net --network users_net --depth x",
             "--depth: invalid int value: 'x'",
+        ),
+        (
+            "--plugin users_net --network users_net --stem 7x7",
+            "stem: 7x7 is unknown; allowed are none, patch",
+        ),
+        (
+            "--plugin clash_net",
+            "plugin: option init of network clash_net has the name of another option",
         ),
         ("--plugin users_net --depth 3", "depth: 3 has no effect on network resnet18"),
         (
@@ -179,8 +244,11 @@ def test_its_help_names_its_option(capsys):
     ],
 )
 @pytest.mark.parametrize("command", ["train", "info"])
-def test_a_mistake_is_one_line(command, words, message, place, capsys):
+def test_a_mistake_is_one_line(command, words, message, place, monkeypatch, capsys):
     (place / "bad_net.py").write_text('raise RuntimeError("no\\nway")\n')
+    (place / "clash_net.py").write_text(CLASH)
+    monkeypatch.setattr(NETWORKS, "_entries", dict(NETWORKS._entries))
+    monkeypatch.delitem(sys.modules, "clash_net", raising=False)
     out = ["--out", "new"] if command == "train" else []
     assert cli.main([command, *words.split(), *out]) == 2
     out, err = capsys.readouterr()

@@ -17,6 +17,8 @@ without_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is not None, reason="TensorFlow is there"
 )
 
+LOG = "hsee_jax.data.datasets"
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -43,7 +45,7 @@ def read(tmp_path, caplog, monkeypatch):
 
     def act(name="cifar10", **limits):
         train, test = load_dataset(name, folder=tmp_path, **limits)
-        lines = [r.message for r in caplog.records if r.name == "hsee_jax.data"]
+        lines = [r.message for r in caplog.records if r.name == LOG]
         return {"train": train, "test": test}, lines[-1]
 
     return act

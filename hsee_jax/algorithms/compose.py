@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from hsee_jax.algorithms import options
 from hsee_jax.algorithms.averages import Averages, find_holders
 from hsee_jax.algorithms.steps import (
     Rates,
@@ -89,14 +90,15 @@ class Properties(NamedTuple):
             )
 
 
+# Some algorithms use more than the options offer.
 _NAMES = {
-    "average": ("none", "servers", "clients", "all_holders"),
-    "boundary": ("detached", "joint", "none"),
-    "turn": ("batch", "epoch"),
-    "period_unit": ("rounds", "steps"),
-    "batch_norm": ("auto", "average", "keep_local"),
-    "weights": ("samples", "uniform"),
-    "init": ("shared", "per_client"),
+    "average": ("none", "clients", *options.AVERAGES),
+    "boundary": (*options.BOUNDARIES, "none"),
+    "turn": options.TURNS,
+    "period_unit": options.PERIOD_UNITS,
+    "batch_norm": options.BATCH_NORMS,
+    "weights": options.WEIGHTS,
+    "init": options.INITS,
 }
 
 

@@ -5,11 +5,19 @@ from typing import Annotated
 from hsee_jax.core.options import at_least, between, one_of, positive
 from hsee_jax.optim.optimizers import MERGES
 
+BOUNDARIES = ("detached", "joint")
+TURNS = ("batch", "epoch")
+PERIOD_UNITS = ("rounds", "steps")
+AVERAGES = ("servers", "all_holders")
+WEIGHTS = ("samples", "uniform")
+BATCH_NORMS = ("auto", "average", "keep_local")
+INITS = ("shared", "per_client")
+
 Boundary = Annotated[
     str,
     "no gradient crosses the cut, or the server's flows back to the client, as in "
     "split learning [ours: joint]",
-    one_of("detached", "joint"),
+    one_of(BOUNDARIES),
 ]
 ExitGradient = Annotated[
     float,
@@ -21,7 +29,7 @@ Turn = Annotated[
     str,
     "a shared server takes one batch of each client in turn, or a client's whole local "
     "epoch [ours]",
-    one_of("batch", "epoch"),
+    one_of(TURNS),
 ]
 Period = Annotated[
     int,
@@ -29,25 +37,25 @@ Period = Annotated[
     "what it has trained since the last time [ours]",
     at_least(0),
 ]
-PeriodUnit = Annotated[str, "unit of period", one_of("rounds", "steps")]
+PeriodUnit = Annotated[str, "unit of period", one_of(PERIOD_UNITS)]
 Average = Annotated[
     str,
     "a layer's mean is over the server replicas that hold it, or over all holders, "
     "clients included [ours]",
-    one_of("servers", "all_holders"),
+    one_of(AVERAGES),
 ]
 Weights = Annotated[
     str,
     "weights of the clients in a mean: their numbers of training samples, or uniform "
     "[ours]",
-    one_of("samples", "uniform"),
+    one_of(WEIGHTS),
 ]
 BatchNorm = Annotated[
     str,
     "BatchNorm is averaged like the rest, or stays local (FedBN); auto is local where "
     "only servers are averaged, each of which sees the features of its own client "
     "[ours]",
-    one_of("auto", "average", "keep_local"),
+    one_of(BATCH_NORMS),
 ]
 OptimizerState = Annotated[
     str,
@@ -61,5 +69,5 @@ ServerLrScale = Annotated[
 Init = Annotated[
     str,
     "weights at the start: slices of one network, or drawn per client [ours]",
-    one_of("shared", "per_client"),
+    one_of(INITS),
 ]

@@ -16,13 +16,13 @@ from hsee_jax.config import (
     SEEDS,
     Config,
     flatten,
+    load_plugins,
     options,
     override,
     preset,
 )
-from hsee_jax.config.plugins import load_plugins
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import Option
+from hsee_jax.core.options import Option, text_of
 from hsee_jax.runs.folder import load_config, read_config
 
 
@@ -87,25 +87,44 @@ def use_cache(given: dict[str, Any]) -> None:
 
 
 def find_plugins(words: Sequence[str]) -> None:
-    """Import the modules that ``--plugin`` names, so that they can add flags."""
+    """Import the modules that a command line needs, so that they can add flags.
+
+    ``--plugin`` names them, and the configuration that ``--config``, or ``--out`` of a
+    run to resume, begins with.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", nargs="+", default=())
-    load_plugins(parser.parse_known_args(words)[0].plugin)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    given = parser.parse_known_args(words)[0]
+    load_plugins(given.plugin)
+    if given.config is not None:
+        load_config(given.config)
+    elif given.resume and given.out is not None:
+        read_config(given.out)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every option of `Config`, and ``--seed`` for three of them."""
+    options()  # refuses two options of one name
     demo = flatten(PRESETS["demo"])
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.__name__.removesuffix("Config"))
         for name, option in section.known().items():
-            group.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=_parsed(option),
-                nargs="+" if option.many else None,
-                metavar="|".join(option.choices) or option.kind.__name__.upper(),
-                help=_help(section, option, demo.get(name)).replace("%", "%%"),
-            )
+            try:
+                group.add_argument(
+                    f"--{name.replace('_', '-')}",
+                    type=_parsed(option),
+                    nargs="+" if option.many else None,
+                    metavar="|".join(option.choices) or option.kind.__name__.upper(),
+                    help=_help(section, option, demo.get(name)).replace("%", "%%"),
+                )
+            except argparse.ArgumentError as error:
+                raise UserError(
+                    f"plugin: option {name} has the name of another flag; allowed is a "
+                    "name of its own"
+                ) from error
     parser.add_argument("--seed", type=int, metavar="INT", help="sets all three seeds")
     parser.add_argument(
         "--absences-file",
@@ -142,7 +161,7 @@ def _help(section: Any, option: Option, demo: Any) -> str:
     value = option.default if demo is None else demo
     if value is None or value == ():
         return text
-    shown = " ".join(value) if option.many else value
+    shown = text_of(value)
     return f"{text} ({shown})" if demo is None else f"{text} (demo: {shown})"
 
 
@@ -171,6 +190,9 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
         base = preset(given["preset"])
     else:
         base = preset("demo") if stored is None else read_config(stored)
+    if "plugin" in changes:  # the base needs its own as well
+        both = (*base.run.plugin, *changes["plugin"])
+        changes["plugin"] = tuple(dict.fromkeys(both))
     if "absences_file" in given:
         clients = changes.get("num_clients", base.clients.num_clients)
         changes["absences"] = read_absences(given["absences_file"], clients)

@@ -13,7 +13,7 @@ from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.inference.study import study
 from hsee_jax.report import gate as gate_report
-from hsee_jax.runs.folder import check_writable
+from hsee_jax.runs.folder import check_writable, read_config
 
 _TARGETS = {
     "offload": "at most this share of the samples goes to the server",
@@ -77,6 +77,7 @@ def _target(given: argparse.Namespace) -> Target | None:
     Raises:
       UserError: the criterion is unknown, or the batch size too small.
     """
+    read_config(given.run)  # its plugins may bring the criterion
     CRITERIA.entry(given.criterion)
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(

@@ -1,5 +1,6 @@
 """The configuration of a run, and its presets."""
 
+from hsee_jax.config.plugins import PluginError, load_plugins
 from hsee_jax.config.presets import PRESETS, preset
 from hsee_jax.config.schema import (
     BOOKKEEPING,
@@ -31,10 +32,12 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
+    "PluginError",
     "RunConfig",
     "StrategyConfig",
     "flatten",
     "from_dict",
+    "load_plugins",
     "options",
     "override",
     "preset",

@@ -39,6 +39,7 @@ BOOKKEEPING = (
     "checkpoint_every",
     "keep_checkpoints",
     "client_axis",
+    "plugin",
 )
 
 

@@ -6,6 +6,7 @@ are not there. So a configuration holds what has an effect, and nothing else.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -42,6 +43,14 @@ class Values(Mapping[str, Any]):
         return f"Values({self._values})"
 
 
+def name_taken(registry: Registry, name: str) -> UserError:
+    """Return the error for an option whose name another option has already."""
+    return UserError(
+        f"plugin: option {name} of {registry.kind} {registry.readers(name)[0]} has the "
+        "name of another option; allowed is a name of its own"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """Fields that check themselves, and the options of the entries that they name."""
@@ -69,6 +78,7 @@ class Section:
         return self.options[name]
 
     @classmethod
+    @functools.cache
     def fields(cls) -> Mapping[str, Option]:
         """Return the section's own fields, by name."""
         names = [f.name for f in dataclasses.fields(cls) if f.name != "options"]
@@ -76,10 +86,17 @@ class Section:
 
     @classmethod
     def known(cls) -> dict[str, Option]:
-        """Return the own fields, and the options of all entries that can be named."""
+        """Return the own fields, and the options of all entries that can be named.
+
+        Raises:
+          UserError: two of them have one name.
+        """
         found = dict(cls.fields())
         for registry in cls.registries.values():
-            found.update(registry.options())
+            for name, option in registry.options().items():
+                if name in found:
+                    raise name_taken(registry, name)
+                found[name] = option
         return found
 
     def active(self) -> dict[str, Option]:
@@ -95,7 +112,10 @@ class Section:
         return own | dict(self.options)
 
     def changed(self, changes: Mapping[str, Any]) -> "Section":
-        """Return a copy with other values; options that lose their reader are dropped.
+        """Return a copy with other values.
+
+        An option keeps its value if the entries that are named then declare it alike;
+        else it is dropped, or gets the default of its new reader.
 
         Raises:
           UserError: a value is not allowed, or no named entry reads the option.
@@ -106,7 +126,12 @@ class Section:
         for name, value in changes.items():
             if name not in fields and name not in active:
                 raise named.no_effect(name, value)
-        kept = {k: v for k, v in self.options.items() if k in active}
+        before = self.active()
+        kept = {
+            name: value
+            for name, value in self.options.items()
+            if active.get(name) == before[name]
+        }
         own = {k: v for k, v in changes.items() if k not in fields}
         return dataclasses.replace(named, options=Values(kept | own))
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hsee_jax.config.plugins import load_plugins
 from hsee_jax.config.schema import Config
-from hsee_jax.config.section import Section
+from hsee_jax.config.section import Section, name_taken
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.options import Option
 
@@ -17,12 +17,19 @@ SECTIONS: Mapping[str, type[Section]] = {
 
 
 def options() -> dict[str, tuple[str, Option]]:
-    """Return every option by its name, with the section that it belongs to."""
-    return {
-        name: (section, option)
-        for section, kind in SECTIONS.items()
-        for name, option in kind.known().items()
-    }
+    """Return every option by its name, with the section that it belongs to.
+
+    Raises:
+      UserError: a plugin gives an option the name of another.
+    """
+    found: dict[str, tuple[str, Option]] = {}
+    for section, kind in SECTIONS.items():
+        for name, option in kind.known().items():
+            if name in found:
+                registries = kind.registries.values()
+                raise name_taken(next(r for r in registries if r.readers(name)), name)
+            found[name] = section, option
+    return found
 
 
 def override(config: Config, **changes: Any) -> Config:
@@ -34,6 +41,7 @@ def override(config: Config, **changes: Any) -> Config:
       UserError: an unknown option, a value that is not allowed, or an option that
         would have no effect.
     """
+    load_plugins(changes.get("plugin", ()))
     known = options()
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -64,12 +72,12 @@ def to_json(config: Config) -> str:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Read what `to_json` writes; sections and values may be missing.
 
-    Values of options that the named entries do not read are passed over: files of
-    version 0.1 hold them all.
+    Files of version 0.1 hold the options of all entries; what the named entries do not
+    read is passed over there.
 
     Raises:
-      UserError: an unknown section or option, a value of another type, or one that is
-        not allowed.
+      UserError: an unknown section or option, a value that is not allowed, or an option
+        that would have no effect.
     """
     for section, content in values.items():
         if section not in SECTIONS:
@@ -79,7 +87,10 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     values = _migrated(values)
     plugins = SECTIONS["run"].fields()["plugin"]
     load_plugins(plugins.checked(values.get("run", {}).get("plugin", ())))
-    sections = {name: _section(name, content) for name, content in values.items()}
+    strict = "network" in values.get("model", {})  # version 0.1 had one network
+    sections = {
+        name: _section(name, content, strict=strict) for name, content in values.items()
+    }
     return dataclasses.replace(Config(), **cast(dict[str, Any], sections))
 
 
@@ -92,13 +103,16 @@ def _migrated(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "clients": clients, "strategy": strategy}
 
 
-def _section(name: str, content: Mapping[str, Any]) -> Section:
+def _section(name: str, content: Mapping[str, Any], *, strict: bool) -> Section:
     kind = SECTIONS[name]
     known, fields = kind.known(), kind.fields()
-    for key, value in content.items():
+    for key in content:
         if key not in known:
             raise unknown(f"field of {name}", key, known)
-        known[key].checked(value)
     section = kind(**{key: content[key] for key in fields if key in content})
     active = section.active()
+    for key in content.keys() - fields.keys() - active.keys():
+        if strict:
+            raise section.no_effect(key, content[key])
+        known[key].checked(content[key])
     return section.changed({key: content[key] for key in active if key in content})

@@ -10,6 +10,8 @@ The command line, the check of a configuration and the reference are made from t
 import inspect
 import json
 import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -51,6 +53,20 @@ def one_of(*names: str | Iterable[str]) -> Choices:
 
 positive = Rule("more than 0", lambda value: 0 < value < math.inf)
 share = Rule("0 or more, less than 1", lambda value: 0 <= value < 1)
+
+
+# What stands for a value of each type, in Python and NumPy.
+_KINDS: Mapping[Any, tuple[type, ...]] = {
+    str: (str, os.PathLike),
+    int: (numbers.Integral,),
+    float: (numbers.Real,),
+    bool: (bool,),
+}
+
+
+def text_of(value: Any) -> str:
+    """Return an option's value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -97,12 +113,15 @@ class Option:
 
     def _typed(self, value: Any) -> Any:
         if self.many:
+            kinds = (*_KINDS[self.kind], numbers.Integral)  # 3 is the cut "3"
             if isinstance(value, list | tuple) and not any(
-                isinstance(entry, bool) or not isinstance(entry, int | self.kind)
+                isinstance(entry, bool) or not isinstance(entry, kinds)
                 for entry in value
             ):
                 return tuple(self.kind(entry) for entry in value)
-        elif type(value) is self.kind or (self.kind is float and type(value) is int):
+        elif isinstance(value, _KINDS[self.kind]) and (
+            self.kind is bool or not isinstance(value, bool)
+        ):
             return self.kind(value)
         what = self.kind.__name__
         article = "a list of" if self.many else "an" if what == "int" else "a"
@@ -119,12 +138,18 @@ def read_options(owner: Any, names: Iterable[str]) -> Mapping[str, Option]:
     Raises:
       TypeError: an annotation is none of the types that an option can have.
     """
-    hints = typing.get_type_hints(owner, include_extras=True)
-    if inspect.isfunction(owner):
+    if isinstance(owner, type):
+        hints = typing.get_type_hints(owner, include_extras=True)
+        defaults = {name: getattr(owner, name) for name in names}
+    else:
         parameters = inspect.signature(owner).parameters
         defaults = {name: parameters[name].default for name in names}
-    else:
-        defaults = {name: getattr(owner, name) for name in names}
+        own = {n: h for n, h in owner.__annotations__.items() if n in defaults}
+        hints = typing.get_type_hints(  # of the options alone: others may be strings
+            types.SimpleNamespace(__annotations__=own),
+            globalns=inspect.unwrap(owner).__globals__,
+            include_extras=True,
+        )
     return {
         name: _read(name, hints.get(name, type(default)), default)
         for name, default in defaults.items()
@@ -134,9 +159,11 @@ def read_options(owner: Any, names: Iterable[str]) -> Mapping[str, Option]:
 def _read(name: str, hint: Any, default: Any) -> Option:
     extras = getattr(hint, "__metadata__", ())
     kind = typing.get_args(hint)[0] if extras else hint
-    optional = isinstance(kind, types.UnionType) and type(None) in kind.__args__
+    parts = typing.get_args(kind)
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    optional = union and type(None) in parts
     if optional:
-        kind = next(part for part in kind.__args__ if part is not type(None))
+        kind = next(part for part in parts if part is not type(None))
     many = typing.get_origin(kind) is tuple
     if many:
         kind = typing.get_args(kind)[0]

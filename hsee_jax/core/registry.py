@@ -28,13 +28,14 @@ class Entry(NamedTuple, Generic[T]):
 class Registry(Mapping[str, Entry[T]]):
     """Named factories of one kind; iterating gives their names."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, with_options: bool = True) -> None:
         """Start empty.
 
         Args:
           kind: the option that names an entry, such as ``"network"``.
+          with_options: whether entries may have options.
         """
-        self.kind = kind
+        self.kind, self._with_options = kind, with_options
         self._entries: dict[str, Entry[T]] = {}
 
     @overload
@@ -45,6 +46,8 @@ class Registry(Mapping[str, Entry[T]]):
 
     def register(self, make: Any = None, /, *, summary: str = "") -> Any:
         """Register a factory under its own name; works as a decorator.
+
+        Registering the same function again, as a notebook does, replaces it.
 
         Args:
           make: the factory. Its keyword-only parameters with a default are options.
@@ -108,7 +111,8 @@ class Registry(Mapping[str, Entry[T]]):
 
     def _add(self, make: Callable[..., T], summary: str) -> Callable[..., T]:
         name = make.__name__
-        if name in self._entries:
+        known = self._entries.get(name)
+        if known is not None and _identity(known.make) != _identity(make):
             raise ValueError(f"{self.kind}: {name} is registered already")
         keywords = [
             parameter.name
@@ -117,9 +121,11 @@ class Registry(Mapping[str, Entry[T]]):
             and parameter.default is not parameter.empty
         ]
         options = read_options(make, keywords)
+        if options and not self._with_options:
+            raise ValueError(f"{self.kind}: {name} has options, and nothing reads them")
         for option in options.values():
-            known = self.options().get(option.name, option)
-            if (known.kind, known.many) != (option.kind, option.many):
+            first = self.options().get(option.name, option)
+            if (first.kind, first.many) != (option.kind, option.many):
                 raise ValueError(
                     f"{self.kind}: {name} reads {option.name} as another type than "
                     f"{self.readers(option.name)[0]}"
@@ -127,3 +133,8 @@ class Registry(Mapping[str, Entry[T]]):
         lines = (make.__doc__ or "").strip().splitlines()
         self._entries[name] = Entry(name, make, options, summary or "".join(lines[:1]))
         return make
+
+
+def _identity(make: Callable[..., Any]) -> tuple[str, str]:
+    """Return where a function is defined, which stays the same if it runs again."""
+    return make.__module__, make.__qualname__

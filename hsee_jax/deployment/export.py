@@ -52,9 +52,7 @@ answers = segment.call(weights, images)
 inside, to `(images / 255 - mean) / std` with the figures of `card.json`. The answers:
 
 * `logits` of the exit, float32 `[b, {classes}]`,
-* `uncertainty` of the exit, float32 `[b]`: the {criterion} (entropy is in nats,
-  confidence is 1 minus the highest probability, margin 1 minus its lead over the
-  second),
+* `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
 
 Samples whose uncertainty is below `threshold` are answered by the exit, the others by
@@ -245,7 +243,12 @@ def _readme(card: Figures) -> str:
     shapes = {
         name: ", ".join(map(str, card[name]["shape"])) for name in ("input", "features")
     }
-    return _README.format(**card, shapes=shapes, places=", ".join(card["platforms"]))
+    return _README.format(
+        **card,
+        shapes=shapes,
+        measure=CRITERIA.entry(card["criterion"]).summary,
+        places=", ".join(card["platforms"]),
+    )
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -73,37 +73,47 @@ def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Ro
         number, first = int(state.round), int(state.round) * num_steps
         done, _, totals = begun or nothing_done(plan)
         means: Means = {}
-        steps = begin(data, plan, learning_rates, first, sizes)
+        steps = begin(_Inputs(data, plan, learning_rates, first, sizes))
         steps.load(jax.device_put(state))
         log: Log = []
 
-        def average() -> None:
+        def average(state: RunState) -> RunState:
             nonlocal means, totals
             totals = _added(totals, log)
             log.clear()
             counted = np.where(all_finite(totals), weights, np.float32(0))
-            state, new = aggregate(steps.store(), split_stacks(counted, sizes))
+            state, new = aggregate(state, split_stacks(counted, sizes))
             means = newer(means, new) if means else new
-            steps.load(state)
+            return state
 
         while done < num_steps:
             log += steps.take(done)
             done += 1
             if due_after(strategy, "steps", first + done):
-                average()
+                steps.load(average(steps.store()))
             if stop is not None and done < num_steps and stop():
                 break
-        finished = done == num_steps
+        finished, state = done == num_steps, steps.store()
         if finished and due_after(strategy, "rounds", number + 1):
-            average()
-        totals, state = _added(totals, log), steps.store()
+            state = average(state)
+        totals = _added(totals, log)
         state = state.replace(round=state.round + np.int32(finished))
         return state, means, RoundProgress(done, finished, totals)
 
     return run
 
 
-Begin = Callable[[Dataset, RoundPlan, Floats, int, list[int]], Steps]
+class _Inputs(NamedTuple):
+    """What stays the same in a round."""
+
+    data: Dataset
+    plan: RoundPlan
+    rates: Floats  # [T]
+    first: int  # the round's first step, counted over the whole run
+    sizes: list[int]  # of each stack
+
+
+Begin = Callable[[_Inputs], Steps]
 
 
 def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
@@ -125,32 +135,17 @@ def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
         batch = pipeline.training(step_key(key, who, step), data, *rows)
         return strategy.turn(client, server, batch, rate, group=group)
 
-    def begin(
-        data: Dataset, plan: RoundPlan, rates: Floats, first: int, sizes: list[int]
-    ) -> Steps:
-        return _Turns(strategy, turn, data, plan, rates, first, sizes)
-
-    return begin
+    return partial(_Turns, strategy, turn)
 
 
 class _Turns:
     """Steps as turns: every client, and every server, by itself."""
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        turn: Callable,
-        data: Dataset,
-        plan: RoundPlan,
-        rates: Floats,
-        first: int,
-        sizes: list[int],
-    ) -> None:
-        self._strategy, self._turn = strategy, turn
-        self._data, self._plan, self._rates = data, plan, rates
-        self._first, self._sizes = first, sizes
-        self._group_of, _ = positions(sizes)
-        self._sequence = list(zip(*turn_sequence(strategy, plan.order), strict=True))
+    def __init__(self, strategy: Strategy, turn: Callable, inputs: _Inputs) -> None:
+        self._strategy, self._turn, self._inputs = strategy, turn, inputs
+        self._group_of, _ = positions(inputs.sizes)
+        sequence = turn_sequence(strategy, inputs.plan.order)
+        self._sequence = list(zip(*sequence, strict=True))
 
     def load(self, state: RunState) -> None:
         """See `Steps`."""
@@ -170,7 +165,8 @@ class _Turns:
 
     def take(self, t: int) -> Log:
         """See `Steps`."""
-        plan, log, turns = self._plan, [], self._plan.order.shape[1]
+        inputs, log = self._inputs, []
+        plan, turns = inputs.plan, inputs.plan.order.shape[1]
         for step, n in self._sequence[t * turns : (t + 1) * turns]:
             if not plan.mask[step, n].any():
                 continue
@@ -178,11 +174,11 @@ class _Turns:
             self._clients[n], self._servers[s], metrics = self._turn(
                 self._clients[n],
                 self._servers[s],
-                self._data,
+                inputs.data,
                 (plan.indices[step, n], plan.mask[step, n]),
                 plan.ids[n],
-                np.int32(self._first + step),
-                self._rates[step],
+                np.int32(inputs.first + step),
+                inputs.rates[step],
                 group=self._group_of[n],
             )
             log.append((n, metrics))
@@ -191,7 +187,7 @@ class _Turns:
     def _members(self, stacks: tuple[Branch, ...]) -> list[Branch]:
         return [
             _take(stack, np.int32(m))
-            for stack, size in zip(stacks, self._sizes, strict=True)
+            for stack, size in zip(stacks, self._inputs.sizes, strict=True)
             for m in range(size)
         ]
 
@@ -200,7 +196,7 @@ class _Turns:
     ) -> tuple[Branch, ...]:
         """Write members into the buffers of their stacks."""
         rows, filled = iter(members), list(stacks)
-        for g, size in enumerate(self._sizes):
+        for g, size in enumerate(self._inputs.sizes):
             for m in range(size):
                 filled[g] = _put(filled[g], np.int32(m), next(rows))
         return tuple(filled)
@@ -234,28 +230,14 @@ def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin
         state, metrics = strategy.step(state, batches, order, rate)
         return state, jax.tree.map(lambda *m: jnp.concatenate(m), *metrics)
 
-    def begin(
-        data: Dataset, plan: RoundPlan, rates: Floats, first: int, sizes: list[int]
-    ) -> Steps:
-        return _Stacked(step, data, plan, rates, first, sizes)
-
-    return begin
+    return partial(_Stacked, step)
 
 
 class _Stacked:
     """Steps of all clients at once, on their stacks."""
 
-    def __init__(
-        self,
-        step: Callable,
-        data: Dataset,
-        plan: RoundPlan,
-        rates: Floats,
-        first: int,
-        sizes: list[int],
-    ) -> None:
-        self._step, self._data, self._plan = step, data, plan
-        self._rates, self._first, self._sizes = rates, first, sizes
+    def __init__(self, step: Callable, inputs: _Inputs) -> None:
+        self._step, self._inputs = step, inputs
 
     def load(self, state: RunState) -> None:
         """See `Steps`."""
@@ -267,16 +249,17 @@ class _Stacked:
 
     def take(self, t: int) -> Log:
         """See `Steps`."""
-        plan = self._plan
+        inputs, plan = self._inputs, self._inputs.plan
         rows = (plan.ids, plan.indices[t], plan.mask[t])
-        groups = tuple(zip(*(split_stacks(r, self._sizes) for r in rows), strict=True))
+        stacks = (split_stacks(row, inputs.sizes) for row in rows)
+        groups = tuple(zip(*stacks, strict=True))
         self._state, metrics = self._step(
             self._state,
-            self._data,
+            inputs.data,
             groups,
             plan.order[t],
-            np.int32(self._first + t),
-            self._rates[t],
+            np.int32(inputs.first + t),
+            inputs.rates[t],
         )
         slots = range(len(plan.ids))
         return [(n, jax.tree.map(lambda m, n=n: m[n], metrics)) for n in slots]

@@ -79,7 +79,7 @@ class _Inputs(NamedTuple):
     key: Key  # root of the augmentation's randomness
 
 
-StepFn = Callable[[_Inputs, Any, _Carry], _Carry]
+AdvanceFn = Callable[[_Inputs, Any, _Carry], _Carry]
 
 
 def make_scan_round(
@@ -210,7 +210,7 @@ def _fetch_batch(
 
 def _all_at_once(
     strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
-) -> StepFn:
+) -> AdvanceFn:
     """Make a step of all clients."""
     fetch = over_clients(
         partial(_fetch_batch, pipeline), mesh, (None, 0, None, None, 0, 0), block=3
@@ -234,7 +234,9 @@ def _all_at_once(
     return step
 
 
-def _one_turn(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> StepFn:
+def _one_turn(
+    strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
+) -> AdvanceFn:
     """Make a turn of one client, for a strategy whose turns wait for each other."""
 
     def step(inputs: _Inputs, k: Array, carry: _Carry) -> _Carry:

@@ -11,6 +11,7 @@ from hsee_jax.federation.branch import (
     forward,
     init_client,
     init_server,
+    message_bytes,
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
@@ -52,6 +53,7 @@ __all__ = [
     "init_server",
     "joint_step",
     "layer_mean",
+    "message_bytes",
     "receive",
     "server_of",
     "server_spec",

@@ -139,14 +139,17 @@ def encode(
       spec: what the client computes.
       client: its state.
       features: ``[B, ...]``.
-      mask: ``bool [B]``; padding alone leaves the state of the codec as it is.
+      mask: ``bool [B]``, false on padding. Padding alone leaves the state of the codec
+        as it is, and so do features of which it would become infinite or NaN.
 
     Returns:
       The message, and the client with the new state of its codec.
     """
-    message, link = spec.codec.encode(jax.lax.stop_gradient(features), client.link)
-    some = jnp.any(mask)
-    link = jax.tree.map(lambda new, old: jnp.where(some, new, old), link, client.link)
+    features = jax.lax.stop_gradient(features)
+    message, link = spec.codec.encode(features, client.link, mask)
+    fine = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(link)]
+    taken = jnp.all(jnp.stack([jnp.any(mask), *fine]))
+    link = jax.tree.map(lambda new, old: jnp.where(taken, new, old), link, client.link)
     return message, client.replace(link=link)
 
 

@@ -40,8 +40,8 @@ class Criterion(NamedTuple):
     largest: Callable[[int], float]  # number of classes -> the largest uncertainty
 
 
-# Factories take nothing but their options.
-CRITERIA: Registry[Criterion] = Registry("criterion")
+# Factories take nothing.
+CRITERIA: Registry[Criterion] = Registry("criterion", with_options=False)
 register = CRITERIA.register
 
 

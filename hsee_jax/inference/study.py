@@ -104,7 +104,8 @@ def study(
             "train with --validation-share, such as 0.1"
         )
     check_partition(folder, experiment.manifest)
-    size = experiment.eval_batch_size if batch_size is None else batch_size
+    most = max(len(experiment.validation.labels), len(experiment.test.labels))
+    size = min(batch_size or experiment.eval_batch_size, most)
     setting = {
         "rounds": int(state.round),
         "criterion": criterion,

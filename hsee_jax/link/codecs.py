@@ -22,8 +22,16 @@ Message = PyTree  # arrays with a leading axis of samples, [B, ...]
 class EncodeFn(Protocol):
     """Turns features into a message."""
 
-    def __call__(self, features: Array, state: PyTree) -> tuple[Message, PyTree]:
-        """Encode features ``[B, ...]``; return the message and the new state."""
+    def __call__(
+        self, features: Array, state: PyTree, mask: Array
+    ) -> tuple[Message, PyTree]:
+        """Return a message and the new state.
+
+        Args:
+          features: ``[B, ...]``.
+          state: of the client.
+          mask: ``bool [B]``, false on padding, which must not reach the state.
+        """
 
 
 class DecodeFn(Protocol):
@@ -74,7 +82,7 @@ def stateless(
     """
     return Codec(
         init=lambda features: (),
-        encode=lambda features, state: (encode(features), state),
+        encode=lambda features, state, mask: (encode(features), state),
         decode=decode or (lambda message, dtype: message.astype(dtype)),
         nbytes=fixed_size,
     )
@@ -94,7 +102,8 @@ _LARGEST = float(jnp.finfo(jnp.float16).max)
 
 def _encode_float16(features: Array) -> Message:
     values = features.astype(jnp.float32)
-    return jnp.clip(values, -_LARGEST, _LARGEST).astype(jnp.float16)
+    clipped = jnp.clip(values, -_LARGEST, _LARGEST)
+    return jnp.where(jnp.isfinite(values), clipped, values).astype(jnp.float16)
 
 
 FLOAT16 = stateless(_encode_float16)
@@ -102,7 +111,7 @@ FLOAT16 = stateless(_encode_float16)
 
 @CODECS.register(summary="half precision")
 def float16() -> Codec:
-    """Send features in half precision, clipped so that none becomes infinite."""
+    """Send features in half precision, clipped so that no finite value overflows."""
     return FLOAT16
 
 
@@ -154,7 +163,8 @@ def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
     @jax.jit  # one program; mostly a constant
     def first_message() -> Array:
         zeros = jnp.zeros(features.shape, features.dtype)
-        message, _ = codec.encode(zeros, codec.init(features))
+        mask = jnp.ones(len(zeros), bool)
+        message, _ = codec.encode(zeros, codec.init(features), mask)
         return codec.nbytes(message)[0]
 
     return int(first_message())

@@ -5,12 +5,15 @@ from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
 from hsee_jax.nn.registry import NETWORKS, register
-from hsee_jax.nn.resnet import resnet18
+from hsee_jax.nn.resnet import BasicBlock, Head, Stem, resnet18
 
 __all__ = [
     "NETWORKS",
+    "BasicBlock",
+    "Head",
     "Model",
     "Network",
+    "Stem",
     "convolution",
     "deal_cuts",
     "from_linen",

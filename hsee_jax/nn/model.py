@@ -57,16 +57,22 @@ def from_linen(module: Any) -> Stage:
     return Stage(init, apply)
 
 
-@functools.lru_cache(maxsize=32)
 def layer_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Return the shape and dtype ``[1, ...]`` of each layer's input and the output.
 
     Entry l is the input of layer l + 1, so ``layer_inputs(model)[cut]`` are the
     features that a client of this cut sends; there are L + 1.
     """
-    shapes = [jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)]
+    return _layer_inputs(tuple(model.stages), tuple(model.input_shape))
+
+
+@functools.lru_cache(maxsize=32)
+def _layer_inputs(
+    stages: tuple[Stage, ...], input_shape: tuple[int, ...]
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    shapes = [jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)]
     mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
-    for stage in model.stages:
+    for stage in stages:
 
         def run(inputs: Array, mask: Array, stage: Stage = stage) -> Array:
             variables = stage.init(jax.random.key(0), inputs)

@@ -71,7 +71,7 @@ def as_optimizer(optimizer: OptimizerLike) -> Optimizer:
 
 
 # Factories take an `Optimizer`.
-MERGES: Registry[Merge] = Registry("optimizer_state")
+MERGES: Registry[Merge] = Registry("optimizer_state", with_options=False)
 
 
 @MERGES.register(summary="the rule of the optimizer: each holder keeps its own state")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import text_of
 from hsee_jax.data.partition import Share
 from hsee_jax.runs.history import OWN, read_history
 from hsee_jax.runs.records import RoundRecord, Summary
@@ -62,11 +63,6 @@ def differing(every: Sequence[Options]) -> list[str]:
     return [n for n in names if len({own[n] for own in every if n in own}) > 1]
 
 
-def shown(value: Any) -> str:
-    """Return an option's value as it is written on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
     """Read runs and group them, in the order in which they are given.
 
@@ -94,7 +90,7 @@ def _shared_options(run: Run) -> dict[str, Any]:
 
 def _curve(names: list[str], runs: tuple[Run, ...]) -> Curve:
     options, last = _shared_options(runs[0]), max(runs[0].accuracies)
-    own = [f"{name}={shown(options[name])}" for name in names if name in options]
+    own = [f"{name}={text_of(options[name])}" for name in names if name in options]
     label = ", ".join(own)
     if last < options["rounds"]:
         label += f" (unfinished: {last} of {options['rounds']} rounds)"

@@ -99,10 +99,10 @@ def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
         for name, part in parts.items():
             if part is not None:
                 text = json.dumps(part, indent=2)
-                (folder / f"{name}.json").write_text(text + "\n")
+                (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         pages = tables(curve, thresholds)
         text = "\n".join(f"{t.title}\n\n{markdown(t)}" for t in pages)
-        (folder / "curve.md").write_text(text)
+        (folder / "curve.md").write_text(text, encoding="utf-8")
         _picture(curve, thresholds, folder / "curve.png")
     except OSError as error:
         raise UserError(f"out: {folder} cannot be written to: {error}") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.report.curves import BRANCHES, Curve, Run, Values, shown, spread
+from hsee_jax.core.options import text_of
+from hsee_jax.report.curves import BRANCHES, Curve, Run, Values, spread
 from hsee_jax.report.figures import Picture, draw
 from hsee_jax.report.tables import Table, markdown
 from hsee_jax.runs.records import images_per_second
@@ -90,7 +91,7 @@ def _options(curves: Sequence[Curve]) -> Table:
     rows = []
     for name in names:
         values = (curve.options[name] for curve in curves if name in curve.options)
-        rows.append((name, "; ".join(dict.fromkeys(map(shown, values)))))
+        rows.append((name, "; ".join(dict.fromkeys(map(text_of, values)))))
     title = "Options; several values where the curves differ"
     return Table(title, ("option", "value"), rows)
 

@@ -1,7 +1,7 @@
 """Runs: built from a configuration, trained in a folder, restored from it."""
 
 from hsee_jax.runs.build import build
-from hsee_jax.runs.callbacks import Callback, Moment
+from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
@@ -11,8 +11,10 @@ from hsee_jax.runs.train import train
 
 __all__ = [
     "Callback",
+    "Checkpoints",
     "Experiment",
     "History",
+    "MetricsLog",
     "Moment",
     "Restored",
     "RoundRecord",

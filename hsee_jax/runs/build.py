@@ -77,7 +77,8 @@ def build_model(
         for costs, and for programs that run elsewhere.
     """
     info = info or build_info(config.data)
-    if plain and "conv" in config.model.options:
+    conv = config.model.active().get("conv")
+    if plain and conv is not None and "grouped" in conv.choices:
         config = override(config, conv="grouped")
     return NETWORKS.make(
         config.model.network,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hsee_jax.federation.state import RunState
 from hsee_jax.parallel.processes import is_first
 from hsee_jax.runs.checkpoint import Checkpoint, Writer
+from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import replace_file, writing
 from hsee_jax.runs.records import RoundRecord, Summary, dumps
 
@@ -40,6 +41,9 @@ class Callback(AbstractContextManager["Callback"]):
     ) -> None:
         """Leave, whatever happened."""
 
+    def on_start(self, experiment: Experiment) -> None:
+        """Act before the first round."""
+
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
         """Act after a round."""
 
@@ -47,7 +51,7 @@ class Callback(AbstractContextManager["Callback"]):
         """Act when the training stops in the middle of a round."""
 
     def on_end(self, summary: Summary) -> None:
-        """Act after the last round."""
+        """Act after the last round, in the reverse order of the callbacks."""
 
 
 class MetricsLog(Callback):
@@ -99,6 +103,10 @@ class Checkpoints(Callback):
     def on_pause(self, moment: Moment) -> None:
         """Write a checkpoint in the middle of a round."""
         self._save(moment)
+
+    def on_end(self, summary: Summary) -> None:
+        """Wait for the last checkpoint: a run with a summary has it."""
+        self._writer.seal()
 
     def _save(self, moment: Moment) -> None:
         self._writer.save(moment.rounds, moment.steps, moment.state(), moment.notes)

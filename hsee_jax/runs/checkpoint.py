@@ -83,7 +83,7 @@ def find(
             damage = damage or error
             _log.warning("%s; an earlier one is looked for", error)
             continue
-        notes = json.loads((places[place] / NOTES).read_text())
+        notes = json.loads((places[place] / NOTES).read_text(encoding="utf-8"))
         return Checkpoint(places[place], *place, notes)
     if damage is not None:
         raise damage
@@ -157,7 +157,7 @@ class Writer:
         traceback: TracebackType | None,
     ) -> None:
         """Wait for the last checkpoint."""
-        self._seal()
+        self.seal()
 
     def save(
         self, rounds: int, steps: int, state: PyTree, notes: Mapping[str, Any]
@@ -171,7 +171,7 @@ class Writer:
           notes: anything that JSON can hold; the best checkpoint has most ``score``.
         """
         copy = jax.tree.map(lambda leaf: leaf.copy(), _without_links(state))
-        self._seal()
+        self.seal()
         name = f"{rounds}-{steps}" if steps else str(rounds)
         folder = self._folder / f"{name}{UNFINISHED}"
         in_first(partial(self._make, folder))
@@ -181,7 +181,7 @@ class Writer:
             raise self._unwritten(folder, error) from error
         self._unsealed = folder, notes, response
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
         """Wait for the checkpoint that is being written, and give it its name."""
         if self._unsealed is None:
             return
@@ -189,9 +189,11 @@ class Writer:
         try:
             response.result()
             if is_first():
-                (folder / NOTES).write_text(json.dumps(notes, indent=2))
+                (folder / NOTES).write_text(
+                    json.dumps(notes, indent=2), encoding="utf-8"
+                )
                 digests = json.dumps(compute_digests(folder), indent=2)
-                (folder / DIGESTS).write_text(digests)
+                (folder / DIGESTS).write_text(digests, encoding="utf-8")
                 final = folder.with_name(folder.name.removesuffix(UNFINISHED))
                 remove(final)
                 folder.replace(final)

@@ -27,7 +27,7 @@ def _in(folder: Path) -> list[Path]:
 def read_score(folder: Path) -> float:
     """Read what the best checkpoint has most of; minus infinity if it is damaged."""
     try:
-        return float(json.loads((folder / NOTES).read_text())["score"])
+        return float(json.loads((folder / NOTES).read_text(encoding="utf-8"))["score"])
     except (OSError, ValueError, KeyError, TypeError):
         return float("-inf")
 
@@ -45,7 +45,7 @@ def verify(folder: Path) -> None:
       UserError: a file is missing or has changed.
     """
     try:
-        known = dict(json.loads((folder / DIGESTS).read_text()))
+        known = dict(json.loads((folder / DIGESTS).read_text(encoding="utf-8")))
         found = compute_digests(folder)
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder, DIGESTS) from error

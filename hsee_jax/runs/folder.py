@@ -141,7 +141,7 @@ def check_same(config: Config, stored: Config) -> None:
       UserError: an option that has an effect differs.
     """
     ours, theirs = flatten(config), flatten(stored)
-    for name in ours.keys() | theirs.keys():
+    for name in dict.fromkeys((*ours, *theirs)):
         if name not in _MAY_CHANGE and ours.get(name) != theirs.get(name):
             raise UserError(
                 f"{name}: {ours.get(name)} is not allowed with --resume; the run has "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hsee_jax.config.plugins import PluginError
 from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import flatten
 from hsee_jax.core.errors import UserError
@@ -16,7 +17,7 @@ from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.records import RoundRecord, Summary
 
 # The options that are a run's own, as runs of one experiment differ in them.
-OWN = (*SEEDS, "data_dir")
+OWN = (*SEEDS, "data_dir", "plugin")
 
 
 class History(NamedTuple):
@@ -39,12 +40,12 @@ def read_history(folder: Path) -> History:
     Raises:
       UserError: it is not a run, or one of its files is damaged.
     """
-    config = read_config(folder)
+    options = _read_options(folder)
     path = folder / "partition.json"
     with _reading(path):
         partition = [Share(**entry) for entry in _read(path)]
         np.array([share.label_counts for share in partition], np.int64).reshape(
-            config.clients.num_clients, -1
+            options["num_clients"], -1
         )
     records = read_records(folder)
     for record in records:
@@ -57,11 +58,15 @@ def read_history(folder: Path) -> History:
     if path.exists():
         with _reading(path):
             summary = Summary.from_json(_read(path))
-    return History(flatten(config), partition, records, summary)
+    return History(options, partition, records, summary)
 
 
-def read_records(folder: Path) -> list[RoundRecord]:
+def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]:
     """Read the records of a run's rounds; a line cut off by a kill is passed over.
+
+    Args:
+      folder: of the run.
+      limit: read only the first so many rounds.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -69,7 +74,7 @@ def read_records(folder: Path) -> list[RoundRecord]:
     path, records = folder / "metrics.jsonl", []
     with _reading(path):
         lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines[:limit], start=1):
         with _reading(f"{path}, line {number},"):
             try:
                 values = json.loads(line)
@@ -79,6 +84,19 @@ def read_records(folder: Path) -> list[RoundRecord]:
                 raise
             records.append(RoundRecord.from_json(values))
     return records
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    """Read the options of a run; its plugins need not be there."""
+    try:
+        return flatten(read_config(folder))
+    except PluginError:
+        sections = _read(folder / "config.json")
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for section in sections.values()
+            for name, value in section.items()
+        }
 
 
 def _read(path: Path) -> Any:

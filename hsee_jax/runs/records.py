@@ -96,7 +96,7 @@ class RoundRecord(NamedTuple):
             images=int(values["images"]),
             missed=list(values.get("missed", ())),
             left_out=list(values.get("left_out", ())),
-            train=TrainFigures(**values["train"]),
+            train=TrainFigures(*(values["train"][n] for n in TrainFigures._fields)),
             link=Bytes(**values.get("link", {"up_bytes": 0, "down_bytes": 0})),
             wall_seconds=float(values["wall_seconds"]),
             test=Scores.from_json(values["test"]) if "test" in values else None,
@@ -152,9 +152,20 @@ class Summary(NamedTuple):
         Raises:
           KeyError, TypeError, ValueError: it is something else.
         """
-        own = {k: values[k] for k in cls._fields if k not in ("scores", "link")}
-        link = LinkSummary(**values["link"])
-        return cls(**own, scores=Scores.from_json(values), link=link)
+        link = values.get("link", {})
+        return cls(
+            rounds=values["rounds"],
+            scores=Scores.from_json(values),
+            wall_seconds=values["wall_seconds"],
+            images_per_second=values["images_per_second"],
+            missed_rounds=values.get("missed_rounds", 0),
+            left_out_rounds=values.get("left_out_rounds", 0),
+            device=values["device"],
+            versions=dict(values["versions"]),
+            link=LinkSummary(
+                link.get("up_bytes", 0), link.get("down_bytes", 0), link.get("cuts", [])
+            ),
+        )
 
 
 def round_record(
@@ -244,4 +255,5 @@ def _plain(value: float) -> float | None:
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: math.nan if value is None else value for k, value in values.items()}
+    own = {name: values[name] for name in ClientResult._fields}
+    return {k: math.nan if value is None else value for k, value in own.items()}

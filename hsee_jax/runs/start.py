@@ -53,7 +53,7 @@ def resume_from(experiment: Experiment, folder: Path) -> Start:
     check_info(folder, experiment.info)
     check_partition(folder, experiment.manifest)
     state = load(checkpoint, experiment.store.checkpoint_shapes())
-    records = read_records(folder)[: checkpoint.rounds]
+    records = read_records(folder, limit=checkpoint.rounds)
     if len(records) < checkpoint.rounds:
         raise UserError(
             f"run: {folder / 'metrics.jsonl'} has {len(records)} lines for "

@@ -92,8 +92,9 @@ def train(
                 after=start.checkpoint,
             ),
         )
-        entered = [stack.enter_context(callback) for callback in everything]
-        loop = _Loop(experiment, start, entered, stop, begin - start.wall_seconds)
+        for callback in everything:
+            stack.enter_context(callback)
+        loop = _Loop(experiment, start, everything, stop, begin - start.wall_seconds)
         return loop.run()
 
 
@@ -113,17 +114,20 @@ class _Loop:
         self._records = list(start.records)
         self._begin = begin  # when the round began, on the clock of `perf_counter`
         self._scores: Scores | None = None
+        self._config = json.loads(to_json(experiment.config))
 
     def run(self) -> Summary:
         """Train to the end."""
         experiment = self._experiment
+        for callback in self._callbacks:
+            callback.on_start(experiment)
         while len(self._records) < experiment.cadence.rounds:
             self._round()
         scores = self._scores
         if scores is None:  # it was resumed when all was finished
             scores = Scores.of(experiment.evaluate(self._state, experiment.test))
         summary = summarize(scores, self._records, experiment.bytes_by_cut())
-        for callback in self._callbacks:
+        for callback in reversed(self._callbacks):
             callback.on_end(summary)
         return summary
 
@@ -179,13 +183,12 @@ class _Loop:
         raise Stopped(len(self._records), progress.steps)
 
     def _moment(self, steps: int, notes: dict[str, Any], *, due: bool) -> Moment:
-        config = json.loads(to_json(self._experiment.config))
         return Moment(
             len(self._records),
             steps,
             due,
             partial(self._experiment.store.to_checkpoint, self._state),
-            {"config": config} | notes,
+            {"config": self._config} | notes,
         )
 
 
