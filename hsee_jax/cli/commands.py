@@ -26,7 +26,7 @@ COMMANDS = {
         "train",
         "train",
         "Train a federation and write a run folder.",
-        "--resume goes on from the last checkpoint",
+        "--resume continues from the last checkpoint",
     ),
     "eval": Command(
         "inspect", "evaluate", "Restore a run and evaluate it on its test set."
@@ -43,7 +43,7 @@ COMMANDS = {
         "data",
         "data",
         "Look for a dataset and download it if it is missing.",
-        "the next call goes on with the part that is there",
+        "the next call continues with the part that is there",
     ),
 }
 

@@ -23,8 +23,8 @@ def report(words: Sequence[str]) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder to write, with the page, the pictures and the Markdown (RUN/report "
-        "for one run, report for several)",
+        help="folder to write, with the page, the pictures and the Markdown "
+        "(RUN/report for one run, report for several)",
     )
     parser.add_argument(
         "--tensorboard",

@@ -63,7 +63,8 @@ class StopSignals:
     def _announce(self, number: int) -> None:
         self.received = self.received or number
         with contextlib.suppress(OSError, ValueError):  # standard error is closed
-            print("hsee: stops after this step, at once if told again", file=sys.stderr)
+            line = "hsee: stops after this step; a second signal ends it at once"
+            print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ def download_bar() -> Iterator[OnBytes]:
 
 
 def show_log() -> None:
-    """Print the log of the package on standard error, such as the source of the data."""
+    """Print the log of the package, such as the source of data, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("hsee: %(message)s"))
     log = logging.getLogger("hsee_jax")

@@ -45,7 +45,8 @@ def train(words: Sequence[str]) -> int | None:
                 stop=signals,
             )
         except Stopped as stopped:
-            print(f"hsee: {stopped}; --resume --out {folder} goes on", file=sys.stderr)
+            line = f"hsee: {stopped}; --resume --out {folder} continues it"
+            print(line, file=sys.stderr)
             return 128 + signals.received
     if is_first:
         print_figures(summary.rounds, summary.scores, folder, as_json=False)

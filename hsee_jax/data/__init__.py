@@ -3,12 +3,12 @@
 ``fashion_mnist_small`` comes with the package: the first 6,000 training and 1,000 test
 images of Fashion-MNIST (Xiao et al., arXiv:1708.07747), MIT licence, see
 LICENSE-fashion-mnist. ``npz`` is the user's own dataset (`arrays`). Every other dataset
-is read from a folder, in the first of these forms that is there: prepared by
+is read from a folder, in the first of these forms that the folder holds: prepared by
 tensorflow-datasets (`prepared`), as its authors publish it (`archives`), as arrays
 (`arrays`).
 
-Every function takes that folder as ``folder``; None means ``$TFDS_DATA_DIR`` or, where
-that variable is not set, ``~/tensorflow_datasets``.
+Every function takes the folder as ``folder``; None means ``$TFDS_DATA_DIR`` or, if this
+variable is not set, ``~/tensorflow_datasets``.
 """
 
 import logging
@@ -44,15 +44,15 @@ Folder = str | os.PathLike[str] | None
 def dataset_info(
     name: str, *, folder: Folder = None, labels: str = "refuse"
 ) -> DatasetInfo:
-    """Return what is known of a dataset.
+    """Return the shape, the classes, and the mean and deviation of a dataset.
 
     Args:
-      name: a key of `DATASETS`, or ``npz``, whose training images are read for this.
+      name: a key of `DATASETS`, or ``npz``; for ``npz`` this reads the training images.
       folder: see the module.
-      labels: of ``npz``, see `load_dataset`.
+      labels: the rule for the labels of ``npz``, see `load_dataset`.
 
     Raises:
-      UserError: there is no dataset of that name, or ``npz`` is not in the folder or
+      UserError: there is no dataset of this name, or ``npz`` is not in the folder or
         not valid.
     """
     _check_name(name)
@@ -74,19 +74,19 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset]:
     """Read the training and the test samples, ``uint8 [M, H, W, C]``, ``int32 [M]``.
 
-    Log in one line what was read, and from where.
+    Log a line about the samples and their source.
 
     Args:
       name: see `dataset_info`.
       folder: see the module.
-      max_train: return only the first so many training samples.
-      max_test: return only the first so many test samples.
-      labels: what to do where the training labels of ``npz`` are not 0..K-1 without
-        gaps: ``"refuse"`` them, or ``"remap"`` them to 0..K-1 in ascending order, see
+      max_train: the most training samples to return, the first of the dataset.
+      max_test: the most test samples to return, the first of the dataset.
+      labels: what to do if the training labels of ``npz`` are not 0..K-1 without gaps:
+        ``"refuse"`` them, or ``"remap"`` them to 0..K-1 in ascending order, see
         `DatasetInfo`.
 
     Raises:
-      UserError: there is no dataset of that name, the folder does not hold it, or it is
+      UserError: there is no dataset of this name, the folder does not hold it, or it is
         not valid.
     """
     train, test, line = _read(name, folder, labels, max_train, max_test)
@@ -102,7 +102,7 @@ def prepare(
     labels: str = "refuse",
     on_bytes: OnBytes = lambda file, done, total: None,
 ) -> str:
-    """Read a dataset once; download its archive first if no form of it is there.
+    """Read a dataset once; first download its archive if the folder lacks the dataset.
 
     Args:
       name: see `dataset_info`.
@@ -111,11 +111,11 @@ def prepare(
       on_bytes: called with the progress of the download.
 
     Returns:
-      A line that says what is there.
+      A line that describes the dataset and its source.
 
     Raises:
-      UserError: the dataset is neither there nor can it be downloaded, or it is not
-        valid.
+      UserError: the folder does not hold the dataset and it cannot be downloaded, or it
+        is not valid.
     """
     there = find_source(name, folder, labels=labels) is not None
     if not there and name in archives.ARCHIVES:
@@ -127,19 +127,16 @@ def prepare(
 def find_source(
     name: str, folder: Folder = None, *, labels: str = "refuse"
 ) -> Source | None:
-    """Find the form in which a dataset is there, if any; read no samples yet.
+    """Find the form of a dataset in the folder, if any; read no samples yet.
 
     Raises:
-      UserError: there is no dataset of that name.
+      UserError: there is no dataset of this name.
     """
     return _find(name, folder, labels)[0]
 
 
 def _find(name: str, folder: Folder, labels: str) -> tuple[Source | None, list[str]]:
-    """Return also why versions that tensorflow-datasets has prepared are passed over.
-
-    Each reason is a clause of a sentence.
-    """
+    """Return the source, and clauses that say why prepared versions cannot be read."""
     _check_name(name)
     place = _absolute(folder)
     if name == PACKAGED:

@@ -79,14 +79,10 @@ def _top_probabilities(logits: Array, count: int) -> Array:
 class Answers(NamedTuple):
     """The answers of a client and the server behind it to a batch, on the host."""
 
-    logits: npt.NDArray[
-        np.float32
-    ]  # [B, K]: the server's where it ran, else the exit's
+    logits: npt.NDArray[np.float32]  # [B, K]: of the server where it ran, or the exit
     exited: npt.NDArray[np.bool_]  # [B]: whether the exit answered
     exit_logits: npt.NDArray[np.float32]  # [B, K]
-    uncertainty: npt.NDArray[
-        np.float32
-    ]  # [B]: of the exit; inf if a logit is not finite
+    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; inf: logits not finite
 
     @property
     def predictions(self) -> npt.NDArray[np.int64]:
