@@ -52,7 +52,7 @@ class Size(NamedTuple):
     clients: int
     steps: int  # in a round
     repeats: int
-    warmups: int = 1  # beside the round whose losses are compared
+    warmups: int = 1  # in addition to the round that compares the losses
     dtype: str = "float32"
 
     @property

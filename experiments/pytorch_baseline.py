@@ -221,7 +221,7 @@ class TorchFederation:
     def _step(
         self, branch: TorchBranch, sgd: torch.optim.SGD, x: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a step; return detached features, sums of losses, and right answers."""
+        """Take a step; return detached features, loss sum and number of hits."""
         sgd.zero_grad(set_to_none=True)
         kind = torch.device(self.setting.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.setting.bfloat16):

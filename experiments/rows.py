@@ -68,12 +68,12 @@ def select(names: list[str]) -> list[str]:
 
 
 def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
-    """Return the configuration of a run; ``changes`` are the machine's own."""
+    """Return the configuration of a run; ``changes`` are for this machine."""
     folder, _, _ = run.row.partition("/")
     common = tomllib.loads((ROWS / folder / COMMON).read_text())
     own = tomllib.loads((ROWS / f"{run.row}.toml").read_text())
     config = hsee_jax.preset(common.pop("preset"))
-    # The row's strategy may not read what the others have in common.
+    # The row's strategy may not read all the options that the rows have in common.
     for values in (common, own, dict.fromkeys(SEEDS, run.seed) | changes):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         config = hsee_jax.override(config, **values)

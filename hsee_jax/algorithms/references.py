@@ -1,4 +1,4 @@
-"""The two references for a federation, whose accuracy should lie between them.
+"""The two references for a federation; its accuracy should lie between them.
 
 `local` trains every client alone, the lower reference. `centralized` trains one network
 on all data, the upper reference.

@@ -77,7 +77,7 @@ def exit_on_second(
     main thread.
 
     Args:
-      on_first: called with the number of the first signal, in a thread of its own.
+      on_first: called with the number of the first signal, in another thread.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)

@@ -143,8 +143,8 @@ class ClientsConfig(Section):
     ] = ()
     on_nonfinite: Annotated[
         str,
-        "a client whose loss or gradient is not finite does not take that step, and "
-        "leave_out leaves it out of the round's averages; stop ends the run",
+        "if a client's loss or gradient is not finite it skips the step, and leave_out "
+        "leaves the client out of the round's averages; stop ends the run",
         one_of("leave_out", "stop"),
     ] = "leave_out"
 

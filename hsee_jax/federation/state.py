@@ -66,7 +66,7 @@ def _init_stacks(
       federation: the clients.
       key: a typed key.
       init: with ``"shared"`` all branches are slices of one network, with
-        ``"per_client"`` each client has a network of its own.
+        ``"per_client"`` each client has its own network.
       ids: the client in each slot, ``int32 [S]`` for each group; None for all clients.
     """
     shared = init_network(federation.model, key) if init == "shared" else None

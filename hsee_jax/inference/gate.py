@@ -60,7 +60,9 @@ def confidence() -> Criterion:
     )
 
 
-@CRITERIA.register(summary="1 minus the lead of the highest over the second")
+@CRITERIA.register(
+    summary="1 minus the lead of the highest probability over the second"
+)
 def margin() -> Criterion:
     """Measure 1 minus the lead of the highest probability over the second."""
 

@@ -14,7 +14,7 @@ from hsee_jax.core.types import Array, Metrics
 def masked_cross_entropy(
     logits: Array, labels: Array, mask: Array
 ) -> tuple[Array, Metrics]:
-    """Return the mean softmax cross-entropy over the rows whose mask is true.
+    """Return the mean softmax cross-entropy over the rows with a true mask.
 
     Args:
       logits: ``float32 [B, K]``.

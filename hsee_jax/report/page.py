@@ -44,7 +44,7 @@ def by_cut(curves: Sequence[Curve]) -> Table:
         for cut, count in zip(*np.unique(curve.cuts, return_counts=True), strict=True):
             final = curve.final[:, :, curve.cuts == cut].mean(axis=-1)
             rows.append((curve.label, str(cut), str(count), *_accuracies(final)))
-    title = "Results by cut: likewise, over the clients of each cut"
+    title = "Results by cut: mean over clients; mean ± standard deviation over seeds"
     return Table(title, ("curve", "cut", "clients", *_ACCURACIES), rows)
 
 
@@ -55,7 +55,7 @@ def over_rounds(curves: Sequence[Curve]) -> Table:
         for curve in curves
         for r, number in enumerate(curve.rounds)
     ]
-    title = "Results over rounds: mean over all clients; likewise over seeds"
+    title = "Results by round: mean over clients; mean ± standard deviation over seeds"
     return Table(title, ("curve", "round", *_ACCURACIES), rows)
 
 

@@ -27,7 +27,7 @@ def reopen(
 
     Raises:
       UserError: there is no such run, it has no checkpoint, or its data are missing, or
-        differ from those of the run.
+        differ from the data of the run.
     """
     config = read_config(folder)
     if data_dir is not None:
