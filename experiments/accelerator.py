@@ -49,9 +49,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=540, help="in all")
-    parser.add_argument("--row-seconds", type=float, help="of one run")
-    parser.add_argument("--list", action="store_true", help="print what is not done")
+    parser.add_argument("--seconds", type=float, default=540, help="limit of all runs")
+    parser.add_argument("--row-seconds", type=float, help="limit of a run")
+    parser.add_argument("--list", action="store_true", help="print unfinished runs")
     given = run.parse(parser, words)
     changes: dict[str, Any] = {"data_dir": given.data_dir} if given.data_dir else {}
     end = time.monotonic() + given.seconds

@@ -59,7 +59,7 @@ def run(arguments: list[str], *, seconds: float) -> str:
 def main() -> None:
     """Run the named parts, or all parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help="names from --list; all if none")
+    parser.add_argument("parts", nargs="*", help="names from --list; default: all")
     parser.add_argument("--list", action="store_true", help="print the names of parts")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests")
     parser.add_argument("--seconds", type=float, default=1200, help="limit of a part")

@@ -51,7 +51,7 @@ CHILD_SECONDS = 900  # a child that takes longer has failed
 def main() -> None:
     """Run the named parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}")
     parser.add_argument("--all", action="store_true", help="every count of clients")
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)

@@ -164,7 +164,7 @@ class TorchFederation:
                 for group in groups
             }
             self.servers = [views[cut] for cut in self.cuts]
-            # A layer without gradient is left alone, its momentum and decay included.
+            # SGD skips a layer without gradient, including its momentum and decay.
             self.server_sgd = [self._sgd(server)] * len(self.cuts)
         else:
             self.servers = [

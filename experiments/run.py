@@ -161,7 +161,7 @@ def in_processes(
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Any:
     """Add the flags that all runners have, and parse the words."""
-    parser.add_argument("--data-dir", help="where the datasets are")
+    parser.add_argument("--data-dir", help="folder with the datasets")
     parser.add_argument("--runs", type=Path, default=FOLDER, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     return parser.parse_args(words)
@@ -173,7 +173,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", nargs="+", help="SET or SET/ROW, see rows/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at once, on a CPU, a core each"
+        "--jobs", type=int, default=1, help="parallel runs; on a CPU each gets a core"
     )
     given = parse(parser, words)
     cores = len(os.sched_getaffinity(0))

@@ -102,9 +102,9 @@ def _end(error: Exception) -> _End | None:
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0]
         return _End(
             2,
-            f"memory: there is not enough ({reason[:200]}); a smaller --batch-size, "
-            "--eval-batch-size or --width needs less, as do fewer clients at once "
-            "(--participation, --client-axis loop)",
+            f"memory: there is not enough ({reason[:200]}); lower --batch-size, "
+            "--eval-batch-size or --width, or train fewer clients at once with "
+            "--participation or --client-axis loop",
         )
     return None
 

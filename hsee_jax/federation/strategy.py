@@ -86,10 +86,10 @@ class Strategy(NamedTuple):
     # Return the arrays that each client sends for a mean, leaves [S, ...] a group.
     messages: Callable[[RunState], tuple[PyTree, ...]]
     part: Callable[[Branch, int], Branch]  # a server's layers behind a group's cut
-    shared: bool  # one server for all, or one replica each
+    shared: bool  # whether all clients share one server; else each has a replica
     turn_unit: str = "batch"  # "batch": turns step by step; "epoch": client by client
-    period: int = 0  # aggregate after so many ...
-    period_unit: str = "rounds"  # ... "rounds" or "steps"; a period of 0 is never
+    period: int = 0  # aggregate after this many units; 0 for never
+    period_unit: str = "rounds"  # or "steps"
     boundary: str = "detached"  # or "joint"; "none": the client is its own server
     weights: str = "samples"  # of the clients in a mean; or "uniform"
 

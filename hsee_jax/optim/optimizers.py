@@ -118,7 +118,7 @@ def _decays(params: PyTree) -> PyTree:
 
 Decay = Annotated[float, "weight decay, except on biases and BatchNorm", at_least(0)]
 
-# Factories take nothing but their options.
+# Factories take only their options.
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
 register = OPTIMIZERS.register
 
