@@ -1,13 +1,13 @@
-"""Runs the full-size rows that are not done yet, in order of value, on an accelerator.
+"""Run the full-size rows that are not done yet, in order of value, on an accelerator.
 
 Shows: what the rows say, see `rows/`.
-Cost: what --seconds and --row-seconds allow; the next call goes on where this one
+Cost: what --seconds and --row-seconds allow; the next call continues where this call
 stopped, by itself or by a signal.
 Command: python experiments/accelerator.py --data-dir FOLDER --seconds 540
 
-The folder may hold plain npz files alone, `cifar10/train.npz` and `cifar10/test.npz`
-and so on, so that neither tensorflow-datasets nor a network is needed. A dataset that
-is not there is left out, and named.
+The folder may hold only plain npz files, `cifar10/train.npz` and `cifar10/test.npz` and
+so on, so that neither tensorflow-datasets nor a network is needed. The script names the
+datasets that the folder lacks, and skips their rows.
 """
 
 import argparse
@@ -25,15 +25,12 @@ from hsee_jax.cli.signals import StopSignals
 from hsee_jax.data import find_source
 
 SETS = ("cifar10", "cifar100", "stl10")
-# What a reader looks for first; the other rows follow in the order of their names.
+# The rows that matter most; the other rows follow in the order of their names.
 FIRST = ("centralized", "averaging-mixed", "sequential-mixed", "local-mixed")
 
 
 def in_order_of_value(sets: Iterable[str], seeds: Iterable[int]) -> list[rows.Run]:
-    """All runs: those of the first seed before the next, the telling rows before all.
-
-    The sets keep their order.
-    """
+    """Return all runs, ordered by seed, then `FIRST` before other rows, then by set."""
 
     def rank(pair: tuple[int, str]) -> tuple[bool, int, int, str]:
         place, row = pair
@@ -48,13 +45,13 @@ def in_order_of_value(sets: Iterable[str], seeds: Iterable[int]) -> list[rows.Ru
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs until the time is over; returns the exit status."""
+    """Run rows until the time is over, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=540, help="in all")
-    parser.add_argument("--row-seconds", type=float, help="of one run")
-    parser.add_argument("--list", action="store_true", help="print what is not done")
+    parser.add_argument("--seconds", type=float, default=540, help="limit of all runs")
+    parser.add_argument("--row-seconds", type=float, help="limit of a run")
+    parser.add_argument("--list", action="store_true", help="print unfinished runs")
     given = run.parse(parser, words)
     changes: dict[str, Any] = {"data_dir": given.data_dir} if given.data_dir else {}
     end = time.monotonic() + given.seconds

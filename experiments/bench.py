@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, the machine, and result files.
+"""Functions that the benchmarks share: timing, the machine, and result files.
 
 A benchmark is a script ``bench_*.py`` that prints a table and writes its rows to
 ``results/bench-NAME-BACKEND.json``. Times are medians with the lowest and the highest;
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class Timing(NamedTuple):
-    """Seconds a call."""
+    """The seconds of a call."""
 
     median: float
     low: float
@@ -33,12 +33,12 @@ class Timing(NamedTuple):
 def time_in_turns(
     calls: Mapping[str, Callable[[], Any]], *, repeats: int, warmups: int = 2
 ) -> dict[str, Timing]:
-    """Times several functions in turns: a, b, a, b, ...
+    """Time several functions in turns: a, b, a, b, ...
 
     Args:
-      calls: by name; each returns when its work is done.
-      repeats: timed calls of each.
-      warmups: calls of each before, not timed.
+      calls: the functions by name; each returns when its work is done.
+      repeats: timed calls of each function.
+      warmups: earlier calls of each function, not timed.
     """
     for _ in range(warmups):
         for call in calls.values():
@@ -56,7 +56,7 @@ def time_in_turns(
 
 
 def machine() -> Row:
-    """The hardware and the versions that a result belongs to."""
+    """Return the hardware and the versions behind a result."""
     versions = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "torch", "numpy"):
         try:
@@ -83,7 +83,7 @@ def _processor() -> str:
 
 
 def write(name: str, rows: Sequence[Row], *, out: Path = RESULTS) -> Path:
-    """Writes a benchmark's rows, with the machine, and returns the file."""
+    """Write a benchmark's rows with the machine, and return the file."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"bench-{name}-{jax.default_backend()}.json"
     content = {"benchmark": name, "machine": machine(), "rows": list(rows)}
@@ -92,7 +92,7 @@ def write(name: str, rows: Sequence[Row], *, out: Path = RESULTS) -> Path:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The rows as a Markdown table of the named columns."""
+    """Return the rows as a Markdown table of the named columns."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [_cell(row.get(column)) for column in columns]

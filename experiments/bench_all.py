@@ -1,8 +1,8 @@
-"""Runs every benchmark, each part in a process of its own.
+"""Run every benchmark, each part in its own process.
 
 Shows: what the parts show; a part that fails or takes too long does not stop the
 others, and is named at the end.
-Cost: the parts' sum: about 50 minutes on two CPU cores.
+Cost: the sum of the parts, about 50 minutes on two CPU cores.
 Command: python experiments/bench_all.py [--out FOLDER] [PARTS ...], where a part is a
 name that --list prints. It needs no network; without PyTorch its columns stay empty.
 """
@@ -22,7 +22,7 @@ OWN = {"bench_all", "bench_round", "bench_scaling"}
 
 
 def parts(backend: str) -> dict[str, list[str]]:
-    """Script and arguments of each part."""
+    """Return the script and the arguments of each part."""
     found = {}
     for i, size in enumerate(bench_round.SIZES["gpu" if backend == "gpu" else "cpu"]):
         check = [] if i == 0 else ["--no-check"]  # once is enough
@@ -36,7 +36,7 @@ def parts(backend: str) -> dict[str, list[str]]:
 
 
 def default_backend() -> str:
-    """JAX's backend, asked in a process that gives a GPU's memory back."""
+    """Return JAX's backend; a child process finds it, and frees the GPU's memory."""
     code = "import jax; print(jax.default_backend())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -45,7 +45,7 @@ def default_backend() -> str:
 
 
 def run(arguments: list[str], *, seconds: float) -> str:
-    """Runs a script of this folder; returns how it ended."""
+    """Run a script of this folder, and return how it ended."""
     script, *rest = arguments
     try:
         done = subprocess.run(
@@ -57,9 +57,9 @@ def run(arguments: list[str], *, seconds: float) -> str:
 
 
 def main() -> None:
-    """Runs the parts that are named, or all."""
+    """Run the named parts, or all parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help="names from --list; all if none")
+    parser.add_argument("parts", nargs="*", help="names from --list; default: all")
     parser.add_argument("--list", action="store_true", help="print the names of parts")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests")
     parser.add_argument("--seconds", type=float, default=1200, help="limit of a part")

@@ -1,13 +1,14 @@
-"""The forms of the convolution, by shape: forward pass and each gradient.
+"""Time the forms of the convolution by shape: the forward pass and each gradient.
 
-What it shows: which form of `hsee_jax.nn.convolution` is fastest for one set of weights
-and for weights stacked over clients, at the convolutions of ResNet-18 on images of 32
-pixels (width 64 with batches of 32, width 16 with batches of 8), and what a scan costs
-the gradient by the weights. The table in `hsee_jax/nn/convolution.py` is read off the
-rows of ``setting`` single.
+Shows: the fastest form of `hsee_jax.nn.convolution` for one set of weights and for
+weights stacked over clients, at the convolutions of ResNet-18 on images of 32 pixels
+(width 64 with batches of 32, width 16 with batches of 8), and the cost of a scan for
+the gradient by the weights. The rows with the ``setting`` single give the table in
+`hsee_jax/nn/convolution.py`.
 
-Expected on CPU: winograd ahead from 64 channels up; grouped slowest by far on stacks;
-the native gradient by the weights many times slower in a scan than in a loop.
+Expected on CPU: winograd is fastest from 64 channels up; grouped is slowest by far on
+stacks; the native gradient by the weights is many times slower in a scan than in a
+loop.
 
 Cost: about 3 minutes on two CPU cores. Command::
 
@@ -39,7 +40,7 @@ Shape = tuple[int, int, int, int, int]  # H = W, C, F, window, stride
 
 
 def resnet_shapes(width: int, image: int) -> list[Shape]:
-    """The distinct convolutions of a ResNet-18."""
+    """Return the distinct convolutions of a ResNet-18."""
     shapes = [(image, 3, width, 3, 1)]
     for group in range(4):
         channels, size = width * 2**group, image // 2**group
@@ -50,7 +51,7 @@ def resnet_shapes(width: int, image: int) -> list[Shape]:
 
 
 def passes(form: str, shape: Shape) -> dict[str, Callable]:
-    """The three passes of one convolution, functions of ``(x, w, dy)``."""
+    """Return the three passes of one convolution as functions of ``(x, w, dy)``."""
     _, _, _, window, stride = shape
     pad = ((window // 2, window // 2),) * 2
     conv = convolution(form)
@@ -68,7 +69,7 @@ def passes(form: str, shape: Shape) -> dict[str, Callable]:
 
 
 def arrays(shape: Shape, batch: int, leading: tuple[int, ...] = ()) -> list[Array]:
-    """Inputs, weights and the gradient of the output."""
+    """Draw inputs, weights and the gradient of the output."""
     size, channels, features, window, stride = shape
     out = (size - 1) // stride + 1
     rng = np.random.default_rng(0)
@@ -83,13 +84,13 @@ def arrays(shape: Shape, batch: int, leading: tuple[int, ...] = ()) -> list[Arra
 
 
 def compiled(function: Callable, *args: Array) -> Callable[[], Any]:
-    """A call that returns when its work is done."""
+    """Compile a function, and return a call that returns when its work is done."""
     program = jax.jit(function).lower(*args).compile()
     return lambda: jax.block_until_ready(program(*args))
 
 
 def row(setting: str, shape: Shape, batch: int, pass_: str, **rest: Any) -> bench.Row:
-    """What a row is about."""
+    """Return the columns that identify a row."""
     size, channels, features, window, stride = shape
     return {
         "setting": setting,
@@ -105,7 +106,7 @@ def row(setting: str, shape: Shape, batch: int, pass_: str, **rest: Any) -> benc
 
 
 def milliseconds(timings: dict[str, bench.Timing]) -> dict[str, Any]:
-    """Medians by name, and the lowest and highest of each."""
+    """Return the median, the lowest and the highest time of each name."""
     return {
         **{name: 1e3 * timing.median for name, timing in timings.items()},
         "spread": {n: [1e3 * t.low, 1e3 * t.high] for n, t in timings.items()},
@@ -115,7 +116,7 @@ def milliseconds(timings: dict[str, bench.Timing]) -> dict[str, Any]:
 def compare(
     setting: str, shape: Shape, batch: int, clients: int, repeats: int
 ) -> list[bench.Row]:
-    """A row for each pass, and on stacks one for all three together."""
+    """Measure a row for each pass, and on stacks a row for all three together."""
     stacked = setting == "stacked"
     args = arrays(shape, batch, (clients,) if stacked else ())
 
@@ -135,7 +136,7 @@ def compare(
 
 
 def scanned(shape: Shape, batch: int, steps: int, repeats: int) -> list[bench.Row]:
-    """The gradient by one set of weights, summed over batches: loop and scan."""
+    """Time the gradient by one set of weights, summed over batches: loop and scan."""
     xs, ws, dys = arrays(shape, batch, (steps,))
     rows = []
     for form in ("grouped", "patches", "winograd"):
@@ -159,7 +160,7 @@ def scanned(shape: Shape, batch: int, steps: int, repeats: int) -> list[bench.Ro
 
 
 def main() -> None:
-    """Prints three tables and writes their rows."""
+    """Print three tables, and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for a test")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)

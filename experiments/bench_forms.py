@@ -1,4 +1,4 @@
-"""Whole rounds by the form of the stacked convolutions, against plain networks.
+"""Time whole rounds by the form of the stacked convolutions, against plain networks.
 
 Shows: images trained a second for each form of `hsee_jax.nn.convolution` when clients
 are stacked (`--client-axis vmap`), for a loop over the clients, and for one ResNet-18
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 class Size(NamedTuple):
-    """What is timed."""
+    """The size of a federation to time."""
 
     width: int
     batch_size: int
@@ -49,7 +49,7 @@ class Size(NamedTuple):
 
     @property
     def images(self) -> int:
-        """Trained in a round."""
+        """Return the number of images in a round."""
         return self.clients * self.batch_size * self.steps
 
 
@@ -59,7 +59,7 @@ QUICK = Size(2, 4, 3, 1, "float32")
 
 
 def plain_network(size: Size) -> Callable[[], Any]:
-    """Return what trains one network on a round's images, batch after batch."""
+    """Return a call that trains one network on a round's images, batch by batch."""
     experiment = federation(
         clients=1,
         batch_size=size.batch_size,
@@ -95,7 +95,7 @@ def plain_network(size: Size) -> Callable[[], Any]:
 
 
 def rounds(size: Size, strategy: str, axis: str, form: str) -> Runner:
-    """Return what trains a round of clients with the cuts 3, 5 and 7."""
+    """Return a call that trains a round of clients with the cuts 3, 5 and 7."""
     return Runner(
         federation(
             clients=size.clients,
@@ -134,7 +134,7 @@ def measure(size: Size, forms: Sequence[str], *, repeats: int) -> list[bench.Row
 
 
 def main() -> None:
-    """Print the table and write its rows."""
+    """Print the table, and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--forms", nargs="+", choices=FORMS, metavar="FORM")

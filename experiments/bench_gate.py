@@ -1,9 +1,9 @@
-"""What gated inference saves: time against the share of samples that is sent.
+"""Measure the savings of gated inference: time against the share of sent samples.
 
 Shows: the server's time for a batch when 100, 50, 20 and 5 % of its samples are sent,
 relative to a server that runs all of them without a gate, and the same for client and
 server together. Thresholds are set so that exactly this share is sent; images and
-weights are random, on which speed does not depend.
+weights are random, because the speed does not depend on them.
 Expected: with 20 % sent at most 0.35 of the server's time; with 100 % no more than a
 few percent above 1, the price of the gate.
 Cost: about four minutes on two CPU cores.
@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 def rows_of(width: int, batch: int, cut: int, *, repeats: int) -> list[bench.Row]:
-    """One client's figures, all timed in turns."""
+    """Measure the figures of one client, all timed in turns."""
     model = resnet18(num_classes=10, input_shape=(32, 32, 3), width=width)
     network = jax.jit(partial(init_network, model))(jax.random.key(0))
     none = optax.identity()
@@ -105,7 +105,7 @@ def rows_of(width: int, batch: int, cut: int, *, repeats: int) -> list[bench.Row
 
 
 def main() -> None:
-    """Prints the table and writes its rows."""
+    """Print the table, and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)

@@ -1,9 +1,9 @@
-"""One round of both strategies against the same algorithm in PyTorch.
+"""Time one round of both strategies against the same algorithm in PyTorch.
 
 Shows: images trained a second by hsee_jax and by `pytorch_baseline.py` (eager, and with
 torch.compile), their ratio, and the share of the machine's matrix-product peak that
 each reaches. Before the timing both train from the same weights, and their losses must
-agree: step by step in a small federation, and over the first round of what is timed.
+agree: step by step in a small federation, and over the first round of the timed one.
 Expected: on two CPU cores a ratio to eager PyTorch of at least 1.3 at width 8, 1.0 at
 width 16 and 0.75 at width 64; no figure is expected on a GPU before it is measured.
 Cost: about 25 minutes on two CPU cores; --compile adds minutes.
@@ -45,24 +45,24 @@ ROUND_TOLERANCES = {"float32": 1e-2, "bfloat16": 1e-1}
 
 
 class Size(NamedTuple):
-    """What is timed."""
+    """The size of a federation to time."""
 
     width: int
     batch_size: int
     clients: int
     steps: int  # in a round
     repeats: int
-    warmups: int = 1  # beside the round whose losses are compared
+    warmups: int = 1  # in addition to the round that compares the losses
     dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        """Of the row and the file."""
+        """Return the name of the row and the file."""
         return f"w{self.width}-b{self.batch_size}-n{self.clients}"
 
     @property
     def images(self) -> int:
-        """Trained in a round."""
+        """Return the number of images in a round."""
         return self.clients * self.batch_size * self.steps
 
 
@@ -97,13 +97,13 @@ COLUMNS = (
 
 
 def main() -> None:
-    """Times the sizes and writes a result file for each."""
+    """Time the sizes, and write a result file for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", help="names such as w8-b8-n32")
-    parser.add_argument("--repeats", type=int, help="timed rounds of each")
-    parser.add_argument("--compile", action="store_true", help="on CPU as well")
-    parser.add_argument("--compile-mode", default="default", help="of torch.compile")
-    parser.add_argument("--no-check", action="store_true", help="see `check`")
+    parser.add_argument("--repeats", type=int, help="timed rounds per program")
+    parser.add_argument("--compile", action="store_true", help="compile on CPU too")
+    parser.add_argument("--compile-mode", default="default", help="for torch.compile")
+    parser.add_argument("--no-check", action="store_true", help="skip `check`")
     parser.add_argument("--quick", action="store_true", help="a tiny size, for tests")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     arguments = parser.parse_args()
@@ -132,15 +132,15 @@ def main() -> None:
 
 
 def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.Row]:
-    """A row for each strategy.
+    """Measure a row for each strategy.
 
     Args:
-      size: what to time.
+      size: the size of the federation.
       peak: FLOP/s of the device's matrix product.
-      compile_mode: of torch.compile; None leaves it out.
+      compile_mode: the mode of torch.compile; None leaves it out.
 
     Raises:
-      SystemExit: what is to be timed does not train alike.
+      SystemExit: the two programs do not train alike.
     """
     calls: dict[str, Callable[[], Any]] = {}
     differences: dict[str, float] = {}
@@ -164,7 +164,7 @@ def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.
 def _row(
     size: Size, strategy: str, timings: dict[str, bench.Timing], seconds: float
 ) -> bench.Row:
-    """The speeds of a strategy; ``seconds`` is what an image takes at the peak."""
+    """Return the speeds of a strategy; ``seconds`` is the time of an image at peak."""
     row: bench.Row = {"size": size.name, "strategy": strategy, **size._asdict()}
     keys = {"hsee": "hsee", "PyTorch": "pytorch", "compiled": "compiled"}
     speed: dict[str, float] = {}
@@ -196,19 +196,19 @@ def _build(size: Size, strategy: str, **changes: Any) -> Experiment:
 
 
 def check(width: int, strategy: str, *, rounds: int = 4, **changes: Any) -> list[float]:
-    """Trains rounds of one step in both, in full float32, with one client a cut.
+    """Train rounds of one step in both, in full float32, with one client a cut.
 
     Args:
-      width: of the network.
-      strategy: its name.
-      rounds: how many.
-      **changes: of further fields of the configuration.
+      width: the width of the network.
+      strategy: the name of the strategy.
+      rounds: the number of rounds.
+      **changes: values for further fields of the configuration.
 
     Returns:
       The largest relative difference of any client's losses after 0, 1, ... steps.
 
     Raises:
-      SystemExit: it is beyond the tolerance.
+      SystemExit: the difference is beyond the tolerance.
     """
     size = Size(width, batch_size=8, clients=3, steps=1, repeats=0)
     with jax.default_matmul_precision("highest"):
@@ -227,9 +227,9 @@ def check(width: int, strategy: str, *, rounds: int = 4, **changes: Any) -> list
 
 
 def _difference(runner: Runner, theirs: Sequence[Losses], *, by_client: bool) -> float:
-    """Trains a round; the largest relative difference of the losses to the others'.
+    """Train a round, and return the largest relative difference of two sets of losses.
 
-    Those of the exits and of the servers, of each client or of all together.
+    The losses are of exits and servers, for each client or summed over all clients.
     """
     metrics = runner()
     ours = np.stack([metrics.exit.loss_sum, metrics.server.loss_sum], axis=1)
@@ -244,7 +244,7 @@ def _device() -> str:
 
 
 def _pytorch(runner: Runner, setting: Any) -> Callable[[int], Losses]:
-    """Rounds of the baseline, from the runner's present state on."""
+    """Return rounds of the baseline that start from the runner's present state."""
     experiment = runner.experiment
     info = DATASETS[experiment.config.data.dataset]
     theirs = baseline.TorchFederation(
@@ -267,9 +267,9 @@ def _pytorch(runner: Runner, setting: Any) -> Callable[[int], Losses]:
 def _pytorch_calls(
     runner: Runner, size: Size, compile_mode: str | None
 ) -> tuple[dict[str, partial], float]:
-    """A round in eager PyTorch, and compiled where that is wanted and works.
+    """Return calls of a round in eager PyTorch and, if it works, in compiled PyTorch.
 
-    They have trained one round, and the runner as well; also returns the largest
+    The baseline and the runner have then trained one round; also return the largest
     relative difference of the losses in it.
     """
     setting = baseline.Setting(
@@ -293,11 +293,11 @@ def _pytorch_calls(
 
 
 def flops_per_image(experiment: Experiment) -> float:
-    """Of a training step: three times the forward pass, the mean over the clients.
+    """Return the FLOPs of training on an image: three forward passes, mean of clients.
 
-    Forward FLOPs are XLA's count on the CPU, where no library call hides them, of the
-    direct convolution, whatever form it is computed in. The gradient by the images,
-    which no layer needs, is counted too: it is small.
+    Forward FLOPs are XLA's count for the direct convolution on the CPU, where no
+    library call hides them, whatever form is timed. The count includes the gradient by
+    the images, which no layer needs, because it is small.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model = build_model(
@@ -313,9 +313,9 @@ def flops_per_image(experiment: Experiment) -> float:
 
 
 def matmul_peak(size: int, *, chain: int = 8, repeats: int = 5) -> float:
-    """FLOP/s of square products: bfloat16 on a GPU, float32 elsewhere.
+    """Measure the FLOP/s of square products: bfloat16 on a GPU, float32 elsewhere.
 
-    The better of JAX and PyTorch, where both are there: what the device can do.
+    If PyTorch is installed, return the better figure of JAX and PyTorch.
     """
     on_gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if on_gpu else jnp.float32

@@ -1,15 +1,15 @@
-"""How time and memory grow with clients, devices, precision and population.
+"""Measure how time and memory grow with clients, devices, precision and population.
 
-Shows, each as a part of its own:
+Shows, each as its own part:
 * clients: time per image against the number of clients;
 * devices: time per image against the number of devices. On a CPU they are fakes that
-  share its cores: what is seen there is the cost of the partition, no speed-up;
+  share its cores, so they show the cost of the partition, not a speed-up;
 * memory: peak memory against the number of clients;
 * precision: bfloat16 against float32, and one compiled scan (vmap) against a loop;
 * population: a round of 20 clients out of 200 and out of 2,000.
 Expected: 64 clients take at most 1.2 times the time per image of 4; the round of 20
 takes the same time out of 200 and out of 2,000; memory of `sequential` grows by a
-client's part for each client, that of `averaging` by a whole network.
+client's part for each client, memory of `averaging` by a whole network.
 Cost: on two CPU cores about three minutes a part.
 Command: python experiments/bench_scaling.py clients devices memory precision population
 """
@@ -49,9 +49,9 @@ CHILD_SECONDS = 900  # a child that takes longer has failed
 
 
 def main() -> None:
-    """Runs the parts that are named."""
+    """Run the named parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}")
     parser.add_argument("--all", action="store_true", help="every count of clients")
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def clients_part(*, quick: bool, every: bool) -> list[bench.Row]:
-    """Time per image against the number of clients, all timed in turns."""
+    """Measure the time per image against the number of clients, timed in turns."""
     counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64) if every else (1, 4, 16, 64)
     if quick:
         counts = (1, 4)
@@ -100,7 +100,7 @@ def clients_part(*, quick: bool, every: bool) -> list[bench.Row]:
 
 
 def precision_part(*, quick: bool, every: bool) -> list[bench.Row]:
-    """Dtype and client axis, timed in turns."""
+    """Measure dtypes and client axes, timed in turns."""
     del every
     on_gpu = jax.default_backend() == "gpu"
     width, clients, batch = (64, 12, 128) if on_gpu else (8, 6, 8)
@@ -131,7 +131,7 @@ def precision_part(*, quick: bool, every: bool) -> list[bench.Row]:
 
 
 def devices_part(*, quick: bool, every: bool) -> list[bench.Row]:
-    """Time per image against the number of devices, a child process each."""
+    """Measure the time per image against the number of devices, in child processes."""
     del every
     on_gpu = jax.default_backend() == "gpu"
     counts: Sequence[int] = (1, 2) if quick else (1, 2, 4, 8)
@@ -163,7 +163,7 @@ def devices_part(*, quick: bool, every: bool) -> list[bench.Row]:
 
 
 def memory_part(*, quick: bool, every: bool) -> list[bench.Row]:
-    """Peak memory against the number of clients, a child process each."""
+    """Measure peak memory against the number of clients, in child processes."""
     counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64) if every else (1, 4, 16, 64)
     if quick:
         counts = (1, 3)
@@ -193,7 +193,7 @@ def memory_part(*, quick: bool, every: bool) -> list[bench.Row]:
 
 
 def population_part(*, quick: bool, every: bool) -> list[bench.Row]:
-    """A round of some clients out of many, a child process each."""
+    """Measure a round of some clients out of many, in child processes."""
     del every
     active = 2 if quick else 20
     rows = []
@@ -245,7 +245,7 @@ def _per_image(timing: bench.Timing, images: int) -> bench.Row:
 
 
 def _devices(count: int, *, on_gpu: bool) -> dict[str, str]:
-    """The environment in which a child sees so many devices."""
+    """Return the environment in which a child process sees ``count`` devices."""
     if not on_gpu:
         return {"JAX_NUM_CPU_DEVICES": str(count)}
     known = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -260,13 +260,13 @@ def _in_child(
     warmups: int = 2,
     environment: Mapping[str, str] | None = None,
 ) -> bench.Row:
-    """Runs a federation in a process of its own.
+    """Run a federation in its own process.
 
     Args:
       size: arguments of `federation`; None builds nothing.
       repeats: timed rounds.
-      warmups: rounds before.
-      environment: variables added to this process's.
+      warmups: earlier rounds, not timed.
+      environment: variables to add to the environment of this process.
 
     Returns:
       ``seconds`` (median, low, high) of a round, ``peak MB`` and ``device_count``, or
@@ -291,7 +291,7 @@ def _in_child(
 
 
 def _child(size: dict[str, Any] | None, repeats: int, warmups: int) -> bench.Row:
-    """What `_in_child` asked for, in the child."""
+    """Do the work of `_in_child` in the child."""
     row: bench.Row = {"device_count": jax.device_count()}
     if size is not None:
         runner = Runner(federation(**size))
@@ -307,7 +307,7 @@ def _child(size: dict[str, Any] | None, repeats: int, warmups: int) -> bench.Row
 
 
 def _peak_bytes() -> float:
-    """Of the first device, or of this process where the device keeps no count."""
+    """Return the peak memory of the first device, or else of this process."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]

@@ -1,7 +1,7 @@
-"""Federations on synthetic data, of any size, for the benchmarks.
+"""Make federations of any size on synthetic data, for the benchmarks.
 
-Speed does not depend on what the images show, so they are noise; shapes and number of
-classes are those of a real dataset. All shards are equal and whole batches.
+Speed does not depend on what the images show, so they are noise, with the shapes and
+the number of classes of a real dataset. All shards are equal and hold whole batches.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ STRATEGIES = ("averaging", "sequential")
 
 
 def noise(dataset: str, count: int, *, seed: int = 0) -> Dataset:
-    """Random images and labels in the shape of a dataset."""
+    """Draw random images and labels in the shape of a dataset."""
     info = DATASETS[dataset]
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
@@ -36,15 +36,15 @@ def federation(
     dataset: str = "cifar10",
     **changes: Any,
 ) -> Experiment:
-    """An experiment in which every client has ``steps`` full batches a round.
+    """Build an experiment in which every client has ``steps`` full batches a round.
 
     Args:
-      clients: how many; their cuts are 3, 5, 7 in turn (one client has 3, two have 3
-        and 5).
+      clients: the number of clients; their cuts are 3, 5, 7 in turn (one client has 3,
+        two have 3 and 5).
       batch_size: images in a client's step.
       steps: steps in a round.
-      dataset: whose shapes the noise has.
-      **changes: further fields of the configuration.
+      dataset: the dataset that gives the shapes of the noise.
+      **changes: values for further fields of the configuration.
     """
     config = hsee_jax.override(
         hsee_jax.Config(),
@@ -70,12 +70,12 @@ class Runner:
     """Runs round after round; a call returns when the device has done its work."""
 
     def __init__(self, experiment: Experiment) -> None:
-        """Starts from the initial state."""
+        """Start from the initial state."""
         self.experiment = experiment
         self.state = experiment.init()
 
     def __call__(self) -> ExitMetrics:
-        """Trains a round and returns its metrics, on the host."""
+        """Train a round, and return its metrics on the host."""
         self.state, _, progress = self.experiment.run_round(self.state)
         jax.block_until_ready(self.state)
         return progress.metrics

@@ -1,8 +1,7 @@
-"""Renders the sections on performance from the results of the benchmarks.
+"""Render the sections on performance from the results of the benchmarks.
 
-Shows: nothing of its own; every figure is read from results/bench-*.json, and what has
-no result is "not measured". README.md has all but the convolutions, which RESULTS.md
-has.
+Shows: figures read from results/bench-*.json, and "not measured" for a missing result.
+The convolutions go into RESULTS.md, all other tables into README.md.
 Cost: a second.
 Command: python experiments/performance.py
 """
@@ -25,7 +24,7 @@ BACKENDS = {"cpu": "CPU", "gpu": "GPU"}
 
 
 class Section(NamedTuple):
-    """One table, from the results whose name begins alike."""
+    """One table, made from the results with the same beginning of the name."""
 
     prefix: str
     title: str
@@ -78,19 +77,19 @@ SECTIONS = (
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """All results, by name of the file."""
+    """Read all results, by name of the file."""
     return [
         json.loads(path.read_text()) for path in sorted(folder.glob("bench-*.json"))
     ]
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
-    """README's text: a table for each of its benchmarks, backend and machine."""
+    """Return the text of README: a table for each benchmark, backend and machine."""
     return "\n\n".join(_section(section, results) for section in SECTIONS)
 
 
 def details(results: Sequence[dict[str, Any]]) -> str:
-    """The text for the other benchmarks: a table for rows of the same columns."""
+    """Return the text for other benchmarks: a table for rows of the same columns."""
     parts = []
     for result in results:
         if any(_belongs(result["benchmark"], section.prefix) for section in SECTIONS):
@@ -139,7 +138,7 @@ def _in(row: bench.Row, rows: Sequence[bench.Row]) -> bool:
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    """Hardware and versions, in a line."""
+    """Return hardware and versions in a line."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     return (
         f"{machine['device']}, {machine['cpu_cores']} cores of "
@@ -148,7 +147,7 @@ def _machine(machine: dict[str, Any]) -> str:
 
 
 def insert(page: str, section: str, name: str) -> str:
-    """The page with the section between the markers of that name."""
+    """Return the page with the section between the markers of its name."""
     first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)
@@ -158,7 +157,7 @@ def insert(page: str, section: str, name: str) -> str:
 
 
 def main() -> None:
-    """Reads the results and writes the sections."""
+    """Read the results, and write the sections."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=bench.RESULTS)
     parser.add_argument("--readme", type=Path, default=README)

@@ -1,15 +1,16 @@
-"""Hetero-SplitEE in PyTorch, as one would write it there: what the speed is held to.
+"""Hetero-SplitEE in idiomatic PyTorch: the baseline for the speed of `hsee_jax`.
 
-The same algorithm as `hsee_jax`: a client trains its layers on its exit's loss, the
-server trains the rest on the detached features, and in `averaging` the replicas of each
-server layer are averaged after the round, BatchNorm included. Clients are a Python loop
-around eager modules in channels_last; on a GPU with autocast to bfloat16, the fused
-optimizer and cuDNN's autotuner; `torch.compile` is an option. Images stay on the device
-as uint8 and batches are gathered there. Metrics leave the device once a round.
+It is the same algorithm as in `hsee_jax`: a client trains its layers on its exit's
+loss, the server trains the rest on the detached features, and in `averaging` the
+replicas of each server layer are averaged after the round, including BatchNorm. A
+Python loop runs the clients as eager modules in channels_last; on a GPU with autocast
+to bfloat16, the fused optimizer and cuDNN's autotuner; `torch.compile` is an option.
+Images stay on the device as uint8, and batches are gathered there. Metrics leave the
+device once a round.
 
 It takes its first weights from a `RunState`, so that its losses can be compared. Shards
-are equal and whole batches, so every mean is a plain one. The running variance is the
-unbiased one, unlike Flax's; no loss of training depends on it.
+are equal and hold whole batches, so every mean is unweighted. The running variance is
+unbiased, unlike Flax's; no loss of training depends on it.
 """
 
 import os
@@ -33,16 +34,16 @@ LossFn = Callable[["TorchBranch", Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 
 
 class Stem(nn.Module):
-    """3x3 convolution, BatchNorm, ReLU."""
+    """A 3x3 convolution, BatchNorm and ReLU."""
 
     def __init__(self, channels: int, width: int) -> None:
-        """Takes the channels of the image and of the output."""
+        """Take the channels of the image and of the output."""
         super().__init__()
         self.conv = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the stem."""
+        """Run the stem."""
         return functional.relu(self.bn(self.conv(x)), inplace=True)
 
 
@@ -50,7 +51,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
-        """Takes the channels before and after."""
+        """Take the channels of the input and of the output."""
         super().__init__()
         self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(after)
@@ -63,22 +64,22 @@ class BasicBlock(nn.Module):
             self.bn_down = nn.BatchNorm2d(after)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the block."""
+        """Run the block."""
         shortcut = self.bn_down(self.down(x))
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         return functional.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
 
 class Head(nn.Module):
-    """Global average pool and linear layer."""
+    """A global average pool and a linear layer."""
 
     def __init__(self, features: int, classes: int) -> None:
-        """Takes the channels before and the number of classes."""
+        """Take the channels of the input and the number of classes."""
         super().__init__()
         self.linear = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the head."""
+        """Run the head."""
         return self.linear(x.mean(dim=(2, 3), dtype=torch.float32))
 
 
@@ -86,14 +87,14 @@ class TorchBranch(nn.Module):
     """Consecutive layers and a head."""
 
     def __init__(self, layers: Sequence[nn.Module], head: nn.Module) -> None:
-        """Holds the given modules, which others may hold as well."""
+        """Hold the given modules; other branches may hold them as well."""
         super().__init__()
         self.layers = nn.Sequential(*layers)
         self.head = head
 
 
 class Setting(NamedTuple):
-    """How the baseline runs."""
+    """The settings of the baseline."""
 
     device: str = "cpu"
     bfloat16: bool = False  # autocast
@@ -107,7 +108,7 @@ class Setting(NamedTuple):
 def branch_loss(
     branch: TorchBranch, x: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy of a branch, and its logits and features, detached."""
+    """Return a branch's mean cross-entropy, and its detached logits and features."""
     features = branch.layers(x)
     logits = branch.head(features)
     loss = functional.cross_entropy(logits, labels)
@@ -127,15 +128,15 @@ class TorchFederation:
         std: Sequence[float],
         setting: Setting,
     ) -> None:
-        """Copies weights and data.
+        """Copy weights and data.
 
         Args:
-          state: before the first round; one shared server is `sequential`.
+          state: the state before the first round; one shared server is `sequential`.
           groups: the clients.
           data: the training samples.
           mean: of each channel, on the scale 0..1.
           std: of each channel, on the scale 0..1.
-          setting: how to run.
+          setting: the settings.
         """
         self.setting = setting
         self.shared = len(state.servers) == 1 and len(_shape(state.servers[0])) == 1
@@ -163,7 +164,7 @@ class TorchFederation:
                 for group in groups
             }
             self.servers = [views[cut] for cut in self.cuts]
-            # A layer without gradient is left alone, its momentum and decay included.
+            # SGD skips a layer without gradient, including its momentum and decay.
             self.server_sgd = [self._sgd(server)] * len(self.cuts)
         else:
             self.servers = [
@@ -177,12 +178,12 @@ class TorchFederation:
         order: npt.NDArray[np.int32],
         learning_rate: float,
     ) -> npt.NDArray[np.float64]:
-        """Trains a round.
+        """Train a round.
 
         Args:
           indices: the samples of each step and client, ``[T, N, B]``.
           order: the clients' turns in each step, ``[T, N]``.
-          learning_rate: of the whole round.
+          learning_rate: the learning rate of the whole round.
 
         Returns:
           For each client the sums over the round of the exit's and the server's losses,
@@ -202,7 +203,7 @@ class TorchFederation:
         return totals.double().cpu().numpy()
 
     def _turn(self, n: int, rows: Tensor) -> Tensor:
-        """A client's batch, and the server's on the features it sends."""
+        """Train a client on a batch, and the server on the features that it sends."""
         x, labels = self._batch(rows)
         features, exit_loss, exit_right = self._step(
             self.clients[n], self.client_sgd[n], x, labels
@@ -220,7 +221,7 @@ class TorchFederation:
     def _step(
         self, branch: TorchBranch, sgd: torch.optim.SGD, x: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Detached features, and the sums of losses and of right answers."""
+        """Take a step; return detached features, loss sum and number of hits."""
         sgd.zero_grad(set_to_none=True)
         kind = torch.device(self.setting.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=self.setting.bfloat16):
@@ -232,7 +233,7 @@ class TorchFederation:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Every server layer becomes the mean over its replicas."""
+        """Set every server layer to the mean over its replicas."""
         holders: dict[int, list[nn.Module]] = {}
         for cut, server in zip(self.cuts, self.servers, strict=True):
             for i, layer in enumerate((*server.layers, server.head)):
@@ -243,7 +244,7 @@ class TorchFederation:
                 torch._foreach_copy_(list(copies), [mean] * len(copies))
 
     def _module(self, branch: Branch) -> TorchBranch:
-        """A branch as modules on the device."""
+        """Return a branch as modules on the device."""
         layers = [_layer(state) for state in branch.layers]
         module = TorchBranch(layers, _layer(branch.head))
         if self.setting.channels_last:
@@ -251,7 +252,7 @@ class TorchFederation:
         return module.to(self.setting.device).train()
 
     def _sgd(self, module: nn.Module) -> torch.optim.SGD:
-        """Heavy-ball SGD; only matrices and convolutions decay."""
+        """Make heavy-ball SGD that decays only matrices and convolutions."""
         weights = list(module.parameters())
         sgd = torch.optim.SGD(
             [
@@ -271,7 +272,7 @@ class TorchFederation:
 
 
 def _loss_fn(setting: Setting) -> LossFn:
-    """`branch_loss`, compiled once for each cut if so set."""
+    """Return `branch_loss`, compiled once for each cut if the setting says so."""
     if not setting.compile:
         return branch_loss
     import torch._dynamo
@@ -282,7 +283,7 @@ def _loss_fn(setting: Setting) -> LossFn:
 
 
 def _shape(branch: Branch) -> tuple[int, ...]:
-    """Of the bias of a head: ``[K]``, or ``[G, K]`` in a stack."""
+    """Return the shape of a head's bias: ``[K]``, or ``[G, K]`` in a stack."""
     return branch.head.params["linear"]["bias"].shape
 
 
@@ -291,13 +292,13 @@ def _member(stack: Branch, member: int) -> Branch:
 
 
 def _numbers(layer: nn.Module) -> list[Tensor]:
-    """Parameters and running statistics."""
+    """Return parameters and running statistics."""
     buffers = [b for b in layer.buffers() if b.is_floating_point()]
     return [*layer.parameters(), *buffers]
 
 
 def _layer(state: Any) -> nn.Module:
-    """The module of a layer or head, with its weights."""
+    """Make the module of a layer or head, with its weights."""
     params, stats = state.params, state.batch_stats
     if "linear" in params:
         layer: nn.Module = Head(*params["linear"]["kernel"].shape)
@@ -314,7 +315,7 @@ def _layer(state: Any) -> nn.Module:
 
 
 def _load(module: nn.Module, leaves: Any, stats: Any) -> None:
-    """Copies the weights of a convolution, a BatchNorm or a linear layer."""
+    """Copy the weights of a convolution, a BatchNorm or a linear layer."""
     if "conv" in leaves:
         values = {"weight": np.transpose(leaves["conv"]["kernel"], (3, 2, 0, 1))}
     elif "bn" in leaves:
@@ -331,7 +332,7 @@ def _load(module: nn.Module, leaves: Any, stats: Any) -> None:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether float32 products may be computed in TF32, as by default in JAX."""
+    """Set whether float32 products may be computed in TF32, as by default in JAX."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -339,7 +340,7 @@ def allow_tf32(allowed: bool) -> None:
 def matmul_chain(
     size: int, chain: int, device: str, *, bfloat16: bool
 ) -> Callable[[], None]:
-    """A function that multiplies square matrices, so many one after another."""
+    """Return a function that computes ``chain`` products of square matrices."""
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     values = (torch.randn(size, size, device=device) / size**0.5).to(dtype)
 

@@ -1,9 +1,9 @@
-"""The rows of the results tables: one TOML file each, and what is known of them.
+"""The rows of the results tables, each a TOML file, and their results.
 
-A set is a folder of `rows/` whose ``set.toml`` names a preset and what all its rows
-change; a row's own file changes more. All begin with what they show, their cost and
-their command. A finished run leaves one JSON file: its row, seed, configuration and
-summary, or that it ``diverged``.
+A set is a folder of `rows/`. Its ``set.toml`` names a preset and the changes of all its
+rows; a row's own file adds more changes. All files begin with what they show, their
+cost and their command. A finished run leaves one JSON file: its row, seed,
+configuration and summary, or that it ``diverged``.
 """
 
 import json
@@ -30,17 +30,17 @@ class Run(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The file under the folder of results."""
+        """Return the file under the folder of results."""
         return f"{self.row.replace('/', '--')}-{self.seed}.json"
 
 
 def sets() -> list[str]:
-    """Names of all sets."""
+    """Return the names of all sets."""
     return sorted(path.parent.name for path in ROWS.glob(f"*/{COMMON}"))
 
 
 def rows(study: str) -> list[str]:
-    """Names of a set's rows, ``set/name``."""
+    """Return the names of a set's rows, ``set/name``."""
     return [
         f"{study}/{path.stem}"
         for path in sorted((ROWS / study).glob("*.toml"))
@@ -49,10 +49,10 @@ def rows(study: str) -> list[str]:
 
 
 def select(names: list[str]) -> list[str]:
-    """The rows that are named, by themselves or by their sets.
+    """Return the rows with these names, or in the sets with these names.
 
     Raises:
-      UserError: there is none of that name.
+      UserError: a name is neither a row nor a set.
     """
     chosen: list[str] = []
     for name in names:
@@ -68,12 +68,12 @@ def select(names: list[str]) -> list[str]:
 
 
 def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
-    """Return the configuration of a run; ``changes`` are the machine's own."""
+    """Return the configuration of a run; ``changes`` are for this machine."""
     folder, _, _ = run.row.partition("/")
     common = tomllib.loads((ROWS / folder / COMMON).read_text())
     own = tomllib.loads((ROWS / f"{run.row}.toml").read_text())
     config = hsee_jax.preset(common.pop("preset"))
-    # The row's strategy may not read what the others have in common.
+    # The row's strategy may not read all the options that the rows have in common.
     for values in (common, own, dict.fromkeys(SEEDS, run.seed) | changes):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         config = hsee_jax.override(config, **values)
@@ -81,25 +81,25 @@ def config_of(run: Run, **changes: Any) -> hsee_jax.Config:
 
 
 def settings(config: hsee_jax.Config) -> dict[str, Any]:
-    """Return the options that make a result what it is, as JSON holds them."""
+    """Return the options that determine a result, as values of JSON."""
     values = json.loads(json.dumps(flatten(config)))
     return {k: v for k, v in values.items() if k not in BOOKKEEPING}
 
 
 def load(run: Run, folder: Path = RESULTS) -> Result | None:
-    """The result of a run, if there is one of the row as it is now."""
+    """Return the result of a run, or None if it is missing or of an older row."""
     path = folder / run.result
     if not path.is_file():
         return None
     result: Result = json.loads(path.read_text())
     wanted = settings(config_of(run))
-    # An option that is younger than the result had its default.
+    # An option that is newer than the result had its default.
     known = json.loads(json.dumps(flatten(hsee_jax.Config()))) | result["config"]
     return result if all(known.get(name) == v for name, v in wanted.items()) else None
 
 
 def save(run: Run, config: hsee_jax.Config, summary: Result, folder: Path) -> None:
-    """Writes the result of a run, at once or not at all."""
+    """Write the result of a run atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"row": run.row, "seed": run.seed, **summary, "config": settings(config)}
     temporary = folder / f"{run.result}.tmp"

@@ -1,13 +1,13 @@
-"""Runs rows of the results tables.
+"""Run rows of the results tables.
 
 Shows: what the rows say, see `rows/`; their results go to `results/`, and
-`python experiments/tables.py` makes the tables of them.
+`python experiments/tables.py` makes tables from them.
 Cost: each row and set names its own.
 Command: python experiments/run.py SET|SET/ROW ... [--seeds 0 1 2] [--data-dir FOLDER]
 
-What is done already is skipped. SIGTERM and Ctrl-C stop the runs at work after their
-step, with a checkpoint; a run that was stopped or killed, at any moment, goes on from
-its last checkpoint, if it has one, when the same command is given again.
+Finished runs are skipped. SIGTERM and Ctrl-C stop the current runs after their step,
+with a checkpoint; a run that was stopped or killed at any moment continues from its
+last checkpoint, if it has one, when the same command is given again.
 """
 
 import argparse
@@ -42,15 +42,15 @@ def perform(
     results: Path = rows.RESULTS,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Trains one run, or goes on with it; returns how it ended, in a line.
+    """Train or continue one run, and return a line that says how it ended.
 
     A divergence is a result too.
 
     Args:
-      run: which.
-      changes: of the configuration, the machine's own.
-      folder: of the runs.
-      results: where the result goes.
+      run: the run.
+      changes: changes of the configuration for this machine.
+      folder: the folder of all runs.
+      results: the folder for the result.
       stop: see `hsee_jax.train`.
     """
     config = rows.config_of(run, **changes)
@@ -73,7 +73,7 @@ def perform(
 
 
 def _start(config: hsee_jax.Config, place: Path) -> dict[str, Any]:
-    """Whether to go on with the run in a folder, to replace it, or neither."""
+    """Return whether to continue the run in a folder, to replace it, or neither."""
     if not (place / "config.json").is_file():
         return {}
     ours, theirs = flatten(config), flatten(read_config(place))
@@ -85,7 +85,7 @@ def _start(config: hsee_jax.Config, place: Path) -> dict[str, Any]:
 def _worker(
     run: rows.Run, core: int | None, stop: Callable[[], bool], options: dict[str, Any]
 ) -> None:
-    """`perform` in a process of its own, which keeps to one core if that is given."""
+    """Call `perform` in its own process, on one core if a core is given."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they come through ``stop``
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -102,7 +102,7 @@ def _worker(
 
 
 def _end_with_parent() -> None:
-    """A killed runner leaves no run at work, whose folder would be locked."""
+    """End this process with its parent, so that no run keeps its folder locked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -112,14 +112,14 @@ def _end_with_parent() -> None:
 def in_processes(
     runs: Sequence[rows.Run], *, jobs: int, options: dict[str, Any]
 ) -> int:
-    """Performs runs, each in a new process, so many at once, each on its own core.
+    """Perform runs in new processes, several at once, each on its own core.
 
-    SIGTERM and Ctrl-C stop the runs that are at work, with a checkpoint; told again, at
-    once.
+    SIGTERM and Ctrl-C stop the current runs with a checkpoint; a second signal stops
+    them at once.
 
     Returns:
-      The exit status: 1 if a run failed; 2 if one was refused, after which no other
-      begins; 128 + the number of a signal.
+      The exit status: 1 if a run failed; 2 if a run was refused, after which no other
+      run starts; 128 + the number of a signal.
     """
     context = multiprocessing.get_context("spawn")
     told, tell = context.Pipe(duplex=False)
@@ -160,20 +160,20 @@ def in_processes(
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> Any:
-    """Adds the flags that all runners have, and reads them."""
-    parser.add_argument("--data-dir", help="where the datasets are")
+    """Add the flags that all runners have, and parse the words."""
+    parser.add_argument("--data-dir", help="folder with the datasets")
     parser.add_argument("--runs", type=Path, default=FOLDER, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs what is asked for and not done; returns the exit status."""
+    """Run the requested rows that are not done, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="+", help="SET or SET/ROW, see rows/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at once, on a CPU, a core each"
+        "--jobs", type=int, default=1, help="parallel runs; on a CPU each gets a core"
     )
     given = parse(parser, words)
     cores = len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""Makes the tables of results from the JSON of finished runs.
+"""Make the tables of results from the JSON of finished runs.
 
 Shows: mean and standard deviation over seeds of each row; nothing is typed by hand, and
-what has not been run says so. The small sets go into README.md, the others into
+a row that has not been run says so. The small sets go into README.md, the others into
 RESULTS.md.
 Cost: a second.
 Command: python experiments/tables.py
@@ -31,7 +31,7 @@ def _seed(seed: int, result: rows.Result) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and, of several values, their standard deviation (n - 1)."""
+    """Return the mean and, for several values, the standard deviation (n - 1)."""
     if not values:
         return "none"
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -41,7 +41,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def set_table(study: str, folder: Path = rows.RESULTS) -> str:
-    """A Markdown line for each row of a set, and what it was run on."""
+    """Return a Markdown line for each row of a set, and the machines of the results."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     machines = []
     for row in rows.rows(study):
@@ -62,26 +62,26 @@ def set_table(study: str, folder: Path = rows.RESULTS) -> str:
 
 
 def machine(result: rows.Result) -> str:
-    """The hardware and the versions of a result, in a line."""
+    """Return the hardware and the versions of a result in a line."""
     names = ("python", "jax", "flax")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in names)
     return f"{result['device']} with {result['cpu_cores']} core(s); {versions}"
 
 
 def about(study: str) -> str:
-    """What a set shows and costs, from the head of its file."""
+    """Return what a set shows and costs, from the head of its file."""
     lines = (rows.ROWS / study / rows.COMMON).read_text().splitlines()
     comments = [line.removeprefix("#").strip() for line in lines if line[:1] == "#"]
     return "\n".join(comments).replace("Command: ", "Command: `") + "`"
 
 
 def section(study: str, folder: Path) -> str:
-    """A set's heading, words and table."""
+    """Return the heading, the text and the table of a set."""
     return f"### {study}\n\n{about(study)}\n\n{set_table(study, folder)}"
 
 
 def main() -> None:
-    """Writes both files."""
+    """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=rows.RESULTS)
     parser.add_argument("--readme", type=Path, default=README)

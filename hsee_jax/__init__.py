@@ -3,9 +3,9 @@
 The method is Hetero-SplitEE (Oda et al., arXiv:2512.09313): clients keep the layers of
 one network up to a cut of their own, and an exit head there; a server trains the rest.
 
-The names below are what most programs need; the rest stands in the packages, such as
-``hsee_jax.algorithms.averaging`` or ``hsee_jax.nn.resnet18``. Each is imported at its
-first use, so that the command line answers before JAX is loaded.
+Most programs need only the names below; all others are in the packages, such as
+``hsee_jax.algorithms.averaging`` or ``hsee_jax.nn.resnet18``. Each name is imported at
+its first use, so that the command line answers before JAX is loaded.
 """
 
 import importlib
@@ -110,7 +110,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a package, at its first use."""
+    """Import a public name or a package at its first use."""
     if name == "__version__":
         from importlib import metadata
 

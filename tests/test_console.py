@@ -53,7 +53,7 @@ def test_the_second_signal_ends_a_process_that_is_stuck(context, number):
     child.send_signal(number)
     _, errors = child.communicate(timeout=5)
     assert child.returncode == 128 + number
-    first = "hsee: stops after this step, at once if told again\n"
+    first = "hsee: stops after this step; a second signal ends it at once\n"
     assert errors == first * (number == signal.SIGTERM) + "hsee: ended at once\n"
 
 
@@ -116,10 +116,10 @@ def test_an_interrupted_import_is_one_line(name):
     ("words", "line"),
     [
         (["eval", "run"], "hsee: stopped\n"),
-        (["train"], "hsee: stopped; --resume goes on from the last checkpoint\n"),
+        (["train"], "hsee: stopped; --resume continues from the last checkpoint\n"),
         (
             ["data", "stl10"],
-            "hsee: stopped; the next call goes on with the part that is there\n",
+            "hsee: stopped; the next call continues with the part that is there\n",
         ),
     ],
 )

@@ -109,12 +109,12 @@ def test_a_part_that_is_whole_is_only_checked(server, tmp_path):
 
 def test_wrong_content_is_refused_and_removed(server, tmp_path):
     server.content = CONTENT[:-1] + b"?"
-    with pytest.raises(UserError, match="not the published one"):
+    with pytest.raises(UserError, match="not the published checksum"):
         download(server, tmp_path)
     assert names(tmp_path) == []
     (tmp_path / "a.tar.gz.part").write_bytes(b"the start of something else")
     server.content = CONTENT
-    with pytest.raises(UserError, match="not the published one"):
+    with pytest.raises(UserError, match="not the published checksum"):
         download(server, tmp_path)
     download(server, tmp_path)
     assert names(tmp_path) == ["a.tar.gz"]
@@ -160,7 +160,7 @@ def test_no_network_is_one_line_within_seconds(name, tmp_path, monkeypatch, caps
 
 
 def test_the_command_downloads_once(server, tmp_path, monkeypatch, capsys):
-    """A second call, and one for what comes with the package, ask no server."""
+    """A second call, and a call for the packaged dataset, ask no server."""
     archive, _ = tiny_archive("cifar10", tmp_path)
     path = tmp_path / "cifar-10-binary.tar.gz"
     server.content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Training algorithms, one file a paper."""
+"""Training algorithms, with a file for each paper."""
 
 from hsee_jax.algorithms.fedavg import fedavg
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential

@@ -1,4 +1,4 @@
-"""The means of a federation's layers over those who hold them."""
+"""The means of a federation's layers over their holders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
 
 
 class Place(NamedTuple):
-    """Where a layer is held."""
+    """The place of a layer in a federation."""
 
     side: str  # "client" or "server"
     group: int
@@ -32,17 +32,17 @@ Layers = dict[tuple[str, int], list[LayerState]]  # by side and group, the head 
 class Averages:
     """The averaging of a strategy: three of the functions of `Strategy`."""
 
-    federation: Federation  # its optimizer says what becomes of its state
+    federation: Federation  # its optimizer has the rule for its state
     holders: Mapping[str, list[Place]]  # of each averaged layer, by its name
     batch_norm: str  # see `hsee_jax.federation.receive`
-    shared: bool  # one server for all clients
-    together: bool  # a client holds the server's layers too
-    spread: bool  # the stacks are spread over the federation's mesh
+    shared: bool  # whether all clients share one server
+    together: bool  # whether a client holds the server's layers too
+    spread: bool  # whether the stacks are spread over the federation's mesh
 
     def aggregate(
         self, state: RunState, weights: tuple[Array, ...]
     ) -> tuple[RunState, Means]:
-        """Average by weights ``float32 [S]`` a group; give the means to all slots."""
+        """Average by weights ``float32 [S]``, and give the means to all slots."""
         if not self.holders:
             return state, {}
         servers = SAME if self.shared else SPREAD
@@ -54,7 +54,7 @@ class Averages:
     def receive(
         self, state: RunState, means: Means, since: tuple[Array, ...]
     ) -> RunState:
-        """Give means to slots whose state is of an earlier round, ``int32 [S]``."""
+        """Give means to slots, from the rounds ``int32 [S]`` of their states."""
         layers = _layers_of(state)
         take = partial(
             receive, optimizer=self.federation.optimizer, batch_norm=self.batch_norm
@@ -67,7 +67,7 @@ class Averages:
         return _with_layers(state, layers)
 
     def messages(self, state: RunState) -> tuple[PyTree, ...]:
-        """Return what each client sends for a mean, leaves ``[S, ...]`` a group."""
+        """Return the arrays that clients send for a mean, ``[S, ...]`` for a group."""
         layers = _layers_of(state)
         own = ("client", "server") if self.together else ("client",)
         arrays = partial(
@@ -101,7 +101,7 @@ class Averages:
 
 
 def find_holders(federation: Federation, average: str) -> dict[str, list[Place]]:
-    """Find where each averaged layer is held, by the layer's name."""
+    """Find the places of each averaged layer, by the layer's name."""
     holders: dict[str, list[Place]] = {}
     for g, group in enumerate(federation.groups):
         if average in ("servers", "all_holders"):
@@ -126,7 +126,7 @@ def _layers_of(state: RunState) -> Layers:
 
 
 def _with_layers(state: RunState, layers: Layers) -> RunState:
-    """Return the state with other layers, the inverse of `_layers_of`."""
+    """Return the state with other layers; invert `_layers_of`."""
     return state.replace(
         clients=tuple(
             with_parts(branch, tuple(layers["client", g]))

@@ -1,7 +1,7 @@
-"""The space in which the algorithms of this package lie, for their files alone.
+"""The design space of the algorithms; only the files of this package use it.
 
-A server is shared or each client has one; the server's gradient stops at the cut or
-flows back over it; and some layers are averaged, now and then.
+All clients share a server or each client has its own; the server's gradient stops at
+the cut or flows back over it; and some layers are averaged from time to time.
 
 =============  ========  ========  ===================  ==============================
 algorithm      server    boundary  averaged             federation
@@ -45,38 +45,39 @@ from hsee_jax.optim.optimizers import with_merge
 
 
 class Properties(NamedTuple):
-    """Where an algorithm lies in the space."""
+    """The point of an algorithm in the space."""
 
-    shared: bool  # one server for all clients, or one for each
+    shared: bool  # one server for all clients, or a server for each
     # The holders over which a layer is averaged: "none", "servers", "clients" or
     # "all_holders"; where clients take part, exit heads are averaged over each cut.
     average: str
-    # "detached": no gradient crosses the cut; "joint": the server's flows back, see
-    # `joint_step`; "none": likewise, but the client holds the server's layers too.
+    # "detached": no gradient crosses the cut; "joint": the server's gradient flows
+    # back, see `joint_step`; "none": as joint, but the client holds the server's
+    # layers too.
     boundary: str = "detached"
     exit_gradient: float = 0.0  # see `joint_step`
-    # At a shared server, "batch": in each step it takes one batch of every client, in
-    # the given order; "epoch": all of a client's round, then the next client's.
+    # A shared server takes "batch": one batch of every client in each step, in the
+    # given order; or "epoch": all of a client's round before the next client's.
     turn: str = "batch"
     period: int = 1  # how often to average, in units of ``period_unit``; 0 is never
     period_unit: str = "rounds"  # or "steps"
     weights: str = "samples"  # of the clients in a mean, or "uniform"
-    # See `receive`; "auto" keeps BatchNorm local where only servers are averaged: the
-    # features that a replica sees are those of its own client.
+    # See `receive`; "auto" keeps BatchNorm local where only servers are averaged,
+    # because a replica sees only the features of its own client.
     batch_norm: str = "auto"
     optimizer_state: str = "keep"  # of `hsee_jax.optim.MERGES`
     server_lr_scale: float = 1.0  # the server's learning rate relative to the clients'
-    # "shared": all parts are slices of one network; "per_client": each client's, and
-    # its server's, are drawn by themselves.
+    # "shared": all parts are slices of one network; "per_client": the parts of each
+    # client and its server are slices of a network of their own.
     init: str = "shared"
 
     def check(self) -> None:
         """Refuse unknown names, and properties that contradict each other.
 
         Raises:
-          UserError: a name is unknown, or an exit gradient is asked for where no
+          UserError: a name is unknown, or there is an exit gradient although no
             gradient crosses the cut.
-          ValueError: a shared server is to be averaged.
+          ValueError: ``average`` includes a shared server.
         """
         for name, allowed in _NAMES.items():
             if getattr(self, name) not in allowed:

@@ -1,8 +1,8 @@
 """FedAvg (McMahan et al., AISTATS 2017).
 
-Every client trains the whole network on its own data; after every round all of it is
-averaged, by numbers of samples. The cut is behind the last layer; the exit there is a
-probe that changes nothing.
+Every client trains the whole network on its own data; after every round all layers are
+averaged, weighted by numbers of samples. The cut is behind the last layer; the exit
+there is a probe that changes nothing.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -25,7 +25,7 @@ def fedavg(
     last = len(federation.model.layer_names)
     if {group.cut for group in federation.groups} != {last}:
         raise UserError(
-            f"cuts: {cuts_of(federation)} is not allowed with fedavg, whose clients "
+            f"cuts: {cuts_of(federation)} is not allowed with fedavg, where clients "
             f"hold all layers; allowed is {last}"
         )
     require_full_link(federation, "fedavg")

@@ -1,10 +1,11 @@
 """Hetero-SplitEE (Oda, Ono, Nakamura and Takase, arXiv:2512.09313): two strategies.
 
-Each client trains its layers and its exit on the exit's own cross-entropy and sends the
-features to the server, which trains the layers behind the cut on the final head's. No
-gradient flows back. *Sequential*: all clients share one server network, which takes
-their features one client after another. *Averaging*: each client has a server network
-of its own; now and then each layer is averaged over the networks that hold it.
+Each client trains its layers and its exit on the exit's cross-entropy and sends the
+features to the server. The server trains the layers behind the cut on the final head's
+cross-entropy. No gradient flows back. *Sequential*: all clients share one server
+network, which takes their features one client after another. *Averaging*: each client
+has its own server network; from time to time each layer is averaged over the networks
+that hold it.
 
 The paper leaves the options below open; their defaults are our choices. With
 ``boundary="joint"`` the server's gradient flows back, as in split learning.
@@ -42,8 +43,8 @@ def sequential(
     """Share one server, which takes one client after another.
 
     In every step all clients train in parallel, then the server takes one batch of each
-    in an order drawn from the run's key. With ``turn="epoch"`` it takes a client's
-    whole local epoch before the next client's.
+    client in an order drawn from the run's seed. With ``turn="epoch"`` it takes a
+    client's whole local epoch before the next client's.
     """
     return compose(
         federation,
@@ -74,10 +75,10 @@ def averaging(
     server_lr_scale: ServerLrScale = 1.0,
     init: Init = "shared",
 ) -> Strategy:
-    """Give each client a server of its own, and average layer by layer.
+    """Give each client its own server, and average the servers layer by layer.
 
     The mean of layer l is over the servers of the clients with a cut below l; with
-    ``average="all_holders"`` over the clients that hold it as well.
+    ``average="all_holders"`` it is also over the clients that hold layer l.
     """
     return compose(
         federation,

@@ -1,4 +1,4 @@
-"""The options of the algorithms: each is declared once, whoever reads it."""
+"""The options of the algorithms; several algorithms share a declaration."""
 
 from typing import Annotated
 
@@ -22,7 +22,7 @@ Boundary = Annotated[
 ExitGradient = Annotated[
     float,
     "with a joint boundary, the share of the exit's gradient that reaches the client's "
-    "layers: 0 makes it a probe, 1 sums both losses [ours]",
+    "layers: 0 makes the exit a probe, 1 sums both losses [ours]",
     between(0, 1),
 ]
 Turn = Annotated[
@@ -34,7 +34,7 @@ Turn = Annotated[
 Period = Annotated[
     int,
     "how often to average, in units of period_unit; 0 is never; an absent client loses "
-    "what it has trained since the last time [ours]",
+    "its training since the last average [ours]",
     at_least(0),
 ]
 PeriodUnit = Annotated[str, "unit of period", one_of(PERIOD_UNITS)]
@@ -59,8 +59,8 @@ BatchNorm = Annotated[
 ]
 OptimizerState = Annotated[
     str,
-    "when layers are averaged, each replica follows its optimizer's rule (sgd and "
-    "adamw keep their state), takes the mean, or starts anew [ours]",
+    "state of the optimizer when layers are averaged: by the optimizer's rule (sgd and "
+    "adamw keep it), the mean over the holders, or the initial state [ours]",
     one_of(MERGES),
 ]
 ServerLrScale = Annotated[

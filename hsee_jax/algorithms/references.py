@@ -1,7 +1,7 @@
-"""The two references between which a federation is expected to end.
+"""The two references for a federation; its accuracy should lie between them.
 
-`local`: every client alone, the lower one. `centralized`: one network on all data,
-the upper one.
+`local` trains every client alone, the lower reference. `centralized` trains one network
+on all data, the upper reference.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -12,14 +12,14 @@ from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy
 
 
-@ALGORITHMS.register(summary="every client alone, with a server of its own")
+@ALGORITHMS.register(summary="every client alone, with its own server")
 def local(
     federation: Federation,
     *,
     server_lr_scale: ServerLrScale = 1.0,
     init: Init = "shared",
 ) -> Strategy:
-    """Train every client alone, with a server of its own."""
+    """Train every client alone, with its own server."""
     return compose(
         federation,
         Properties(

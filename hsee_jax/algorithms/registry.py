@@ -1,4 +1,4 @@
-"""The algorithms that a run can name."""
+"""The registry of algorithms, and checks that several algorithms make."""
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
@@ -17,16 +17,16 @@ def cuts_of(federation: Federation) -> str:
 
 
 def require_one_cut(federation: Federation, name: str) -> None:
-    """Refuse a federation with several cuts."""
+    """Refuse a federation with several cuts with a `UserError`."""
     if len(federation.groups) > 1:
         raise UserError(
-            f"cuts: {cuts_of(federation)} is not allowed with {name}, whose clients "
-            "all have the same cut; allowed is one cut"
+            f"cuts: {cuts_of(federation)} is not allowed with {name}, where all "
+            "clients have the same cut; allowed is one cut"
         )
 
 
 def require_full_link(federation: Federation, name: str) -> None:
-    """Refuse a codec where no features are sent."""
+    """Refuse a codec with a `UserError` where no features are sent."""
     if federation.codec != FULL:
         known = (codec for codec in CODECS if CODECS.make(codec) == federation.codec)
         raise UserError(

@@ -2,7 +2,7 @@
 
 Clients and server train one network jointly: the gradient of the final loss flows back
 over the cut, which is the same for all clients. After every round the client parts are
-averaged; version 1 averages the servers too, version 2 has one server.
+averaged; version 1 also averages the servers, version 2 has one server.
 
 Here the exits are probes that change nothing, and in version 2 the server takes one
 batch of each client in turn; ``turn="epoch"`` is the order of the paper.
@@ -23,7 +23,7 @@ def splitfed_v1(
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
-    """Average the client parts, and the servers, after every round."""
+    """Average the client parts and the servers after every round."""
     require_one_cut(federation, "splitfed_v1")
     return compose(
         federation,
@@ -47,7 +47,7 @@ def splitfed_v2(
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
-    """Share one server, and average the client parts after every round."""
+    """Share one server and average the client parts after every round."""
     require_one_cut(federation, "splitfed_v2")
     return compose(
         federation,

@@ -1,4 +1,4 @@
-"""The file of ``--absences-file``."""
+"""Read the file of ``--absences-file``."""
 
 import csv
 import re
@@ -13,11 +13,14 @@ def read_absences(path: Path, num_clients: int) -> tuple[str, ...]:
     """Read `absences` from a CSV file with the columns client, from and to.
 
     Columns are separated by commas, semicolons or tabs. A byte order mark, blank lines,
-    other columns, and spaces around names and values have no meaning.
+    other columns, and spaces around names and values are ignored.
 
     Args:
-      path: of the file.
-      num_clients: clients there are.
+      path: the file.
+      num_clients: the number of clients.
+
+    Returns:
+      Entries of `absences`, ``CLIENT:FROM-TO``.
 
     Raises:
       UserError: the file cannot be read, lacks a column, or holds a value that is not

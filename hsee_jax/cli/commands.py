@@ -1,4 +1,4 @@
-"""The commands of ``hsee``: where each is defined, and what its help says first."""
+"""The commands of ``hsee``, with their modules and the first lines of their help."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ Run = Callable[[Sequence[str]], int | None]  # words after the command -> exit s
 
 
 class Command(NamedTuple):
-    """A command, whose module is imported only when the command runs."""
+    """A command; only running it imports its module."""
 
     module: str  # in this package
     function: str
-    description: str  # of one line
-    after_interrupt: str = ""  # tells how to go on after Ctrl-C
+    description: str  # one line
+    after_interrupt: str = ""  # how to continue after Ctrl-C
 
     def load(self) -> Run:
         """Import the command, and JAX with it."""
@@ -26,7 +26,7 @@ COMMANDS = {
         "train",
         "train",
         "Train a federation and write a run folder.",
-        "--resume goes on from the last checkpoint",
+        "--resume continues from the last checkpoint",
     ),
     "eval": Command(
         "inspect", "evaluate", "Restore a run and evaluate it on its test set."
@@ -36,14 +36,14 @@ COMMANDS = {
         "export", "export", "Write a client's layers and exit as a portable folder."
     ),
     "info": Command(
-        "inspect", "info", "Show what each layer of a configuration's network costs."
+        "inspect", "info", "Show the costs of each layer of a configuration's network."
     ),
     "report": Command("report", "report", "Draw and compare runs on one page."),
     "data": Command(
         "data",
         "data",
         "Look for a dataset and download it if it is missing.",
-        "the next call goes on with the part that is there",
+        "the next call continues with the part that is there",
     ),
 }
 

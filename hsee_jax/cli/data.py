@@ -1,4 +1,4 @@
-"""``hsee data``."""
+"""The command ``hsee data``."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from hsee_jax.data import prepare
 
 
 def data(words: Sequence[str]) -> None:
-    """Find or download a dataset and print what was found."""
+    """Find or download a dataset, and print a line about it."""
     parser, fields = parser_of("data"), DataConfig.fields()
     parser.add_argument("dataset", help=", ".join(fields["dataset"].choices))
     parser.add_argument("--data-dir", help=fields["data_dir"].help)

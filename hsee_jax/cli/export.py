@@ -1,4 +1,4 @@
-"""``hsee export``."""
+"""The command ``hsee export``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +8,16 @@ from hsee_jax.deployment.export import export_client
 
 
 def export(words: Sequence[str]) -> None:
-    """Export a client of a run and print the folder."""
+    """Export a client of a run, and print the folder."""
     parser = run_parser("export")
     parser.add_argument(
-        "--client", type=int, required=True, metavar="ID", help="which client"
+        "--client", type=int, required=True, metavar="ID", help="id of the client"
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the files, RUN/export/client-ID by default; replaces an "
-        "earlier export there",
+        help="folder to write (RUN/export/client-ID); an earlier export there is "
+        "replaced",
     )
     given = parse_run(parser, words)
     print(export_client(given.run, given.client, which=given.checkpoint, out=given.out))

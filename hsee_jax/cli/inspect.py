@@ -1,4 +1,4 @@
-"""``hsee eval`` and ``hsee info``: what a run scores, what a network costs."""
+"""The commands ``hsee eval`` and ``hsee info``: scores of a run, costs of a network."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from hsee_jax.systems.traffic import training_bytes
 
 
 def evaluate(words: Sequence[str]) -> None:
-    """Print the figures of a run's checkpoint."""
+    """Evaluate a checkpoint of a run, and print its figures."""
     parser = run_parser("eval")
     add_figures(parser, file="summary.json")
     given = parse_run(parser, words)
@@ -35,7 +35,7 @@ def info(words: Sequence[str]) -> None:
     config = config_from(given)
     use_cache(given)
     check_devices()
-    # FLOPs of the convolution itself, unless a flag asks for one of its other forms.
+    # Count the FLOPs of the plain convolution, unless a flag asks for another form.
     federation = build_federation(
         config, build_info(config.data), plain="conv" not in given
     )

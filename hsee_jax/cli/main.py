@@ -1,8 +1,8 @@
 """The entry of ``hsee``: run a command and turn its errors into an exit status.
 
-Status 0 is success, 2 an error that the user can mend, 3 divergence, 1 output that
-cannot be written, and 128 + the number of a signal that ended the command. This file
-imports nothing heavy, so that a Ctrl-C while JAX is imported finds its handler set.
+Status 0 is success, 2 an error that the user can correct, 3 divergence, 1 output that
+cannot be written, and 128 + N the end by signal N. This file imports nothing heavy, so
+that the handler of Ctrl-C is set before the import of JAX.
 """
 
 import errno
@@ -24,7 +24,7 @@ _NO_MEMORY = re.compile(
 
 
 class _End(NamedTuple):
-    """How a command ends that failed."""
+    """The exit status and the message of a failed command."""
 
     status: int
     line: str
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     Args:
-      arguments: the command and its flags; None is those of this process.
+      arguments: the command and its flags; None for the arguments of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["-h"], ["--help"]):
@@ -91,7 +91,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _end(error: Exception) -> _End | None:
-    """Return how an error ends a command; None if it is a fault of this package."""
+    """Return status and message for an error; None for an unexpected error."""
     from hsee_jax.core.errors import DivergenceError, UserError
 
     if isinstance(error, UserError):
@@ -111,11 +111,11 @@ def _end(error: Exception) -> _End | None:
 
 def lacks_memory(error: BaseException) -> bool:
     """Return whether an error says that the host or a device has no memory left."""
-    if isinstance(error, MemoryError):  # NumPy's own is one too
+    if isinstance(error, MemoryError):  # also the error of NumPy
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    # RuntimeError: of JAX, and of threads without a stack
+    # JAX raises RuntimeError, and so do threads that get no stack.
     kinds = (RuntimeError, ImportError)
     if isinstance(error, kinds) and _NO_MEMORY.search(str(error)):
         return True

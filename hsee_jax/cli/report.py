@@ -1,4 +1,4 @@
-"""``hsee report``."""
+"""The command ``hsee report``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from hsee_jax.report.tables import markdown
 
 
 def report(words: Sequence[str]) -> None:
-    """Write the page of some runs; print its table and where it is."""
+    """Write the page of some runs, and print its table and its path."""
     parser = parser_of("report")
     parser.add_argument(
         "runs",
@@ -23,14 +23,14 @@ def report(words: Sequence[str]) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the page, the pictures and the Markdown; by default RUN/report "
-        "for one run and report for several",
+        help="folder to write, with the page, the pictures and the Markdown "
+        "(RUN/report for one run, report for several)",
     )
     parser.add_argument(
         "--tensorboard",
         type=Path,
         metavar="FOLDER",
-        help="write the figures of each round there too, for TensorBoard",
+        help="also write the figures of each round to this folder, for TensorBoard",
     )
     given = parser.parse(words)
     curves = read_curves(given.runs)

@@ -1,9 +1,9 @@
-"""What SIGTERM and Ctrl-C do: the first asks the command to end, the second ends it.
+"""SIGTERM and Ctrl-C: the first signal asks the command to end, the second ends it.
 
 Python runs a signal's handler between two bytecodes of the main thread, and a compiled
-call can hold that thread for ever. But the signal's number is written to a file
+call can hold that thread indefinitely. But Python writes the signal's number to a file
 descriptor at once, wherever the main thread is (`signal.set_wakeup_fd`), and a thread
-that reads it can end the process.
+that reads the number can end the process.
 """
 
 import _thread
@@ -19,27 +19,27 @@ from types import FrameType
 from typing import Any, NoReturn
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-# Signals within this time are one: timeout(1) and launchers send theirs twice.
+# Signals within this time count as one: timeout(1) and launchers send theirs twice.
 _TOGETHER_S = 0.5
-_SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
+_SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides the cursor
 
 
 class StopSignals:
-    """In a ``with`` statement, note SIGTERM and Ctrl-C; a second one ends the process.
+    """Notes SIGTERM and Ctrl-C in a ``with`` statement; the second ends the process.
 
-    Only the main thread may handle signals; in another thread nothing is noted.
+    Only the main thread may handle signals; in another thread this notes nothing.
 
     Attributes:
       received: the number of the first signal; 0 without one.
     """
 
     def __init__(self) -> None:
-        """Begin without a signal."""
+        """Start without a signal."""
         self.received = 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
-        """Listen."""
+        """Set the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._stack.enter_context(exit_on_second(self._announce))
             for number in _STOPPING:
@@ -47,11 +47,11 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Restore what signals did before."""
+        """Restore the former handlers."""
         self._stack.close()
 
     def __call__(self) -> bool:
-        """Return whether a signal has come to any process; all of them must ask."""
+        """Return whether any process got a signal; every process must call this."""
         from hsee_jax.parallel.processes import largest
 
         self.received = largest(self.received)
@@ -63,7 +63,8 @@ class StopSignals:
     def _announce(self, number: int) -> None:
         self.received = self.received or number
         with contextlib.suppress(OSError, ValueError):  # standard error is closed
-            print("hsee: stops after this step, at once if told again", file=sys.stderr)
+            line = "hsee: stops after this step; a second signal ends it at once"
+            print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -72,11 +73,11 @@ def exit_on_second(
 ) -> Iterator[None]:
     """End the process at its second SIGTERM or Ctrl-C, whatever the main thread does.
 
-    The signals need handlers of Python, as Ctrl-C has one by default. Call it in the
+    The signals need a handler in Python; Ctrl-C has one by default. Call this in the
     main thread.
 
     Args:
-      on_first: called with the number of the first signal, in a thread of its own.
+      on_first: called with the number of the first signal, in another thread.
     """
     reading, writing = socket.socketpair()
     writing.setblocking(False)
@@ -94,7 +95,7 @@ def exit_on_second(
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C exit at once with one line, while there is nothing to clean up."""
+    """Let Ctrl-C exit at once with one line; there must be nothing to clean up."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         _leave("stopped", number)
@@ -104,9 +105,9 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def keep_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Repeat a Ctrl-C that fell into a callback, which cannot raise; a hook of `sys`.
+    """Repeat a Ctrl-C that came inside a callback that cannot raise; a hook of `sys`.
 
-    Python would print its traceback there and go on.
+    Python would print its traceback there and continue.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
@@ -125,7 +126,7 @@ def _handled(
     try:
         yield
     finally:
-        # None is a handler that Python has not set and cannot set again
+        # None stands for a handler that Python did not set and cannot restore.
         signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
@@ -144,7 +145,7 @@ def _watch(reading: socket.socket, on_first: Callable[[int], None]) -> None:
 
 
 def _leave(word: str, number: int) -> NoReturn:
-    """Exit without any cleaning up."""
+    """Print a word and exit without cleaning up."""
     line = f"hsee: {word}\n".encode()
     with contextlib.suppress(OSError):
         os.write(2, _SHOW_CURSOR + line if os.isatty(2) else line)

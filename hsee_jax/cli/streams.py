@@ -1,8 +1,8 @@
 """Standard output and standard error that take any text and fail in one line.
 
-A character that the locale's encoding lacks is written as an escape. Standard error
-that cannot be written is no reason to end a training; standard output is the result
-of a command, and its failure is an `OutputError`, told from the failure of a file.
+A character that the locale's encoding lacks is written as an escape. A failure of
+standard error does not end a training. Standard output is the result of a command; its
+failure is an `OutputError`, so that it can be distinguished from the failure of a file.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def _told() -> Iterator[None]:
 
 
 class _Output(io.TextIOWrapper):
-    """Raises `OutputError` where it cannot be written."""
+    """A stream that raises `OutputError` if it cannot be written."""
 
     def write(self, text: str) -> int:
         """Write text."""
@@ -40,7 +40,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Messages(io.TextIOWrapper):
-    """Drops what cannot be written."""
+    """A stream that drops text that it cannot write."""
 
     def write(self, text: str) -> int:
         """Write text."""
@@ -55,14 +55,14 @@ class _Messages(io.TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Replace the standard streams of this process by those of this file.
+    """Replace the standard streams of this process by the streams of this module.
 
     Raises:
       OutputError: standard output is closed.
     """
     output_is_closed = sys.stdout is None
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # no file of a run may take the place of a closed stream
+        pass  # no file of a run may get the descriptor of a closed stream
     os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
@@ -74,9 +74,9 @@ def open_streams() -> None:
 
 
 def close_output(error: OutputError) -> int:
-    """Say why output failed, drop what is left of it and return the exit status.
+    """Print why output failed, drop the rest of it, and return the exit status.
 
-    A pipe whose reader has gone is no error.
+    A pipe without a reader is not an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

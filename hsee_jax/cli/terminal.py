@@ -1,4 +1,4 @@
-"""What the command line shows: progress, accuracies, costs and the log."""
+"""The output on the terminal: progress, accuracies, costs and the log."""
 
 import contextlib
 import logging
@@ -26,11 +26,11 @@ from hsee_jax.systems.traffic import Bytes
 
 
 def results_table(scores: Scores, *, title: str) -> Table:
-    """Return a row for each client: its cut and the accuracy of its two answers.
+    """Return a table of the clients: their cuts and the accuracies of both answers.
 
     Args:
-      scores: of the clients.
-      title: above the table.
+      scores: the scores of the clients.
+      title: the title above the table.
     """
     table = Table(title=title, show_footer=True)
     table.add_column("client", "mean", justify="right")
@@ -49,11 +49,11 @@ def results_table(scores: Scores, *, title: str) -> Table:
 
 
 def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table:
-    """Return a row for each cut: the cost of its layer, and the client's share.
+    """Return a table of the cuts: the cost of each layer, and the client's share.
 
     Args:
-      costs: of L layers, L exit heads and the final head (see `layer_costs`).
-      crossing: the bytes of a sample in training over the link, for each of L cuts.
+      costs: the costs of L layers, L exit heads and the final head, see `layer_costs`.
+      crossing: for each of the L cuts, the bytes on the link for a sample in training.
     """
     count = len(costs) // 2
     layers, heads, final = costs[:count], costs[count:-1], costs[-1]
@@ -102,7 +102,7 @@ def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table
 def text_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Table:
-    """Return a table of cells that are text already."""
+    """Return a table of cells of text."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right")
@@ -115,10 +115,10 @@ class ProgressBar(Callback):
     """A bar over the rounds, and a line for each round, on standard error."""
 
     def __init__(self, rounds: int) -> None:
-        """Show nothing before the first round.
+        """Make the bar; it appears with the first round.
 
         Args:
-          rounds: of the run.
+          rounds: the number of rounds of the run.
         """
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -132,12 +132,12 @@ class ProgressBar(Callback):
         self._task = self._bar.add_task("rounds", total=rounds)
 
     def __exit__(self, *error: object) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar, and leave it on the terminal as it is."""
         if self._bar.live.is_started:
             self._bar.stop()
 
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
-        """Advance to a round and print its line."""
+        """Advance the bar to a round, and print the round's line."""
         self._bar.start()
         self._bar.update(self._task, completed=record.round)
         text = (
@@ -181,17 +181,17 @@ def download_bar() -> Iterator[OnBytes]:
 
 
 def show_log() -> None:
-    """Print the package's log, such as the source of the data, on standard error."""
+    """Print the log of the package, such as the source of data, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("hsee: %(message)s"))
     log = logging.getLogger("hsee_jax")
-    log.handlers, log.propagate = [handler], False  # each line once
+    log.handlers, log.propagate = [handler], False  # print each line only once
     log.setLevel(logging.INFO)
 
 
 def show(table: Table) -> None:
     """Print a table on standard output."""
     console = Console()
-    if not console.is_terminal:  # a pipe or a file: no folding at 80 columns
+    if not console.is_terminal:  # do not fold at 80 columns in a pipe or a file
         console = Console(width=120)
     console.print(table)

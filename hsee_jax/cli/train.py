@@ -1,4 +1,4 @@
-"""``hsee train``."""
+"""The command ``hsee train``."""
 
 import contextlib
 import sys
@@ -45,7 +45,8 @@ def train(words: Sequence[str]) -> int | None:
                 stop=signals,
             )
         except Stopped as stopped:
-            print(f"hsee: {stopped}; --resume --out {folder} goes on", file=sys.stderr)
+            line = f"hsee: {stopped}; --resume --out {folder} continues it"
+            print(line, file=sys.stderr)
             return 128 + signals.received
     if is_first:
         print_figures(summary.rounds, summary.scores, folder, as_json=False)
@@ -55,35 +56,37 @@ def train(words: Sequence[str]) -> int | None:
 def _parser(words: Sequence[str]) -> Parser:
     parser = config_parser("train", words)
     parser.add_argument(
-        "--config", type=Path, help="a config.json to start from, in place of a preset"
+        "--config", type=Path, help="config.json to start from, instead of a preset"
     )
-    parser.add_argument(
-        "--out", type=Path, help="the run's folder; runs/PRESET-DATE by default"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the run (runs/PRESET-DATE)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --out; --rounds may be raised, which stretches the "
+        help="continue the run in --out; --rounds may be raised, which stretches the "
         "schedule of the learning rate",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run in --out"
     )
     several = parser.add_argument_group(
-        "several processes", "found automatically on TPU pods and in Slurm steps"
+        "several processes", "set automatically on TPU pods and in Slurm steps"
     )
     several.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of the first process; or auto"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of the first process, or auto",
     )
-    several.add_argument("--num-processes", type=int, help="how many there are")
-    several.add_argument("--process-id", type=int, help="which one this is, from 0")
+    several.add_argument("--num-processes", type=int, help="number of processes")
+    several.add_argument(
+        "--process-id", type=int, help="number of this process, from 0"
+    )
     return parser
 
 
 def _folder(
     out: Path | None, given: dict[str, Any]
 ) -> contextlib.AbstractContextManager[Path]:
-    """Return the folder of the run: the given one, or a new one below ``runs``."""
+    """Return the given folder of the run, or make a new folder below ``runs``."""
     if out is not None:
         return contextlib.nullcontext(out)
     if jax.process_count() > 1:

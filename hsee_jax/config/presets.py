@@ -5,8 +5,8 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import unknown
 
 PRESETS: dict[str, Config] = {
-    # Minutes on two CPU cores. A client has 900 images, so its own layers are
-    # averaged as well.
+    # Takes minutes on two CPU cores. A client has only 900 images, so its own layers
+    # are averaged as well.
     "demo": override(
         Config(),
         num_clients=6,
@@ -21,7 +21,7 @@ PRESETS: dict[str, Config] = {
     ),
     "cifar10": override(Config(), dataset="cifar10", augment="crop_flip"),
     "cifar100": override(Config(), dataset="cifar100", augment="crop_flip"),
-    # 5,000 images of 96 pixels, about 400 a client
+    # The 5,000 images of 96x96 pixels give each client about 400.
     "stl10": override(Config(), dataset="stl10", augment="crop_flip", batch_size=64),
 }
 
@@ -30,7 +30,7 @@ def preset(name: str) -> Config:
     """Return a named configuration.
 
     Raises:
-      UserError: there is none of this name.
+      UserError: there is no preset of this name.
     """
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)

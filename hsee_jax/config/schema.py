@@ -1,8 +1,9 @@
-"""Everything that a run depends on, as frozen dataclasses that check themselves.
+"""The configuration of a run, as frozen dataclasses that check themselves.
 
-Each field, and each option of what the fields name, is also a flag of the command line
-(`learning_rate` is ``--learning-rate``), so names are unique over all sections.
-Defaults marked [ours] are choices that the paper leaves open.
+Each field is also a flag of the command line (`learning_rate` is ``--learning-rate``),
+and so is each option of the networks, codecs, algorithms ... that the fields name;
+names are unique over all sections. The mark [ours] stands where the paper leaves a
+choice open.
 """
 
 import re
@@ -45,7 +46,7 @@ BOOKKEEPING = (
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Which samples there are, and who has them."""
+    """The samples, and their partition among the clients."""
 
     registries: ClassVar[Mapping[str, Registry]] = {
         "augment": AUGMENTATIONS,
@@ -53,24 +54,25 @@ class DataConfig(Section):
     }
     dataset: Annotated[
         str,
-        "fashion_mnist_small comes with the package, the others are read from "
-        "--data-dir (see hsee data); npz is your own, train.npz and test.npz there",
+        "fashion_mnist_small comes with the package; the others are read from "
+        "--data-dir (see hsee data); npz is your own dataset, the files train.npz and "
+        "test.npz in --data-dir",
         one_of(*DATASETS, OWN),
     ] = "fashion_mnist_small"
     labels: Annotated[
         str,
-        "what to do with labels of npz that are not 0..K-1: refuse them, or remap them "
-        "in ascending order",
+        "what to do if the labels of npz are not 0..K-1: refuse them, or remap them in "
+        "ascending order",
         one_of(LABELS),
     ] = "refuse"
     data_dir: Annotated[
-        str | None, "folder with the datasets; without one, ~/tensorflow_datasets"
+        str | None, "folder with the datasets; by default ~/tensorflow_datasets"
     ] = None
     max_train_samples: Annotated[
-        int | None, "use only the first so many", at_least(1)
+        int | None, "use only the first training samples, this many", at_least(1)
     ] = None
     max_test_samples: Annotated[
-        int | None, "use only the first so many", at_least(1)
+        int | None, "use only the first test samples, this many", at_least(1)
     ] = None
     validation_share: Annotated[
         float,
@@ -80,8 +82,8 @@ class DataConfig(Section):
     ] = 0.0
     augment: Annotated[
         str,
-        "how training images are changed at random: a crop of the image padded by 4, "
-        "and a flip",
+        "random changes of training images: crop cuts a window out of the image padded "
+        "by 4, crop_flip also mirrors half of the images",
         one_of(AUGMENTATIONS),
     ] = "none"
     partition: Annotated[
@@ -91,7 +93,7 @@ class DataConfig(Section):
     ] = "iid"
 
     def check(self) -> None:
-        """Refuse a rule for labels where there are none of the user's own."""
+        """Refuse a rule for labels unless the dataset is the user's own."""
         if self.labels != "refuse" and self.dataset != OWN:
             allowed = f"refuse unless the dataset is {OWN}"
             raise self.fields()["labels"].refusal(self.labels, allowed)
@@ -99,28 +101,29 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The network."""
+    """The network that the run trains."""
 
     registries: ClassVar[Mapping[str, Registry]] = {"network": NETWORKS}
     network: Annotated[
-        str, "network that is trained; --plugin brings more", one_of(NETWORKS)
+        str, "network to train; --plugin adds others", one_of(NETWORKS)
     ] = "resnet18"
 
 
 @dataclass(frozen=True)
 class ClientsConfig(Section):
-    """How many clients there are, and where each is cut."""
+    """The clients: their number, their cuts, their links and their absences."""
 
     registries: ClassVar[Mapping[str, Registry]] = {"link": CODECS}
-    num_clients: Annotated[int, "how many clients", at_least(1)] = 12
+    num_clients: Annotated[int, "number of clients", at_least(1)] = 12
     cuts: Annotated[
         tuple[str, ...],
-        "cut layers, numbers or names, dealt out in turn: 3 5 7 3 5 7 ...",
+        "cut layers, numbers or names; the clients get them in turn: 3 5 7 3 5 7 ...",
     ] = ("3", "5", "7")
     link: Annotated[
         str,
         "form in which features leave a client, in training and after it: as computed, "
-        "in half precision, or as 256 levels of each sample's own [ours]",
+        "in half precision, or as 256 levels between the extremes of each sample "
+        "[ours]",
         one_of(CODECS),
     ] = "full"
     participation: Annotated[
@@ -136,18 +139,18 @@ class ClientsConfig(Section):
     ] = 0.0
     absences: Annotated[
         tuple[str, ...],
-        "rounds that clients miss for certain, as CLIENT:FROM-TO, rounds from 1; "
+        "rounds that clients are sure to miss, as CLIENT:FROM-TO, counted from 1; "
         "--absences-file reads them from a file",
     ] = ()
     on_nonfinite: Annotated[
         str,
-        "a client whose loss or gradient is not finite does not take that step, and "
-        "leave_out leaves it out of the round's averages; stop ends the run",
+        "if a client's loss or gradient is not finite it skips the step, and leave_out "
+        "leaves the client out of the round's averages; stop ends the run",
         one_of("leave_out", "stop"),
     ] = "leave_out"
 
     def check(self) -> None:
-        """Check the absences."""
+        """Refuse an absence that does not fit the number of clients."""
         for absence in self.absences:
             client, first, last = parse_absence(absence)
             if not (0 <= client < self.num_clients and 1 <= first <= last):
@@ -155,7 +158,11 @@ class ClientsConfig(Section):
 
 
 def parse_absence(text: str) -> tuple[int, int, int]:
-    """Return client, first and last round of an entry of `absences`."""
+    """Return client, first and last round of an entry of `absences`.
+
+    Raises:
+      UserError: the entry has another form.
+    """
     found = re.fullmatch(r"(\d+):(\d+)-(\d+)", text)
     if found is None:
         raise _not_an_absence(text)
@@ -171,20 +178,20 @@ def _not_an_absence(text: str) -> UserError:
 
 @dataclass(frozen=True)
 class StrategyConfig(Section):
-    """How the server learns from many clients."""
+    """The algorithm: how the server learns from many clients."""
 
     registries: ClassVar[Mapping[str, Registry]] = {"strategy": ALGORITHMS}
     strategy: Annotated[
         str,
-        "one shared server, or one per client averaged layer by layer; the others are "
-        "baselines",
+        "algorithm: sequential has one shared server, averaging a server per client, "
+        "averaged layer by layer; the others are baselines",
         one_of(ALGORITHMS),
     ] = "averaging"
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    """The recipe of every branch [ours]."""
+    """The optimizer and the learning rate of every branch [ours]."""
 
     registries: ClassVar[Mapping[str, Registry]] = {
         "optimizer": OPTIMIZERS,
@@ -200,10 +207,10 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    """Length, seeds and bookkeeping of a run."""
+    """The length, the seeds and the bookkeeping of a run."""
 
     rounds: Annotated[
-        int, "rounds; one is a local epoch of every client", at_least(1)
+        int, "number of rounds; a round is a local epoch of every client", at_least(1)
     ] = 100
     batch_size: Annotated[int, "samples in a client's step", at_least(1)] = 128
     eval_every: Annotated[
@@ -212,12 +219,12 @@ class RunConfig(Section):
     eval_batch_size: Annotated[int, "samples in an evaluation step", at_least(1)] = 250
     checkpoint_every: Annotated[int, "rounds between checkpoints", at_least(1)] = 5
     keep_checkpoints: Annotated[
-        int, "latest checkpoints kept, beside the best", at_least(1)
+        int, "latest checkpoints to keep, in addition to the best", at_least(1)
     ] = 2
     client_axis: Annotated[
         str,
-        "clients one after another, or the clients of one cut at once; auto is loop on "
-        "CPU and vmap elsewhere",
+        "loop trains the clients one after another, vmap the clients of one cut at "
+        "once; auto is loop on CPU and vmap elsewhere",
         one_of("auto", "loop", "vmap"),
     ] = "auto"
     model_seed: Annotated[
@@ -232,19 +239,19 @@ class RunConfig(Section):
     ] = 0
     partition_seed: Annotated[
         int,
-        "seed of the partition and of what is held out; see --seed",
+        "seed of the partition and of the held-out samples; see --seed",
         between(0, 2**31 - 1),
     ] = 0
     plugin: Annotated[
         tuple[str, ...],
-        "modules to import first, which register networks, codecs, algorithms ...; "
-        "they are looked for in the current folder too",
+        "modules to import first, also from the current folder; they register "
+        "networks, codecs, algorithms ...",
     ] = ()
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """The configuration of a run."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

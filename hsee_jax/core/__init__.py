@@ -1,4 +1,4 @@
-"""What every other package rests on: types, errors, options and registries."""
+"""Types, errors, options and registries that all packages use."""
 
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError, unknown
 from hsee_jax.core.options import (

@@ -1,19 +1,19 @@
-"""The errors that callers handle: what a user can mend, a stop, and a divergence."""
+"""The errors that callers handle: errors of the user, a stop, and a divergence."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """The user can mend this; the text is one line that says how."""
+    """An error that the user can correct; its text is one line that says how."""
 
 
 class Stopped(Exception):
-    """Training was asked to stop before its end; it can be resumed.
+    """Training stopped before its end because it was asked to; it can be resumed.
 
     Attributes:
-      rounds: finished rounds, all of them in the last checkpoint.
-      steps: finished steps of the next round, in the last checkpoint too.
+      rounds: finished rounds; the last checkpoint holds all of them.
+      steps: finished steps of the next round; the last checkpoint holds them too.
     """
 
     def __init__(self, rounds: int, steps: int) -> None:
@@ -24,12 +24,12 @@ class Stopped(Exception):
 
 
 class DivergenceError(Exception):
-    """A loss stopped being finite.
+    """A loss is no longer finite.
 
     Attributes:
-      client: id of the client whose loss it was.
+      client: the id of the client with this loss.
       branch: ``"exit"`` or ``"server"``.
-      round: number of the round, from 1.
+      round: the number of the round, from 1.
     """
 
     def __init__(self, client: int, branch: str, number: int) -> None:
@@ -42,12 +42,12 @@ class DivergenceError(Exception):
 
 
 def unknown(what: str, value: object, allowed: Iterable[str]) -> UserError:
-    """Return the error for a name that is none of the allowed names.
+    """Return the error for a name that is not allowed.
 
     Args:
-      what: the option that the name was given for.
-      value: the name that was given.
-      allowed: the names that are allowed; the nearest one is suggested.
+      what: the option with this name.
+      value: the name.
+      allowed: the allowed names; the error suggests the nearest of them.
     """
     names = list(allowed)
     near = difflib.get_close_matches(str(value), names, 1, 0.5)

@@ -1,4 +1,4 @@
-"""Central types: what a layer, a batch and a metric are everywhere in the package.
+"""The types of layers, batches and metrics in the whole package.
 
 Shapes are written in brackets, ``float32 [B, C]``, with the letters
 
@@ -23,7 +23,7 @@ class InitFn(Protocol):
     """Draws the variables of a layer."""
 
     def __call__(self, key: Key, inputs: Array) -> Variables:
-        """Return variables for inputs of this shape and dtype, ``[B, ...]``."""
+        """Draw variables for inputs of this shape and dtype, ``[B, ...]``."""
 
 
 class ApplyFn(Protocol):
@@ -34,20 +34,20 @@ class ApplyFn(Protocol):
     ) -> tuple[Array, PyTree]:
         """Map inputs ``[B, ...]`` to outputs ``[B, ...]`` and new batch statistics.
 
-        ``mask``, ``bool [B]``, is false on padding rows. They may produce any finite
-        output, but they must not reach the batch statistics.
+        ``mask``, ``bool [B]``, is false on padding rows. These rows may produce any
+        finite output, but they must not reach the batch statistics.
         """
 
 
 class Stage(NamedTuple):
-    """A layer, or a head, as a pair of pure functions."""
+    """A layer or a head, as a pair of pure functions."""
 
     init: InitFn
     apply: ApplyFn
 
 
 class Batch(NamedTuple):
-    """Labelled inputs of one step; padding rows have a false mask."""
+    """The labelled inputs of one step; padding rows have a false mask."""
 
     inputs: Array  # float [B, ...]: images, or the features of an earlier layer
     labels: Array  # int32 [B]
@@ -55,23 +55,23 @@ class Batch(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Images and labels as stored, on the host or on the device."""
+    """Stored images and labels, on the host or on the device."""
 
     images: Any  # uint8 [M, H, W, C]
     labels: Any  # int32 [M]
 
 
 class Metrics(NamedTuple):
-    """Sums over real rows, so that adding and dividing once is exact."""
+    """Sums over real rows; a sum over batches, divided once, gives an exact mean."""
 
     loss_sum: Array  # float32 []: sum of cross-entropies, in nats
-    correct: Array  # int32 []: rows whose arg max is the label
+    correct: Array  # int32 []: rows with the label as their arg max
     count: Array  # type: ignore[assignment]  # int32 []: real rows
 
 
 class ExitMetrics(NamedTuple):
-    """What both answers to the same rows scored, and what crossed the link for them."""
+    """The metrics of both answers to the same rows, and their traffic on the link."""
 
-    exit: Metrics  # the client's own exit head
-    server: Metrics  # the final head, behind the server's layers
+    exit: Metrics  # of the client's exit head
+    server: Metrics  # of the final head, behind the server's layers
     link: Array  # int32 [2, 2]: bytes up and down, see `hsee_jax.link.pack_bytes`

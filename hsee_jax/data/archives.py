@@ -1,9 +1,9 @@
-"""The archives that the authors of the datasets publish, read as they are.
+"""Read the archives that the authors of the datasets publish.
 
-CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), the labelled images of STL-10 (Coates et al.,
-2011) and Fashion-MNIST (Xiao et al., arXiv:1708.07747). `find` reads a file only if its
-MD5 checksum is the one that its authors publish; it unpickles nothing, and unpacks
-nothing to disk.
+The datasets are CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), the labelled images of
+STL-10 (Coates et al., 2011) and Fashion-MNIST (Xiao et al., arXiv:1708.07747). A file
+is read only if it has the MD5 checksum that its authors publish; nothing is unpickled,
+and nothing is unpacked to disk.
 """
 
 import functools
@@ -25,16 +25,16 @@ from hsee_jax.data.info import Source
 class Archive(NamedTuple):
     """The published files of a dataset."""
 
-    url: str  # of all files, without their names
+    url: str  # the address of all files, without their names
     files: dict[str, str]  # name -> MD5 checksum, hexadecimal
     train: tuple[str, ...]  # the files in the archive that `parse` takes, in order
     test: tuple[str, ...]
     parse: Callable[..., Dataset]  # contents of these files -> images and labels
-    folder: str = ""  # where the files are, below the folder of all data
+    folder: str = ""  # the folder of the files, below the folder of all datasets
 
 
 def find(dataset: str, folder: Path) -> Source | None:
-    """Find the files of an archive, if all are there."""
+    """Find the files of an archive; return None if a file is missing."""
     archive = ARCHIVES.get(dataset)
     if archive is None:
         return None
@@ -69,7 +69,7 @@ def _check(path: Path, md5: str) -> None:
 
 
 def _unpack(path: Path, wanted: set[str]) -> dict[str, bytes]:
-    """Return by name the contents of a ``.gz``, or of wanted files in a ``.tar.gz``."""
+    """Return the content of a ``.gz``, or of wanted files in a ``.tar.gz``, by name."""
     if not path.name.endswith(".tar.gz"):
         return {path.name: gzip.decompress(path.read_bytes())}
     found: dict[str, bytes] = {}
@@ -84,7 +84,7 @@ def _unpack(path: Path, wanted: set[str]) -> dict[str, bytes]:
 
 
 def _cifar(*contents: bytes, label_bytes: int) -> Dataset:
-    """Parse records of one or more labels, the last of which counts, and 3 planes."""
+    """Parse records of labels, of which only the last counts, and 3 colour planes."""
     records = np.frombuffer(b"".join(contents), np.uint8)
     records = records.reshape(-1, label_bytes + 3 * 32 * 32)
     planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
@@ -95,7 +95,7 @@ def _cifar(*contents: bytes, label_bytes: int) -> Dataset:
 
 
 def _stl10(images: bytes, labels: bytes) -> Dataset:
-    """Parse images of a plane a colour, column after column, and labels from 1."""
+    """Parse images as 3 planes, column after column, and labels that start at 1."""
     columns = np.frombuffer(images, np.uint8).reshape(-1, 3, 96, 96)
     return Dataset(
         np.ascontiguousarray(columns.transpose(0, 3, 2, 1)),
@@ -104,7 +104,7 @@ def _stl10(images: bytes, labels: bytes) -> Dataset:
 
 
 def _idx(images: bytes, labels: bytes) -> Dataset:
-    """Parse MNIST's idx: big-endian sizes behind a magic number, then the bytes."""
+    """Parse MNIST's idx format: a magic number, big-endian sizes, then the bytes."""
     sizes = np.frombuffer(images, ">u4", count=3, offset=4)
     return Dataset(
         np.frombuffer(images, np.uint8, offset=16).reshape(*sizes, 1),

@@ -1,7 +1,7 @@
-"""Datasets in NumPy's own format: ``train.npz`` and ``test.npz`` in a folder.
+"""Datasets in the format of NumPy: ``train.npz`` and ``test.npz`` in a folder.
 
 Each file holds ``images``, uint8 ``[M, H, W, C]``, and ``labels``, integers ``[M]``.
-The folder is the user's own, or bears the name of a dataset that is known by name.
+The folder holds the user's own dataset, or has the name of a key of `DATASETS`.
 """
 
 import functools
@@ -24,20 +24,20 @@ Labels = npt.NDArray[Any]  # of any integer type
 
 
 def find(dataset: str, folder: Path) -> Source | None:
-    """Find the files of a dataset that is known by name, if both are there."""
+    """Find both files of a dataset in `DATASETS`; return None if one is missing."""
     return _source(folder / dataset, lambda: DATASETS[dataset])
 
 
 def find_own(folder: Path, labels: str) -> Source | None:
-    """Find the files of the user's own dataset, if both are there; see `own_info`."""
+    """Find both files of the user's own dataset; return None if one is missing."""
     return _source(folder, lambda: own_info(folder, labels))
 
 
 def own_info(folder: Path, labels: str) -> DatasetInfo:
-    """Read shape, classes, and mean and deviation of each channel off ``train.npz``.
+    """Read shape, classes, and mean and deviation of each channel from ``train.npz``.
 
     Args:
-      folder: of the file.
+      folder: the folder of the file.
       labels: ``"refuse"`` labels that are not 0..K-1 without gaps, or ``"remap"`` them.
 
     Raises:
@@ -64,7 +64,7 @@ def _own_info(path: Path, changed: int, labels: str) -> DatasetInfo:
     for pixels in images.reshape(-1, channels).T:
         shares = np.bincount(pixels, minlength=256) / len(pixels)
         means.append(float(shares @ scale))
-        # 1 for a constant channel, by which no division is by zero
+        # A constant channel has the deviation 1, so that no division is by zero.
         deviations.append(float(np.sqrt(shares @ (scale - means[-1]) ** 2)) or 1.0)
     return DatasetInfo(
         (height, width, channels),
@@ -87,7 +87,7 @@ def _label_values(path: Path, labels: Labels) -> tuple[int, ...]:
 
 
 def _not_natural(path: Path, values: tuple[int, ...]) -> UserError:
-    """Name the first label that is not 0..K-1 without gaps."""
+    """Return the error that names the first label outside of 0..K-1 without gaps."""
     number, value = next((k, v) for k, v in enumerate(values) if k != v)
     gap = "" if value < 0 else f", but not {number}"
     return UserError(

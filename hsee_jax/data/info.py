@@ -1,4 +1,4 @@
-"""What is known of the datasets before they are read, and the type of a source."""
+"""The properties of the datasets, known before they are read, and sources of them."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,11 +6,11 @@ from hsee_jax.core.types import Dataset
 
 
 class DatasetInfo(NamedTuple):
-    """What a network and its input need to know of a dataset."""
+    """The properties of a dataset that a network and its input depend on."""
 
     input_shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int  # K
-    mean: tuple[float, ...]  # per channel, over the full training set, scale 0..1
+    mean: tuple[float, ...]  # per channel, over all training samples, scale 0..1
     std: tuple[float, ...]
     # The original label of each class, ascending; None where the labels are 0..K-1.
     label_values: tuple[int, ...] | None = None
@@ -18,7 +18,7 @@ class DatasetInfo(NamedTuple):
 
 PACKAGED = "fashion_mnist_small"
 OWN = "npz"  # the user's own dataset, which `arrays.own_info` describes
-LABELS = ("refuse", "remap")  # what to do with labels of its that are not 0..K-1
+LABELS = ("refuse", "remap")  # what to do with labels of `OWN` other than 0..K-1
 
 DATASETS = {
     PACKAGED: DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
@@ -43,7 +43,7 @@ class ReadFn(Protocol):
 
 
 class Source(NamedTuple):
-    """One form in which a dataset is there."""
+    """A form of a dataset that can be read."""
 
-    name: str  # what and where, for people
+    name: str  # its form and its place, in words
     read: ReadFn

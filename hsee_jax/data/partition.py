@@ -1,7 +1,7 @@
-"""Dealing the training samples: some are held out, each client gets some of the others.
+"""Hold out some of the training samples, and deal the others to the clients.
 
-A partition is registered under its name; `partition` draws it and sees to it that no
-client is left without a sample.
+A partition is registered under its name; `partition` draws it and gives every client at
+least one sample.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ class DealFn(Protocol):
         Args:
           labels: ``int32 [M]``.
           num_clients: N, at most M.
-          rng: the source of every draw.
+          rng: the source of all random draws.
         """
 
 
-# Factories take nothing but their options.
+# Factories take only their options.
 PARTITIONS: Registry[DealFn] = Registry("partition")
 register = PARTITIONS.register
 
@@ -46,7 +46,7 @@ Alpha = Annotated[
 ]
 
 
-@PARTITIONS.register(summary="equal shares, labels ignored [ours]")
+@PARTITIONS.register(summary="equal shares, whatever the labels [ours]")
 def iid() -> DealFn:
     """Deal equal shares at random."""
 
@@ -88,7 +88,7 @@ def classes(
     return deal
 
 
-@PARTITIONS.register(summary="sizes from a Dirichlet distribution, labels ignored")
+@PARTITIONS.register(summary="sizes from a Dirichlet distribution, whatever the labels")
 def quantity(*, alpha: Alpha = 0.3) -> DealFn:
     """Draw the sizes of the shares from Dirichlet(alpha)."""
 
@@ -99,16 +99,16 @@ def quantity(*, alpha: Alpha = 0.3) -> DealFn:
 
 
 def hold_out(count: int, share: float, *, seed: int) -> tuple[Indices, Indices]:
-    """Set samples aside that no client gets, drawn evenly from all.
+    """Draw samples uniformly that no client gets.
 
     Args:
-      count: M, of training samples.
-      share: of them, 0 or more and less than 1.
-      seed: of the draw.
+      count: M, the number of training samples.
+      share: the share of the samples to hold out, 0 or more and less than 1.
+      seed: the seed of the draw.
 
     Returns:
-      The ascending indices of the samples for the clients, and of the samples held
-      out: at least one unless the share is 0.
+      The ascending indices of the samples for the clients, and of the held-out samples:
+      at least one unless the share is 0.
     """
     rng = np.random.default_rng((seed, _HELD_OUT))
     held = np.zeros(count, np.bool_)
@@ -126,12 +126,12 @@ def partition(
     Args:
       labels: ``int32 [M]``.
       num_clients: N.
-      deal: how, from one of `PARTITIONS`.
-      seed: of the draw.
+      deal: the function that deals, made by an entry of `PARTITIONS`.
+      seed: the seed of the draw.
 
     Returns:
-      For each client the ascending indices of its samples, ``int32 [M_i]``, at least
-      one.
+      The ascending indices of each client's samples, ``int32 [M_i]`` with M_i at least
+      1.
 
     Raises:
       UserError: there are more clients than samples.
@@ -143,7 +143,7 @@ def partition(
         )
     parts = list(deal(labels, num_clients, np.random.default_rng(seed)))
     for i, part in enumerate(parts):
-        if len(part) == 0:  # one sample of the client with the most
+        if len(part) == 0:  # it gets a sample from the client with the most
             largest = max(range(len(parts)), key=lambda j: len(parts[j]))
             parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
     return tuple(np.sort(part).astype(np.int32) for part in parts)
@@ -152,14 +152,14 @@ def partition(
 def _cut(
     indices: npt.NDArray[Any], rng: np.random.Generator, alpha: float, clients: int
 ) -> Parts:
-    """Cut a list at random, in shares drawn from a symmetric Dirichlet distribution."""
+    """Cut a list into shares drawn from a symmetric Dirichlet distribution."""
     shares = rng.dirichlet(np.full(clients, alpha))
     ends = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(np.int64)
     return np.split(indices, ends)
 
 
 class Share(NamedTuple):
-    """What a client has of the training set; an entry of ``partition.json``."""
+    """A client's share of the training set; an entry of ``partition.json``."""
 
     id: int
     cut: int
@@ -180,8 +180,8 @@ def manifest(
     Args:
       parts: the samples of each client, see `partition`.
       labels: ``int32 [M]``.
-      cuts: of each client.
-      num_classes: K, whether or not each class has a sample.
+      cuts: the cut of each client.
+      num_classes: K, even if a class has no sample.
     """
     return [
         Share(

@@ -1,4 +1,4 @@
-"""From stored samples to a batch of network inputs, inside the compiled step."""
+"""Make batches of network inputs from stored samples, inside the compiled step."""
 
 from typing import NamedTuple, Protocol
 
@@ -16,15 +16,18 @@ class AugmentFn(Protocol):
     """Changes training images at random."""
 
     def __call__(self, key: Key, images: Array) -> Array:
-        """Change each image by itself.
+        """Change each image independently of the others.
 
         Args:
           key: a typed key.
           images: ``float32 [B, H, W, C]``, normalised, so that 0 is mean grey.
+
+        Returns:
+          The images, ``float32 [B, H, W, C]``.
         """
 
 
-# Factories take nothing but their options.
+# Factories take only their options.
 AUGMENTATIONS: Registry[AugmentFn] = Registry("augment")
 register = AUGMENTATIONS.register
 
@@ -41,7 +44,7 @@ def crop() -> AugmentFn:
     return lambda key, images: _crop(key, images, flip=False)
 
 
-@AUGMENTATIONS.register(summary="crop, and mirrors every second image")
+@AUGMENTATIONS.register(summary="crop, and a mirror image with probability one half")
 def crop_flip() -> AugmentFn:
     """Take a random window, and mirror it left to right with probability one half."""
     return lambda key, images: _crop(key, images, flip=True)
@@ -85,9 +88,9 @@ def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 class InputPipeline(NamedTuple):
-    """From stored samples to the batch of a step."""
+    """Makes the batch of a step from stored samples."""
 
-    mean: tuple[float, ...]  # of each channel, scale 0..1
+    mean: tuple[float, ...]  # of each channel, on the scale 0..1
     std: tuple[float, ...]
     augment: AugmentFn = none()
 

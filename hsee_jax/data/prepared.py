@@ -1,9 +1,8 @@
-"""Datasets that tensorflow-datasets has prepared, read without TensorFlow if possible.
+"""Read datasets that tensorflow-datasets prepared, if possible without TensorFlow.
 
-Any version is read whose images and classes are those of `DATASETS`, whatever version
-the installed tensorflow-datasets would prepare. The samples come in the order in which
-tensorflow-datasets has shuffled them, which is not that of the archives: the first 500,
-say, are other images here than there.
+Any version with the images and classes of `DATASETS` can be read, whatever version the
+installed tensorflow-datasets would prepare. tensorflow-datasets shuffles the samples,
+so their order differs from the archives: the first 500 samples, say, are other images.
 """
 
 import contextlib
@@ -23,15 +22,15 @@ from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import DATASETS, Source
 
 Samples = Iterable[dict[str, Any]]
-SamplesFn = Callable[[Any, str, int | None], Samples]  # of a builder's split
+SamplesFn = Callable[[Any, str, int | None], Samples]  # takes builder, split, limit
 
 
 def find(dataset: str, folder: Path) -> tuple[Source | None, list[str]]:
     """Find the newest version of a dataset that can be read here.
 
     Returns:
-      The source, if there is one, and a clause on every newer version: why it cannot be
-      read.
+      The source, or None, and for every newer version a clause that says why it cannot
+      be read.
     """
     refused: list[str] = []
     for path in _versions(folder / dataset):
@@ -61,15 +60,15 @@ def _versions(folder: Path) -> list[Path]:
 
 
 def _builder(path: Path) -> Any:
-    """Open a version; the import takes its time, so nothing else imports it first."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # `find` says what it warns of
+    """Open a version; only this imports tensorflow-datasets, which takes seconds."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # `find` reports the same
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(path)
 
 
 def _check_content(dataset: str, builder: Any) -> None:
-    """Refuse images, classes or splits that are not those of the dataset."""
+    """Refuse images, classes or splits that differ from the dataset's."""
     info, features, splits = (
         DATASETS[dataset],
         builder.info.features,
@@ -91,7 +90,7 @@ def _check_content(dataset: str, builder: Any) -> None:
 
 
 def _format(builder: Any) -> tuple[str, SamplesFn]:
-    """Choose a format whose library is installed, and what reads it."""
+    """Choose a format with an installed library, and return it with its reader."""
     forms = {form.value for form in builder.info.available_file_formats()}
     for form, library, samples in _READERS:
         if form in forms and find_spec(library):
@@ -111,7 +110,7 @@ def _read(builder: Any, samples: SamplesFn, split: str, limit: int | None) -> Da
 
 @contextlib.contextmanager
 def _one_error(folder: Path) -> Iterator[None]:
-    """Raise a `UserError` for whatever a reader raises."""
+    """Turn any error of a reader into a `UserError`."""
     try:
         yield
     except Exception as error:
@@ -141,7 +140,7 @@ def _in_sequence(builder: Any, split: str, limit: int | None) -> Samples:
     return itertools.islice(tfds.as_numpy(samples), limit)
 
 
-_READERS = (  # format, the library that it needs, how it is read
+_READERS = (  # the format, the library that it needs, its reader
     ("array_record", "array_record", _random_access),
     ("parquet", "pyarrow", _random_access),
     ("tfrecord", "tensorflow", _in_sequence),

@@ -1,4 +1,4 @@
-"""Trained clients outside of this package."""
+"""Export trained clients for use without this package."""
 
 from hsee_jax.deployment.export import export_client
 

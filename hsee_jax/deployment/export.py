@@ -1,7 +1,7 @@
-"""A client's layers and exit as a folder that needs neither this package nor the run.
+"""Export a client's layers and exit as a folder that needs neither package nor run.
 
-``segment.jaxexport`` is a program of `jax.export`, ``weights.safetensors`` what it
-computes with, ``card.json`` says what they are, and ``README.md`` how to load them.
+``segment.jaxexport`` is a program of `jax.export`, ``weights.safetensors`` holds its
+weights, ``card.json`` describes both, and ``README.md`` says how to load them.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from hsee_jax.runs.folder import check_writable
 from hsee_jax.runs.restore import Restored, restore
 from hsee_jax.systems.costs import layer_costs
 
-Figures = dict[str, Any]  # as JSON holds them
+Figures = dict[str, Any]  # values of JSON
 
-_FORMAT = 1  # of the card
+_FORMAT = 1  # version of the card
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _WEIGHTS, _CARD = "segment.jaxexport", "weights.safetensors", "card.json"
 _README = """\
@@ -48,20 +48,21 @@ segment = export.deserialize(bytearray(Path("segment.jaxexport").read_bytes()))
 answers = segment.call(weights, images)
 ```
 
-`images` are {input[dtype]} `[b, {shapes[input]}]`, for any b. They are normalised
-inside, to `(images / 255 - mean) / std` with the figures of `card.json`. The answers:
+`images` are {input[dtype]} `[b, {shapes[input]}]`, for any b. The program normalises
+them to `(images / 255 - mean) / std` with the figures of `card.json`. It returns
 
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
 
-Samples whose uncertainty is below `threshold` are answered by the exit, the others by
-the server; if it is null, none was chosen. FLOPs and bytes are those of one sample;
-the bytes are what the link `{features[link]}` of the training makes of the features.
+The exit answers the samples with an uncertainty below `threshold`, the server answers
+the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
+sample; the bytes are the size of its features on the link `{features[link]}` of the
+training.
 
 This needs jax, flatbuffers and safetensors, and runs on {places}.
-It was written by jax {versions[jax]}; JAX promises that its versions of the next six
-months read it.
+The program was written by jax {versions[jax]}; JAX promises that its versions of the
+next six months can read it.
 """
 
 
@@ -72,20 +73,21 @@ def export_client(
     which: str = "latest",
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a client's layers and exit as a folder that stands alone.
+    """Write a client's layers and exit to a folder that needs no other files.
 
     Args:
-      path: of the run's folder.
+      path: the run's folder.
       i: the client's id.
       which: see `restore`.
-      out: where to; an earlier export is replaced. None is ``export/client-I`` of the
-        run.
+      out: the folder to write; an earlier export there is replaced. None for
+        ``export/client-I`` in the run's folder.
 
     Returns:
-      Where it is.
+      The folder that was written.
 
     Raises:
-      UserError: there is no such run or client, or the folder cannot be written to.
+      UserError: there is no such run or client, the folder holds other files, or it
+        cannot be written to.
     """
     folder = Path(path)
     place = folder / "export" / f"client-{i}" if out is None else Path(out)
@@ -115,7 +117,7 @@ def export_client(
 
 
 def _up_to(model: Model, cut: int) -> Model:
-    """Return the network of a client, which ends with its exit."""
+    """Return the network of a client: the layers up to its cut, and its exit."""
     return model._replace(
         stages=model.stages[:cut],
         exit_heads=model.exit_heads[:cut],
@@ -125,7 +127,7 @@ def _up_to(model: Model, cut: int) -> Model:
 
 
 def _bare(branch: Branch) -> Branch:
-    """Bring a branch to the host, without optimizer and link state."""
+    """Copy a branch to the host, without optimizer and link state."""
     bare = jax.tree.map(
         lambda layer: layer.replace(opt_state=()),
         branch,
@@ -135,7 +137,7 @@ def _bare(branch: Branch) -> Branch:
 
 
 def _by_name(branch: Branch, layers: Sequence[str]) -> dict[str, npt.NDArray]:
-    """Name the leaves in order, such as ``layer1.0/conv1/conv/kernel``."""
+    """Return the leaves by names such as ``layer1.0/conv1/conv/kernel``, in order."""
     parts = zip((*layers, "exit"), (*branch.layers, branch.head), strict=True)
     return {
         f"{name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}": leaf
@@ -151,7 +153,7 @@ def _program(
     info: DatasetInfo,
     criterion: str,
 ) -> bytes:
-    """Export the function of named weights and ``uint8 [b, H, W, C]``, for every b."""
+    """Export a function of named weights and ``uint8 [b, H, W, C]``, for every b."""
     from jax import export
 
     spec = BranchSpec(client.stages, client.final_head, optax.identity())
@@ -178,7 +180,7 @@ def _program(
 
 @contextlib.contextmanager
 def _without_sources() -> Iterator[None]:
-    """Keep paths of this machine out of programs."""
+    """Keep the paths of source files out of programs."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)
@@ -189,7 +191,7 @@ def _without_sources() -> Iterator[None]:
 
 
 def _known(path: Path, rounds: int, i: int) -> Figures:
-    """Read what a file of the run says of a client after so many rounds."""
+    """Read the figures of a client from a file of the run, if its rounds agree."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         own = [client for client in content["clients"] if client["id"] == i]
@@ -203,7 +205,7 @@ def _known(path: Path, rounds: int, i: int) -> Figures:
 def _card(
     run: Restored, i: int, client: Model, known: Figures, files: dict[str, bytes]
 ) -> Figures:
-    """Describe client i and its files, as JSON holds it; costs are of a sample."""
+    """Describe client i and its files in values of JSON, with costs of a sample."""
     *layers, exit_head = layer_costs(client)
     own = (*layers[: len(client.stages)], exit_head)
     features = layer_inputs(client)[-1]

@@ -1,9 +1,10 @@
-"""Compile the rounds of a strategy, on the devices that are there.
+"""Compile the rounds of a strategy for the devices at hand.
 
 `make_round` compiles a round in one of two forms, equal up to rounding. ``loop`` calls
 one compiled turn for each client and batch: on a CPU stacked convolutions, and
-convolutions inside a scan, are many times slower. ``vmap`` is one program: a loop over
-the steps, in each of which the clients of one cut run at once, spread over the devices.
+convolutions inside a scan, are many times slower. ``vmap`` is one program that loops
+over the steps; in each step the clients of one cut run at once, spread over the
+devices.
 """
 
 import numpy as np
@@ -31,10 +32,10 @@ def make_round(
 
     Args:
       strategy: an algorithm.
-      pipeline: how samples become batches.
-      key: root of the augmentation's randomness.
+      pipeline: makes batches of samples.
+      key: the root of the augmentation's randomness.
       axis: ``"loop"``, ``"vmap"`` or ``"auto"``.
-      mesh: of the strategy's federation; ``vmap`` alone takes one.
+      mesh: the mesh of the strategy's federation; only ``vmap`` uses it.
     """
     if client_axis(axis) == "loop":
         return make_loop_round(strategy, pipeline, key)
@@ -44,16 +45,17 @@ def make_round(
 def check_finite(
     plan: RoundPlan, metrics: ExitMetrics, *, number: int, stop: bool = False
 ) -> None:
-    """Refuse a round in which no client could take all of its steps.
+    """Refuse a round in which no client took all of its steps.
 
     Args:
-      plan: of the round.
-      metrics: of the round.
-      number: of the round, from 1.
-      stop: refuse it already if one client could not.
+      plan: the plan of the round.
+      metrics: the metrics of the round.
+      number: the number of the round, from 1.
+      stop: also refuse the round if a single client did not take all of its steps.
 
     Raises:
-      DivergenceError: naming a client and one of its branches, the lowest cut first.
+      DivergenceError: the round is refused; the error names a client of the lowest cut
+        and its branch.
     """
     some = metrics.exit.count > 0
     if not stop and all_finite(metrics)[some].any():

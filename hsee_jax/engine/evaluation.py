@@ -1,6 +1,6 @@
-"""Accuracy of every client's two answers, exact, on a whole dataset.
+"""The exact accuracy of every client's two answers on a whole dataset.
 
-An answer with a logit that is not finite is wrong.
+An answer with a logit that is not finite counts as wrong.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
 
 
 class ClientResult(NamedTuple):
-    """What a client's exit and the server behind it score on a dataset."""
+    """The scores of a client's exit and of the server behind it on a dataset."""
 
     id: int
     cut: int
@@ -36,7 +36,7 @@ class ClientResult(NamedTuple):
 
 
 class BothMetrics(NamedTuple):
-    """Sums of a client's two answers."""
+    """The sums over a client's two answers."""
 
     exit: Metrics
     server: Metrics
@@ -54,13 +54,13 @@ class EvaluateFn(Protocol):
         """Evaluate the clients in a state's slots.
 
         Args:
-          state: of these clients.
-          data: on the device, the same on all.
-          ids: ``int32 [N]``, the id of the client in each slot, or `EMPTY`. None: the
-            stacks hold the members of each group, and then empty slots.
+          state: the state of these clients.
+          data: the samples, the same on every device.
+          ids: ``int32 [N]``, the id of the client in each slot, or `EMPTY`. With None
+            each stack holds the members of its group, followed by empty slots.
 
         Returns:
-          One result a client, by ascending id.
+          One result for each client, by ascending id.
         """
 
 
@@ -77,7 +77,7 @@ class _ScoreFn(Protocol):
         *,
         group: int,
     ) -> BothMetrics:
-        """Return sums, ``[]``, over the samples ``int32 [B]`` whose mask is true."""
+        """Return sums ``[]`` over the samples at ``int32 [B]`` with a true mask."""
 
 
 class _Rows(NamedTuple):
@@ -93,11 +93,11 @@ class _ScoresFn(Protocol):
     def __call__(
         self, state: RunState, data: Dataset, rows: _Rows, *, group: int
     ) -> BothMetrics:
-        """Return sums, ``[S, T]``, of each slot in each batch."""
+        """Return sums ``[S, T]`` for each slot and batch."""
 
 
 def means(results: Sequence[ClientResult]) -> tuple[float, float]:
-    """Return exit and server accuracy, the plain means over clients."""
+    """Return the exit and the server accuracy as unweighted means over clients."""
     return (
         float(np.mean([result.exit_accuracy for result in results])),
         float(np.mean([result.server_accuracy for result in results])),
@@ -116,11 +116,11 @@ def make_evaluation(
 
     Args:
       federation: the clients.
-      strategy: tells which server is behind each client.
+      strategy: the algorithm, which knows the server behind each client.
       pipeline: makes batches of samples.
-      batch_size: samples in a batch; the last one is padded, no sample is dropped.
-      axis: ``"loop"``, ``"vmap"`` (one client after another on each device, in one
-        program) or ``"auto"``.
+      batch_size: samples in a batch; the last batch is padded, no sample is dropped.
+      axis: ``"loop"``, ``"vmap"`` (a program in which each device evaluates its clients
+        one after another) or ``"auto"``.
     """
     score = _make_score(federation, pipeline)
     if client_axis(axis) == "loop":
@@ -193,7 +193,7 @@ def _make_loop(score: _ScoreFn, strategy: Strategy) -> _ScoresFn:
 
 
 def _make_map(score: _ScoreFn, strategy: Strategy, mesh: Mesh | None) -> _ScoresFn:
-    """Compile one program for a group, in which each device maps over its clients."""
+    """Compile a program for each group in which each device maps over its clients."""
 
     @partial(jax.jit, static_argnames="group")
     def clients_map(
@@ -223,7 +223,7 @@ def _make_map(score: _ScoreFn, strategy: Strategy, mesh: Mesh | None) -> _Scores
 
 
 def _all_rows(count: int, batch_size: int) -> _Rows:
-    """Return every sample once, the last batch padded with the first samples."""
+    """Return every sample once; pad the last batch with the first samples."""
     numbers = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32)
     return _Rows(
         (numbers % count).reshape(-1, batch_size),
@@ -238,10 +238,10 @@ def _results(
 
     Args:
       group: the group.
-      seats: the id of the client in each slot, or `EMPTY`; without the empty slots at
-        the end.
-      scores: of each slot in each batch.
-      count: samples.
+      seats: the id of the client in each slot, or `EMPTY`; empty slots at the end may
+        be left out.
+      scores: the sums of each slot in each batch.
+      count: the number of samples.
     """
     total = jax.tree.map(lambda a: np.sum(a, axis=1, dtype=np.float64), scores)
     for slot, i in enumerate(seats):

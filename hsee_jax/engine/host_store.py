@@ -1,9 +1,9 @@
-"""The state of many clients in host memory, where few of them take part in a round.
+"""The state of many clients in host memory, for rounds with few of them.
 
-A round works on a copy of the rows of those who take part; time and device memory
-depend on them alone. What the others have missed, the means of the layers that they
-hold, is kept once, and given to each of them when it next takes part, and to all in a
-checkpoint.
+A round works on a copy of the rows of its clients, so time and device memory depend
+only on the number of these. The other clients miss the means of the layers that they
+hold: the store keeps the last means once and gives them to a client when it next takes
+part, and to all clients in a checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from hsee_jax.parallel.mesh import to_devices, to_host
 
 
 def _host() -> jax.Device:
-    """Return a device in host memory; JAX may have been told to use no CPU."""
+    """Return a device in host memory, or any device if JAX is set to use no CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -34,20 +34,20 @@ def _host() -> jax.Device:
 
 
 class HostState(struct.PyTreeNode):
-    """The state of all clients on the host; its arrays are changed in place."""
+    """The state of all clients on the host; the store changes its arrays in place."""
 
     rows: RunState  # numpy, leaves of the stacks [G, ...]
-    means: Means  # the last of every layer that was averaged
-    since: tuple[Ids, ...]  # [G] a group: the round that each client's row is of
+    means: Means  # the last mean of every averaged layer
+    since: tuple[Ids, ...]  # [G] for each group: the round of each client's row
 
     @property
     def round(self) -> Any:
-        """Rounds done, int32 []."""
+        """Return the number of finished rounds, ``int32 []``."""
         return self.rows.round
 
 
 class HostStore:
-    """All clients on the host, and those of a round on the devices."""
+    """Keeps all clients on the host, and puts the clients of a round on the devices."""
 
     def __init__(
         self, federation: Federation, strategy: Strategy, slots: Sequence[int]
@@ -55,9 +55,9 @@ class HostStore:
         """Prepare the store.
 
         Args:
-          federation: the clients, and the mesh that those of a round are spread over.
-          strategy: of which the state is.
-          slots: in each group's stack of a round.
+          federation: the clients, and the mesh for the clients of a round.
+          strategy: the algorithm, which makes the state.
+          slots: the slots of each group's stack in a round.
         """
         self._members = [np.asarray(group.ids) for group in federation.groups]
         self._slots = tuple(slots)
@@ -131,7 +131,7 @@ class HostStore:
             jax.tree.map(write, state.rows.clients[g], some.clients[g])
             if not self._shared:
                 jax.tree.map(write, state.rows.servers[g], some.servers[g])
-            # They have the means of a round that has not ended, whose number is next.
+            # Midway the rows hold means with the number of the round in progress.
             state.since[g][to] = some.round + midway
         servers = some.servers if self._shared else state.rows.servers
         if means and state.means:
@@ -143,7 +143,7 @@ class HostStore:
         )
 
     def to_checkpoint(self, state: HostState) -> RunState:
-        """See `Store`; this writes into ``state``, which stays what it is."""
+        """See `Store`; this writes the missed means into the rows of ``state``."""
         if state.means:
             for ids in self.chunks():
                 state = self.put(state, ids, self.take(state, ids), {})
@@ -165,7 +165,7 @@ class HostStore:
         )
 
     def _room(self, some: RunState) -> HostState:
-        """Make rows for all clients in the shapes of some."""
+        """Make rows of zeros for all clients, in the shapes of some clients."""
 
         def stacks(branches: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             return tuple(
@@ -183,6 +183,6 @@ class HostStore:
 
     @staticmethod
     def _rows(members: Ids, ids: Ids) -> Ids:
-        """Find ids in a group; empty slots read its first row."""
+        """Return the rows of ids in a group, and the first row for empty slots."""
         rows = np.searchsorted(members, np.where(ids == EMPTY, members[0], ids))
         return rows.astype(np.int32)

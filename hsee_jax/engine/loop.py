@@ -1,4 +1,4 @@
-"""A round as a loop on the host: one compiled turn for each client and batch."""
+"""A round as a loop on the host, with a compiled turn for each client and batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,17 +35,17 @@ from hsee_jax.federation.state import (
 )
 from hsee_jax.federation.strategy import Strategy
 
-Log = list[tuple[int, ExitMetrics]]  # slot, and what a turn measured
+Log = list[tuple[int, ExitMetrics]]  # slots, with the metrics of their turns
 
 
 class Steps(Protocol):
-    """The steps of a round, on a state in the form that they work on."""
+    """Takes the steps of a round, and keeps the state in the form that they need."""
 
     def load(self, state: RunState) -> None:
-        """Take over a state; its buffers are given up."""
+        """Take over a state and donate its buffers."""
 
     def store(self) -> RunState:
-        """Give the state back."""
+        """Return the state."""
 
     def take(self, t: int) -> Log:
         """Take step ``t`` of the round, counted from 0."""
@@ -117,7 +117,7 @@ Begin = Callable[[_Inputs], Steps]
 
 
 def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
-    """Compile one turn; a step takes the turns of its clients one by one."""
+    """Compile a turn, and make steps that take the turns of all clients one by one."""
 
     @partial(jax.jit, static_argnames="group", donate_argnums=(0, 1))
     def turn(
@@ -139,7 +139,7 @@ def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
 
 
 class _Turns:
-    """Steps as turns: every client, and every server, by itself."""
+    """Takes steps turn by turn, with every client and every server by itself."""
 
     def __init__(self, strategy: Strategy, turn: Callable, inputs: _Inputs) -> None:
         self._strategy, self._turn, self._inputs = strategy, turn, inputs
@@ -202,13 +202,13 @@ class _Turns:
         return tuple(filled)
 
 
-# Compiled calls for a whole member: one by one its many leaves take longer.
+# A compiled call for a whole member is faster than a call for each of its many leaves.
 _take = jax.jit(take_member)
 _put = jax.jit(put_member, donate_argnums=0)
 
 
 def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
-    """Compile a step of all clients, for a strategy without turns."""
+    """Compile a step of all clients for a strategy without turns."""
 
     def fetch_batch(
         who: Array, step: Array, data: Dataset, rows: Array, mask: Array
@@ -234,7 +234,7 @@ def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin
 
 
 class _Stacked:
-    """Steps of all clients at once, on their stacks."""
+    """Takes the steps of all clients at once, on their stacks."""
 
     def __init__(self, step: Callable, inputs: _Inputs) -> None:
         self._step, self._inputs = step, inputs
@@ -266,7 +266,7 @@ class _Stacked:
 
 
 def _added(totals: ExitMetrics, log: Log) -> ExitMetrics:
-    """Add what turns measured, in their order, to sums by slot."""
+    """Add the metrics of turns, in their order, to the sums of their slots."""
     slots = np.array([n for n, _ in log], int)
 
     def add(total: Any, *values: Any) -> Any:

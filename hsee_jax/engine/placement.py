@@ -1,4 +1,4 @@
-"""Where the training samples lie: on one device, on all, or each where it is needed."""
+"""The placement of training samples: on one device, on all, or where needed."""
 
 from collections.abc import Sequence
 
@@ -25,8 +25,12 @@ def place_data(
 ) -> tuple[Dataset, Shards]:
     """Put on each device the samples that its process needs.
 
-    One process: all of them. Several: those of the clients in the process's own slots;
-    a client's shard then counts in its process's block.
+    With one process these are all samples; with several, the samples of the clients in
+    the process's own slots.
+
+    Returns:
+      The samples, and each client's shard: indices in the samples, or with several
+      processes in the block of the client's process.
     """
     mesh = federation.mesh
     if mesh is None or data_layout(strategy) == SAME:

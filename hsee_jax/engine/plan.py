@@ -1,12 +1,12 @@
-"""What happens in a round: who takes part, with which samples, in which order.
+"""The plan of a round: its participants, their samples and the order of their turns.
 
-Drawn on the host, as arrays of fixed shape, so that the compiled step holds no
-data-dependent choice. Every draw is derived from (seed, what for, round), or (seed,
-what for, client, round), and carries nothing over: it depends neither on the order or
+The host draws a plan as arrays of fixed shape, so that the compiled step holds no
+data-dependent choice. Every draw is derived from (seed, purpose, round), or (seed,
+purpose, client, round), and carries nothing over: it depends neither on the order or
 grouping of the clients, nor on devices, nor on where a run was resumed.
 
-The clients of a round sit in the *slots* of its stacks. Groups have a fixed number of
-slots, whoever takes part, and those left over are empty.
+The clients of a round sit in the *slots* of its stacks. Each group has a fixed number
+of slots, whoever takes part; the rest of its slots are empty.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -22,13 +22,13 @@ EMPTY = -1  # the id in a slot that no client sits in
 
 
 class RoundPlan(NamedTuple):
-    """One round; N slots are those of the first group, then of the second ..."""
+    """The plan of one round; its N slots are the slots of the groups in order."""
 
     ids: npt.NDArray[np.int32]  # [N]: the client in each slot, or EMPTY
-    active: npt.NDArray[np.bool_]  # [N]: who takes part
+    active: npt.NDArray[np.bool_]  # [N]: whether the client takes part
     indices: npt.NDArray[np.int32]  # [T, N, B]: samples; 0 where padded
     mask: npt.NDArray[np.bool_]  # [T, N, B]: false on padding and on absent clients
-    order: npt.NDArray[np.int32]  # [T, A]: slots of those who were drawn, in turn
+    order: npt.NDArray[np.int32]  # [T, A]: slots of the drawn clients, in turn
 
 
 class Absence(NamedTuple):
@@ -42,7 +42,7 @@ class Absence(NamedTuple):
 def steps_per_round(
     shards: Mapping[int, npt.NDArray[np.int32]], batch_size: int
 ) -> int:
-    """Return T, the batches of the client with the most samples."""
+    """Return T, the number of batches of the client with the most samples."""
     return -(-max(map(len, shards.values())) // batch_size)
 
 
@@ -69,11 +69,11 @@ def missing(
     """Return the clients that miss a round, drawn for it or not.
 
     Args:
-      ids: of all clients.
+      ids: the ids of all clients.
       dropout: the probability that a client misses the round by chance.
-      absences: those that are known.
-      seed: of the draws.
-      number: of the round, from 0.
+      absences: the absences that are known in advance.
+      seed: the seed of the draws.
+      number: the number of the round, from 0.
     """
     known = {a.client for a in absences if a.first <= number + 1 <= a.last}
     if dropout == 0:
@@ -91,14 +91,14 @@ def num_slots(
     rounds: int,
     multiple: int = 1,
 ) -> tuple[int, ...]:
-    """Return slots for each group, enough for all who take part in any round.
+    """Return the number of slots of each group, enough for the clients of any round.
 
     Args:
       groups: the clients.
       participation: see `plan_round`.
       seed: see `plan_round`.
-      rounds: of the run.
-      multiple: of which each number is one: that of the devices.
+      rounds: the rounds of the run.
+      multiple: each number of slots is a multiple of this, the number of devices.
     """
     draws = [
         participants(groups, participation=participation, seed=seed, number=number)
@@ -113,8 +113,8 @@ def take_seats(
 ) -> npt.NDArray[np.int32]:
     """Return the client in each slot, ``int32 [N]``.
 
-    A group with a slot for every member seats them all, so that they stay where they
-    are; another seats those who take part.
+    A group with a slot for every member seats all of them, so that they keep their
+    slots; any other group seats only the clients in ``who``.
     """
     seats = []
     for group, count in zip(groups, slots, strict=True):
@@ -136,20 +136,21 @@ def plan_round(
     slots: Sequence[int] | None = None,
     missing: Collection[int] = (),
 ) -> RoundPlan:
-    """Draw a round.
+    """Draw the plan of a round.
 
     Args:
       groups: the clients.
-      shards: each client's samples by id, ``int32 [M_i]``. All of them are used once;
-        the last batch is padded.
+      shards: each client's samples by id, ``int32 [M_i]``. The round uses each sample
+        once and pads the last batch.
       batch_size: B.
-      participation: the share of clients that take part, at least one.
-      turn: ``"batch"``: an order of the clients for each step, or ``"epoch"``: one for
-        the round.
-      seed: of the run's data order.
-      number: of the round, from 0.
-      slots: of each group, see `num_slots`; None is one for each member.
-      missing: clients that were drawn in vain: they keep their turns, without samples.
+      participation: the share of clients that take part, at least one client.
+      turn: ``"batch"`` draws an order of the clients for each step, ``"epoch"`` one
+        order for the round.
+      seed: the seed of the run's data order.
+      number: the number of the round, from 0.
+      slots: the slots of each group, see `num_slots`; None for a slot for each member.
+      missing: clients that miss the round even if they were drawn; they keep their
+        turns, without samples.
     """
     who = participants(groups, participation=participation, seed=seed, number=number)
     slots = [len(group.ids) for group in groups] if slots is None else slots

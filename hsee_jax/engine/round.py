@@ -1,4 +1,4 @@
-"""What a round is, for both forms of the engine."""
+"""Types and rules that both forms of a round share."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def client_axis(choice: str) -> str:
-    """Return ``loop`` or ``vmap``: what ``auto`` means here."""
+    """Return ``loop`` or ``vmap``, and choose by the devices for ``auto``."""
     if choice != "auto":
         return choice
     one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
@@ -28,15 +28,15 @@ def client_axis(choice: str) -> str:
 
 
 class RoundProgress(NamedTuple):
-    """How far a round has come; a step is as many turns as there are clients in it."""
+    """The progress of a round; a step has a turn for each client in the round."""
 
-    steps: int  # finished
+    steps: int  # finished steps
     finished: bool
-    metrics: ExitMetrics  # sums over them, numpy [N, ...]
+    metrics: ExitMetrics  # sums over the finished steps, numpy [N, ...]
 
 
 def nothing_done(plan: RoundPlan) -> RoundProgress:
-    """Return the beginning of a round."""
+    """Return the progress of a round that has not begun."""
     zeros: Any = np.zeros(len(plan.ids))
     link: Any = np.zeros((len(plan.ids), 2, 2), np.int64)
     metrics = Metrics(zeros, zeros, zeros)
@@ -56,36 +56,39 @@ class RoundFn(Protocol):
         begun: RoundProgress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[RunState, Means, RoundProgress]:
-        """Train a round, or the rest of one.
+        """Train a round, or the rest of a round.
 
-        A client with a step that was refused (see `hsee_jax.federation.step`) is left
-        out of the averages from there to the end of the round.
+        The averages leave out a client that refused a step (see
+        `hsee_jax.federation.step`) from this step to the end of the round.
 
         Args:
-          state: of the clients in the plan's slots, before; its buffers are given up.
-          data: the training samples, on the device; over a mesh a block for each
-            device, in which the plan's indices count, see `place_blocks`, where
-            `data_layout` says so.
+          state: the clients in the plan's slots before the round; the call donates its
+            buffers.
+          data: the training samples, on the device. Where `data_layout` spreads them
+            over a mesh, each device has a block (see `place_blocks`), and the plan's
+            indices count in it.
           plan: T steps of N slots.
           learning_rates: ``float32 [T]``.
-          weights: ``float32 [N]``, of each slot in the averages; 0 for the absent.
-          begun: where the state is in the round; None is its beginning.
-          stop: asked between steps, in every process; true ends the call there.
+          weights: ``float32 [N]``, the weight of each slot in the averages; 0 for
+            absent clients.
+          begun: the progress of the round so far; None at its beginning.
+          stop: called between steps in every process; if it returns true, the call ends
+            there.
 
         Returns:
-          The state after, the last means of what is averaged, if it was, and how far
-          the round has come.
+          The new state, the last means of the averaged layers (empty or zero if there
+          was no average), and the progress of the round.
 
         Raises:
-          ValueError: the plan has indices of samples that are not there.
+          ValueError: the plan has an index beyond the samples.
         """
 
 
 def layout(strategy: Strategy) -> RunState:
-    """Describe how a state lies over a mesh, as a prefix tree of partition specs.
+    """Return how a state is laid out over a mesh, as a prefix tree of partition specs.
 
-    Where clients wait for each other there is nothing to spread but the rows of a
-    batch, so every device holds all of them.
+    Where clients wait for each other only the rows of a batch can be spread, so every
+    device holds all clients.
     """
     clients = SAME if strategy.step is None else SPREAD
     servers = SAME if strategy.shared else SPREAD
@@ -93,12 +96,12 @@ def layout(strategy: Strategy) -> RunState:
 
 
 def data_layout(strategy: Strategy) -> PartitionSpec:
-    """Say how training samples lie over a mesh: in blocks, or all on each device."""
+    """Return the layout of training samples over a mesh: in blocks, or all on each."""
     return SAME if strategy.step is None else SPREAD
 
 
 def check_indices(plan: RoundPlan, samples: int) -> None:
-    """Refuse indices that JAX would clamp to the last sample."""
+    """Refuse indices beyond the samples, which JAX would clamp to the last sample."""
     if plan.indices.max() >= samples:
         raise ValueError(
             f"the plan asks for sample {plan.indices.max()}, and a device has "
@@ -107,18 +110,18 @@ def check_indices(plan: RoundPlan, samples: int) -> None:
 
 
 def step_key(key: Key, client: Array, step: Array) -> Key:
-    """Derive the key of a client's draws in a step, counted over the whole run."""
+    """Derive the key of a client's draws in a step; steps count over the whole run."""
     return jax.random.fold_in(jax.random.fold_in(key, client), step)
 
 
 def all_finite(metrics: ExitMetrics) -> Any:
-    """Tell for each slot whether every step was taken, ``bool [N]``."""
+    """Return whether each slot took all of its steps, ``bool [N]``."""
     losses = metrics.exit.loss_sum + metrics.server.loss_sum
     return (jnp if isinstance(losses, jax.Array) else np).isfinite(losses)
 
 
 def turn_sequence(strategy: Strategy, order: Any) -> tuple[Any, Any]:
-    """Return step and slot of each turn in a round, from the turns ``int32 [T, A]``."""
+    """Return step and slot of each turn in a round; ``order`` is ``int32 [T, A]``."""
     numbers = jnp if isinstance(order, jax.Array) else np
     num_steps, num_turns = order.shape
     steps = numbers.arange(num_steps)
@@ -128,14 +131,14 @@ def turn_sequence(strategy: Strategy, order: Any) -> tuple[Any, Any]:
 
 
 def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
-    """Tell whether to aggregate after ``count`` steps or rounds."""
+    """Return whether a strategy aggregates after ``count`` steps or rounds."""
     if strategy.period == 0 or strategy.period_unit != unit:
         return False
     return count % strategy.period == 0
 
 
 def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
-    """Make zeros in the shape of a round's means."""
+    """Compile a function that makes zeros in the shape of a round's means."""
     sharding = None if mesh is None else NamedSharding(mesh, SAME)
 
     @partial(jax.jit, out_shardings=sharding)

@@ -1,4 +1,4 @@
-"""A round as one program: a loop over its steps, clients stacked over devices."""
+"""A round as one program that loops over steps, with clients stacked over devices."""
 
 from collections.abc import Callable
 from functools import partial
@@ -48,19 +48,19 @@ from hsee_jax.parallel.mesh import (
 
 _SUMS: Any = Metrics(np.float32, np.int32, np.int32)  # type: ignore[arg-type]
 _DTYPES = ExitMetrics(_SUMS, _SUMS, np.int32)  # type: ignore[arg-type]
-_SEGMENT = 32  # steps between two looks at whether to stop
+_SEGMENT = 32  # steps between two calls of `stop`
 
 
 class _Carry(NamedTuple):
-    """What changes in a round."""
+    """The values that change in a round."""
 
     state: RunState
     means: Means
-    totals: tuple[ExitMetrics, ...]  # one a group, leaves [S, ...]
+    totals: tuple[ExitMetrics, ...]  # for each group, leaves [S, ...]
 
 
 class _GroupPlan(NamedTuple):
-    """A group's part of a `RoundPlan`, S slots."""
+    """A group's part of a `RoundPlan`, with S slots."""
 
     ids: Any  # int32 [S]
     indices: Any  # int32 [T, S, B]
@@ -69,14 +69,14 @@ class _GroupPlan(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What stays the same in a round."""
+    """The values that stay the same in a round."""
 
     data: Dataset
     groups: tuple[_GroupPlan, ...]
     order: Any  # int32 [T, A]
     learning_rates: Any  # float32 [T]
     first: Any  # int32 []: the round's first step, counted over the whole run
-    key: Key  # root of the augmentation's randomness
+    key: Key  # the root of the augmentation's randomness
 
 
 AdvanceFn = Callable[[_Inputs, Any, _Carry], _Carry]
@@ -139,7 +139,7 @@ def make_scan_round(
 def _program(
     strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
 ) -> Callable[..., _Carry]:
-    """Compile some steps of a round, and the average after its last."""
+    """Compile some steps of a round, and the average after the last step."""
     each: Any = layout(strategy).clients
     if strategy.step is not None:
         step = _all_at_once(strategy, pipeline, mesh)
@@ -181,7 +181,7 @@ def _program(
 def _average_if(
     strategy: Strategy, due: Array | bool, carry: _Carry, groups: tuple[_GroupPlan, ...]
 ) -> _Carry:
-    """Average where it is due; clients with a step that was refused do not count."""
+    """Average if it is due, without the clients that refused a step."""
 
     def average(carry: _Carry) -> _Carry:
         weights = tuple(
@@ -276,7 +276,7 @@ def _one_turn(
 
 
 def _on_group(strategy: Strategy, g: int) -> Callable:
-    """Make the turn of a group's member, on the whole state."""
+    """Make the turn of a group's member on the whole state."""
     s = 0 if strategy.shared else g
 
     def turn(

@@ -1,7 +1,7 @@
-"""Where the clients' state is between rounds.
+"""Stores that keep the clients' state between rounds.
 
-A `DeviceStore` keeps all clients on the devices, each in a slot of its own. A
-`HostStore` (see `hsee_jax.engine.host_store`) keeps many clients in host memory.
+A `DeviceStore` keeps all clients on the devices, each in its own slot. A `HostStore`
+(see `hsee_jax.engine.host_store`) keeps many clients in host memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,13 @@ Ids = npt.NDArray[np.int32]  # [N]: the client in each slot of a round, or EMPTY
 
 
 class Store(Protocol):
-    """Keeps the state of all clients, and hands out that of some."""
+    """Keeps the state of all clients, and hands out the state of some of them."""
 
     def init(self, key: Key) -> Any:
         """Draw the state before the first round from a typed key."""
 
     def chunks(self) -> Iterator[Ids]:
-        """Yield all clients once, as ids in the slots of one round after another."""
+        """Yield ids in the slots of a round, again and again until each client came."""
 
     def take(self, state: Any, ids: Ids) -> RunState:
         """Return the state of some clients, for a round or an evaluation."""
@@ -43,28 +43,28 @@ class Store(Protocol):
         *,
         midway: bool = False,
     ) -> Any:
-        """Return the state after a round; ``state`` is given up.
+        """Return the state after a round; the call may reuse the memory of ``state``.
 
         Args:
-          state: before the round.
-          ids: of the round.
-          some: what became of the clients taken.
-          means: that were sent to all, see `Strategy.aggregate`.
-          midway: the round has not ended.
+          state: the state before the round.
+          ids: the client in each slot of the round, or `EMPTY`.
+          some: the state of these clients after the round.
+          means: the means that the round sent to all clients, see `Strategy.aggregate`.
+          midway: whether the round has not ended yet.
         """
 
     def to_checkpoint(self, state: Any) -> RunState:
-        """Return the state of all clients as a checkpoint holds it, a slot for each."""
+        """Return the state as a checkpoint holds it, with a slot for each client."""
 
     def from_checkpoint(self, state: RunState) -> Any:
-        """Return the state that a checkpoint holds, the inverse of `to_checkpoint`."""
+        """Return the state from the form of a checkpoint; invert `to_checkpoint`."""
 
     def checkpoint_shapes(self) -> RunState:
-        """Return shapes, dtypes and shardings of what `to_checkpoint` returns."""
+        """Return shapes, dtypes and shardings of the result of `to_checkpoint`."""
 
 
 class DeviceStore:
-    """All clients on the devices, each in its own slot."""
+    """Keeps all clients on the devices, each in its own slot."""
 
     def __init__(
         self, federation: Federation, strategy: Strategy, slots: Sequence[int]
@@ -72,9 +72,9 @@ class DeviceStore:
         """Prepare the store.
 
         Args:
-          federation: the clients, and the mesh they are spread over.
-          strategy: of which the state is.
-          slots: in each group's stack; at least one for each member.
+          federation: the clients, and the mesh of their devices.
+          strategy: the algorithm, which makes the state.
+          slots: the slots of each group's stack; at least one for each member.
         """
         self._ids = take_seats(federation.groups, slots, set())
         self._slots = tuple(slots)
@@ -120,7 +120,7 @@ class DeviceStore:
 
 
 def state_shardings(federation: Federation, strategy: Strategy) -> PyTree | None:
-    """Say where the state of clients in slots lies; None without a mesh."""
+    """Return the shardings of the state of clients in slots; None without a mesh."""
     mesh = federation.mesh
     if mesh is None:
         return None

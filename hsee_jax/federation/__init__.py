@@ -1,4 +1,4 @@
-"""A federation: branches, their steps, the cross-layer mean, state, strategies."""
+"""A federation: branches, their steps, the cross-layer mean, state and strategies."""
 
 from hsee_jax.federation.aggregation import LayerMean, layer_mean, receive
 from hsee_jax.federation.branch import (

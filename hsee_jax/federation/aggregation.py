@@ -1,10 +1,10 @@
 """The cross-layer mean: each layer is averaged over the branches that hold it.
 
 The branches of one cut are stacked, so a layer's holders come as a few groups, each
-with a leading axis. `layer_mean` is what a server computes and sends, `receive` what a
-holder makes of it, now or, if it is absent, when it comes back. The paper says that
-server layers are aggregated across clients; what is done with BatchNorm and optimizer
-state, and the weights, are our choices.
+with a leading axis. A server computes `layer_mean` and sends it; `receive` applies it
+to a holder, at once or, if the holder is absent, when it comes back. The paper says
+that server layers are aggregated across clients; the weights and the treatment of
+BatchNorm and optimizer state are our choices.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class LayerMean(struct.PyTreeNode):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree  # None in place of the leaves that each holder keeps
-    round: Array  # int32 []: number of its round, from 1; 0: nobody took part
+    round: Array  # int32 []: number of its round, from 1; 0 if no holder took part
 
 
 def layer_mean(
@@ -41,10 +41,10 @@ def layer_mean(
     """Compute the weighted mean over the holders of one layer.
 
     Args:
-      holders: one state a group, leaves ``[G, ...]``.
+      holders: a state for each group, leaves ``[G, ...]``.
       weights: ``float32 [G]`` for each group, not normalised.
-      number: ``int32 []``, of the round, from 1.
-      optimizer: whose rule says which leaves of its state are averaged.
+      number: ``int32 []``, the number of the round, from 1.
+      optimizer: its rule chooses the leaves of its state that are averaged.
       axis_name: the mesh axis over which further holders are spread.
     """
     chex.assert_rank(list(weights), 1)
@@ -74,12 +74,12 @@ def layer_mean(
 
 
 def _counted(leaf: Array, share: Array) -> Array:
-    """Keep the rows with a share; the others may hold anything, even NaN."""
+    """Set the rows without a share to 0; they may hold anything, even NaN."""
     return jnp.where(share.reshape(-1, *(1,) * (leaf.ndim - 1)) > 0, leaf, 0.0)
 
 
 def shared_state(optimizer: OptimizerLike, opt_state: PyTree) -> PyTree:
-    """Keep the averaged leaves of an optimizer's state; None in place of the others."""
+    """Keep the averaged leaves of an optimizer's state, and replace others by None."""
     return jax.tree.map(
         lambda leaf, shared: leaf if shared else None,
         opt_state,
@@ -95,17 +95,17 @@ def receive(
     optimizer: OptimizerLike,
     batch_norm: str = "average",
 ) -> LayerState:
-    """Return what a holder makes of a mean.
+    """Apply a mean to a holder's layer.
 
     Args:
       layer: the holder's state.
-      mean: of its layer.
-      since: ``int32 []``, the round of the holder's state; a mean that is not of a
-        later round changes nothing.
-      optimizer: whose rule says what becomes of its state.
-      batch_norm: ``"average"``: BatchNorm as everything else; ``"keep_local"``: each
-        holder keeps its own parameters, statistics and optimizer state of BatchNorm
-        (FedBN, Li et al., ICLR 2021).
+      mean: the mean of this layer.
+      since: ``int32 []``, the round of the holder's state; only a mean of a later round
+        changes it.
+      optimizer: its rule makes the new optimizer state.
+      batch_norm: with ``"average"`` BatchNorm is averaged like the rest; with
+        ``"keep_local"`` each holder keeps its own parameters, statistics and optimizer
+        state of BatchNorm (FedBN, Li et al., ICLR 2021).
     """
     later = mean.round > since
     common = common_leaves(layer, optimizer, batch_norm)
@@ -128,7 +128,7 @@ def receive(
 
 
 def _cast(new: Array, like: Array) -> Array:
-    """Return a mean in the dtype of a leaf; counts are rounded."""
+    """Cast a mean to the dtype of a leaf, and round it for an integer."""
     if jnp.issubdtype(like.dtype, jnp.integer):
         new = jnp.round(new) if jnp.issubdtype(new.dtype, jnp.floating) else new
     return new.astype(like.dtype)
@@ -155,7 +155,7 @@ def message(
 def common_leaves(
     layer: LayerState, optimizer: OptimizerLike, batch_norm: str
 ) -> LayerState:
-    """Mark the leaves that may change at a mean; the others are the holder's own."""
+    """Mark the leaves that a mean may change; the others are the holder's own."""
     keep = batch_norm == "keep_local"
     params = jax.tree.map(
         lambda is_norm: not (keep and is_norm), batch_norm_params(layer)
@@ -172,7 +172,7 @@ def common_leaves(
 
 
 def newest(old: PyTree, new: PyTree) -> PyTree:
-    """Choose the newer mean of each layer, of two trees of `LayerMean`."""
+    """Choose the newer mean of each layer from two trees of `LayerMean`."""
 
     def choose(old: LayerMean, new: LayerMean) -> LayerMean:
         return jax.tree.map(lambda a, b: jnp.where(new.round > 0, b, a), old, new)

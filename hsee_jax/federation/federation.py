@@ -1,4 +1,4 @@
-"""Who trains what: the clients in groups of one cut, their network and their link.
+"""The participants: the clients in groups of one cut, their network and their link.
 
 The clients of a group are stacked on a leading axis. A *member* is a client's position
 in its group, a *slot* a position in a stack.
@@ -16,21 +16,21 @@ from hsee_jax.optim.optimizers import OptimizerLike
 
 
 class Client(NamedTuple):
-    """A client: its id, from which its random draws are derived, and its cut."""
+    """A client: its id, which determines its random draws, and its cut."""
 
     id: int
     cut: int
 
 
 class Group(NamedTuple):
-    """The clients of one cut; a *member* is a position in ``ids``."""
+    """The clients with the same cut; a *member* is a position in ``ids``."""
 
     cut: int
     ids: tuple[int, ...]  # ascending
 
 
 def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
-    """Group clients by ascending cut, whatever order they come in."""
+    """Group clients by ascending cut, whatever their order."""
     cuts: dict[int, list[int]] = {}
     for client in clients:
         cuts.setdefault(client.cut, []).append(client.id)
@@ -38,12 +38,12 @@ def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
 
 
 class Federation(NamedTuple):
-    """Who trains what."""
+    """The network, the clients in groups, and the means by which they train."""
 
     model: Model
     groups: tuple[Group, ...]
     optimizer: OptimizerLike  # at rate 1, such as optax.sgd(1.0, momentum=0.9)
-    mesh: Mesh | None = None  # over whose devices stacks of clients are spread
+    mesh: Mesh | None = None  # the stacks of clients are spread over its devices
     codec: Codec = FULL  # of the links from clients to servers
 
     def specs(self, group: int) -> tuple[BranchSpec, BranchSpec]:

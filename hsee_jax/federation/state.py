@@ -1,4 +1,4 @@
-"""Everything that training changes, as stacks of branches, and how stacks are cut."""
+"""The state that training changes, as stacks of branches, and functions on stacks."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -17,15 +17,15 @@ Means = dict[str, LayerMean]  # by the name of the layer
 
 
 class RunState(struct.PyTreeNode):
-    """Everything that training changes.
+    """The state that training changes.
 
     The leaves of a stack are ``[S, ...]``, with a slot for each client of the group, or
-    for those who take part in a round.
+    for each client of the group that takes part in a round.
     """
 
     round: Array  # int32 []: finished rounds
     clients: tuple[Branch, ...]  # one stack a group
-    servers: tuple[Branch, ...]  # one stack a group; if shared, one plain branch
+    servers: tuple[Branch, ...]  # one stack a group; a shared server is not stacked
 
 
 def init_clients(
@@ -62,12 +62,12 @@ def _init_stacks(
     """Draw a branch for every slot.
 
     Args:
-      init_branch: slices it out of a network at a cut.
-      federation: who trains what.
+      init_branch: slices a branch out of a network at a cut.
+      federation: the clients.
       key: a typed key.
-      init: ``"shared"``: all are slices of one network; ``"per_client"``: each client
-        has a network of its own.
-      ids: of the client in each slot, ``int32 [S]`` a group; None is all clients.
+      init: with ``"shared"`` all branches are slices of one network, with
+        ``"per_client"`` each client has its own network.
+      ids: the client in each slot, ``int32 [S]`` for each group; None for all clients.
     """
     shared = init_network(federation.model, key) if init == "shared" else None
     if ids is None:
@@ -98,7 +98,7 @@ def positions(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
 def split_stacks(
     tree: PyTree, sizes: Sequence[int], *, axis: int = 0
 ) -> tuple[PyTree, ...]:
-    """Cut leaves with an axis of all stacks into a tree for each stack."""
+    """Split leaves along an axis that joins all stacks into a tree for each stack."""
     ends = list(accumulate(sizes))
     before = (slice(None),) * axis
     return tuple(

@@ -5,11 +5,12 @@ Between them lies the link (`hsee_jax.federation.branch.encode` and ``decode``):
     client_forward -> encode -> | wire | -> decode -> server_step
     client_backward <- | wire | <- gradient of the features, with a joint boundary
 
-With a detached boundary no gradient comes back, and the client goes on at once: the
+With a detached boundary no gradient comes back, and the client continues at once: the
 hierarchical training of Hetero-SplitEE (Oda et al., arXiv:2512.09313). `detached_step`
-and `joint_step` are these functions in a row, for a simulation in one program.
+and `joint_step` call these functions one after another, to simulate both sides in one
+program.
 
-A step whose loss, gradients or batch statistics are not finite is not taken: the branch
+A branch refuses a step if the loss, a gradient or a batch statistic is not finite: it
 stays as it is, and the loss in its metrics is NaN. Each side judges its own step; with
 a joint boundary a server that refuses its step sends a gradient of NaN, so that the
 client refuses as well.
@@ -39,7 +40,7 @@ from hsee_jax.optim.optimizers import as_optimizer
 
 
 class ForwardPass(struct.PyTreeNode):
-    """A client's forward pass on a batch, and what its backward pass needs."""
+    """A client's forward pass on a batch, with all that the backward pass needs."""
 
     features: Array  # float [B, ...], detached
     metrics: Metrics  # of the exit, before the update
@@ -48,11 +49,11 @@ class ForwardPass(struct.PyTreeNode):
 
 
 class ServerStep(NamedTuple):
-    """What a server's step gives."""
+    """The result of a server's step."""
 
     server: Branch
     metrics: Metrics  # of the final head, before the update
-    gradient: Array | None  # of the features it was given; None if detached
+    gradient: Array | None  # of the features that it received; None if detached
 
 
 def client_forward(
@@ -91,11 +92,11 @@ def client_backward(
 
     Args:
       spec: what the client computes.
-      client: its state, as it was in `client_forward` but for its codec's.
-      passed: its forward pass. A batch of padding alone changes nothing.
+      client: its state in `client_forward`; only the codec's state may have changed.
+      passed: the result of `client_forward`. A batch of padding changes nothing.
       learning_rate: ``float32 []``.
-      gradient: of the features, ``[B, ...]``, from the server; None with a detached
-        boundary.
+      gradient: the server's gradient of the features, ``[B, ...]``; None with a
+        detached boundary.
 
     Returns:
       The new state, and the metrics of the exit.
@@ -149,12 +150,12 @@ def branch_step(
 
     Args:
       spec: what the branch computes.
-      branch: its state. A batch of padding alone leaves it exactly as it is.
+      branch: its state. A batch of padding leaves it exactly as it is.
       batch: inputs ``[B, ...]``, labels and mask.
       learning_rate: ``float32 []``.
 
     Returns:
-      The new state, the features of this very forward pass ``[B, ...]``, detached, and
+      The new state, the detached features of the same forward pass ``[B, ...]``, and
       the metrics of the head before the update.
     """
 
@@ -184,6 +185,9 @@ def detached_step(
       server: layers cut+1..L and the final head.
       batch: the client's data.
       learning_rates: of the client and of the server, ``float32 []`` each.
+
+    Returns:
+      The new client, the new server, and the metrics of both before their updates.
     """
     client, features, exit_metrics = branch_step(
         client_spec, client, batch, learning_rates[0]
@@ -207,7 +211,7 @@ def joint_step(
     *,
     exit_gradient: float = 0.0,
 ) -> tuple[Branch, Branch, ExitMetrics]:
-    """Take one step like `detached_step`, but the server's gradient flows back.
+    """Take one step like `detached_step`, but send the server's gradient back.
 
     Args:
       client_spec: see `detached_step`, like all arguments but the last.
@@ -220,6 +224,9 @@ def joint_step(
         With 0 the exit head is a probe, and the layers train as if it were not there;
         with 1 both cross-entropies are summed, as in BranchyNet (Teerapittayanon et
         al., ICPR 2016).
+
+    Returns:
+      The new client, the new server, and the metrics of both before their updates.
     """
     passed = client_forward(client_spec, client, batch, exit_gradient=exit_gradient)
     message, client = encode(client_spec, client, passed.features, batch.mask)
@@ -262,7 +269,7 @@ def _take(
     learning_rate: Array,
     metrics: Metrics,
 ) -> tuple[Branch, Metrics]:
-    """Move every layer by its own optimizer, or none if anything is not finite."""
+    """Update each layer with its optimizer, or no layer if a value is not finite."""
     results = jax.tree.leaves((metrics.loss_sum, grads, stats))
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in results]))
     some = metrics.count > 0

@@ -1,4 +1,4 @@
-"""What a training algorithm is: pure functions over the state of a federation."""
+"""The type of a training algorithm: pure functions over the state of a federation."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -11,7 +11,7 @@ from hsee_jax.federation.state import Means, RunState
 
 
 class TurnFn(Protocol):
-    """Steps one client, and its server."""
+    """Steps one client and its server."""
 
     def __call__(
         self,
@@ -25,7 +25,7 @@ class TurnFn(Protocol):
         """Step one client of a group.
 
         Args:
-          client: its branch.
+          client: the client's branch.
           server: the shared server, or the client's replica.
           batch: the client's data, ``[B, ...]``.
           learning_rate: ``float32 []``.
@@ -43,17 +43,17 @@ class StepFn(Protocol):
         order: Array,
         learning_rate: Array,
     ) -> tuple[RunState, tuple[ExitMetrics, ...]]:
-        """Step every client that has data; a mask of only false leaves it out.
+        """Step every client that has data; a mask that is false everywhere skips it.
 
         Args:
-          state: before.
-          batches: one a group, leaves ``[S, B, ...]``.
+          state: the state before the step.
+          batches: a batch for each group, leaves ``[S, B, ...]``.
           order: ``int32 [A]``, the turns at a shared server, as positions in the
-            concatenation of all stacks; who is not in it is not served.
+            concatenation of all stacks; the server skips all other clients.
           learning_rate: ``float32 []``.
 
         Returns:
-          The state, and metrics, one a group, with leaves ``[S, ...]``.
+          The new state, and metrics for each group with leaves ``[S, ...]``.
         """
 
 
@@ -65,14 +65,15 @@ class InitStateFn(Protocol):
 
         Args:
           key: a typed key.
-          ids: of the client in each slot, ``int32 [S]`` a group; None is all clients.
+          ids: the client in each slot, ``int32 [S]`` for each group; None for all
+            clients.
         """
 
 
 class Strategy(NamedTuple):
     """An algorithm, as pure functions over `RunState`.
 
-    It has turns, a step for all clients at once, or both; then both give the same.
+    It has turns, a step for all clients at once, or both; if both, they are equal.
     """
 
     init: InitStateFn
@@ -80,17 +81,17 @@ class Strategy(NamedTuple):
     step: StepFn | None
     # Average by weights float32 [S] a group, and give the means to all slots.
     aggregate: Callable[[RunState, tuple[Array, ...]], tuple[RunState, Means]]
-    # Give means to slots whose state is of an earlier round, int32 [S] a group.
+    # Give means to slots, from the rounds of their states, int32 [S] a group.
     receive: Callable[[RunState, Means, tuple[Array, ...]], RunState]
-    # What each client sends for such a mean, a tree a group, leaves [S, ...].
+    # Return the arrays that each client sends for a mean, leaves [S, ...] a group.
     messages: Callable[[RunState], tuple[PyTree, ...]]
     part: Callable[[Branch, int], Branch]  # a server's layers behind a group's cut
-    shared: bool  # one server for all, or one replica each
+    shared: bool  # whether all clients share one server; else each has a replica
     turn_unit: str = "batch"  # "batch": turns step by step; "epoch": client by client
-    period: int = 0  # aggregate after so many ...
-    period_unit: str = "rounds"  # ... "rounds" or "steps"; a period of 0 is never
-    boundary: str = "detached"  # or "joint"; "none": client and server at one place
-    weights: str = "samples"  # of the clients in a mean, or "uniform"
+    period: int = 0  # aggregate after this many units; 0 for never
+    period_unit: str = "rounds"  # or "steps"
+    boundary: str = "detached"  # or "joint"; "none": the client is its own server
+    weights: str = "samples"  # of the clients in a mean; or "uniform"
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

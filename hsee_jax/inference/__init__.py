@@ -1,4 +1,4 @@
-"""Early-exit inference: the gate, its thresholds, and what they give."""
+"""Early-exit inference: the gate, and the choice and evaluation of its thresholds."""
 
 from hsee_jax.inference.gate import (
     CRITERIA,

@@ -1,11 +1,11 @@
-"""What every threshold gives, which one meets a target, and honest confidence.
+"""Choose thresholds, compute their results, and measure calibration.
 
-Both answers to every sample of a dataset are computed once. Sorting the samples by
-uncertainty and adding up then tells, exactly, what each threshold makes of them. A
-threshold is chosen on samples held out of the training data, never on the test set.
+Both answers to every sample of a dataset are computed once. Cumulative sums over the
+samples in the order of their uncertainty then give the exact result of every threshold.
+A threshold is chosen on samples held out of the training data, never on the test set.
 
-Logits that are not finite are wrong answers, and as unsure as can be: no threshold lets
-an exit answer with them.
+Logits that are not finite count as wrong answers of infinite uncertainty: no threshold
+lets an exit answer with them.
 """
 
 from typing import NamedTuple
@@ -19,19 +19,19 @@ Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int32]
 
-_MARGIN = 1.01  # times the largest uncertainty: no rounding error reaches it
+_MARGIN = 1.01  # factor on the largest uncertainty, beyond any rounding error
 _BINS = 15
 
 
 class Judgement(NamedTuple):
-    """How good one exit's answers to M samples are."""
+    """The quality of one exit's answers to M samples."""
 
     correct: npt.NDArray[np.bool_]  # [M]
     confidence: Floats  # [M]: the highest probability; NaN where a logit is not finite
 
 
 class Scores(NamedTuple):
-    """How good both answers to M samples are, and how unsure the exit is."""
+    """The quality of both answers to M samples, and the uncertainty of the exit."""
 
     uncertainty: Floats  # [M]
     exit: Judgement
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
 
 class OffloadCurve(NamedTuple):
-    """What P thresholds give on a dataset, from all samples at the server to fewest.
+    """The results of P thresholds on a dataset, from most samples at the server on.
 
     It holds numbers of samples, so that targets are compared without rounding errors.
     """
@@ -51,12 +51,12 @@ class OffloadCurve(NamedTuple):
 
     @property
     def accuracy(self) -> Floats:
-        """The share of right answers, ``float64 [P]``."""
+        """Return the share of right answers, ``float64 [P]``."""
         return self.num_correct / self.num_samples
 
     @property
     def offload(self) -> Floats:
-        """The share of samples that go to the server, ``float64 [P]``."""
+        """Return the share of samples that go to the server, ``float64 [P]``."""
         return self.num_offloads / self.num_samples
 
 
@@ -72,10 +72,10 @@ def judge(logits: Floats, labels: Labels) -> Judgement:
 
 
 def calibration_error(judgement: Judgement) -> float | None:
-    """Return the expected calibration error: how far confidence is from accuracy.
+    """Return the expected calibration error, which compares confidence with accuracy.
 
     It is the mean over samples of the distance between accuracy and mean confidence in
-    the sample's bin, of 15 bins of equal width (Guo et al., ICML 2017).
+    the sample's bin. There are 15 bins of equal width (Guo et al., ICML 2017).
 
     Returns:
       The error, 0..1, or None where a confidence is not finite.
@@ -96,9 +96,9 @@ def all_thresholds(uncertainty: Floats, largest: float) -> Floats:
       largest: the criterion's largest value.
 
     Returns:
-      ``[P]``, ascending: 0, then every value that occurs but the lowest, then one above
-      ``largest``, so that every finite uncertainty of any sample is below it. It is 0
-      alone where no value is finite.
+      ``[P]``, ascending: 0, then every value that occurs except the lowest, then a
+      value above ``largest``, so that every finite uncertainty of any sample is below
+      it. If no value is finite, 0 is the only threshold.
     """
     values = np.unique(uncertainty[np.isfinite(uncertainty)])
     if not len(values):
@@ -107,7 +107,7 @@ def all_thresholds(uncertainty: Floats, largest: float) -> Floats:
 
 
 def offload_curve(scores: Scores, thresholds: Floats) -> OffloadCurve:
-    """Return what a gate makes of the samples at thresholds ``[P]``, exactly."""
+    """Return the exact results of a gate on the samples at thresholds ``[P]``."""
     finite = np.isfinite(scores.uncertainty)
     uncertainty = np.where(finite, scores.uncertainty, np.inf)
     order = np.argsort(uncertainty)
@@ -119,28 +119,29 @@ def offload_curve(scores: Scores, thresholds: Floats) -> OffloadCurve:
 
 
 def point_at_accuracy(curve: OffloadCurve, accuracy: float) -> int:
-    """Return the index of the lowest offload that has at least this accuracy.
+    """Return the index of the lowest offload with at least this accuracy.
 
-    If no point has it, the index is that of the lowest offload at the highest accuracy.
+    If no point has this accuracy, return the index of the lowest offload with the
+    highest accuracy.
     """
     goal = min(accuracy, curve.accuracy.max())
     return int(np.flatnonzero(curve.accuracy >= goal)[-1])
 
 
 def point_in_budget(curve: OffloadCurve, budget: float, cost: int = 1) -> int:
-    """Return the index of the highest offload whose mean cost is within a budget.
+    """Return the index of the highest offload with a mean cost within a budget.
 
-    If no point is within it (the server has to answer what the exit cannot), the index
-    is that of the lowest offload.
+    If no point is within the budget (the server has to answer the samples that the exit
+    cannot), return the index of the lowest offload.
 
     Args:
-      curve: what the thresholds give.
-      budget: for a sample, 0 or more.
-      cost: of a sample that goes to the server, in the budget's unit; with 1 the budget
-        is a share of the samples.
+      curve: the results of the thresholds.
+      budget: the most that a sample may cost on average, 0 or more.
+      cost: the cost of a sample that goes to the server, in the budget's unit; with 1
+        the budget is a share of the samples.
     """
-    # Integers but for one division, which is rounded as the budget was when it was
-    # read: equal numbers stay equal. `curve.offload * cost` would be rounded twice.
+    # All numbers are integers until one division, which rounds like the text of the
+    # budget: equal numbers stay equal. `curve.offload * cost` would round twice.
     mean_cost = curve.num_offloads * cost / curve.num_samples
     affordable = np.flatnonzero(mean_cost <= budget)
     return int(affordable[0]) if len(affordable) else len(mean_cost) - 1

@@ -1,4 +1,4 @@
-"""One client's gate: what each threshold gives, and which one meets a target."""
+"""One client's gate: the results of each threshold, and the choice for a target."""
 
 import math
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ from hsee_jax.inference.calibration import (
     point_in_budget,
 )
 
-Figures = dict[str, Any]  # as JSON holds them
-OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # the points of a curve
+Figures = dict[str, Any]  # values of JSON
+OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # for the points of a curve
 TIMED_OFFLOADS = OFFLOADS[::5]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a client's threshold has to give on the held-out samples."""
+    """A target for a client's threshold on the held-out samples."""
 
-    kind: str  # "offload" or "bytes" of a sample: at most; "accuracy": at least
+    kind: str  # "offload" or "bytes" of a sample at most, or "accuracy" at least
     value: float
 
     def __post_init__(self) -> None:
-        """Refuse a value that no threshold can ever give."""
+        """Refuse a value that no threshold can reach."""
         many_bytes = self.kind == "bytes" and 1 < self.value < math.inf
         if not (many_bytes or 0 <= self.value <= 1):
             allowed = "0 or more" if self.kind == "bytes" else "0..1"
@@ -40,7 +40,7 @@ class Target:
 
 
 class SampleCosts(NamedTuple):
-    """What one sample costs on either side of a cut."""
+    """The costs of one sample on both sides of a cut."""
 
     feature_bytes: int  # of the message that carries its features
     client_flops: int  # of the layers up to the cut and the exit
@@ -48,21 +48,21 @@ class SampleCosts(NamedTuple):
 
 
 class ClientStudy(NamedTuple):
-    """What is known of a client's gate, for any threshold."""
+    """The measurements of a client's gate, enough for any threshold."""
 
     id: int
     cut: int
     costs: SampleCosts
     largest_uncertainty: float  # of the criterion
-    finite: bool  # whether all logits for the held-out samples are
-    held_out: OffloadCurve  # at every threshold that makes a difference there
+    finite: bool  # whether all logits for the held-out samples are finite
+    held_out: OffloadCurve  # at all thresholds that differ on the held-out samples
     test: Scores
     seconds: Mapping[float, float]  # of a sample, by the keys `TIMED_OFFLOADS`
 
     def choose(self, target: Target) -> int:
         """Return the point of the held-out curve that meets a target.
 
-        If none does, it is the point that comes closest.
+        If no point does, return the point that comes closest.
         """
         if target.kind == "accuracy":
             return point_at_accuracy(self.held_out, target.value)
@@ -70,9 +70,9 @@ class ClientStudy(NamedTuple):
         return point_in_budget(self.held_out, target.value, cost)
 
     def point(self, choice: int) -> Figures:
-        """Return a threshold of the held-out curve, what it gives and what it costs.
+        """Return a threshold of the held-out curve with its results and its costs.
 
-        Accuracy, the share on the device and the costs of a sample are those of the
+        Accuracy, the share on the device and the costs of a sample are measured on the
         test samples.
         """
         threshold = float(self.held_out.thresholds[choice])
@@ -91,14 +91,14 @@ class ClientStudy(NamedTuple):
         }
 
     def points(self) -> list[Figures]:
-        """Return the points whose offload of the held-out samples is 1, 0.95 .. 0."""
+        """Return the points for an offload of 1, 0.95 .. 0 of the held-out samples."""
         return [
             self.point(point_in_budget(self.held_out, offload)) | self._times(offload)
             for offload in OFFLOADS
         ]
 
     def _times(self, offload: float) -> Figures:
-        """Return the time of a sample at a point, None where it is not measured."""
+        """Return the time of a sample at a point, or None where it is not measured."""
         lowest = float(self.held_out.offload[-1])  # 0, unless the exit is not finite
         seconds = self.seconds.get(max(offload, lowest))
         if offload not in TIMED_OFFLOADS or seconds is None:

@@ -1,11 +1,11 @@
-"""Gated inference: the exit answers the samples it is sure of, the server the others.
+"""Gated inference: the exit answers the easy samples, the server answers the others.
 
 A batch passes through the client's layers and its exit. The exit answers the samples
-whose uncertainty is below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016;
-Hetero-SplitEE gates by entropy). The features of the others are gathered and padded to
-one of a few static sizes, and the server runs on them alone. BatchNorm uses its running
-statistics, so a sample's answer depends neither on the padding nor on the other samples
-of its batch.
+with an uncertainty below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016;
+Hetero-SplitEE gates by entropy). The features of the other samples are gathered and
+padded to one of a few static sizes, and the server runs only on them. BatchNorm uses
+its running statistics, so a sample's answer depends neither on the padding nor on the
+other samples of its batch.
 """
 
 import math
@@ -24,17 +24,17 @@ from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forwa
 from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
 
-_PARTS = 8  # equal parts of a batch: the server runs on one to eight of them
+_PARTS = 8  # equal parts of a batch; the server runs on one to eight of them
 
 # (client, inputs [B, ...]) -> the message on the device, with at least B rows, and
-# exit logits [B, K] and uncertainty [B] on the host
+# the exit's logits [B, K] and uncertainty [B] on the host.
 ClientFn = Callable[[Branch, Array], tuple[Message, npt.NDArray, npt.NDArray]]
-# (server, message, rows int [R]) -> logits [R, K] of these rows, on the host
+# (server, message, rows int [R]) -> logits [R, K] of these rows, on the host.
 ServerFn = Callable[[Branch, Message, npt.NDArray[np.int64]], npt.NDArray]
 
 
 class Criterion(NamedTuple):
-    """A measure of how unsure an exit is: the lower, the surer."""
+    """A measure of an exit's uncertainty; a lower value means a surer exit."""
 
     uncertainty: Callable[[Array], Array]  # logits float32 [B, K] -> float32 [B]
     largest: Callable[[int], float]  # number of classes -> the largest uncertainty
@@ -60,7 +60,9 @@ def confidence() -> Criterion:
     )
 
 
-@CRITERIA.register(summary="1 minus the lead of the highest probability")
+@CRITERIA.register(
+    summary="1 minus the lead of the highest probability over the second"
+)
 def margin() -> Criterion:
     """Measure 1 minus the lead of the highest probability over the second."""
 
@@ -77,21 +79,21 @@ def _top_probabilities(logits: Array, count: int) -> Array:
 
 
 class Answers(NamedTuple):
-    """What a client and the server behind it answer to a batch, on the host."""
+    """The answers of a client and the server behind it to a batch, on the host."""
 
-    logits: npt.NDArray[np.float32]  # [B, K]: the server's where it ran, or the exit's
-    exited: npt.NDArray[np.bool_]  # [B]: answered by the exit
+    logits: npt.NDArray[np.float32]  # [B, K]: of the server where it ran, or the exit
+    exited: npt.NDArray[np.bool_]  # [B]: whether the exit answered
     exit_logits: npt.NDArray[np.float32]  # [B, K]
-    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; inf: not finite
+    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; inf: logits not finite
 
     @property
     def predictions(self) -> npt.NDArray[np.int64]:
-        """The classes, ``[B]``; -1 where a logit is not finite."""
+        """Return the classes, ``[B]``; -1 where a logit is not finite."""
         return predicted_class(self.logits)
 
 
 class Gate(NamedTuple):
-    """The two compiled parts of a gated inference, and both together."""
+    """The two compiled parts of a gated inference, and a method that runs both."""
 
     on_client: ClientFn
     on_server: ServerFn
@@ -105,9 +107,12 @@ class Gate(NamedTuple):
           client: layers 1..cut and the exit head.
           server: layers cut+1..L and the final head.
           inputs: ``float32 [B, ...]``, at most a whole batch, see `make_gate`.
-          threshold: the exit answers the samples whose uncertainty is below it. With 0
-            all samples go to the server; above the criterion's largest value only those
-            go there whose exit logits are not finite.
+          threshold: the exit answers the samples with an uncertainty below it. With 0
+            all samples go to the server; above the criterion's largest value only the
+            samples with exit logits that are not finite go there.
+
+        Raises:
+          ValueError: there are no inputs, or more than a whole batch.
         """
         message, exit_logits, uncertainty = self.on_client(client, inputs)
         exited = np.isfinite(uncertainty) & (uncertainty < threshold)
@@ -133,11 +138,10 @@ def make_gate(
     Args:
       client_spec: what the client computes.
       server_spec: what its server computes.
-      batch_size: B; a smaller batch is padded to it.
+      batch_size: B; a smaller batch is padded to B rows.
       criterion: a name in `CRITERIA`.
-      sizes: the numbers of rows that the server runs on, of which the largest is B; the
-        samples that go to the server are padded to the next one. None: the eighths
-        of B.
+      sizes: the numbers of rows that the server runs on, up to B; the samples that go
+        to the server are padded to the next size. None for the eighths of B.
     """
     if sizes is None:
         sizes = [-(-batch_size * part // _PARTS) for part in range(1, _PARTS + 1)]

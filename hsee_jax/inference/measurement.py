@@ -1,4 +1,4 @@
-"""The measurements behind a study: both answers to all samples, and their time."""
+"""The measurements for a study: both answers to all samples, and their time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +33,11 @@ from hsee_jax.systems.costs import LayerCost
 
 _REPEATS = 5
 
-AnswerFn = Callable[[Array, float], Answers]  # a client's gate, of inputs and threshold
+AnswerFn = Callable[[Array, float], Answers]  # a gate: inputs and threshold -> answers
 
 
 class _Samples(NamedTuple):
-    """A dataset as the networks take it."""
+    """A dataset in the form that the networks take."""
 
     batches: list[Array]  # float32 [B, H, W, C]; the last one may be smaller
     labels: Labels  # [M]
@@ -46,13 +46,13 @@ class _Samples(NamedTuple):
 def measure_clients(
     experiment: Experiment, state: RunState, criterion: str, batch_size: int
 ) -> Iterator[ClientStudy]:
-    """Study the clients of one cut after the other.
+    """Study all clients, one cut after the other.
 
     Args:
-      experiment: with held-out samples.
-      state: a slot for every client, in the order of its group.
+      experiment: the run; it has held-out samples.
+      state: its state, with a slot for every client in the order of its group.
       criterion: a name in `CRITERIA`.
-      batch_size: of the inference.
+      batch_size: samples in a batch of the inference.
     """
     info = experiment.info
     largest = CRITERIA.make(criterion).largest(info.num_classes)
@@ -77,7 +77,7 @@ def _samples(data: Dataset, info: DatasetInfo, batch_size: int) -> _Samples:
 def _answer_fn(
     gate: Gate, strategy: Strategy, state: RunState, group: int, member: int
 ) -> AnswerFn:
-    """Put one client and its server on the device, and the gate around them."""
+    """Put a client and its server on the device, and return their gate."""
     client = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
     server = server_of(strategy, state, group, member)
     return partial(gate.answer, *jax.device_put((client, server)))
@@ -86,7 +86,7 @@ def _answer_fn(
 def _sample_costs(
     federation: Federation, layers: Sequence[LayerCost], cut: int
 ) -> SampleCosts:
-    """Add up what a sample costs; ``layers`` are those of `layer_costs`."""
+    """Add up the costs of a sample, from the result of `layer_costs`."""
     features = layer_inputs(federation.model)
     flops = [layer.flops for layer in layers]  # L layers, L exits, final head
     count = len(flops) // 2
@@ -108,12 +108,12 @@ def _group_studies(
     """Study the clients of one cut, and time the gate of one of them.
 
     Args:
-      answer_of: gives the gate of a member of the group.
+      answer_of: returns the gate of a member of the group.
       group: the group.
-      costs: of a sample at its cut.
+      costs: the costs of a sample at its cut.
       largest: the criterion's largest value.
-      held_out: the samples that thresholds come from.
-      test: the samples that they are measured on.
+      held_out: the samples that give the thresholds.
+      test: the samples that measure the thresholds.
     """
     studies = []
     for member, i in enumerate(group.ids):
@@ -130,7 +130,7 @@ def _group_studies(
             seconds={},
         )
         studies.append(study)
-    # Where an exit is not finite no threshold has an offload of 0.
+    # If an exit is not finite, no threshold has an offload of 0.
     timed = next((m for m, study in enumerate(studies) if study.finite), 0)
     seconds = _seconds(answer_of(timed), studies[timed].held_out, test.batches[0])
     return [study._replace(seconds=seconds) for study in studies]
@@ -158,7 +158,8 @@ def _seconds(
 ) -> dict[float, float]:
     """Measure the seconds of a sample at each of `TIMED_OFFLOADS`.
 
-    Each is the median of calls, which take turns so that a slow moment hits them alike.
+    Each figure is the median of several calls. The calls for different offloads take
+    turns, so that a slow moment hits all of them alike.
     """
     points = [point_in_budget(curve, offload) for offload in TIMED_OFFLOADS]
     rounds: list[list[float]] = []

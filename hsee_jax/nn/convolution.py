@@ -1,21 +1,21 @@
 """The convolution, in forms that stay fast on CPU and on stacked weights.
 
-Under `jax.vmap` over the weights of several clients XLA makes one grouped convolution,
-whose gradients are slow, and on CPU even a single convolution is slow to derive by the
-weights. `convolution` gives a drop-in for `jax.lax.conv_general_dilated`, equal to it
-up to rounding, that runs in one of these forms:
+Under `jax.vmap` over the weights of several clients XLA makes one grouped convolution
+with slow gradients, and on CPU even the gradient of a single convolution by its weights
+is slow. `convolution` returns a replacement for `jax.lax.conv_general_dilated` that is
+equal to it up to rounding and runs in one of these forms:
 
 ============  ====================================================================
-``grouped``   the native convolution; stacked weights make groups of it
-``unrolled``  the native convolution; for stacked weights one after another
+``grouped``   the native convolution; stacked weights become its groups
+``unrolled``  the native convolution, called once for each of the stacked weights
 ``patches``   shifted slices times matrices: no convolution, more memory
 ``winograd``  F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
               others take 36; only for 3x3 of stride 1, else it is ``patches``
-``auto``      by backend, pass and shape, see `_auto`
+``auto``      a form chosen by backend, pass and shape, see `_auto`
 ============  ====================================================================
 
-Inputs batched by `jax.vmap` under shared weights are one convolution of a larger batch
-in all of them. Images are NHWC and weights HWIO.
+In every form, inputs that `jax.vmap` batches under shared weights become one
+convolution of a larger batch. Images are NHWC and weights HWIO.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,20 +37,23 @@ _FORMS = {
     "patches": PATCHES,
     "winograd": WINOGRAD,
 }
-FORMS = ("auto", *_FORMS)  # what `convolution` takes
+FORMS = ("auto", *_FORMS)  # the modes of `convolution`
 
 
 def convolution(mode: str = "auto") -> Callable[..., Array]:
-    """A function to be used in place of `jax.lax.conv_general_dilated`.
+    """Return a function that replaces `jax.lax.conv_general_dilated`.
 
     Args:
       mode: the name of a form, or ``"auto"``.
 
     Returns:
-      ``(lhs [N, H, W, C], rhs [k, k, C, F], window_strides, padding, ...)`` to
-      ``[N, H', W', F]`` of the same dtype; sums are in float32. Padding is given in
-      numbers. It raises NotImplementedError on dilation, groups, other layouts and a
-      precision. Its first derivatives are defined, in reverse mode.
+      A function from ``(lhs [N, H, W, C], rhs [k, k, C, F], window_strides, padding,
+      ...)`` to ``[N, H', W', F]`` of the same dtype; it sums in float32. Padding is
+      given in numbers. The function raises NotImplementedError on dilation, groups,
+      other layouts and a precision. It has first derivatives, in reverse mode.
+
+    Raises:
+      ValueError: the mode is unknown.
     """
     if mode not in FORMS:
         raise ValueError(f"{mode} is none of {', '.join(FORMS)}")
@@ -108,7 +111,7 @@ def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
 
 
 def _batchable(mode: str, name: str, geometry: Geometry, channels: int) -> Callable:
-    """One pass, with what it becomes under one or several `jax.vmap`."""
+    """Make one pass, and define it under one or several `jax.vmap`."""
 
     def implementation(*, stacked: bool) -> tuple[str, Callable[[Array, Array], Array]]:
         form = mode
@@ -163,9 +166,9 @@ def _all_batched(size: int, batched: list[bool], *arrays: Array) -> list[Array]:
     ]
 
 
-# Window and stride, the smaller number of channels from which a row holds, and the
-# forms of the three passes; the first row that fits. Measured on CPU by
-# experiments/bench_conv.py.
+# Each row holds a window, a stride (None for any), the least number of channels (input
+# and output), and the forms of the three passes; the first row that fits counts.
+# experiments/bench_conv.py measured them on CPU.
 _CPU = (
     (1, None, 1, ("patches", "patches", "patches")),
     (3, 1, 64, ("winograd", "winograd", "winograd")),
@@ -180,8 +183,9 @@ def _auto(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str
     On CPU, stacked weights never get a native convolution: XLA runs it slowly inside a
     scan. XLA for TPU makes one convolution of a group, with the client as a spatial
     axis. On a GPU the gradients of grouped convolutions by the weights become forward
-    convolutions with windows as large as the image, so the clients go one by one:
-    experiments/bench_forms.py measured a round at 1.6 times the speed of groups.
+    convolutions with windows as large as the image, so each client gets its own
+    convolution: experiments/bench_forms.py measured rounds 1.6 times as fast as with
+    groups.
     """
     backend = jax.default_backend()
     if backend != "cpu":

@@ -1,4 +1,4 @@
-"""Forms of the convolution: as XLA has it, and as patches times a matrix.
+"""Two forms of the convolution: the native one of XLA, and patches times a matrix.
 
 Images are NHWC and weights HWIO.
 """
@@ -16,7 +16,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 class Geometry(NamedTuple):
-    """What is known of a convolution before its arrays: pairs are of H and W."""
+    """The static sizes of a convolution; pairs are for H and W."""
 
     image: tuple[int, int]
     window: tuple[int, int]
@@ -25,7 +25,7 @@ class Geometry(NamedTuple):
 
     @property
     def output(self) -> tuple[int, int]:
-        """H' and W'."""
+        """Return H' and W'."""
         height, width = (
             (size + sum(pad) - window) // stride + 1
             for size, window, stride, pad in zip(*self, strict=True)
@@ -36,7 +36,8 @@ class Geometry(NamedTuple):
 class Form(NamedTuple):
     """One way to compute each pass, ``(array, array, Geometry) -> array``.
 
-    With x ``[N, H, W, C]``, w ``[k, k, C, F]`` and y ``[N, H', W', F]``:
+    The comments call x ``[N, H, W, C]`` the images, w ``[k, k, C, F]`` the weights and
+    y ``[N, H', W', F]`` the output.
     """
 
     forward: Callable[[Array, Array, Geometry], Array]  # x, w -> y
@@ -64,18 +65,18 @@ def _native_weights(x: Array, dy: Array, geometry: Geometry) -> Array:
 
 
 def _transpose(linear: Callable[[Array], Array], shape: Any, y: Array) -> Array:
-    """The transpose of a function of an array like ``y``, but for its shape."""
+    """Apply the transpose of a linear function of arrays of a shape to ``y``."""
     x = lax.full_like(y, 0, shape=shape)  # varies over the axes of a mesh as y does
     return jax.linear_transpose(linear, x)(y)[0]
 
 
 NATIVE = Form(_native, _native_input, _native_weights)
 
-# Patches: the window is unrolled into slices of the image.
+# Patches: each place of the window becomes a slice of the image.
 
 
 def dot(a: Array, b: Array, axes: tuple[int, int], *, batch: int = 0) -> Array:
-    """The product over one axis of each, in float32; ``batch`` leading ones shared."""
+    """Multiply over one axis of each, in float32; share ``batch`` leading axes."""
     shared = tuple(range(batch))
     dimensions = (((axes[0],), (axes[1],)), (shared, shared))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
@@ -86,7 +87,7 @@ def _rows(a: Array) -> Array:
 
 
 def _shifts(x: Array, geometry: Geometry) -> list[Array]:
-    """What each place of the window sees: ``k k`` arrays ``[N, H', W', C]``."""
+    """Slice the pixels under each place of a window: k k arrays ``[N, H', W', C]``."""
     x = jnp.pad(x, ((0, 0), *geometry.padding, (0, 0)))
     (down, right), (height, width) = geometry.strides, geometry.output
     rows, columns = (height - 1) * down + 1, (width - 1) * right + 1
@@ -98,7 +99,7 @@ def _shifts(x: Array, geometry: Geometry) -> list[Array]:
 
 
 def _patches(x: Array, geometry: Geometry) -> Array:
-    """``[N H' W', k k C]``."""
+    """Return the pixels under each window, ``[N H' W', k k C]``."""
     return _rows(jnp.concatenate(_shifts(x, geometry), axis=-1))
 
 

@@ -1,4 +1,4 @@
-"""Cuts: which layer a name means, and which client gets which cut."""
+"""Cuts: the layer that a name stands for, and the cut of each client."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ def parse_cut(cut: str | int, layer_names: Sequence[str]) -> int:
 
     Args:
       cut: a number ``1..L``, a layer's name, or the name of a group, such as
-        ``"layer2"``, which means after its last block.
-      layer_names: the L names.
+        ``"layer2"``, for a cut after the group's last block.
+      layer_names: the names of the L layers.
 
     Raises:
       UserError: there is no such layer.
@@ -39,7 +39,7 @@ def deal_cuts(
     """Deal one cut to each client, the given cuts in turn: ``3 5 7 3 5 7 ...``.
 
     Raises:
-      UserError: an unknown layer, no cut, or more cuts than clients.
+      UserError: a layer is unknown, or there is no cut, or more cuts than clients.
     """
     if not 1 <= len(cuts) <= num_clients:
         raise UserError(

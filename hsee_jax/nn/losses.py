@@ -14,7 +14,7 @@ from hsee_jax.core.types import Array, Metrics
 def masked_cross_entropy(
     logits: Array, labels: Array, mask: Array
 ) -> tuple[Array, Metrics]:
-    """Return the mean softmax cross-entropy over the rows whose mask is true.
+    """Return the mean softmax cross-entropy over the rows with a true mask.
 
     Args:
       logits: ``float32 [B, K]``.
@@ -22,8 +22,8 @@ def masked_cross_entropy(
       mask: ``bool [B]``, false on padding.
 
     Returns:
-      The mean, in nats, ``float32 []`` (0 for a batch of padding alone), and the sums
-      that it comes from. A row with a logit that is not finite counts as wrong.
+      The mean, in nats, ``float32 []`` (0 if all rows are padding), and the sums behind
+      it. A row with a logit that is not finite counts as wrong.
     """
     chex.assert_rank([logits, labels, mask], [2, 1, 1])
     chex.assert_equal_shape_prefix([logits, labels, mask], 1)
@@ -37,13 +37,13 @@ def masked_cross_entropy(
 
 
 def finite_rows(logits: Any) -> Any:
-    """Tell which rows hold finite logits alone.
+    """Return which rows hold only finite logits.
 
     Args:
       logits: ``float [..., K]``, of JAX or of NumPy.
 
     Returns:
-      ``bool [...]``, from the same library.
+      ``bool [...]``, an array of the same library.
     """
     library = jnp if isinstance(logits, jax.Array) else np
     return library.isfinite(logits).all(axis=-1)
@@ -52,27 +52,27 @@ def finite_rows(logits: Any) -> Any:
 def predicted_class(logits: Any) -> Any:
     """Return the class with the highest logit.
 
-    The arg max of NaN is class 0, which would give a broken network credit for every
-    sample of that class. So a row with a logit that is not finite has no class.
+    The arg max of NaN is class 0, so a broken network would be right on every sample of
+    class 0. Therefore a row with a logit that is not finite has no class.
 
     Args:
       logits: ``float [..., K]``, of JAX or of NumPy.
 
     Returns:
-      ``int [...]``, from the same library; -1 where a logit is not finite.
+      ``int [...]``, an array of the same library; -1 where a logit is not finite.
     """
     library = jnp if isinstance(logits, jax.Array) else np
     return library.where(finite_rows(logits), logits.argmax(axis=-1), -1)
 
 
 def predictive_entropy(logits: Array) -> Array:
-    """Return the entropy of the softmax, which measures how unsure an exit is.
+    """Return the entropy of the softmax, a measure of an exit's uncertainty.
 
     Args:
       logits: ``float [..., K]``.
 
     Returns:
-      ``[...]``, in nats, between 0 and ``log K``.
+      The entropy ``[...]``, in nats, between 0 and ``log K``.
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

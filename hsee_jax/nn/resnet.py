@@ -1,14 +1,14 @@
 """The layers of ResNet-18 (He et al., CVPR 2016) and the heads, as Flax modules.
 
 As in torchvision: explicit padding, BatchNorm with decay 0.9 and epsilon 1e-5, Kaiming
-normal convolutions (fan out) and uniform linear layers. The differences: biases start
-at 0, the running variance is the biased one, as everywhere in Flax, and the stem for
-small images is one 3x3 convolution of stride 1 without pooling, the usual choice for
-CIFAR.
+normal convolutions (fan out) and uniform linear layers. Three things differ: biases
+start at 0; the running variance is the biased variance, as everywhere in Flax; and the
+stem for small images is one 3x3 convolution of stride 1 without pooling, the usual
+choice for CIFAR.
 
-Every module maps ``x [B, H, W, C]`` and ``mask bool [B]`` to its output; rows whose
-mask is false do not reach the batch statistics. ``conv`` names a form of the
-convolution, see `hsee_jax.nn.convolution`.
+Every module maps ``x [B, H, W, C]`` and ``mask bool [B]`` to its output; rows with a
+false mask do not reach the batch statistics. ``conv`` names a form of the convolution,
+see `hsee_jax.nn.convolution`.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ _linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 class _Conv(nn.Module):
-    """Convolution without bias; ``size // 2`` rows of zeros on every side."""
+    """A convolution without bias, with ``size // 2`` rows of zeros on every side."""
 
     features: int
     size: int
@@ -54,7 +54,7 @@ class _Conv(nn.Module):
 
 
 class _BatchNorm(nn.Module):
-    """Batch normalisation over the real rows; statistics in float32."""
+    """Batch normalisation over the real rows, with statistics in float32."""
 
     dtype: jnp.dtype
 
@@ -73,8 +73,8 @@ class _BatchNorm(nn.Module):
 class Stem(nn.Module):
     """The first layer: ``[B, H, W, C] -> [B, H', W', features]``.
 
-    With ``size`` 3 the image keeps its size; with 7 it is halved by the convolution and
-    once more by a 3x3 max-pool.
+    With ``size`` 3 the image keeps its size; with 7 the convolution halves it, and a
+    3x3 max-pool halves it once more.
     """
 
     features: int
@@ -123,9 +123,9 @@ class BasicBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Global average pool and linear layer: ``[B, H, W, C] -> float32 [B, classes]``.
+    """A global average pool and a linear layer: ``[B, H, W, C] -> float32 [B, K]``.
 
-    With ``batch_norm`` the features are normalised first.
+    With ``batch_norm`` a BatchNorm normalises the features first; K is ``classes``.
     """
 
     classes: int
@@ -154,40 +154,40 @@ def resnet18(
     width: Annotated[int, "channels of the first group of blocks", at_least(1)] = 64,
     stem: Annotated[
         str,
-        "first layer: 3x3, or 7x7 and max-pool; auto is 3x3 up to 64 pixels [ours]",
+        "first layer: 3x3, or 7x7 and a max-pool; auto is 3x3 up to 64 pixels [ours]",
         one_of("auto", "3x3", "7x7"),
     ] = "auto",
     exit_head: Annotated[
         str,
-        "pool and linear layer, or BatchNorm before them [ours]",
+        "an exit: a pool and a linear layer, or also a BatchNorm before them [ours]",
         one_of("linear", "bn_linear"),
     ] = "linear",
     dtype: Annotated[
         str,
-        "type of the computation; parameters and statistics stay float32",
+        "dtype of the computation; parameters and statistics stay float32",
         one_of("float32", "bfloat16"),
     ] = "float32",
     conv: Annotated[
         str,
-        "form of the convolutions, all equal up to rounding; auto chooses by backend "
-        "and shape",
+        "form of the convolutions; all are equal up to rounding, and auto chooses by "
+        "backend and shape",
         one_of(FORMS),
     ] = "auto",
 ) -> Model:
-    """Build ResNet-18 as 9 layers: stem and 8 basic blocks, named as in torchvision.
+    """Build ResNet-18 as 9 layers: a stem and 8 blocks, with the names of torchvision.
 
     Args:
       num_classes: K.
       input_shape: ``(H, W, C)``.
-      width: channels of the first group; the later groups have 2, 4 and 8 times more.
+      width: channels of the first group; the later groups have 2, 4 and 8 times these.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
       exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
-      dtype: of the computation; parameters, statistics and logits are float32.
+      dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
     Returns:
-      The model; with the defaults, 10 classes and 32x32x3 images, layers and final head
-      have 11,173,962 parameters.
+      The model. With the defaults, 10 classes and 32x32x3 images its layers and final
+      head have 11,173,962 parameters.
     """
     if stem == "auto":
         stem = "3x3" if max(input_shape[:2]) <= 64 else "7x7"

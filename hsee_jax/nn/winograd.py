@@ -1,11 +1,11 @@
 """Winograd's form of the 3x3 convolution of stride 1.
 
 F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308) takes 16 products where the other forms
-take 36: y = A' [(G w G') * (B' x B)] A for a tile of 4x4 inputs and 2x2 outputs. The
-product is one of matrices over channels for each of 16 places. The gradient by the
+take 36: y = A' [(G w G') * (B' x B)] A for a tile of 4x4 inputs and 2x2 outputs. Each
+of the 16 places takes one product of matrices over channels. The gradient by the
 weights is the transpose, and the gradient by the input is the same form with the window
-turned round. Everything is in float32, whatever the dtype of the arrays. Other windows
-and strides take the form of patches.
+flipped. All computation is in float32, whatever the dtype of the arrays. Other windows
+and strides use the form of patches.
 """
 
 from typing import Any
@@ -28,13 +28,13 @@ def _suits_winograd(geometry: Geometry) -> bool:
 
 
 def _transform(matrix: Any, a: Array) -> Array:
-    """``[P, Q] x [Q, ...] -> [P, ...]``."""
+    """Multiply, ``[P, Q] x [Q, ...] -> [P, ...]``."""
     dimensions = (((1,), (0,)), ((), ()))
     return lax.dot_general(matrix, a, dimensions, precision=lax.Precision.HIGHEST)
 
 
 def _input_tiles(x: Array, geometry: Geometry) -> Array:
-    """``[N, H, W, C] -> [16, N T, C]`` of T tiles, from overlapping 4x4 ones."""
+    """Transform T overlapping 4x4 tiles, ``[N, H, W, C] -> [16, N T, C]``."""
     pads = [
         (before, size + size % 2 + 2 - extent - before)
         for (before, _), size, extent in zip(
@@ -42,7 +42,7 @@ def _input_tiles(x: Array, geometry: Geometry) -> Array:
         )
     ]
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
-    for axis in (2, 2):  # W, then H, each moved by the new axis in front
+    for axis in (2, 2):  # W, then H, which the new leading axis moves to 2
         length = x.shape[axis] - 3
         a, b, c, d = (lax.slice_in_dim(x, i, i + length, 2, axis) for i in range(4))
         x = jnp.stack([a - c, b + c, c - b, b - d])
@@ -50,7 +50,7 @@ def _input_tiles(x: Array, geometry: Geometry) -> Array:
 
 
 def _output_tiles(y: Array) -> Array:
-    """``[N, H', W', F] -> [4, N T, F]``, the 2x2 tiles."""
+    """Cut into T tiles of 2x2, ``[N, H', W', F] -> [4, N T, F]``."""
     batch, height, width, features = y.shape
     y = jnp.pad(y, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
     y = y.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, features)
@@ -58,7 +58,7 @@ def _output_tiles(y: Array) -> Array:
 
 
 def _untile(tiles: Array, batch: int, geometry: Geometry) -> Array:
-    """The inverse of `_output_tiles`."""
+    """Invert `_output_tiles`."""
     height, width = geometry.output
     down, right = (height + 1) // 2, (width + 1) // 2
     y = tiles.reshape(2, 2, batch, down, right, -1).transpose(2, 3, 0, 4, 1, 5)
@@ -88,7 +88,7 @@ def _winograd_input(dy: Array, w: Array, geometry: Geometry) -> Array:
 def _winograd_weights(x: Array, dy: Array, geometry: Geometry) -> Array:
     if not _suits_winograd(geometry):
         return PATCHES.wrt_weights(x, dy, geometry)
-    # Without the barrier XLA keeps the tiles of the forward pass, 4 times the input.
+    # Without the barrier XLA keeps the forward pass's tiles, 4 times the input's size.
     tiles = _input_tiles(lax.optimization_barrier(x), geometry)
     seen = _transform(_OUTPUT, _output_tiles(dy.astype(jnp.float32)))
     dw = _transform(_KERNEL.T, dot(tiles, seen, (1, 1), batch=1))

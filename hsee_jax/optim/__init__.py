@@ -1,4 +1,4 @@
-"""Optimizers, what averaging does to their state, and schedules."""
+"""Optimizers, rules for their state when layers are averaged, and schedules."""
 
 from hsee_jax.optim.optimizers import (
     KEEP,

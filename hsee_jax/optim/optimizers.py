@@ -1,10 +1,10 @@
-"""Optimizers at rate 1, and what averaging a layer does to their state.
+"""Optimizers at rate 1, and rules for their state when a layer is averaged.
 
 An optimizer follows optax's convention: it is built at rate 1, and a step adds the
 learning rate times its updates to the parameters, so ``optax.adam(1.0)`` and
 ``optax.sgd(1.0, momentum=0.9)`` work as they are. The rate is passed into every step:
-in the sequential strategy deep server layers see more updates a step than shallow
-layers, and a count of the optimizer's own would let their schedules drift apart.
+in the sequential strategy deep server layers take more updates in a step than shallow
+layers, so a counter inside the optimizer would let their schedules drift apart.
 """
 
 from collections.abc import Callable
@@ -24,19 +24,19 @@ class UpdateFn(Protocol):
     def __call__(
         self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """Turn gradients into updates to be added at rate 1, and the new state.
+        """Turn gradients into updates for rate 1, and return them with the new state.
 
         ``extra`` holds ``learning_rate``, ``float32 []``.
         """
 
 
 class Merge(NamedTuple):
-    """What averaging a layer does to the optimizer state of each holder."""
+    """A rule for the optimizer state of each holder when a layer is averaged."""
 
-    # State -> a tree of bool: the leaves of which the holders' mean is taken.
+    # State -> a tree of bool, true for the leaves that are averaged over the holders.
     shared: Callable[[PyTree], PyTree]
     # Parameters before, their mean, and the state with the mean of its shared leaves
-    # -> the new state. What belongs to a BatchNorm that stays local is left alone.
+    # -> the new state. The leaves of a BatchNorm that stays local do not change.
     merge: Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
@@ -63,7 +63,7 @@ KEEP = Merge(_nothing, lambda old, mean, state: state)
 
 
 def as_optimizer(optimizer: OptimizerLike) -> Optimizer:
-    """Give an optax optimizer the rule that each holder keeps its own state."""
+    """Add to an optax optimizer the rule that each holder keeps its own state."""
     if isinstance(optimizer, Optimizer):
         return optimizer
     extended = optax.with_extra_args_support(optimizer)
@@ -76,19 +76,19 @@ MERGES: Registry[Merge] = Registry("optimizer_state", with_options=False)
 
 @MERGES.register(summary="the rule of the optimizer: each holder keeps its own state")
 def keep(optimizer: Optimizer) -> Merge:
-    """Follow the optimizer's own rule: with sgd and adamw each holder keeps its own."""
+    """Follow the optimizer's rule: with sgd and adamw each holder keeps its state."""
     return optimizer.merge
 
 
-@MERGES.register(summary="the holders' mean, as of the layer")
+@MERGES.register(summary="the mean over the holders, as for the layer")
 def average(optimizer: Optimizer) -> Merge:
     """Average the whole state."""
     return Merge(_everything, KEEP.merge)
 
 
-@MERGES.register(summary="as at the start")
+@MERGES.register(summary="the initial state")
 def reset(optimizer: Optimizer) -> Merge:
-    """Start anew from the mean parameters."""
+    """Initialize the state again, from the mean parameters."""
     return Merge(_nothing, lambda old, mean, state: optimizer.init(mean))
 
 
@@ -99,7 +99,7 @@ def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
 
 
 def descend(direction: optax.GradientTransformation) -> Optimizer:
-    """Turn a direction of ascent, such as ``optax.trace``, into updates to be added."""
+    """Build an optimizer that steps against a direction, such as ``optax.trace``."""
     extended = optax.with_extra_args_support(direction)
 
     def update(
@@ -116,9 +116,9 @@ def _decays(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-Decay = Annotated[float, "weight decay, not on biases and BatchNorm", at_least(0)]
+Decay = Annotated[float, "weight decay, except on biases and BatchNorm", at_least(0)]
 
-# Factories take nothing but their options.
+# Factories take only their options.
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
 register = OPTIMIZERS.register
 

@@ -35,11 +35,11 @@ def make_schedule(
     """Build the learning rate of each global step.
 
     Args:
-      name: of `SCHEDULES`: what comes after the warm-up.
+      name: the schedule after the warm-up, a name in `SCHEDULES`.
       learning_rate: the peak.
       warmup_steps: W; the rate rises linearly from peak / W to the peak.
-      total_steps: of the whole run, the warm-up included.
-      options: values of the options of the schedule.
+      total_steps: the steps of the whole run, including the warm-up.
+      options: the options of the schedule, by name.
     """
     steps = total_steps - warmup_steps
     after = SCHEDULES.make(name, learning_rate, steps, options=options)

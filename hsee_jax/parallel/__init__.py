@@ -1,4 +1,4 @@
-"""Many devices and many processes."""
+"""Runs on several devices and in several processes."""
 
 from hsee_jax.parallel.mesh import make_mesh, on_devices, over_clients, place_blocks
 from hsee_jax.parallel.processes import in_first, is_first, join

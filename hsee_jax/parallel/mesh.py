@@ -1,8 +1,8 @@
-"""The devices that clients are spread over: a mesh with the one axis ``clients``.
+"""Meshes of devices for clients, with the one axis ``clients``.
 
-What runs for each client by itself is vmapped, and under `jax.shard_map` each device
-runs the clients that it holds: nothing is exchanged. Left to itself, XLA would gather
-the stacked convolutions of all devices on each.
+Functions of one client are vmapped, and under `jax.shard_map` each device runs the
+clients that it holds, without communication. Otherwise XLA would gather the stacked
+convolutions of all devices on each device.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ SAME = P()  # the same on every device
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh of some devices; None is all, of all processes."""
+    """Make a mesh of some devices; None for all devices of all processes."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), (CLIENTS,), axis_types=(AxisType.Auto,), devices=devices
@@ -31,7 +31,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def on_devices(fn: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Any:
-    """Run a function on each device's own part; without a mesh, on the whole."""
+    """Make a function run on each device's own part; without a mesh, on the whole."""
     if mesh is None:
         return fn
     return jax.shard_map(
@@ -45,12 +45,12 @@ def over_clients(
     """Map a function of one client over stacks of clients, with no communication.
 
     Args:
-      fn: of one client.
-      mesh: the stacks' leading axes are spread over it; None: on one device.
-      in_axes: for each argument, 0: a stack with a leading axis of clients, None: the
-        same for all.
-      block: the argument, if any, that is not a stack but is cut along its leading axis
-        into one block for each device, for the clients there.
+      fn: the function of one client.
+      mesh: the leading axes of the stacks are spread over it; None for one device.
+      in_axes: for each argument 0 for a stack with a leading axis of clients, or None
+        for a value that all clients share.
+      block: the position of an argument that is not a stack but is cut along its
+        leading axis into one block for the clients of each device; -1 for none.
     """
     specs = [SAME if axis is None else SPREAD for axis in in_axes]
     if block >= 0:
@@ -59,7 +59,7 @@ def over_clients(
 
 
 def constrain(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
-    """Fix where a value lies while it is computed."""
+    """Constrain the sharding of a value inside a compiled function."""
     if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
@@ -69,9 +69,9 @@ def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
     """Put host arrays on the devices.
 
     Args:
-      tree: numpy arrays, the same in every process where it is read.
-      mesh: the devices; None: the first.
-      specs: one `PartitionSpec`, or a tree of them that is a prefix of ``tree``.
+      tree: numpy arrays, with equal values in every process that reads them.
+      mesh: the devices; None for the first device.
+      specs: a `PartitionSpec`, or a tree of them that is a prefix of ``tree``.
     """
     if mesh is None:
         return jax.device_put(tree)
@@ -91,7 +91,7 @@ def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
 
 
 def place_blocks(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Put this process's arrays on each of its devices, as their blocks of a whole.
+    """Put this process's arrays on each of its devices, as blocks of larger arrays.
 
     Args:
       tree: numpy arrays ``[M, ...]``, of the same shape in every process.
@@ -120,7 +120,7 @@ def _at(leaf: Any, index: Any) -> Any:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Return device arrays as numpy arrays, whole in every process."""
+    """Return device arrays as numpy arrays, complete in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

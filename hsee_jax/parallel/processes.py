@@ -1,7 +1,7 @@
-"""One run in several processes, each with devices of its own.
+"""One run in several processes, each with its own devices.
 
-All of them run the same program with the same arguments; an array over a mesh of all
-devices is one array, of which each process holds a part.
+All processes run the same program with the same arguments; each process holds a part of
+every array that is spread over a mesh of all devices.
 """
 
 import os
@@ -17,17 +17,18 @@ from hsee_jax.core.errors import UserError
 def join(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Make this process one of several; call it before anything else of JAX.
+    """Join this process to several; call it before any other function of JAX.
 
     Args:
-      coordinator: ``HOST:PORT`` of the first process; ``"auto"`` lets JAX find it, as
-        it does without any argument in a Slurm step of several tasks and on the workers
-        of a TPU pod.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
+      coordinator: ``HOST:PORT`` of the first process. With ``"auto"`` JAX finds it, and
+        so it does without any argument in a Slurm step of several tasks and on the
+        workers of a TPU pod.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
 
     Raises:
-      UserError: the arguments do not fit, or the others cannot be reached.
+      UserError: an argument is missing or not allowed, or the other processes cannot be
+        reached.
     """
     given = (coordinator, num_processes, process_id) != (None, None, None)
     if not given and not _in_cluster():
@@ -77,7 +78,7 @@ def check_devices() -> None:
     """Find the devices of this process; call it after `join`.
 
     Raises:
-      UserError: JAX_PLATFORMS names devices that are not there.
+      UserError: JAX_PLATFORMS names devices that this machine does not have.
     """
     try:
         jax.devices()
@@ -91,22 +92,22 @@ def check_devices() -> None:
 
 
 def is_first() -> bool:
-    """Return whether this is the process that writes for all."""
+    """Return whether this is the first process, which writes for all."""
     return jax.process_index() == 0
 
 
 def largest(number: int) -> int:
-    """Return the largest of the numbers that the processes give; all must call it."""
+    """Return the largest number over all processes; every process must call this."""
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def in_first(act: Callable[[], None]) -> None:
-    """Call ``act`` in the first process; the others wait for it.
+    """Call ``act`` in the first process, and let the other processes wait for it.
 
     Raises:
-      UserError: ``act`` raised it; every process raises.
+      UserError: ``act`` raised it; then every process raises.
     """
     refusal = None
     if is_first():

@@ -1,6 +1,6 @@
-"""Runs on one page: curves, figures, tables; and what a gate gives.
+"""Reports of runs: curves, figures and tables on one page, and the results of a gate.
 
-Figures need matplotlib, which is imported where they are drawn.
+Figures need matplotlib; only the modules and functions that draw import it.
 """
 
 from hsee_jax.report.curves import Curve, Run, read_curves

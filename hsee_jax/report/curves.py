@@ -1,4 +1,4 @@
-"""Runs as curves: the runs that differ in their seeds alone are one curve."""
+"""Runs as curves: runs that differ only in their seeds are one curve."""
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,58 +16,58 @@ from hsee_jax.runs.records import RoundRecord, Summary
 
 BRANCHES = ("exit", "server")
 Values = npt.NDArray[np.float64]
-Options = Mapping[str, Any]  # of a run, by name
+Options = Mapping[str, Any]  # the options of a run, by name
 
 
 class Run(NamedTuple):
-    """A run's folder, read."""
+    """The content of a run's folder."""
 
-    name: str  # the folder, as seen from the one that holds all runs
+    name: str  # the folder, relative to the common parent of all runs
     options: Options
     seeds: tuple[int, ...]
     partition: list[Share]
     records: list[RoundRecord]
     accuracies: dict[int, Values]  # evaluated round -> ``[2, N]``, see `BRANCHES`
-    machine: str  # device and versions; empty until the run ends
+    machine: str  # the device and the versions; empty until the run ends
 
 
 class Curve(NamedTuple):
-    """Runs that differ in their seeds alone, and have come equally far."""
+    """Runs that differ only in their seeds, with the same last evaluated round."""
 
     label: str  # the options in which it differs from the other curves
-    options: Options  # of all its runs, without what is a run's own
+    options: Options  # the options of all its runs, without each run's own
     runs: tuple[Run, ...]
-    rounds: tuple[int, ...]  # evaluated in all of them
+    rounds: tuple[int, ...]  # the rounds that all runs have evaluated
     accuracy: Values  # ``[S, R, 2, N]``: runs, rounds, branches, clients
 
     @property
     def final(self) -> Values:
-        """Accuracy after the last round, ``[S, 2, N]``."""
+        """Return the accuracy after the last round, ``[S, 2, N]``."""
         return self.accuracy[:, -1]
 
     @property
     def cuts(self) -> npt.NDArray[np.int64]:
-        """Cut of each client, ``[N]``."""
+        """Return the cut of each client, ``[N]``."""
         return np.array([share.cut for share in self.runs[0].partition])
 
 
 def spread(values: Values) -> tuple[Any, Any]:
-    """Return mean and sample standard deviation over the leading axis; of one, 0."""
+    """Return mean and sample standard deviation (0 of one) over the leading axis."""
     deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
     return values.mean(axis=0), deviation
 
 
 def differing(every: Sequence[Options]) -> list[str]:
-    """Return the options in which the runs that have them differ."""
+    """Return the options that differ between the runs that have them."""
     names = dict.fromkeys(name for options in every for name in options)
     return [n for n in names if len({own[n] for own in every if n in own}) > 1]
 
 
 def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
-    """Read runs and group them, in the order in which they are given.
+    """Read runs and group them, in the order of the folders.
 
     Raises:
-      UserError: one is not a run, is damaged, given twice, or not yet evaluated.
+      UserError: a folder is not a run, or is damaged, given twice or not yet evaluated.
     """
     places = [folder.resolve() for folder in folders]
     common = os.path.commonpath([place.parent for place in places])

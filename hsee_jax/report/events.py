@@ -12,10 +12,11 @@ def write_events(curves: Sequence[Curve], folder: Path) -> None:
 
     Args:
       curves: see `read_curves`.
-      folder: new or empty; each run gets a folder of its name there.
+      folder: a new or empty folder; each run gets a folder with its name there.
 
     Raises:
-      UserError: tensorboardX is not installed, or the folder does not allow it.
+      UserError: tensorboardX is not installed, or the folder is not empty or cannot be
+        written to.
     """
     try:
         from tensorboardX import SummaryWriter

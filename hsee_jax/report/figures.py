@@ -1,6 +1,6 @@
 """The figures of a report.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), but for yellow;
+They use the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/) without yellow;
 no distinction rests on colour alone.
 """
 
@@ -38,27 +38,27 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 _WIDTH = 9.0  # inches
-_MANY = 40  # clients; more are not shown one by one
+_MANY = 40  # clients; a figure does not show more than these one by one
 
 
 class Picture(NamedTuple):
-    """A figure, drawn."""
+    """A drawn figure."""
 
-    name: str  # of its file
-    title: str  # in the figure, too
+    name: str  # the name of its file
+    title: str  # also drawn in the figure
     figure: Figure
     png: bytes
 
 
 def draw(curves: Sequence[Curve]) -> list[Picture]:
-    """All the figures of a report.
+    """Draw all the figures of a report.
 
     Args:
-      curves: at least one.
+      curves: at least one curve.
 
     Returns:
-      Accuracy over rounds; a comparison, if there are several curves; the clients of
-      each curve; each split of the labels that occurs.
+      The accuracy over rounds; a comparison, if there are several curves; the clients
+      of each curve; each different split of the labels.
     """
     with mpl.rc_context(_STYLE):
         return [
@@ -99,7 +99,7 @@ def _figures(curves: Sequence[Curve]) -> Iterator[tuple[str, str, Figure]]:
 
 
 def _splits(curves: Sequence[Curve]) -> list[list[Run]]:
-    """The runs, those with equal partitions together."""
+    """Group the runs by equal partitions."""
     splits: list[list[Run]] = []
     for run in (run for curve in curves for run in curve.runs):
         for runs in splits:
@@ -112,7 +112,7 @@ def _splits(curves: Sequence[Curve]) -> list[list[Run]]:
 
 
 def _accuracy(curves: Sequence[Curve]) -> Figure:
-    """A panel for the exits and one for the servers, a line for each curve."""
+    """Draw a panel for exits and one for servers, with a line for each curve."""
     labels = [textwrap.fill(curve.label, 95) for curve in curves]
     figure = Figure((_WIDTH, 4 + 0.2 * sum(label.count("\n") + 1 for label in labels)))
     panels = figure.subplots(1, len(BRANCHES), sharey=True)
@@ -157,7 +157,7 @@ def _curve_style(number: int) -> dict[str, Any]:
 
 
 def _comparison(curves: Sequence[Curve]) -> Figure:
-    """A line for each curve, with a mark for its exits and one for its servers."""
+    """Draw a line for each curve, with a mark for its exits and one for its servers."""
     labels = [textwrap.fill(curve.label, 40) for curve in curves]
     lines = sum(label.count("\n") + 2 for label in labels)
     figure = Figure((_WIDTH, 1.6 + 0.2 * lines))
@@ -183,11 +183,11 @@ def _comparison(curves: Sequence[Curve]) -> Figure:
 
 
 def _clients(curve: Curve) -> Figure:
-    """Two bars for each client, in the order of the cuts."""
+    """Draw two bars for each client, in the order of the cuts."""
     order = np.argsort(curve.cuts, kind="stable")
     means, deviations = spread(curve.final[:, :, order])
     cuts = curve.cuts[order]
-    # a gap between the cuts
+    # Leave a gap between the cuts.
     places = np.arange(len(cuts)) + np.unique(cuts, return_inverse=True)[1]
     figure = _bars(places, means, deviations if len(curve.runs) > 1 else None)
     panel = figure.axes[0]
@@ -202,7 +202,7 @@ def _clients(curve: Curve) -> Figure:
 
 
 def _cuts(curve: Curve) -> Figure:
-    """Two bars for each cut."""
+    """Draw two bars for each cut."""
     by_client = curve.final.mean(axis=0)
     cuts, sizes = np.unique(curve.cuts, return_counts=True)
     spreads = [spread(by_client[:, curve.cuts == cut].T) for cut in cuts]
@@ -214,7 +214,7 @@ def _cuts(curve: Curve) -> Figure:
 
 
 def _bars(places: Any, means: Any, deviations: Any) -> Figure:
-    """A bar for each branch at each place; means and deviations are ``[2, places]``."""
+    """Draw a bar for each branch at P places; means and deviations are ``[2, P]``."""
     figure = Figure((_WIDTH, 4))
     panel = figure.subplots()
     for b, branch in enumerate(BRANCHES):
@@ -237,7 +237,7 @@ def _bars(places: Any, means: Any, deviations: Any) -> Figure:
 
 
 def _split(run: Run) -> Figure:
-    """Clients by labels; the numbers are written where there is room."""
+    """Draw the samples of clients by labels, with numbers where there is room."""
     counts = np.array([share.label_counts for share in run.partition])
     clients, labels = counts.shape
     figure = Figure((_WIDTH, min(1.8 + 0.25 * clients, 11)))
@@ -273,6 +273,6 @@ def _split(run: Run) -> Figure:
                         ha="center",
                         va="center",
                         fontsize="small",
-                        in_layout=False,  # it is within the panel, and layout is slow
+                        in_layout=False,  # the panel holds the text; layout is slow
                     )
     return figure

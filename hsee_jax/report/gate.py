@@ -1,4 +1,4 @@
-"""What ``hsee gate`` shows and writes: tables, JSON and a picture of a `Study`.
+"""The output of ``hsee gate``: tables, JSON and a picture of a `Study`.
 
 The folder holds ``curve.json``, ``curve.md`` and ``curve.png`` and, if the user named a
 target, ``thresholds.json``.
@@ -14,12 +14,12 @@ from hsee_jax.report.tables import Table, markdown
 
 
 class _Column(NamedTuple):
-    """How a table shows a figure."""
+    """A column of a table: the heading and the format of a figure."""
 
     heading: str
     format: str
     scale: float = 1
-    missing: str = ""  # in place of a figure that is None
+    missing: str = ""  # the text for a figure that is None
 
 
 _RESULTS = {
@@ -45,11 +45,12 @@ _CLIENTS = {
 
 
 def tables(curve: Figures, thresholds: Figures | None) -> tuple[Table, Table]:
-    """Return the mean curve, and a row for each client with its threshold, if any.
+    """Return a table of the mean curve, and a table with a row for each client.
 
     Args:
       curve: see `Study.curve`.
-      thresholds: see `Study.thresholds`; None if there was no target.
+      thresholds: see `Study.thresholds`; None if there was no target. The rows of the
+        clients then hold no thresholds.
     """
     mean = _table(
         f"the device answers below a threshold of the {curve['criterion']}: mean over "
@@ -83,12 +84,12 @@ def _table(title: str, records: list[Figures], columns: dict[str, _Column]) -> T
 
 
 def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
-    """Write the files, and replace those of an earlier study.
+    """Write the files of a study, and replace the files of an earlier study.
 
     Args:
       curve: see `Study.curve`.
-      thresholds: see `Study.thresholds`; None keeps those of an earlier study.
-      folder: of the files; it is made if it is missing.
+      thresholds: see `Study.thresholds`; None keeps the thresholds of an earlier study.
+      folder: the folder for the files; `write` makes it if it is missing.
 
     Raises:
       UserError: the folder cannot be written to.
@@ -111,7 +112,7 @@ def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
 def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
     """Plot accuracy and relative costs against the share on the device.
 
-    The costs are relative to those of a gate that sends every sample to the server.
+    The costs are relative to the costs of a gate that sends all samples to the server.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Runs on one page, with their figures and tables, and as Markdown."""
+"""The page of a report, with figures and tables, as HTML and as Markdown."""
 
 import base64
 import html
@@ -18,7 +18,7 @@ _ACCURACIES = tuple(f"{branch} accuracy" for branch in BRANCHES)
 
 
 def results(curves: Sequence[Curve]) -> Table:
-    """Make a row for each curve: its length, its final accuracy and its speed."""
+    """Make a table with the length, final accuracy and speed of each curve."""
     header = ("curve", "seeds", "rounds", *_ACCURACIES, "images/s", "seconds")
     rows = []
     for curve in curves:
@@ -39,29 +39,29 @@ def results(curves: Sequence[Curve]) -> Table:
 
 
 def by_cut(curves: Sequence[Curve]) -> Table:
-    """Make a row for each cut of each curve."""
+    """Make a table of the final accuracy, with a row for each cut of each curve."""
     rows = []
     for curve in curves:
         for cut, count in zip(*np.unique(curve.cuts, return_counts=True), strict=True):
             final = curve.final[:, :, curve.cuts == cut].mean(axis=-1)
             rows.append((curve.label, str(cut), str(count), *_accuracies(final)))
-    title = "Results by cut: likewise, over the clients of each cut"
+    title = "Results by cut: mean over clients; mean ± standard deviation over seeds"
     return Table(title, ("curve", "cut", "clients", *_ACCURACIES), rows)
 
 
 def over_rounds(curves: Sequence[Curve]) -> Table:
-    """Make a row for each round of each curve that all its runs have evaluated."""
+    """Make a table with a row for each round that all runs of a curve evaluated."""
     rows = [
         (curve.label, str(number), *_accuracies(curve.accuracy[:, r].mean(axis=-1)))
         for curve in curves
         for r, number in enumerate(curve.rounds)
     ]
-    title = "Results over rounds: mean over all clients; likewise over seeds"
+    title = "Results by round: mean over clients; mean ± standard deviation over seeds"
     return Table(title, ("curve", "round", *_ACCURACIES), rows)
 
 
 def _accuracies(final: Values) -> Iterator[str]:
-    """Yield the figures of exits and servers, from ``[S, 2]``."""
+    """Yield the text for exits and for servers, from accuracies ``[S, 2]``."""
     return (_number(values, 4) for values in final.T)
 
 
@@ -72,7 +72,7 @@ def _number(values: Sequence[float] | Values, digits: int) -> str:
 
 
 def _seeds(run: Run) -> str:
-    """Return one number if the three seeds are equal."""
+    """Return the three seeds as text, or one number if they are equal."""
     seeds = [str(seed) for seed in run.seeds]
     return seeds[0] if len(set(seeds)) == 1 else "/".join(seeds)
 
@@ -97,14 +97,14 @@ def _options(curves: Sequence[Curve]) -> Table:
 
 
 def write_report(curves: Sequence[Curve], out: Path) -> Path:
-    """Write figures as PNGs, ``report.md``, and all of it in one ``report.html``.
+    """Write the figures as PNGs, ``report.md``, and ``report.html`` with all of them.
 
     Args:
       curves: see `read_curves`.
-      out: the folder; made if it is not there.
+      out: the folder for the files; `write_report` makes it if it is missing.
 
     Returns:
-      The path of the page, which refers to nothing outside itself.
+      The path of the HTML page, which needs no other file.
 
     Raises:
       UserError: the folder cannot be written to.

@@ -1,4 +1,4 @@
-"""Tables of text, and what becomes of them in Markdown."""
+"""Tables of text, and their Markdown."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Table(NamedTuple):
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown, without its title."""
+    """Return a table as Markdown, without its title."""
     lines = (table.header, ("---",) * len(table.header), *table.rows)
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)

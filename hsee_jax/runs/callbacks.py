@@ -1,4 +1,4 @@
-"""What happens beside training: the loop calls callbacks, and knows none of them."""
+"""Callbacks of the training loop: the log and the checkpoints are two of them."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,22 +15,23 @@ from hsee_jax.runs.records import RoundRecord, Summary, dumps
 
 
 class Moment(NamedTuple):
-    """Where a training is when it calls."""
+    """The progress of a training at the call of a callback."""
 
-    rounds: int  # finished
-    steps: int  # finished in the round after them
-    due: bool  # whether a checkpoint is to be written
-    # Returns the state of all clients, as a checkpoint holds it. The next round gives
-    # up its buffers: copy what you keep.
+    rounds: int  # finished rounds
+    steps: int  # finished steps of the next round
+    due: bool  # whether a checkpoint is due
+    # Return the state of all clients, as a checkpoint holds it. The next round donates
+    # its buffers, so copy the arrays that you keep.
     state: Callable[[], RunState]
-    notes: Mapping[str, Any]  # what `train` needs to go on from here
+    notes: Mapping[str, Any]  # the values that `train` needs to continue from here
 
 
 class Callback(AbstractContextManager["Callback"]):
-    """Something that happens beside training; each method may be left out.
+    """Acts during a training; a subclass may define any of the methods.
 
-    The callback is entered before the first round and left after the last, or at an
-    error. With several processes each has its own; see `is_first`.
+    The loop enters the callback before the first round and exits it after the last
+    round or at an error. Each of several processes has its own callbacks; see
+    `is_first`.
     """
 
     def __exit__(
@@ -39,7 +40,7 @@ class Callback(AbstractContextManager["Callback"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Leave, whatever happened."""
+        """Clean up, also after an error."""
 
     def on_start(self, experiment: Experiment) -> None:
         """Act before the first round."""
@@ -62,27 +63,27 @@ class MetricsLog(Callback):
         self._folder = folder
 
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
-        """Append a line."""
+        """Append a line to ``metrics.jsonl``."""
         if is_first():
             path = self._folder / "metrics.jsonl"
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(dumps(record.to_json(), lines=True))
 
     def on_end(self, summary: Summary) -> None:
-        """Write the summary."""
+        """Write ``summary.json``."""
         if is_first():
             replace_file(self._folder / "summary.json", dumps(summary.to_json()))
 
 
 class Checkpoints(Callback):
-    """Writes checkpoints where they are due, and where a training stops."""
+    """Writes checkpoints when they are due, and when a training stops."""
 
     def __init__(self, folder: Path, *, keep: int, after: Checkpoint | None) -> None:
         """Choose the run's folder; see `Writer`."""
         self._writer = Writer(folder / "checkpoints", keep=keep, after=after)
 
     def __enter__(self) -> "Checkpoints":
-        """Open the folder."""
+        """Open the folder of the checkpoints."""
         self._writer.__enter__()
         return self
 

@@ -1,10 +1,10 @@
-"""Checkpoints with Orbax; no other file knows of it.
+"""Checkpoints with Orbax; only this file uses Orbax.
 
 A checkpoint is a folder with the ``state`` as Orbax writes it, ``notes.json`` and
 ``digests.json``, the sha256 of every other file: Orbax itself reads changed bytes as if
-they were weights. It is put together under another name and renamed when it is whole,
-so wherever a run is killed, every checkpoint that there is has its digests. Its name is
-the number of finished rounds; ``7-40`` is 40 steps into the round after the 7th.
+they were weights. The folder is written under another name and renamed when it is
+complete, so wherever a run is killed, every checkpoint has its digests. Its name is the
+number of finished rounds; ``7-40`` is 40 steps into the round after the 7th.
 """
 
 import json
@@ -35,17 +35,17 @@ from hsee_jax.runs.checkpoint_folder import (
     verify,
 )
 
-_DAMAGED = ".damaged"  # at the end of the name of a folder that is set aside
+_DAMAGED = ".damaged"  # suffix of the name of a damaged checkpoint
 _log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that may be read."""
+    """A checkpoint with intact files."""
 
     folder: Path
-    rounds: int  # done
-    steps: int  # done in the round after them
-    notes: Mapping[str, Any]  # as they were given to `Writer.save`
+    rounds: int  # finished rounds
+    steps: int  # finished steps of the next round
+    notes: Mapping[str, Any]  # the notes of `Writer.save`
 
 
 def find(
@@ -53,18 +53,18 @@ def find(
 ) -> Checkpoint | None:
     """Choose a checkpoint, and compare its files with their digests.
 
-    A damaged checkpoint is passed over with a warning, and the next best is tried.
+    If a checkpoint is damaged, log a warning and try the next best.
 
     Args:
-      folder: of the checkpoints.
-      which: the ``"latest"``, or the ``"best"`` by its score.
-      midway: whether the latest may be one in the middle of a round.
+      folder: the folder of the checkpoints.
+      which: ``"latest"``, or ``"best"`` for the checkpoint with the highest score.
+      midway: whether a checkpoint in the middle of a round may be chosen.
 
     Returns:
-      None if there is none.
+      The checkpoint, or None if the folder holds none.
 
     Raises:
-      UserError: all are damaged.
+      UserError: all checkpoints are damaged.
     """
     places = {
         place: path
@@ -95,12 +95,12 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
 
     Args:
       checkpoint: see `find`.
-      like: `jax.ShapeDtypeStruct` of every leaf, with the sharding that is wanted, or
-        none for the first device; ``...`` for one that is not to be read. Empty slots
-        at the end of a stack may be more or fewer than were stored.
+      like: a `jax.ShapeDtypeStruct` for every leaf, with its new sharding, or without a
+        sharding for the first device; ``...`` for a leaf that is not read. A stack may
+        have more or fewer empty slots at its end than the stored stack.
 
     Raises:
-      UserError: it cannot be read, or holds something else.
+      UserError: the checkpoint cannot be read, or holds other leaves.
     """
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -128,7 +128,7 @@ class Writer:
     """Writes checkpoints into a folder, in the background of a ``with`` statement.
 
     Raises:
-      UserError: from every method: what is written does not go to the disk.
+      UserError: a checkpoint cannot be written; any method may raise it.
     """
 
     def __init__(
@@ -137,16 +137,17 @@ class Writer:
         """Choose a folder.
 
         Args:
-          folder: of the checkpoints; what was left there unfinished is removed.
-          keep: how many of the latest are kept, beside the best.
-          after: the latest that `find` found; later ones are damaged, and set aside.
+          folder: the folder of the checkpoints; unfinished checkpoints are removed.
+          keep: the number of latest checkpoints to keep, in addition to the best.
+          after: the latest checkpoint that `find` found; later checkpoints are damaged,
+            and are renamed.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._folder, self._keep, self._after = folder, keep, after
         self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
 
     def __enter__(self) -> "Writer":
-        """Remove what was left unfinished."""
+        """Remove unfinished checkpoints."""
         in_first(self._clean)
         return self
 
@@ -162,13 +163,14 @@ class Writer:
     def save(
         self, rounds: int, steps: int, state: PyTree, notes: Mapping[str, Any]
     ) -> None:
-        """Start to write a checkpoint; training may go on, and give up ``state``.
+        """Start to write a checkpoint; training may continue, and donate ``state``.
 
         Args:
-          rounds: done.
-          steps: done in the round after them; such a checkpoint is kept until the next.
+          rounds: finished rounds.
+          steps: finished steps of the next round; a checkpoint with steps is kept until
+            the next checkpoint.
           state: arrays, copied before this returns.
-          notes: anything that JSON can hold; the best checkpoint has most ``score``.
+          notes: values of JSON; the best checkpoint has the highest ``score``.
         """
         copy = jax.tree.map(lambda leaf: leaf.copy(), _without_links(state))
         self.seal()
@@ -202,7 +204,7 @@ class Writer:
             raise self._unwritten(folder, error) from error
 
     def _forget(self) -> None:
-        """Remove the checkpoints that are not to be kept."""
+        """Remove all checkpoints except the latest and the best."""
         places = find_places(self._folder)
         whole = sorted(place for place in places if place[1] == 0)
         kept = {*whole[-self._keep :], max(places)}
@@ -227,22 +229,22 @@ class Writer:
             raise self._unwritten(folder, error) from error
 
     def _unwritten(self, folder: Path, error: Exception) -> UserError:
-        shutil.rmtree(folder, ignore_errors=True)  # room on a full disk
+        shutil.rmtree(folder, ignore_errors=True)  # make room on a full disk
         return UserError(
             f"out: a checkpoint cannot be written to {self._folder}: {_reason(error)}; "
-            "--resume goes on from the last one"
+            "--resume continues from the last one"
         )
 
 
 class _Unlinked(struct.PyTreeNode):
-    """A branch whose codec keeps no state, as it is stored."""
+    """The stored form of a branch if its codec keeps no state."""
 
     layers: PyTree
     head: PyTree
 
 
 def _without_links(tree: PyTree) -> PyTree:
-    """Take link states without arrays out of a tree: version 0.1 stored none."""
+    """Remove link states without arrays from a tree, as version 0.1 stored none."""
 
     def take(branch: Branch) -> Branch | _Unlinked:
         if jax.tree.leaves(branch.link):
@@ -257,7 +259,7 @@ def _without_links(tree: PyTree) -> PyTree:
 
 
 def _with_links(stored: PyTree, like: PyTree) -> PyTree:
-    """Put link states back, the inverse of `_without_links`."""
+    """Put link states back; invert `_without_links`."""
 
     def put(own: Any, other: Any) -> Any:
         if not isinstance(other, _Unlinked):
@@ -270,7 +272,7 @@ def _with_links(stored: PyTree, like: PyTree) -> PyTree:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of what an error comes from."""
+    """Return the first line of the cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

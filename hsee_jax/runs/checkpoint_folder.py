@@ -9,11 +9,11 @@ from pathlib import Path
 from hsee_jax.core.errors import UserError
 
 DIGESTS, NOTES = "digests.json", "notes.json"
-UNFINISHED = ".tmp"  # at the end of a folder's name
+UNFINISHED = ".tmp"  # suffix of the name of an unfinished checkpoint
 
 
 def find_places(folder: Path) -> dict[tuple[int, int], Path]:
-    """Find the checkpoints of a folder, by the rounds and steps in their names."""
+    """Find the checkpoints in a folder, by the rounds and steps in their names."""
     names = {path: re.fullmatch(r"(\d+)(?:-(\d+))?", path.name) for path in _in(folder)}
     return {
         (int(name[1]), int(name[2] or 0)): path for path, name in names.items() if name
@@ -25,7 +25,7 @@ def _in(folder: Path) -> list[Path]:
 
 
 def read_score(folder: Path) -> float:
-    """Read what the best checkpoint has most of; minus infinity if it is damaged."""
+    """Read the score of a checkpoint; return minus infinity if it is damaged."""
     try:
         return float(json.loads((folder / NOTES).read_text(encoding="utf-8"))["score"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -33,7 +33,7 @@ def read_score(folder: Path) -> float:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, first its name: nobody may see it with half its files."""
+    """Remove a checkpoint; rename it first, so that nobody sees half of its files."""
     if folder.exists():
         shutil.rmtree(folder.replace(folder.with_name(folder.name + UNFINISHED)))
 

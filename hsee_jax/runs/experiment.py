@@ -1,4 +1,4 @@
-"""A run that is ready to start: its parts, and what it does with them."""
+"""A run that is ready to start: its parts and its methods."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from hsee_jax.systems.traffic import (
 
 
 class Attendance(NamedTuple):
-    """Who takes part in the rounds."""
+    """The rules for which clients take part in a round."""
 
     participation: float  # share of the clients drawn for each round
     dropout: float  # probability that a client misses a round
@@ -45,7 +45,7 @@ class Attendance(NamedTuple):
     seed: int
 
     def missing(self, groups: Sequence[Group], number: int) -> set[int]:
-        """Return the clients that miss a round, counted from 0."""
+        """Return the clients that miss a round; rounds count from 0."""
         return missing(
             [i for group in groups for i in group.ids],
             dropout=self.dropout,
@@ -55,7 +55,11 @@ class Attendance(NamedTuple):
         )
 
     def check(self, groups: Sequence[Group], rounds: int) -> None:
-        """Refuse a run with a round in which no client takes part."""
+        """Refuse a run with a round in which no client takes part.
+
+        Raises:
+          UserError: there is no client in a round.
+        """
         if self.dropout == 0 and not self.absences:
             return
         for number in range(rounds):
@@ -73,7 +77,7 @@ class Attendance(NamedTuple):
 
 
 class Cadence(NamedTuple):
-    """How long a run is, and how often it is evaluated and saved, in rounds."""
+    """The length of a run, and the rounds between evaluations and checkpoints."""
 
     rounds: int
     eval_every: int
@@ -88,19 +92,19 @@ class Experiment(NamedTuple):
     info: DatasetInfo
     federation: Federation
     strategy: Strategy
-    manifest: list[Share]  # who has what of the training set
+    manifest: list[Share]  # each client's share of the training set
     test: Dataset  # on the devices
-    validation: Dataset | None  # on the devices: training samples that were held out
-    train: Dataset  # on the devices: all of them
-    shards: Shards  # of ``train``
-    slots: tuple[int, ...]  # of each group, in a round
+    validation: Dataset | None  # the held-out training samples, on the devices
+    train: Dataset  # all training samples, on the devices
+    shards: Shards  # indices in ``train``
+    slots: tuple[int, ...]  # the slots of each group in a round
     attendance: Attendance
     cadence: Cadence
     batch_size: int  # of a client's step
     eval_batch_size: int
     init_key: Key
-    stop_on_nonfinite: bool  # end the run with the first client that is not finite
-    plain_model: Model  # with the convolution itself, see `build_model`
+    stop_on_nonfinite: bool  # whether the first client that is not finite ends the run
+    plain_model: Model  # with the native convolution, see `build_model`
     traffic: tuple[Traffic, ...]  # of a client of each group
     store: Store
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
@@ -112,7 +116,7 @@ class Experiment(NamedTuple):
         return self.store.init(self.init_key)
 
     def plan(self, number: int) -> RoundPlan:
-        """Draw who does what in a round, counted from 0."""
+        """Draw the plan of a round; rounds count from 0."""
         groups, attendance = self.federation.groups, self.attendance
         return plan_round(
             groups,
@@ -132,19 +136,19 @@ class Experiment(NamedTuple):
         begun: RoundProgress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[Any, RoundPlan, RoundProgress]:
-        """Train the next round; the buffers of ``state`` are given up.
+        """Train the next round; the call donates the buffers of ``state``.
 
         Args:
-          state: before.
-          begun: how much of the round is finished; None is nothing.
+          state: the state before the round.
+          begun: the progress of the round so far; None at its beginning.
           stop: see `RoundFn`.
 
         Returns:
-          The state, what the round was, and how far it has come.
+          The new state, the plan of the round, and its progress.
 
         Raises:
-          DivergenceError: the round has ended, and no client could take all of its
-            steps, or one could not and the run is to stop at that.
+          DivergenceError: the round has ended, and no client took all of its steps; or
+            one client did not, and ``stop_on_nonfinite`` is set.
         """
         number = int(state.round)
         plan = self.plan(number)
@@ -178,12 +182,12 @@ class Experiment(NamedTuple):
         return np.array(weights, np.float32)
 
     def round_bytes(self, number: int, metrics: ExitMetrics) -> Bytes:
-        """Return what crossed the links in a round, counted from 1."""
+        """Return the bytes on all links in a round; rounds count from 1."""
         averages = averages_in(self.strategy, number, self.learning_rates.shape[1])
         return round_bytes(self.traffic, self.slots, metrics, averages)
 
     def bytes_by_cut(self) -> list[dict[str, Any]]:
-        """Return what crosses the link of a client of each cut, see `bytes_by_cut`."""
+        """Return the bytes on the link of a client of each cut, see `bytes_by_cut`."""
         rounds, steps = self.learning_rates.shape
         averages = [averages_in(self.strategy, r + 1, steps) for r in range(rounds)]
         return bytes_by_cut(
@@ -198,7 +202,7 @@ class Experiment(NamedTuple):
         return layer_costs(self.plain_model)
 
     def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
-        """Evaluate all clients on the whole of ``data``, which is on the devices."""
+        """Evaluate all clients on all of ``data``, a dataset on the devices."""
         return sorted(
             result
             for ids in self.store.chunks()

@@ -1,6 +1,7 @@
-"""A round's record and a run's summary: typed, and written and read here alone.
+"""The types of a round's record and of a run's summary, with their JSON.
 
-``metrics.jsonl`` holds a `RoundRecord` a line, ``summary.json`` a `Summary`.
+Each line of ``metrics.jsonl`` holds a `RoundRecord`; ``summary.json`` holds a
+`Summary`.
 """
 
 import json
@@ -23,7 +24,7 @@ _PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class TrainFigures(NamedTuple):
-    """Means over the samples of a round, while they were trained on."""
+    """Means over the samples of a round, measured during training."""
 
     exit_loss: float  # in nats
     exit_accuracy: float
@@ -32,7 +33,7 @@ class TrainFigures(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What all clients score on the test set."""
+    """The scores of all clients on the test set."""
 
     mean_exit_accuracy: float
     mean_server_accuracy: float
@@ -40,11 +41,11 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, results: Sequence[ClientResult]) -> "Scores":
-        """Average the results of clients."""
+        """Make the scores from the results of clients."""
         return cls(*means(results), tuple(results))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON holds them; a loss that is not finite is None."""
+        """Return the scores as values of JSON; a loss that is not finite is None."""
         return {
             **self._asdict(),
             "clients": [
@@ -55,7 +56,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Scores":
-        """Read what `to_json` gives."""
+        """Make the scores from the result of `to_json`."""
         clients = sorted(ClientResult(**_floats(one)) for one in values["clients"])
         return cls(
             values["mean_exit_accuracy"], values["mean_server_accuracy"], tuple(clients)
@@ -63,20 +64,20 @@ class Scores(NamedTuple):
 
 
 class RoundRecord(NamedTuple):
-    """What a round is remembered by."""
+    """The figures of a round, as a line of ``metrics.jsonl`` holds them."""
 
     round: int  # from 1
     seconds: float  # of training
-    images: int  # trained on
+    images: int  # number of images in the training steps
     missed: list[int]  # ids of clients that were drawn and did not take part
-    left_out: list[int]  # ids of clients with a step that was refused
-    train: TrainFigures  # without the clients that were left out
+    left_out: list[int]  # ids of clients that refused a step
+    train: TrainFigures  # over all clients but ``left_out``
     link: Bytes  # over all clients
-    wall_seconds: float  # with evaluation, since the end of the round before
-    test: Scores | None = None  # where the round was evaluated
+    wall_seconds: float  # with evaluation, since the end of the previous round
+    test: Scores | None = None  # None if the round was not evaluated
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON holds it."""
+        """Return the record as values of JSON."""
         values = self._asdict()
         values["train"] = self.train._asdict()
         values["link"] = self.link._asdict()
@@ -85,10 +86,10 @@ class RoundRecord(NamedTuple):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RoundRecord":
-        """Read what `to_json` gives.
+        """Make a record from the result of `to_json`.
 
         Raises:
-          KeyError, TypeError, ValueError: it is something else.
+          KeyError, TypeError, ValueError: the values are not a record.
         """
         return cls(
             round=int(values["round"]),
@@ -114,7 +115,7 @@ class RoundRecord(NamedTuple):
 
 
 class LinkSummary(NamedTuple):
-    """What crossed the links in a run."""
+    """The bytes on the links in a run."""
 
     up_bytes: float
     down_bytes: float
@@ -128,14 +129,14 @@ class Summary(NamedTuple):
     scores: Scores
     wall_seconds: float
     images_per_second: float
-    missed_rounds: int  # rounds of clients, over all of them
+    missed_rounds: int  # the sum over all clients of the rounds that they missed
     left_out_rounds: int
     device: str
     versions: dict[str, str]
     link: LinkSummary
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary as JSON holds it."""
+        """Return the summary as values of JSON."""
         values = self._asdict()
         scores = values.pop("scores").to_json()
         return (
@@ -147,10 +148,10 @@ class Summary(NamedTuple):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Summary":
-        """Read what `to_json` gives.
+        """Make a summary from the result of `to_json`.
 
         Raises:
-          KeyError, TypeError, ValueError: it is something else.
+          KeyError, TypeError, ValueError: the values are not a summary.
         """
         link = values.get("link", {})
         return cls(
@@ -181,13 +182,13 @@ def round_record(
     """Make the record of a round.
 
     Args:
-      number: of the round, from 1.
-      plan: of the round.
-      metrics: of its slots, ``[N, ...]``.
-      link: what crossed the links.
-      seconds: of training.
+      number: the number of the round, from 1.
+      plan: the plan of the round.
+      metrics: the metrics of its slots, ``[N, ...]``.
+      link: the bytes on all links.
+      seconds: the seconds of training.
       wall_seconds: see `RoundRecord`.
-      test: the scores, if the round was evaluated.
+      test: the scores, or None if the round was not evaluated.
     """
     fine = all_finite(metrics)
     count = np.sum(metrics.exit.count[fine])
@@ -235,18 +236,18 @@ def summarize(
 
 
 def images_per_second(records: Sequence[RoundRecord]) -> float:
-    """Return the speed of the median round, so that compilation does not count."""
+    """Return the speed of the median round, which leaves out compilation."""
     images = np.median([record.images for record in records])
     return float(images / np.median([record.seconds for record in records]))
 
 
 def device_name() -> str:
-    """Return how many devices there are, and of which kind."""
+    """Return the number and the kind of the devices."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def dumps(values: Any, *, lines: bool = False) -> str:
-    """Write JSON with a final newline; indented, unless it is one of many lines."""
+    """Return JSON with a final newline, indented unless it is a line of a file."""
     return json.dumps(values, indent=None if lines else 2) + "\n"
 
 

@@ -18,13 +18,16 @@ def reopen(
     """Build a run's experiment again and read its state.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
       which: see `restore`.
-      data_dir: where the data are, if not where they were.
+      data_dir: the folder with the datasets; None for the folder of the run.
+
+    Returns:
+      The experiment, and the state as a checkpoint holds it.
 
     Raises:
-      UserError: there is no such run, it has no checkpoint, or its data are gone, or
-        others.
+      UserError: there is no such run, it has no checkpoint, or its data are missing, or
+        differ from the data of the run.
     """
     config = read_config(folder)
     if data_dir is not None:
@@ -41,7 +44,7 @@ def evaluate(
     """Evaluate a checkpoint on the test set, see `reopen`.
 
     Returns:
-      The finished rounds, and the scores.
+      The number of finished rounds, and the scores.
     """
     experiment, state = reopen(folder, which, data_dir=data_dir)
     slots = experiment.store.from_checkpoint(state)

@@ -1,7 +1,8 @@
-"""A run's networks from its folder alone: without its data, whatever devices wrote it.
+"""Restore a run's networks from its folder, without its data.
 
-Everything is read onto the first device, where research code can call it as it is. To
-train a run on, over all devices and with its data, there is ``--resume``.
+Whatever devices wrote the run, its networks are read to the first device, where
+research code can call them directly. ``--resume`` continues a run on all devices and
+with its data.
 """
 
 import os
@@ -24,10 +25,11 @@ from hsee_jax.runs.folder import read_config, read_info
 
 
 class Restored(NamedTuple):
-    """A checkpoint's content, by the ids of clients.
+    """The content of a checkpoint, with access by the ids of clients.
 
-    `forward` runs a branch and `branch_step` trains it, each by its spec: see `specs`.
-    Inputs are images as `normalize` makes them with the mean and deviation of ``info``.
+    `forward` runs a branch and `branch_step` trains it; both take its spec, see
+    `specs`. Inputs are images after `normalize` with the mean and deviation of
+    ``info``.
     """
 
     config: Config
@@ -37,7 +39,7 @@ class Restored(NamedTuple):
     state: RunState  # a slot for every client, in the order of its group
 
     def specs(self, i: int) -> tuple[BranchSpec, BranchSpec]:
-        """Describe what client i computes, and the server behind it."""
+        """Return the specs of client i and of the server behind it."""
         return self.federation.specs(_seat(self.federation, i)[0])
 
     def client(self, i: int) -> Branch:
@@ -50,7 +52,7 @@ class Restored(NamedTuple):
         return server_of(self.strategy, self.state, *_seat(self.federation, i))
 
     def network(self, i: int) -> Branch:
-        """Return all layers, first those of client i, and the final head.
+        """Return the layers of client i, the layers behind it, and the final head.
 
         Its spec is ``server_spec(model, 0, optimizer)``.
         """
@@ -58,7 +60,7 @@ class Restored(NamedTuple):
         return Branch(client.layers + server.layers, server.head)
 
     def plain_model(self) -> Model:
-        """Build the network with the convolution itself, see `build_model`."""
+        """Build the network with the native convolution, see `build_model`."""
         return build_model(self.config, self.info, plain=True)
 
 
@@ -68,10 +70,10 @@ def restore(
     """Read a checkpoint of a run.
 
     Args:
-      path: of the run's folder.
+      path: the run's folder.
       which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
-      only: a client's id: nothing is read but the clients of its cut, and the rest of
-        the state is ``...``.
+      only: a client's id, to read only the clients of its cut; all other leaves of the
+        state are then ``...``.
 
     Raises:
       UserError: there is no such run or client, or it has no checkpoint.
@@ -90,7 +92,7 @@ def restore(
 def restore_client(
     path: str | os.PathLike[str], i: int, which: str = "latest"
 ) -> tuple[BranchSpec, Branch]:
-    """Read a client's layers and exit, and nothing but the clients of its cut.
+    """Read a client's layers and exit; this reads only the clients of its cut.
 
     Args:
       path: see `restore`.
@@ -98,8 +100,8 @@ def restore_client(
       which: see `restore`.
 
     Returns:
-      What `forward` and `branch_step` begin with: ``forward(*restore_client("run", 3),
-      images, mask, train=False)``.
+      The first arguments of `forward` and `branch_step`, the spec and the branch:
+      ``forward(*restore_client("run", 3), images, mask, train=False)``.
     """
     run = restore(path, which, only=i)
     return run.specs(i)[0], run.client(i)
@@ -109,7 +111,7 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
     """Choose a checkpoint of a run, see `restore`.
 
     Raises:
-      UserError: it has none.
+      UserError: the run has no checkpoint.
     """
     if which not in ("latest", "best"):
         raise unknown("checkpoint", which, ("latest", "best"))
@@ -132,7 +134,7 @@ def _seat(federation: Federation, i: int) -> tuple[int, int]:
 
 
 def _of_group(like: RunState, group: int) -> RunState:
-    """Ask for nothing but the round and the clients of one group."""
+    """Keep the round and the clients of one group; all other leaves become ``...``."""
     nothing: RunState = jax.tree.map(lambda leaf: ..., like)
     clients = list(nothing.clients)
     clients[group] = like.clients[group]

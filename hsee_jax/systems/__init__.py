@@ -1,4 +1,4 @@
-"""What a federation costs: FLOPs and parameters, and the bytes on its links."""
+"""The costs of a federation: FLOPs, parameters, and the bytes on its links."""
 
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.traffic import (

@@ -1,4 +1,4 @@
-"""What each layer costs: parameters, FLOPs and bytes of a sample."""
+"""The costs of each layer: parameters, and FLOPs and bytes of a sample."""
 
 from typing import Any, NamedTuple
 
@@ -10,19 +10,19 @@ from hsee_jax.nn.model import Model, layer_inputs
 
 
 class LayerCost(NamedTuple):
-    """What one sample costs in a layer, or in a head."""
+    """The cost of one sample in a layer or a head."""
 
     name: str
     parameters: int
-    flops: int  # of the forward pass, as XLA counts them; padding is not counted
-    output_bytes: int  # of the output: what a client with this cut sends
+    flops: int  # of the forward pass, as XLA counts them, without padding
+    output_bytes: int  # of the output, the features that a client with this cut sends
 
 
 def layer_costs(model: Model) -> tuple[LayerCost, ...]:
     """Return the costs of a sample in the L layers, L exit heads and the final head.
 
-    FLOPs come from the cost analysis of each compiled program, so they are those of
-    the backend at hand.
+    FLOPs come from the cost analysis of each compiled program, so they depend on the
+    backend at hand.
     """
     shapes = layer_inputs(model)
     names = [

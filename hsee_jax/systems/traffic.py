@@ -1,10 +1,10 @@
-"""What crosses the links between clients and server, in bytes.
+"""The traffic on the links between clients and server, in bytes.
 
-With each sample its features go up, in the form of the link, and its label; with a
-joint boundary the gradient of the features comes down, in the dtype of the computation.
-Every step counts the bytes of its message. Whenever layers of clients are averaged, the
-clients that take part in the round send theirs up and get the mean, of the same size.
-What an absent client receives later, and the bookkeeping, are not counted.
+For each sample its features, in the form of the link, and its label go up; with a joint
+boundary the gradient of the features comes down, in the dtype of the computation. Every
+step counts the bytes of its message. Whenever layers of clients are averaged, the
+clients that take part in the round send their layers up and get the mean, of the same
+size. The means that an absent client receives later, and the bookkeeping, do not count.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ class Bytes(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What crosses the link of a client of one cut."""
+    """The traffic on the link of a client of one cut."""
 
     cut: int
-    sample: Bytes  # of a sample in training; of its first message if the size varies
+    sample: Bytes  # of a sample in training; of its first message if sizes vary
     weights: int  # bytes each way, whenever layers are averaged
 
     def total(self, samples: float, averages: float) -> Bytes:
-        """Return the bytes of some samples, and of some averages."""
+        """Return the bytes of some samples and some averages."""
         up, down = self.sample
         weights = averages * self.weights
         return Bytes(samples * up + weights, samples * down + weights)
@@ -53,11 +53,11 @@ def nbytes(tree: PyTree) -> int:
 def training_bytes(
     features: jax.ShapeDtypeStruct, codec: Codec, boundary: str
 ) -> Bytes:
-    """Return what crosses the link for a sample in training.
+    """Return the bytes on the link for a sample in training.
 
     Args:
-      features: of the sample, ``[1, ...]``.
-      codec: of the link.
+      features: the shape and dtype of the sample's features, ``[1, ...]``.
+      codec: the codec of the link.
       boundary: see `Strategy`.
     """
     if boundary == "none":
@@ -74,8 +74,8 @@ def traffic_of(
 
     Args:
       federation: the clients.
-      strategy: how they train.
-      state: of any number of clients a group; shapes are enough.
+      strategy: the algorithm.
+      state: the state of any number of clients in each group; shapes are enough.
     """
     features = layer_inputs(federation.model)
     messages = jax.eval_shape(strategy.messages, state)
@@ -91,12 +91,12 @@ def traffic_of(
 
 
 def averages_in(strategy: Strategy, number: int, steps: int) -> int:
-    """Return how often layers are averaged in a round.
+    """Return how often a round averages layers.
 
     Args:
-      strategy: how the clients train.
-      number: of the round, from 1.
-      steps: of each round.
+      strategy: the algorithm.
+      number: the number of the round, from 1.
+      steps: the steps of each round.
     """
     counts = range((number - 1) * steps + 1, number * steps + 1)
     due = [due_after(strategy, "steps", count) for count in counts]
@@ -109,13 +109,13 @@ def round_bytes(
     metrics: ExitMetrics,
     averages: int,
 ) -> Bytes:
-    """Return what crosses all links in a round.
+    """Return the bytes on all links in a round.
 
     Args:
-      traffic: of the clients of each group.
-      slots: of each group in the round; N in all.
-      metrics: of the round, leaves ``[N, ...]``.
-      averages: how often layers are averaged.
+      traffic: the traffic of a client of each group.
+      slots: the slots of each group in the round; N in all.
+      metrics: the metrics of the round, leaves ``[N, ...]``.
+      averages: how often the round averages layers.
     """
     up, down = unpack_bytes(np.asarray(metrics.link)).sum(axis=0).tolist()
     present = [int(np.sum(c > 0)) for c in split_stacks(metrics.exit.count, slots)]
@@ -131,13 +131,14 @@ def bytes_by_cut(
     batch_size: int,
     averages: float,
 ) -> list[dict[str, Any]]:
-    """Return what crosses the link of a client of each cut, in a step and in a round.
+    """Return the bytes on the link of a client of each cut, in a step and in a round.
 
     Args:
-      traffic: of the clients of each group.
-      shares: of all clients; a round's figures are the mean over those of the cut.
+      traffic: the traffic of a client of each group.
+      shares: the samples of all clients; a round's figures are means over the clients
+        of the cut.
       batch_size: samples in a step.
-      averages: how often layers are averaged in a round.
+      averages: how often a round averages layers.
     """
     samples = {
         one.cut: [share.samples for share in shares if share.cut == one.cut]
