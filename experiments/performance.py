@@ -65,7 +65,7 @@ SECTIONS = (
         "forms",
         "Forms of the stacked convolutions in whole rounds",
         bench_forms.COLUMNS,
-        {"gpu": []},
+        {backend: [] for backend in BACKENDS},
     ),
     Section(
         "gate",

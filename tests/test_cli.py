@@ -332,7 +332,7 @@ def test_no_memory_is_one_line_and_status_2(fail, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1 and err.startswith("hsee: memory: ")
-    assert "a smaller --batch-size" in err
+    assert "a smaller batch or network needs less" in err
 
 
 def test_other_faults_are_not_hidden(monkeypatch):

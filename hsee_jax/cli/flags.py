@@ -15,6 +15,7 @@ from hsee_jax.config import (
     SECTIONS,
     SEEDS,
     Config,
+    PluginError,
     flatten,
     load_plugins,
     options,
@@ -100,9 +101,23 @@ def find_plugins(words: Sequence[str]) -> None:
     given = parser.parse_known_args(words)[0]
     load_plugins(given.plugin)
     if given.config is not None:
-        load_config(given.config)
+        import_plugins_of(given.config)
     elif given.resume and given.out is not None:
-        read_config(given.out)
+        import_plugins_of(given.out / "config.json")
+
+
+def import_plugins_of(path: Path) -> None:
+    """Import the plugins of a configuration, if it can be read.
+
+    Raises:
+      PluginError: one of them cannot be imported.
+    """
+    try:
+        load_config(path)
+    except PluginError:
+        raise
+    except UserError:
+        return  # the command says what is wrong with the file
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

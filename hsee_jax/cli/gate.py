@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
-from hsee_jax.cli.flags import Parser
+from hsee_jax.cli.flags import Parser, import_plugins_of
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.inference.study import study
 from hsee_jax.report import gate as gate_report
-from hsee_jax.runs.folder import check_writable, read_config
+from hsee_jax.runs.folder import check_writable
 
 _TARGETS = {
     "offload": "at most this share of the samples goes to the server",
@@ -77,7 +77,7 @@ def _target(given: argparse.Namespace) -> Target | None:
     Raises:
       UserError: the criterion is unknown, or the batch size too small.
     """
-    read_config(given.run)  # its plugins may bring the criterion
+    import_plugins_of(given.run / "config.json")  # they may bring the criterion
     CRITERIA.entry(given.criterion)
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(

@@ -7,7 +7,7 @@ are not there. So a configuration holds what has an effect, and nothing else.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from hsee_jax.core.errors import UserError, unknown
@@ -41,14 +41,6 @@ class Values(Mapping[str, Any]):
     def __repr__(self) -> str:
         """Show the values."""
         return f"Values({self._values})"
-
-
-def name_taken(registry: Registry, name: str) -> UserError:
-    """Return the error for an option whose name another option has already."""
-    return UserError(
-        f"plugin: option {name} of {registry.kind} {registry.readers(name)[0]} has the "
-        "name of another option; allowed is a name of its own"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +87,7 @@ class Section:
         for registry in cls.registries.values():
             for name, option in registry.options().items():
                 if name in found:
-                    raise name_taken(registry, name)
+                    raise name_taken(name, (cls,))
                 found[name] = option
         return found
 
@@ -154,3 +146,18 @@ class Section:
             name: option.checked(self.options.get(name, option.default))
             for name, option in active.items()
         }
+
+
+def name_taken(name: str, sections: Iterable[type[Section]]) -> UserError:
+    """Return the error for two options of one name in some sections."""
+    readers = [
+        (not entry.make.__module__.startswith("hsee_jax."), f"{registry.kind} {reader}")
+        for section in sections
+        for registry in section.registries.values()
+        for reader, entry in registry.items()
+        if name in entry.options
+    ]
+    return UserError(
+        f"plugin: option {name} of {max(readers)[1]} has the name of another option; "
+        "allowed is a name of its own"
+    )

@@ -26,8 +26,7 @@ def options() -> dict[str, tuple[str, Option]]:
     for section, kind in SECTIONS.items():
         for name, option in kind.known().items():
             if name in found:
-                registries = kind.registries.values()
-                raise name_taken(next(r for r in registries if r.readers(name)), name)
+                raise name_taken(name, (SECTIONS[found[name][0]], kind))
             found[name] = section, option
     return found
 
