@@ -21,3 +21,21 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Files that take longest begin first, so that no worker ends long after the others.
+LONG = (
+    "test_strategies",
+    "test_survival",
+    "test_cli",
+    "test_contracts",
+    "test_mesh",
+    "test_processes",
+    "test_runs",
+    "test_engine",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Put the long files first, in this order; the order within a file stays."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

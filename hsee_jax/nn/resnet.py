@@ -15,6 +15,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.options import at_least, one_of
@@ -23,6 +24,7 @@ from hsee_jax.nn.convolution import FORMS, convolution
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS
 
+_DECAY, _EPSILON = 0.9, 1e-5  # of BatchNorm
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 _linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -54,20 +56,52 @@ class _Conv(nn.Module):
 
 
 class _BatchNorm(nn.Module):
-    """Batch normalisation over the real rows, with statistics in float32."""
+    """Batch normalisation over the real rows; statistics in float32.
+
+    Flax computes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
+    is large against the deviation. Here x is first shifted by a value near its mean,
+    which the variance does not depend on.
+    """
 
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        rows = mask.reshape(mask.shape + (1,) * (x.ndim - 1))
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            name="bn",
-        )(x, mask=jnp.broadcast_to(rows, x.shape))
+        return _Normalize(self.dtype, name="bn")(x, mask, train=train)
+
+
+class _Normalize(nn.Module):
+    """The variables of `_BatchNorm`, named as in `flax.linen.BatchNorm`."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        used = mean.value, var.value
+        if train:
+            used = _moments(x.astype(jnp.float32), mask)
+            if not self.is_initializing():
+                mean.value = _DECAY * mean.value + (1 - _DECAY) * used[0]
+                var.value = _DECAY * var.value + (1 - _DECAY) * used[1]
+        factor = jax.lax.rsqrt(used[1] + _EPSILON) * scale
+        centred = x.astype(jnp.float32) - used[0].reshape(1, 1, 1, -1)
+        y = centred * factor.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
+        return y.astype(self.dtype)
+
+
+def _moments(x: Array, mask: Array) -> tuple[Array, Array]:
+    """Return mean and variance ``[C]`` over the real rows of ``[B, H, W, C]``."""
+    rows = jnp.broadcast_to(mask.reshape(-1, 1, 1, 1), x.shape)
+    shift = jax.lax.stop_gradient(jnp.mean(x[0], axis=(0, 1)))
+    shifted = x - shift.reshape(1, 1, 1, -1)
+    first = jnp.mean(shifted, axis=(0, 1, 2), where=rows)
+    second = jnp.mean(jnp.square(shifted), axis=(0, 1, 2), where=rows)
+    return first + shift, jnp.maximum(second - jnp.square(first), 0.0)
 
 
 class Stem(nn.Module):
