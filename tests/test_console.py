@@ -30,10 +30,12 @@ def start(code):
 
 
 # A mutex that is locked twice holds a thread in C for ever; signals do not end that.
+# The handler keeps an early SIGINT from ending the thread before it is stuck.
 STUCK = """
-import ctypes
+import ctypes, signal
 from hsee_jax.cli.signals import StopSignals, exit_on_second
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+signal.signal(signal.SIGINT, lambda number, frame: None)
 with {context}:
     print("ready", flush=True)
     libc.pthread_mutex_lock(mutex)

@@ -18,8 +18,9 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.inference.calibration import calibration_error, judge
 from hsee_jax.inference.client_study import Target
+from hsee_jax.inference.predict import predict
 from hsee_jax.inference.study import study as make_study
-from hsee_jax.runs import evaluate, reopen
+from hsee_jax.runs import evaluate, reopen, restore
 from hsee_jax.runs.build import build, build_data
 
 CONFIG = override(
@@ -94,6 +95,28 @@ def test_a_study_is_what_the_networks_answer(run, study):
     whole = sum(cost.flops for cost in costs[:3]) + costs[5].flops + costs[6].flops
     # behind the last cut there is the final head alone
     assert client["flops"] == pytest.approx(whole - on_device * costs[6].flops)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0, 9.0])
+def test_predict_answers_stored_samples(run, threshold):
+    """In batches of 7, the last one padded; both answers are computed here."""
+    restored = restore(run)
+    _, test = build_data(CONFIG.data)
+    found = predict(restored, 1, test.images[:17], threshold=threshold, batch_size=7)
+    inputs = (np.asarray(test.images[:17], np.float32) / 255 - 0.286) / 0.353
+    branches = restored.client(1), restored.server(1)
+    logits, final = without_a_gate(restored.specs(1), branches, inputs)
+    exits = unsure(logits, "entropy") < threshold
+    np.testing.assert_array_equal(found.exited, exits)
+    answers = np.where(exits, logits.argmax(-1), final.argmax(-1))
+    np.testing.assert_array_equal(found.predictions, answers)
+    np.testing.assert_allclose(found.exit_logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (0, 28, 28, 1), (2, 28, 28, 3)])
+def test_predict_names_a_shape_that_is_not_the_runs(run, shape):
+    with pytest.raises(UserError, match=r"inputs: the shape .* of \[28, 28, 1\]"):
+        predict(restore(run), 0, np.zeros(shape, np.uint8))
 
 
 def test_the_curve_is_that_of_21_targets(run, study):

@@ -8,6 +8,7 @@ from hsee_jax.inference.gate import (
     make_gate,
     register,
 )
+from hsee_jax.inference.predict import predict
 from hsee_jax.inference.study import Study, study
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Gate",
     "Study",
     "make_gate",
+    "predict",
     "register",
     "study",
 ]

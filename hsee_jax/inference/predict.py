@@ -1,0 +1,55 @@
+"""Answer samples with a restored run: on the device, or at the server."""
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.data.pipeline import normalize
+from hsee_jax.inference.gate import Answers, make_gate
+from hsee_jax.runs.restore import Restored
+
+
+def predict(
+    run: Restored,
+    i: int,
+    inputs: npt.ArrayLike,
+    *,
+    threshold: float = 0.0,
+    criterion: str = "entropy",
+    batch_size: int = 256,
+) -> Answers:
+    """Answer samples with client i, and with its server where the exit is unsure.
+
+    Args:
+      run: the networks, see `restore`.
+      i: the client's id.
+      inputs: samples as the dataset stores them, ``[M, ...]``, before `normalize`.
+      threshold: the exit answers the samples with an uncertainty below it; with 0 the
+        server answers every sample. `hsee gate` finds one for each client.
+      criterion: the measure of uncertainty, a name in `CRITERIA`.
+      batch_size: samples that run at once.
+
+    Raises:
+      UserError: there is no such client or criterion, or the shape of the samples is
+        not that of the run's data.
+    """
+    samples = np.asarray(inputs)
+    shape = tuple(run.info.input_shape)
+    if samples.shape[1:] != shape or not len(samples):
+        raise UserError(
+            f"inputs: the shape {list(samples.shape)} is not allowed; allowed is one "
+            f"sample or more of {list(shape)}"
+        )
+    gate = make_gate(*run.specs(i), batch_size=batch_size, criterion=criterion)
+    client, server = run.client(i), run.server(i)
+    parts = [
+        gate.answer(
+            client,
+            server,
+            normalize(samples[first : first + batch_size], run.info.mean, run.info.std),
+            threshold,
+        )
+        for first in range(0, len(samples), batch_size)
+    ]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
