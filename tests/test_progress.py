@@ -23,8 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_without_a_terminal_there_is_a_line_at_once_and_a_line_a_round(capsys):
     assert cli.main(WORDS) == 0
-    data, waits, first, second = capsys.readouterr().err.splitlines()
-    assert data.startswith("hsee: fashion_mnist_small: 40 training")
+    waits, first, second = capsys.readouterr().err.splitlines()
     assert waits == WAITS
     assert first.startswith("round 1/2: ") and second.startswith("round 2/2: ")
 

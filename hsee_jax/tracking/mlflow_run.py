@@ -6,6 +6,7 @@ This uses MLflow's client alone, which keeps no run of the process and sets no h
 import logging
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _EXPERIMENT = "hsee-jax"
 
 @register
 def mlflow(folder: str | os.PathLike[str]) -> Tracker:
-    """A run of MLflow, in the store of MLFLOW_TRACKING_URI or in ./mlruns."""
+    """A run in MLFLOW_TRACKING_URI; without it in MLflow's database, or ./mlruns."""
     return MlflowRun(folder)
 
 
@@ -51,10 +52,7 @@ class MlflowRun(Tracker):
         self, experiment: Experiment, bookmark: Bookmark, rounds: int
     ) -> Bookmark:
         """Create a run with the options of the experiment, or continue the run."""
-        uri = None
-        if not self._library.is_tracking_uri_set():
-            uri = Path("mlruns").absolute().as_uri()
-        self._client = self._library.MlflowClient(uri)
+        self._client = self._library.MlflowClient(self._store())
         if bookmark.run_id:
             self._client.update_run(bookmark.run_id, status="RUNNING")
         else:
@@ -81,6 +79,14 @@ class MlflowRun(Tracker):
             status = "KILLED"
         if self._run_id:
             self._client.set_terminated(self._run_id, status)
+
+    def _store(self) -> str | None:
+        """Return the store if it is not left to MLflow, whose default is a database."""
+        # Since version 3.13 MLflow writes to a folder only where this is set.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        if self._library.is_tracking_uri_set() or find_spec("sqlalchemy"):
+            return None
+        return Path("mlruns").absolute().as_uri()
 
     def _create(self, experiment: Experiment) -> str:
         """Create a run in MLflow, and return its id."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from hsee_jax.core.errors import Stopped
@@ -51,12 +52,16 @@ class WandbRun(Tracker):
             dir=environment.get("WANDB_DIR", self.folder),
             id=bookmark.run_id or environment.get("WANDB_RUN_ID"),
             resume="allow",
-            mode=self._mode(),
+            mode="offline" if self._lacks_login() else None,
             config=experiment.options,
             # Leave the terminal and the standard streams alone.
             settings=self._library.Settings(silent=True, console="off"),
         )
-        _log.info("wandb: %s", self._run.url or self._run.dir)
+        if self._run.offline:
+            where = Path(self._run.dir).parent
+            _log.info("wandb: offline; `wandb sync %s` uploads the run", where)
+        else:
+            _log.info("wandb: %s", self._run.url)
         return bookmark._replace(run_id=self._run.id)
 
     def log(self, record: RoundRecord) -> None:
@@ -75,3 +80,9 @@ class WandbRun(Tracker):
         if error is not None and issubclass(error, Stopped | KeyboardInterrupt):
             status = _KILLED
         self._run.finish(exit_code=status)
+
+    def _lacks_login(self) -> bool:
+        """Return whether W&B would ask for a login, which nobody may be there to do."""
+        if "WANDB_MODE" in os.environ:
+            return False
+        return not self._library.login(prompt=False, verify=False)
