@@ -13,7 +13,9 @@ WORDS = (
     "train --network tiny --plugin tiny --num-clients 2 --cuts 1 2 "
     "--max-train-samples 40 --max-test-samples 10 --batch-size 20 --rounds 2 --out run"
 ).split()
-WAITS = "hsee: compiling the programs of 2 cuts, then training; each round prints a line"
+WAITS = (
+    "hsee: compiling the programs of 2 cuts, then training; each round prints a line"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -152,9 +152,7 @@ class ProgressBar(Callback):
 
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
         """Advance the bar to a round, and print the round's line."""
-        self._bar.update(
-            self._task, completed=record.round, description="rounds"
-        )
+        self._bar.update(self._task, completed=record.round, description="rounds")
         text = (
             f"round {record.round}/{self._rounds}: training loss "
             f"exit {record.train.exit_loss:.3f}  server {record.train.server_loss:.3f}"

@@ -39,9 +39,7 @@ def train(words: Sequence[str]) -> int | None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(out, given))
         rounds, names = config.run.rounds, given.get("track", ())
-        processes.in_first(
-            lambda: callbacks.extend(_callbacks(rounds, names, folder))
-        )
+        processes.in_first(lambda: callbacks.extend(_callbacks(rounds, names, folder)))
         signals = stack.enter_context(StopSignals())
         try:
             summary = train_run(

@@ -34,9 +34,7 @@ class CsvFile(Tracker):
         self._columns: tuple[str, ...] = ()
         self._rows: list[Row] = []
 
-    def open(
-        self, experiment: Experiment, bookmark: Bookmark, rounds: int
-    ) -> Bookmark:
+    def open(self, experiment: Experiment, bookmark: Bookmark, rounds: int) -> Bookmark:
         """Empty the file, to write all rounds anew."""
         self._columns, self._rows = (), []
         replace_file(self._file, "")

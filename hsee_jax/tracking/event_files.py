@@ -94,9 +94,7 @@ class EventFiles(Tracker):
     name = "tensorboard"
     _writer: EventWriter | None = None
 
-    def open(
-        self, experiment: Experiment, bookmark: Bookmark, rounds: int
-    ) -> Bookmark:
+    def open(self, experiment: Experiment, bookmark: Bookmark, rounds: int) -> Bookmark:
         """Begin a file that replaces the rounds after the finished rounds."""
         self._writer = EventWriter(self.folder / "tensorboard", rounds=rounds)
         self._writer.add_text("config", _table(experiment.options))

@@ -48,9 +48,7 @@ class MlflowRun(Tracker):
         self._client: Any = None
         self._run_id = ""
 
-    def open(
-        self, experiment: Experiment, bookmark: Bookmark, rounds: int
-    ) -> Bookmark:
+    def open(self, experiment: Experiment, bookmark: Bookmark, rounds: int) -> Bookmark:
         """Create a run with the options of the experiment, or continue the run."""
         self._client = self._library.MlflowClient(self._store())
         if bookmark.run_id:

@@ -37,9 +37,7 @@ class Tracker(Callback):
         self._bookmark = Bookmark()
         self._active = False
 
-    def open(
-        self, experiment: Experiment, bookmark: Bookmark, rounds: int
-    ) -> Bookmark:
+    def open(self, experiment: Experiment, bookmark: Bookmark, rounds: int) -> Bookmark:
         """Start to track a run, or continue.
 
         Args:

@@ -41,9 +41,7 @@ class WandbRun(Tracker):
         self._library: Any = library
         self._run: Any = None
 
-    def open(
-        self, experiment: Experiment, bookmark: Bookmark, rounds: int
-    ) -> Bookmark:
+    def open(self, experiment: Experiment, bookmark: Bookmark, rounds: int) -> Bookmark:
         """Create a run with the options of the experiment, or continue the run."""
         environment = os.environ
         self._run = self._library.init(
