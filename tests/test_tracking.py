@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import signal
 import struct
 import sys
 from importlib.util import find_spec
@@ -434,3 +435,21 @@ def test_a_plugin_adds_a_tracker(tmp_path, monkeypatch, capsys):
         tracking.TRACKERS._entries.pop("printer", None)
         sys.modules.pop("tracking_plugin", None)
     assert "printer: 1\nprinter: 2\n" in capsys.readouterr().out
+
+
+def test_a_signal_still_stops_with_a_checkpoint(names, tmp_path, monkeypatch, capsys):
+    """W&B and MLflow leave the handlers as they are."""
+    run_round = hs.Experiment.run_round
+
+    def tell(experiment, state, begun=None, stop=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run_round(experiment, state, begun, stop)
+
+    monkeypatch.setattr(hs.Experiment, "run_round", tell)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    words = ["train", *WORDS, "--out", "run", "--track", *names]
+    assert cli.main(words) == 128 + signal.SIGTERM
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    err = capsys.readouterr().err
+    assert "track:" not in err and "--resume --out run continues it" in err
+    assert (tmp_path / "run" / "checkpoints").exists()
