@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         report,
         runs,
         systems,
+        tracking,
     )
     from hsee_jax.config import Config, override, preset
     from hsee_jax.core import Batch, DivergenceError, Stage, Stopped, UserError
@@ -72,6 +73,7 @@ _PACKAGES = (
     "report",
     "runs",
     "systems",
+    "tracking",
 )
 
 __all__ = [
@@ -105,6 +107,7 @@ __all__ = [
     "restore",
     "runs",
     "systems",
+    "tracking",
     "train",
 ]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from hsee_jax.data import OnBytes
 from hsee_jax.runs.callbacks import Callback, Moment
+from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord, Scores
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.traffic import Bytes
@@ -112,21 +114,23 @@ def text_table(
 
 
 class ProgressBar(Callback):
-    """A bar over the rounds, and a line for each round, on standard error."""
+    """A line for each round, on standard error, and a bar if that is a terminal."""
 
     def __init__(self, rounds: int) -> None:
-        """Make the bar; it appears with the first round.
+        """Make the bar; it appears when training starts.
 
         Args:
           rounds: the number of rounds of the run.
         """
+        self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._rounds = rounds
         self._task = self._bar.add_task("rounds", total=rounds)
@@ -136,10 +140,19 @@ class ProgressBar(Callback):
         if self._bar.live.is_started:
             self._bar.stop()
 
+    def on_start(self, experiment: Experiment) -> None:
+        """Say what the first round waits for."""
+        count = len(experiment.federation.groups)
+        cuts = "1 cut" if count == 1 else f"{count} cuts"
+        waits = f"compiling the programs of {cuts}"
+        self._bar.update(self._task, description=f"first round ({waits})")
+        self._bar.start()
+        if self._bar.disable:
+            self._say(f"hsee: {waits}, then training; each round prints a line")
+
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
         """Advance the bar to a round, and print the round's line."""
-        self._bar.start()
-        self._bar.update(self._task, completed=record.round)
+        self._bar.update(self._task, completed=record.round, description="rounds")
         text = (
             f"round {record.round}/{self._rounds}: training loss "
             f"exit {record.train.exit_loss:.3f}  server {record.train.server_loss:.3f}"
@@ -155,7 +168,11 @@ class ProgressBar(Callback):
                 f"; test accuracy exit {record.test.mean_exit_accuracy:.4f}"
                 f"  server {record.test.mean_server_accuracy:.4f}"
             )
-        self._bar.console.print(text, highlight=False, soft_wrap=True)
+        self._say(text)
+
+    def _say(self, line: str) -> None:
+        """Print a line at once, above the bar."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -180,12 +197,18 @@ def download_bar() -> Iterator[OnBytes]:
         yield on_bytes
 
 
+class _LogLines(logging.Handler):
+    """Prints each message as a line on standard error, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message; a bar replaces `sys.stderr` while it is shown."""
+        print(f"hsee: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
 def show_log() -> None:
     """Print the log of the package, such as the source of data, on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("hsee: %(message)s"))
     log = logging.getLogger("hsee_jax")
-    log.handlers, log.propagate = [handler], False  # print each line only once
+    log.handlers, log.propagate = [_LogLines()], False  # print each line only once
     log.setLevel(logging.INFO)
 
 

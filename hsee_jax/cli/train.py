@@ -15,8 +15,10 @@ from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.parallel import processes
+from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.folder import new_folder
 from hsee_jax.runs.train import train as train_run
+from hsee_jax.tracking import TRACKERS
 
 
 def train(words: Sequence[str]) -> int | None:
@@ -33,15 +35,18 @@ def train(words: Sequence[str]) -> int | None:
     is_first = processes.is_first()
     if is_first:
         show_log()
+    callbacks: list[Callback] = []
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(out, given))
+        rounds, names = config.run.rounds, given.get("track", ())
+        processes.in_first(lambda: callbacks.extend(_callbacks(rounds, names, folder)))
         signals = stack.enter_context(StopSignals())
         try:
             summary = train_run(
                 config,
                 folder,
                 **how,
-                callbacks=[ProgressBar(config.run.rounds)] if is_first else [],
+                callbacks=callbacks,
                 stop=signals,
             )
         except Stopped as stopped:
@@ -68,6 +73,14 @@ def _parser(words: Sequence[str]) -> Parser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run in --out"
     )
+    entries = "; ".join(f"{e.name}: {e.summary}" for e in TRACKERS.values())
+    parser.add_argument(
+        "--track",
+        nargs="+",
+        metavar="|".join(TRACKERS),
+        help="trackers that get the figures of each round while the run trains: "
+        + entries.replace("%", "%%"),
+    )
     several = parser.add_argument_group(
         "several processes", "set automatically on TPU pods and in Slurm steps"
     )
@@ -81,6 +94,12 @@ def _parser(words: Sequence[str]) -> Parser:
         "--process-id", type=int, help="number of this process, from 0"
     )
     return parser
+
+
+def _callbacks(rounds: int, names: Sequence[str], folder: Path) -> list[Callback]:
+    """Make the progress bar and the named trackers; refuse a missing library."""
+    trackers = [TRACKERS.make(name, folder) for name in dict.fromkeys(names)]
+    return [ProgressBar(rounds), *trackers]
 
 
 def _folder(

@@ -1,10 +1,12 @@
 """Runs as event files for TensorBoard."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.report.curves import Curve
+from hsee_jax.tracking.event_files import EventWriter, check_library
 
 
 def write_events(curves: Sequence[Curve], folder: Path) -> None:
@@ -18,21 +20,15 @@ def write_events(curves: Sequence[Curve], folder: Path) -> None:
       UserError: tensorboardX is not installed, or the folder is not empty or cannot be
         written to.
     """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard: needs a package; `pip install 'hsee-jax[tensorboard]'`"
-        ) from error
+    check_library()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"tensorboard: {folder} is not empty")
         for run in (run for curve in curves for run in curve.runs):
-            with SummaryWriter(str(folder / run.name)) as writer:
+            with closing(EventWriter(folder / run.name)) as writer:
                 for record in run.records:
-                    for tag, value in record.scalars().items():
-                        writer.add_scalar(tag, value, record.round)
+                    writer.add_round(record)
     except OSError as error:
         raise UserError(
             f"tensorboard: {folder} cannot be written to: {error.strerror}"

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.config.schema import Config
+from hsee_jax.config.values import flatten
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.info import DatasetInfo
@@ -110,6 +111,11 @@ class Experiment(NamedTuple):
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     round_fn: RoundFn
     evaluate_fn: EvaluateFn
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of the configuration by name, for logs and trackers."""
+        return flatten(self.config)
 
     def init(self) -> Any:
         """Draw the state before the first round, in the form that the store keeps."""

@@ -22,6 +22,17 @@ from hsee_jax.runs.records import RoundRecord, dumps
 
 _log = logging.getLogger(__name__)
 
+# Folders that commands and trackers make of a run.
+_DERIVED = (
+    "checkpoints",
+    "report",
+    "gate",
+    "export",
+    "tracking",
+    "tensorboard",
+    "wandb",
+)
+
 
 class Start(NamedTuple):
     """Where training begins."""
@@ -107,8 +118,9 @@ def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     The configuration comes first: with it alone a run can be resumed.
     """
     if start.checkpoint is None:
-        for derived in ("checkpoints", "report", "gate", "export"):
+        for derived in _DERIVED:
             shutil.rmtree(folder / derived, ignore_errors=True)
+        (folder / "metrics.csv").unlink(missing_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)
     replace_file(folder / "config.json", to_json(experiment.config) + "\n")
     replace_file(folder / "data.json", dumps(experiment.info._asdict()))

@@ -1,0 +1,33 @@
+"""What a run's folder keeps of a tracker, so that a resumed run continues there."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from hsee_jax.runs.folder import replace_file
+
+
+class Bookmark(NamedTuple):
+    """The place that a tracker has reached."""
+
+    run_id: str = ""  # the id that the tracker gave to the run
+    rounds: int = 0  # number of rounds that the tracker holds, counted from the first
+
+
+def read_bookmark(path: Path) -> Bookmark:
+    """Read a bookmark; return an empty one if the file is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Bookmark(str(values["run_id"]), int(values["rounds"]))
+    except (OSError, KeyError, TypeError, ValueError):
+        return Bookmark()
+
+
+def write_bookmark(path: Path, bookmark: Bookmark) -> None:
+    """Write a bookmark completely or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, json.dumps(bookmark._asdict()) + "\n")
