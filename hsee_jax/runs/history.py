@@ -58,6 +58,8 @@ def read_history(folder: Path) -> History:
     if path.exists():
         with _reading(path):
             summary = Summary.from_json(_read(path))
+            if summary.agreement:
+                np.array(summary.agreement, np.int64).reshape(len(partition), 4, -1)
     return History(options, partition, records, summary)
 
 
