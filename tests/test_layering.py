@@ -157,6 +157,7 @@ def test_each_library_has_one_home():
             "report.gate",
             "report.heat_maps",
             "report.progress",
+            "report.style",
         },
         "tensorboardX": {"report.events"},
         "pooch": {"data.download"},

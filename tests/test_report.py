@@ -20,7 +20,9 @@ from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.events import write_events
-from hsee_jax.report.figures import draw
+from hsee_jax.report.figures import Picture, draw
+from hsee_jax.report.html import Section
+from hsee_jax.report.html import page as html_page
 from hsee_jax.report.page import by_cut, over_rounds, results, write_report
 from hsee_jax.report.tables import markdown
 
@@ -258,6 +260,21 @@ def test_the_page_is_whole_and_alone(four, tmp_path):
         assert markdown(table(read_curves([*four, odd]))) in text
     pictures = re.findall(r"\]\((.*)\)", text)
     assert sorted(pictures) == sorted(p.name for p in page.parent.glob("*.png"))
+
+
+@pytest.mark.parametrize("count", [20, 21])
+def test_the_contents_list_pictures_if_they_are_few(count):
+    """Each section is there; a link leads to each picture of 20, to none of 21."""
+    pictures = [Picture(f"p{n}.png", f"P {n}", "", None, b"") for n in range(count)]
+    sections = [
+        Section("<one>", pictures[:5]),
+        Section("two", ["& text", *pictures[5:]]),
+    ]
+    shown = Page(html_page("Title", sections))
+    jumps = [link for link in shown.links if link.startswith("#")]
+    assert [link for link in jumps if link[1] == "s"] == ["#s1", "#s2"]
+    assert len(jumps) == 2 + (20 if count == 20 else 0)
+    assert {"Title", "<one>", "& text"} <= set(shown.text)
 
 
 def test_the_figures_show_the_numbers(pictures):

@@ -44,7 +44,7 @@ def agreement(curve: Curve) -> Figure:
         for row in np.flatnonzero(share >= _ROOM):
             panel.text(
                 end[row] - share[row] / 2,
-                row,
+                float(row),
                 f"{share[row]:.0%}",
                 ha="center",
                 va="center",

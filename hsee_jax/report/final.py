@@ -5,16 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from hsee_jax.report.curves import BRANCHES, Curve, spread
-from hsee_jax.report.style import BRANCH, LINE, WIDTH, num_clients, wrap
+from hsee_jax.report.style import BRANCH, LINE, WIDTH, num_clients, show_percent, wrap
 
 
 def comparison(curves: Sequence[Curve]) -> Figure:
     """Draw a row for each curve, with a mark for its exits and one for its servers."""
     labels = [wrap(curve.label, share=0.42) for curve in curves]
-    lines = sum(label.count("\n") + 2 for label in labels)
+    lines = sum(label.count("\n") + 1.8 for label in labels)
     figure = Figure((WIDTH, 1.6 + LINE * lines))
     panel = figure.subplots()
     for b, branch in enumerate(BRANCHES):
@@ -33,7 +32,7 @@ def comparison(curves: Sequence[Curve]) -> Figure:
     panel.set_yticks(range(len(curves)), labels)
     panel.set_ylim(len(curves) - 0.5, -0.5)
     panel.set_xlabel("test accuracy")
-    panel.xaxis.set_major_formatter(PercentFormatter(1))
+    show_percent(panel.xaxis, 5)
     figure.legend(loc="outside lower center", ncols=len(BRANCHES), frameon=False)
     return figure
 
@@ -103,5 +102,5 @@ def _panel() -> tuple[Figure, Axes]:
     panel = figure.subplots()
     panel.grid(visible=False, axis="x")
     panel.set_ylabel("test accuracy")
-    panel.yaxis.set_major_formatter(PercentFormatter(1))
+    show_percent(panel.yaxis)
     return figure, panel

@@ -64,7 +64,7 @@ def split(run: Run) -> Figure:
         colours="Blues",
         text=str,
     )
-    figure.colorbar(image, label="samples", pad=0.01)
+    figure.colorbar(image, label="samples", pad=0.01, aspect=40)
     panel.set_xlabel("class, by its number")
     panel.set_ylabel("client")
     if len(counts) <= MANY:
@@ -88,8 +88,8 @@ def _heat_map(
     image = panel.imshow(
         values, norm=norm, cmap=colours, aspect="auto", interpolation="nearest"
     )
-    panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    panel.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if columns <= 20:
         panel.set_xticks(range(columns))
     if columns > _MANY_CLASSES or rows > MANY:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from hsee_jax.report.figures import Picture
 from hsee_jax.report.tables import Table
 
+_FEW = 20  # pictures; a table of contents does not list more than these
+
 
 class Section(NamedTuple):
     """A heading and what stands below it; a string is a paragraph."""
@@ -25,17 +27,22 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def _contents(sections: Sequence[Section]) -> str:
+    """Link to all sections, and to their pictures if there are few."""
+    few = sum(len(_pictures(section)) for section in sections) <= _FEW
     entries = []
     for number, section in enumerate(sections, start=1):
-        pictures = [part for part in section.parts if isinstance(part, Picture)]
         links = "".join(
             f'<li><a href="#{_anchor(picture)}">{html.escape(picture.heading)}</a></li>'
-            for picture in pictures
+            for picture in (_pictures(section) if few else ())
         )
         below = f"<ul>{links}</ul>" if links else ""
         heading = html.escape(section.heading)
         entries.append(f'<li><a href="#s{number}">{heading}</a>{below}</li>')
     return f'<nav aria-label="Contents"><ul>{"".join(entries)}</ul></nav>'
+
+
+def _pictures(section: Section) -> list[Picture]:
+    return [part for part in section.parts if isinstance(part, Picture)]
 
 
 def _body(sections: Sequence[Section]) -> Iterator[str]:
@@ -87,7 +94,7 @@ _PAGE = """<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {
   :root { --text: #e4e4e4; --page: #16181c; --line: #3c4048; --soft: #1f2329;
     --quiet: #b0b4bb; --link: #7db7f0; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
   padding: 0 1rem; color: var(--text); background: var(--page);
   overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; }
@@ -96,7 +103,7 @@ h2 { font-size: 1.3rem; margin-top: 3rem; padding-bottom: 0.3rem;
 h3 { font-size: 1.05rem; margin: 2rem 0 0.6rem; }
 a { color: var(--link); }
 nav { background: var(--soft); border-radius: 8px; padding: 0.8rem 1rem; }
-nav ul { margin: 0; padding-left: 1.2rem; columns: 18rem; }
+nav ul { margin: 0; padding-left: 1.2rem; columns: 18rem; column-gap: 2rem; }
 nav ul ul { columns: auto; font-size: 0.92rem; }
 nav > ul > li { break-inside: avoid; }
 figure { margin: 0; }
@@ -105,7 +112,7 @@ figcaption { color: var(--quiet); max-width: 44rem; margin-top: 0.5rem; }
 img { display: block; width: 100%; min-width: 34rem; height: auto; background: #fff;
   border-radius: 8px; }
 table { border-collapse: collapse; overflow-wrap: normal; }
-th, td { padding: 0.3rem 0.8rem; text-align: left;
+th, td { padding: 0.3rem 0.6rem; text-align: left;
   border-bottom: 1px solid var(--line); }
 th { border-bottom: 2px solid var(--quiet); white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; }

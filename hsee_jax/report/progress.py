@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from hsee_jax.report.curves import BRANCHES, Curve, Values, spread
-from hsee_jax.report.style import LINE, WIDTH, curve_style, wrap
+from hsee_jax.report.style import LINE, WIDTH, curve_style, show_percent, wrap
 
 
 class _Line(NamedTuple):
@@ -23,7 +23,7 @@ def accuracy(curves: Sequence[Curve]) -> Figure:
     lines = [_Line(curve.rounds, curve.accuracy.mean(axis=-1)) for curve in curves]
     figure = _over_rounds(curves, lines)
     figure.axes[0].set_ylabel("test accuracy")
-    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+    show_percent(figure.axes[0].yaxis)
     return figure
 
 

@@ -6,7 +6,10 @@ large, so that they can be read at half their size.
 """
 
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 MARKERS = "osD^vPX"
@@ -50,6 +53,14 @@ def curve_style(number: int) -> dict[str, Any]:
         "linestyle": DASHES[turn % len(DASHES)],
         "markersize": 6,
     }
+
+
+def show_percent(axis: "Axis", most: int = 7) -> None:
+    """Label an axis of shares in percent, at round numbers, at most so many."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(PercentFormatter(1))
 
 
 def num_clients(count: int) -> str:
