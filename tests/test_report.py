@@ -412,6 +412,15 @@ def test_a_damaged_run_is_one_line(tmp_path, capsys, name, content, message):
     assert not (path.parent / "report").exists()
 
 
+def test_counts_of_too_few_clients_are_damaged(tmp_path):
+    path = make_run(tmp_path / "run") / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["agreement"][1]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"summary\.json is damaged: ValueError"):
+        read_curves([path.parent])
+
+
 def test_the_command(four, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", "a0"]) == 0

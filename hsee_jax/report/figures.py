@@ -91,7 +91,7 @@ def _overview(curves: Sequence[Curve]) -> Iterator[_Sketch]:
         "Test accuracy over rounds, mean over clients" + band,
         "The share of the test samples that the clients' exits (left) and the servers "
         "behind them (right) answer correctly. If a line still rises at its end, more "
-        "rounds will help. The difference between left and right is what the server's "
+        "rounds may help. The difference between left and right is what the server's "
         "layers add to those on the device.",
         accuracy(curves),
     )

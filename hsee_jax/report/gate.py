@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import Figures
-from hsee_jax.report.style import RC, WIDTH, curve_style
+from hsee_jax.report.style import DASHES, RC, WIDTH, curve_style, show_percent
 from hsee_jax.report.tables import Table, markdown
 
 
@@ -117,7 +117,6 @@ def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     with mpl.rc_context(RC):
         figure = Figure((WIDTH, 7))
@@ -126,7 +125,7 @@ def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
         _draw_costs(lower, curve["mean"])
         lower.set(xlabel="share answered on the device", xlim=(-0.02, 1.02))
         for axis in (upper.yaxis, lower.xaxis):
-            axis.set_major_formatter(PercentFormatter(1))
+            show_percent(axis)
         for panel in (upper, lower):
             panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
         figure.savefig(path)
@@ -135,7 +134,10 @@ def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
 def _draw_accuracy(panel: Any, curve: Figures, thresholds: Figures | None) -> None:
     """Draw a line for each client in the style of its cut, and their mean."""
     cuts = sorted({client["cut"] for client in curve["clients"]})
-    styles = {cut: curve_style(number) for number, cut in enumerate(cuts)}
+    styles = {
+        cut: curve_style(number) | {"linestyle": DASHES[number % len(DASHES)]}
+        for number, cut in enumerate(cuts)
+    }
     labels = {cut: f"clients of cut {cut}" for cut in cuts}
     for client in curve["clients"]:
         style = styles[client["cut"]] | {"marker": "", "linewidth": 1}

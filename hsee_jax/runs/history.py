@@ -59,7 +59,8 @@ def read_history(folder: Path) -> History:
         with _reading(path):
             summary = Summary.from_json(_read(path))
             if summary.agreement:
-                np.array(summary.agreement, np.int64).reshape(len(partition), 4, -1)
+                counts = np.array(summary.agreement, np.int64)
+                counts.reshape(len(partition), 4, len(partition[0].label_counts))
     return History(options, partition, records, summary)
 
 
