@@ -9,6 +9,7 @@ import pytest
 from tiny import TINY
 
 from hsee_jax import Stopped, override, preset, runs, train
+from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.federation import RunState
 from hsee_jax.runs.checkpoint import find
@@ -229,6 +230,10 @@ def test_a_summary_survives_json():
         device="1 x cpu",
         versions={"jax": "0.10"},
         link=LinkSummary(1, 2.5, [{"cut": 1}]),
+        agreement=(
+            Agreement((1,), (2,), (3,), (0,)),
+            Agreement((6,), (0,), (0,), (0,)),
+        ),
     )
     text = dumps(summary.to_json())
     assert "NaN" not in text

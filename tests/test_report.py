@@ -20,15 +20,28 @@ from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.events import write_events
-from hsee_jax.report.figures import draw
+from hsee_jax.report.figures import Picture, draw
+from hsee_jax.report.html import Section
+from hsee_jax.report.html import page as html_page
 from hsee_jax.report.page import by_cut, over_rounds, results, write_report
 from hsee_jax.report.tables import markdown
 
 EXIT, SERVER = ((0.1, 0.3), (0.2, 0.4)), ((0.5, 0.5), (0.6, 0.8))  # rounds 2 and 4
+# Samples of each class of client 0; of client 1 there is one more of each kind.
+AGREEMENT = {"both": 4, "exit_only": 1, "server_only": 3, "neither": 2}
 
 
 def make_run(
-    folder, *, exits=EXIT, servers=SERVER, seed=0, clients=2, labels=3, counts=5, **more
+    folder,
+    *,
+    exits=EXIT,
+    servers=SERVER,
+    seed=0,
+    clients=2,
+    labels=3,
+    counts=5,
+    agreement=True,
+    **more,
 ):
     """A run of 4 rounds, each other one evaluated, that takes 1, 2, 3 and 4 seconds."""
     config = override(
@@ -95,12 +108,29 @@ def make_run(
             "versions": {"jax": "0.1", "numpy": "0.2"},
             "link": {"up_bytes": 0, "down_bytes": 0, "cuts": []},
         }
+        if agreement:
+            summary["agreement"] = [
+                {"id": i} | {name: [n + i] * labels for name, n in AGREEMENT.items()}
+                for i in range(clients)
+            ]
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
 @pytest.fixture
 def four(tmp_path):
+    """Return the runs of `write_four`."""
+    return write_four(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """The pictures of four runs, by their names."""
+    curves = read_curves(write_four(tmp_path_factory.mktemp("four")))
+    return {picture.name: picture for picture in draw(curves).all}
+
+
+def write_four(tmp_path):
     """Two seeds of averaging, one of sequential, and one that was stopped."""
     return [
         make_run(tmp_path / "a0"),
@@ -177,12 +207,14 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.images, self.links, self.text = [], [], [], []
+        self.ids = []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
         if tag == "img":
             self.images.append(values)
         elif tag != "meta":
@@ -201,14 +233,19 @@ def test_the_page_is_whole_and_alone(four, tmp_path):
     page = write_report(read_curves([*four, odd]), tmp_path / "new" / "out")
     text = page.read_text()
     shown = Page(text)
-    assert len(shown.images) == 6  # accuracy, comparison, three curves, one split
-    for link, image in zip(shown.links, shown.images, strict=True):
+    # accuracy, loss, comparison; three curves, two of them with counts; one split
+    assert len(shown.images) == 3 + 3 + 2 * 2 + 1
+    jumps = [link[1:] for link in shown.links if link.startswith("#")]
+    assert sorted(jumps) == sorted(set(shown.ids))
+    assert len(jumps) == len(shown.ids) == 6 + 1 + len(shown.images)
+    links = [link for link in shown.links if not link.startswith("#")]
+    for link, image in zip(links, shown.images, strict=True):
         kind, data = link.split(",")
         assert kind == "data:image/png;base64"
         content = base64.b64decode(data, validate=True)
         with Image.open(io.BytesIO(content)) as picture:
             picture.load()
-            assert picture.width == 1350
+            assert picture.width == 1440
         assert any(content == path.read_bytes() for path in page.parent.glob("*.png"))
         assert image["alt"]
     rest = re.sub(r'src="[^"]*"', "", text)
@@ -225,8 +262,23 @@ def test_the_page_is_whole_and_alone(four, tmp_path):
     assert sorted(pictures) == sorted(p.name for p in page.parent.glob("*.png"))
 
 
-def test_the_figures_show_the_numbers(four):
-    pictures = {picture.name: picture.figure for picture in draw(read_curves(four))}
+@pytest.mark.parametrize("count", [20, 21])
+def test_the_contents_list_pictures_if_they_are_few(count):
+    """Each section is there; a link leads to each picture of 20, to none of 21."""
+    pictures = [Picture(f"p{n}.png", f"P {n}", "", None, b"") for n in range(count)]
+    sections = [
+        Section("<one>", pictures[:5]),
+        Section("two", ["& text", *pictures[5:]]),
+    ]
+    shown = Page(html_page("Title", sections))
+    jumps = [link for link in shown.links if link.startswith("#")]
+    assert [link for link in jumps if link[1] == "s"] == ["#s1", "#s2"]
+    assert len(jumps) == 2 + (20 if count == 20 else 0)
+    assert {"Title", "<one>", "& text"} <= set(shown.text)
+
+
+def test_the_figures_show_the_numbers(pictures):
+    pictures = {name: picture.figure for name, picture in pictures.items()}
     exits, servers = pictures["accuracy.png"].axes
     assert exits.get_ylim() == servers.get_ylim()
     np.testing.assert_allclose(exits.lines[0].get_xydata(), [(2, 0.15), (4, 0.4)])
@@ -236,6 +288,59 @@ def test_the_figures_show_the_numbers(four):
     np.testing.assert_allclose(heights, [(0.4, 0.4), (0.6, 0.8)])
     (image, _) = pictures["split-1.png"].axes
     np.testing.assert_array_equal(image.images[0].get_array(), np.full((2, 3), 5))
+    exits, servers = pictures["loss.png"].axes
+    np.testing.assert_allclose(exits.lines[0].get_ydata(), [2.0] * 4)
+    np.testing.assert_allclose(servers.lines[1].get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(servers.lines[1].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    assert exits.get_ylabel() == "cross-entropy (nats)"
+
+
+def test_the_figures_of_right_answers_show_the_numbers(pictures):
+    """Client 0 alone has cut 3 and 10 samples of each class, client 1 cut 5 and 14."""
+    for name, title in (
+        ("agreement-1.png", "Whose answer is right: the exit's or the server's"),
+        ("classes-1.png", "Test accuracy within each class, by cut"),
+    ):
+        assert pictures[name].heading == title
+        assert pictures[name].title == f"{title}\nstrategy=averaging"
+        assert pictures[name].figure.get_suptitle() == pictures[name].title
+    (panel,) = pictures["agreement-1.png"].figure.axes
+    widths = [[bar.get_width() for bar in part] for part in panel.containers]
+    expected = np.array([(4, 1, 3, 2), (5, 2, 4, 3)]).T / [10, 14]
+    np.testing.assert_allclose(widths, expected)
+    assert panel.texts[0].get_text() == "40%"
+    exits, servers, _ = pictures["classes-1.png"].figure.axes
+    for axes, rows in ((exits, (5 / 10, 7 / 14)), (servers, (7 / 10, 9 / 14))):
+        shown = axes.images[0].get_array()
+        np.testing.assert_allclose(shown, np.repeat([rows], 3, axis=0).T)
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            "cut 3",
+            "cut 5",
+        ]
+    assert not pictures.keys() & {"agreement-3.png", "classes-3.png"}  # no summary
+
+
+def test_a_run_without_counts_has_no_pictures_of_them(tmp_path):
+    """And says so; runs with and without them may be one curve."""
+    old = make_run(tmp_path / "old", agreement=False)
+    new = make_run(tmp_path / "new", seed=1)
+    for runs, missing in (([old], True), ([new], False), ([old, new], True)):
+        page = write_report(read_curves(runs), tmp_path / str(len(runs)))
+        assert ("not in the summary of old." in page.read_text()) == missing
+        assert ("Whose answer is right" in page.read_text()) != missing
+
+
+def test_a_class_without_test_samples_is_blank(tmp_path):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    for client in summary["agreement"]:
+        for name in AGREEMENT:
+            client[name][1] = 0
+    (folder / "summary.json").write_text(json.dumps(summary))
+    pictures = {p.name: p.figure for p in draw(read_curves([folder])).all}
+    for axes in pictures["classes-1.png"].axes[:2]:
+        mask = np.ma.getmaskarray(axes.images[0].get_array())
+        np.testing.assert_array_equal(mask, [[False, True, False]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +356,7 @@ def test_no_label_overlaps_another(tmp_path, clients, labels, counts):
         make_run(tmp_path / str(i), exits=final, servers=final, **sizes, **options)
         for i, options in enumerate((long, {}, {"seed": 1}))
     ]
-    for picture in draw(read_curves(folders[: 3 if clients == 40 else 1])):
+    for picture in draw(read_curves(folders[: 3 if clients == 40 else 1])).all:
         width, height = picture.figure.bbox.size
         for axes in picture.figure.axes:
             below = [axes.xaxis, *(child.xaxis for child in axes.child_axes)]
@@ -305,6 +410,15 @@ def test_a_damaged_run_is_one_line(tmp_path, capsys, name, content, message):
     assert out == ""
     assert err.count("\n") == 1 and message in err
     assert not (path.parent / "report").exists()
+
+
+def test_counts_of_too_few_clients_are_damaged(tmp_path):
+    path = make_run(tmp_path / "run") / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["agreement"][1]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"summary\.json is damaged: ValueError"):
+        read_curves([path.parent])
 
 
 def test_the_command(four, tmp_path, monkeypatch, capsys):

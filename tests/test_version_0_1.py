@@ -112,6 +112,7 @@ def test_a_report_and_a_gate_are_made_of_it(copy, tmp_path, capsys):
     assert cli.main(["report", str(copy), "--out", str(tmp_path / "report")]) == 0
     (page,) = (tmp_path / "report").glob("*.html")
     assert "0.1333" in page.read_text()
+    assert "not in the summary of run." in page.read_text()
 
 
 @pytest.mark.slow

@@ -90,6 +90,15 @@ class Properties(NamedTuple):
                 "boundary; allowed is 0"
             )
 
+    def makes_one_network(self, num_cuts: int) -> bool:
+        """Return whether an average reaches all layers, of clients and of servers.
+
+        BatchNorm that stays local is the exception.
+        """
+        if self.shared:  # then the server's layers are common to all clients anyway
+            return self.average == "clients" and num_cuts == 1
+        return self.average == "all_holders"
+
 
 # Some algorithms use more than the options offer.
 _NAMES = {
@@ -143,6 +152,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         period_unit=properties.period_unit,
         boundary=boundary,
         weights=properties.weights,
+        one_network=properties.makes_one_network(len(federation.groups)),
     )
 
 

@@ -18,7 +18,9 @@ from hsee_jax.cli.terminal import results_table, show
 from hsee_jax.config import PRESETS
 from hsee_jax.core.errors import unknown
 from hsee_jax.parallel.processes import check_devices
+from hsee_jax.report.tables import EQUAL_SERVERS
 from hsee_jax.runs.folder import check_name
+from hsee_jax.runs.one_network import is_one_network
 from hsee_jax.runs.records import Scores
 
 
@@ -103,3 +105,5 @@ def print_figures(rounds: int, scores: Scores, folder: Path, *, as_json: bool) -
         return
     title = f"{folder}: test accuracy after {rounds} rounds"
     show(results_table(scores, title=title))
+    if is_one_network(folder, scores):
+        print(EQUAL_SERVERS)

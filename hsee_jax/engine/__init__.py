@@ -1,5 +1,6 @@
 """Rounds: a strategy applied to a federation's data, and its evaluation."""
 
+from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.compilation import check_finite, make_round
 from hsee_jax.engine.evaluation import ClientResult, make_evaluation
 from hsee_jax.engine.host_store import HostStore
@@ -9,6 +10,7 @@ from hsee_jax.engine.store import DeviceStore, Store
 
 __all__ = [
     "Absence",
+    "Agreement",
     "ClientResult",
     "DeviceStore",
     "HostStore",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from hsee_jax.core.types import Array, Dataset, Metrics
 from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine.agreement import Agreement, count_agreement
 from hsee_jax.engine.plan import EMPTY
 from hsee_jax.engine.round import client_axis, layout
 from hsee_jax.federation.branch import Branch, decode, encode, forward
@@ -33,6 +34,7 @@ class ClientResult(NamedTuple):
     server_accuracy: float
     exit_loss: float  # mean cross-entropy, in nats
     server_loss: float
+    agreement: Agreement | None = None  # None where a file does not hold them
 
 
 class BothMetrics(NamedTuple):
@@ -40,6 +42,7 @@ class BothMetrics(NamedTuple):
 
     exit: Metrics
     server: Metrics
+    agreement: Array  # int32 [4, K], see `count_agreement`
 
 
 class EvaluateFn(Protocol):
@@ -77,7 +80,7 @@ class _ScoreFn(Protocol):
         *,
         group: int,
     ) -> BothMetrics:
-        """Return sums ``[]`` over the samples at ``int32 [B]`` with a true mask."""
+        """Return the sums over the samples at ``int32 [B]`` with a true mask."""
 
 
 class _Rows(NamedTuple):
@@ -93,7 +96,7 @@ class _ScoresFn(Protocol):
     def __call__(
         self, state: RunState, data: Dataset, rows: _Rows, *, group: int
     ) -> BothMetrics:
-        """Return sums ``[S, T]`` for each slot and batch."""
+        """Return sums ``[S, T, ...]`` for each slot and batch."""
 
 
 def means(results: Sequence[ClientResult]) -> tuple[float, float]:
@@ -169,6 +172,7 @@ def _make_score(federation: Federation, pipeline: InputPipeline) -> _ScoreFn:
         return BothMetrics(
             masked_cross_entropy(exit_logits, batch.labels, mask)[1],
             masked_cross_entropy(logits, batch.labels, mask)[1],
+            count_agreement(exit_logits, logits, batch.labels, mask),
         )
 
     return score
@@ -234,7 +238,7 @@ def _all_rows(count: int, batch_size: int) -> _Rows:
 def _results(
     group: Group, seats: Sequence[int], scores: BothMetrics, count: int
 ) -> Iterator[ClientResult]:
-    """Divide the sums ``[S, T]`` of a group by the number of samples.
+    """Make the results of a group from the sums ``[S, T, ...]`` over its batches.
 
     Args:
       group: the group.
@@ -253,4 +257,5 @@ def _results(
                 server_accuracy=float(total.server.correct[slot] / count),
                 exit_loss=float(total.exit.loss_sum[slot] / count),
                 server_loss=float(total.server.loss_sum[slot] / count),
+                agreement=Agreement.of(total.agreement[slot].astype(np.int64)),
             )

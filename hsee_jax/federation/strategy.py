@@ -92,6 +92,8 @@ class Strategy(NamedTuple):
     period_unit: str = "rounds"  # or "steps"
     boundary: str = "detached"  # or "joint"; "none": the client is its own server
     weights: str = "samples"  # of the clients in a mean; or "uniform"
+    # Whether an average gives the same network to all clients and their servers.
+    one_network: bool = False
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

@@ -12,7 +12,8 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
 from hsee_jax.data.partition import Share
 from hsee_jax.runs.history import OWN, read_history
-from hsee_jax.runs.records import RoundRecord, Summary
+from hsee_jax.runs.one_network import is_one_network
+from hsee_jax.runs.records import RoundRecord, Summary, TrainFigures
 
 BRANCHES = ("exit", "server")
 Values = npt.NDArray[np.float64]
@@ -29,6 +30,8 @@ class Run(NamedTuple):
     records: list[RoundRecord]
     accuracies: dict[int, Values]  # evaluated round -> ``[2, N]``, see `BRANCHES`
     machine: str  # the device and the versions; empty until the run ends
+    agreement: npt.NDArray[np.int64]  # ``[N, 4, K]``, see `Agreement`; may be empty
+    one_network: bool  # see `is_one_network`
 
 
 class Curve(NamedTuple):
@@ -49,6 +52,35 @@ class Curve(NamedTuple):
     def cuts(self) -> npt.NDArray[np.int64]:
         """Return the cut of each client, ``[N]``."""
         return np.array([share.cut for share in self.runs[0].partition])
+
+    @property
+    def losses(self) -> Values:
+        """Return the training losses ``[S, R, 2]`` of all rounds that all runs have.
+
+        Rounds count from 1; a loss that is not finite is NaN.
+        """
+        count = min(len(run.records) for run in self.runs)
+        losses = np.array(
+            [
+                [_losses(record.train) for record in run.records[:count]]
+                for run in self.runs
+            ]
+        )
+        return np.where(np.isfinite(losses), losses, np.nan)
+
+    @property
+    def agreement(self) -> npt.NDArray[np.int64] | None:
+        """Return the sum of `Run.agreement` over the runs, ``[N, 4, K]``.
+
+        It is None if a run does not have it.
+        """
+        parts = [run.agreement for run in self.runs]
+        return np.sum(parts, axis=0) if all(map(len, parts)) else None
+
+    @property
+    def one_network(self) -> bool:
+        """Return whether all servers score the same, see `is_one_network`."""
+        return all(run.one_network for run in self.runs)
 
 
 def spread(values: Values) -> tuple[Any, Any]:
@@ -101,18 +133,16 @@ def _curve(names: list[str], runs: tuple[Run, ...]) -> Curve:
 
 def _read_run(folder: Path, name: str) -> Run:
     history = read_history(folder)
-    accuracies = {
-        record.round: np.array(
-            [
-                [getattr(c, f"{b}_accuracy") for c in record.test.clients]
-                for b in BRANCHES
-            ]
-        )
-        for record in history.records
-        if record.test is not None
-    }
-    if not accuracies:
+    scores = {r.round: r.test for r in history.records if r.test is not None}
+    if not scores:
         raise UserError(f"run: {folder} has no evaluated round yet")
+    accuracies = {
+        number: np.array(
+            [[getattr(c, f"{b}_accuracy") for c in test.clients] for b in BRANCHES]
+        )
+        for number, test in scores.items()
+    }
+    last = scores[max(scores)]
     return Run(
         name,
         history.options,
@@ -121,7 +151,17 @@ def _read_run(folder: Path, name: str) -> Run:
         history.records,
         accuracies,
         _machine(history.summary),
+        _agreement(history.summary),
+        is_one_network(folder, last),
     )
+
+
+def _losses(figures: TrainFigures) -> list[float]:
+    return [getattr(figures, f"{branch}_loss") for branch in BRANCHES]
+
+
+def _agreement(summary: Summary | None) -> npt.NDArray[np.int64]:
+    return np.array(() if summary is None else summary.agreement, np.int64)
 
 
 def _machine(summary: Summary | None) -> str:

@@ -1,44 +1,28 @@
-"""The figures of a report.
-
-They use the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/) without yellow;
-no distinction rests on colour alone.
-"""
+"""The pictures of a report: which there are, their titles, and what to look for."""
 
 import io
-import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 import matplotlib as mpl
-import numpy as np
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from hsee_jax.report.curves import BRANCHES, Curve, Run, spread
+from hsee_jax.report.agreement import agreement
+from hsee_jax.report.curves import Curve, Run
+from hsee_jax.report.final import clients, comparison, cuts
+from hsee_jax.report.heat_maps import classes, split
+from hsee_jax.report.progress import accuracy, training_loss
+from hsee_jax.report.style import MANY, RC, wrap
 
-_COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
-_MARKERS = "osD^vPX"
-_LINES = ("-", "--", ":", "-.")
-_BRANCH: dict[str, dict[str, Any]] = {
-    "exit": {"color": "#E69F00", "hatch": "///", "marker": "o"},
-    "server": {"color": "#0072B2", "hatch": "", "marker": "s"},
-}
-_STYLE: dict[Any, Any] = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 150,
-    "figure.titlesize": "medium",
-    "axes.titlesize": "medium",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#dddddd",
-    "hatch.color": "white",
-    "text.parse_math": False,
-}
-_WIDTH = 9.0  # inches
-_MANY = 40  # clients; a figure does not show more than these one by one
+
+class _Sketch(NamedTuple):
+    """A figure and its words."""
+
+    name: str  # the name of its file, without the suffix
+    title: str  # also drawn in the figure
+    text: str  # how to read it
+    figure: Figure
 
 
 class Picture(NamedTuple):
@@ -46,56 +30,147 @@ class Picture(NamedTuple):
 
     name: str  # the name of its file
     title: str  # also drawn in the figure
+    text: str  # how to read it
     figure: Figure
     png: bytes
 
+    @property
+    def heading(self) -> str:
+        """Return the title without what tells it from pictures of the same kind."""
+        return self.title.partition("\n")[0].partition(";")[0]
 
-def draw(curves: Sequence[Curve]) -> list[Picture]:
+
+class Pictures(NamedTuple):
+    """All pictures of a report."""
+
+    overview: list[Picture]  # all curves in one picture
+    curves: list[list[Picture]]  # of each curve
+    splits: list[Picture]  # the training data, once for each different split
+
+    @property
+    def all(self) -> list[Picture]:
+        """Return all of them in the order of the page."""
+        return [*self.overview, *chain(*self.curves), *self.splits]
+
+
+def draw(curves: Sequence[Curve]) -> Pictures:
     """Draw all the figures of a report.
 
     Args:
       curves: at least one curve.
 
     Returns:
-      The accuracy over rounds; a comparison, if there are several curves; the clients
-      of each curve; each different split of the labels.
+      In the overview the accuracy and the training loss over rounds, and a comparison
+      if there are several curves; of each curve its clients, and the agreement of exit
+      and server and the accuracy by class if its runs hold the counts for them; each
+      different split of the classes.
     """
-    with mpl.rc_context(_STYLE):
-        return [
-            _picture(name, title, figure) for name, title, figure in _figures(curves)
-        ]
+    with mpl.rc_context(RC):
+        return Pictures(
+            [_picture(sketch) for sketch in _overview(curves)],
+            [
+                [_picture(sketch) for sketch in _of_curve(curve, number)]
+                for number, curve in enumerate(curves, start=1)
+            ],
+            [_picture(sketch) for sketch in _of_splits(curves)],
+        )
 
 
-def _picture(name: str, title: str, figure: Figure) -> Picture:
-    lines = [textwrap.fill(line, 95) for line in title.splitlines()]
-    figure.suptitle("\n".join(lines))
+def _picture(sketch: _Sketch) -> Picture:
+    sketch.figure.suptitle(wrap(sketch.title))
     file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return Picture(f"{name}.png", title, figure, file.getvalue())
+    sketch.figure.savefig(file, format="png")
+    return Picture(f"{sketch.name}.png", *sketch[1:], file.getvalue())
 
 
-def _figures(curves: Sequence[Curve]) -> Iterator[tuple[str, str, Figure]]:
-    over_seeds = "; {}: ± standard deviation over seeds"
+def _overview(curves: Sequence[Curve]) -> Iterator[_Sketch]:
     several = any(len(curve.runs) > 1 for curve in curves)
-    title = "Test accuracy, mean over clients" + over_seeds.format("band") * several
-    yield "accuracy", title, _accuracy(curves)
+    band = "; band: ± standard deviation over seeds" * several
+    yield _Sketch(
+        "accuracy",
+        "Test accuracy over rounds, mean over clients" + band,
+        "The share of the test samples that the clients' exits (left) and the servers "
+        "behind them (right) answer correctly. If a line still rises at its end, more "
+        "rounds may help. The difference between left and right is what the server's "
+        "layers add to those on the device.",
+        accuracy(curves),
+    )
+    yield _Sketch(
+        "loss",
+        "Training loss over rounds, mean over samples" + band,
+        "The mean cross-entropy during training; lower is better. A loss that falls "
+        "while the test accuracy stands still is a sign of overfitting. A loss that "
+        "jumps or rises, or a line that stops, is a sign of too high a learning rate.",
+        training_loss(curves),
+    )
     if len(curves) > 1:
-        title = "Final test accuracy, mean over clients"
-        title += over_seeds.format("small: each run; line") * several
-        yield "comparison", title, _comparison(curves)
-    for number, curve in enumerate(curves, start=1):
-        if len(curve.cuts) > _MANY:
-            figure = _cuts(curve)
-            what = "cut, mean over its clients; line: ± standard deviation over them"
-        else:
-            figure = _clients(curve)
-            what = "client" + over_seeds.format("line") * (len(curve.runs) > 1)
-        title = f"Final test accuracy of each {what}\n{curve.label}"
-        yield f"clients-{number}", title, figure
+        spread = "; small: each seed; line: ± standard deviation" * several
+        yield _Sketch(
+            "comparison",
+            "Final test accuracy, mean over clients" + spread,
+            "Compare circles with circles and squares with squares. A difference that "
+            "is no larger than the lines may be chance. A curve of one seed has no "
+            "line: train it with more seeds before you trust a small difference.",
+            comparison(curves),
+        )
+
+
+def _of_curve(curve: Curve, number: int) -> Iterator[_Sketch]:
+    below = f"\n{curve.label}"
+    seeds = "; line: ± standard deviation over seeds" * (len(curve.runs) > 1)
+    if len(curve.cuts) > MANY:
+        yield _Sketch(
+            f"clients-{number}",
+            "Final test accuracy of each client, by cut; black: mean of a cut" + below,
+            "Each mark is a client's exit, or the server behind it, on the whole test "
+            "set. With a later cut a device computes more layers, so its exit is "
+            "usually better. A low mark is often a client with few or one-sided "
+            "samples.",
+            cuts(curve),
+        )
+    else:
+        yield _Sketch(
+            f"clients-{number}",
+            "Final test accuracy of each client" + seeds + below,
+            "Each client's exit and the server behind it, on the whole test set. With "
+            "a later cut a device computes more layers, so its exit is usually better. "
+            "A client that is lower than others of its cut often has few or one-sided "
+            "samples.",
+            clients(curve),
+        )
+    if curve.agreement is None:
+        return
+    yield _Sketch(
+        f"agreement-{number}",
+        "Whose answer is right: the exit's or the server's" + below,
+        "Both answer every test sample. Where only the server is right, sending the "
+        "sample pays off; where only the exit is right, sending it does harm. The "
+        "first three parts together are the highest accuracy that any choice between "
+        "the two answers can reach.",
+        agreement(curve),
+    )
+    yield _Sketch(
+        f"classes-{number}",
+        "Test accuracy within each class, by cut" + below,
+        "The brighter a cell, the more samples of the class are answered correctly. A "
+        "column that is dark everywhere is a class that is hard, or that few clients "
+        "have seen. A column that is dark for exits alone is a class that needs the "
+        "layers at the server.",
+        classes(curve),
+    )
+
+
+def _of_splits(curves: Sequence[Curve]) -> Iterator[_Sketch]:
     for number, runs in enumerate(_splits(curves), start=1):
         names = ", ".join(run.name for run in runs)
-        title = f"Training samples by client and label (empty: none)\n{names}"
-        yield f"split-{number}", title, _split(runs[0])
+        yield _Sketch(
+            f"split-{number}",
+            f"Training samples of each client, by class; empty: none\n{names}",
+            "A row of one colour is a client with equally many samples of every class. "
+            "An empty cell is a class that the client never sees in training. The more "
+            "the rows differ, the harder it is for the clients to share layers.",
+            split(runs[0]),
+        )
 
 
 def _splits(curves: Sequence[Curve]) -> list[list[Run]]:
@@ -109,170 +184,3 @@ def _splits(curves: Sequence[Curve]) -> list[list[Run]]:
         else:
             splits.append([run])
     return splits
-
-
-def _accuracy(curves: Sequence[Curve]) -> Figure:
-    """Draw a panel for exits and one for servers, with a line for each curve."""
-    labels = [textwrap.fill(curve.label, 95) for curve in curves]
-    figure = Figure((_WIDTH, 4 + 0.2 * sum(label.count("\n") + 1 for label in labels)))
-    panels = figure.subplots(1, len(BRANCHES), sharey=True)
-    for b, (branch, panel) in enumerate(zip(BRANCHES, panels, strict=True)):
-        for number, curve in enumerate(curves):
-            mean, deviation = spread(curve.accuracy[:, :, b].mean(axis=-1))
-            style = _curve_style(number)
-            panel.plot(
-                curve.rounds,
-                mean,
-                markevery=max(1, len(mean) // 20),
-                label=labels[number],
-                **style,
-            )
-            if len(curve.runs) > 1:
-                panel.fill_between(
-                    curve.rounds,
-                    mean - deviation,
-                    mean + deviation,
-                    color=style["color"],
-                    alpha=0.2,
-                    linewidth=0,
-                )
-        panel.set_title(f"{branch}s")
-        panel.set_xlabel("round")
-        panel.set_xlim(0, 1.03 * max(curve.rounds[-1] for curve in curves))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel("test accuracy")
-    handles, _ = panels[0].get_legend_handles_labels()
-    figure.legend(handles=handles, loc="outside lower left", frameon=False)
-    return figure
-
-
-def _curve_style(number: int) -> dict[str, Any]:
-    kind, turn = number % len(_COLOURS), number // len(_COLOURS)
-    return {
-        "color": _COLOURS[kind],
-        "marker": _MARKERS[kind],
-        "linestyle": _LINES[turn % len(_LINES)],
-        "markersize": 5,
-    }
-
-
-def _comparison(curves: Sequence[Curve]) -> Figure:
-    """Draw a line for each curve, with a mark for its exits and one for its servers."""
-    labels = [textwrap.fill(curve.label, 40) for curve in curves]
-    lines = sum(label.count("\n") + 2 for label in labels)
-    figure = Figure((_WIDTH, 1.6 + 0.2 * lines))
-    panel = figure.subplots()
-    for b, branch in enumerate(BRANCHES):
-        places = np.arange(len(curves)) + (b - 0.5) * 0.3
-        style = {"color": _BRANCH[branch]["color"], "linestyle": "none"}
-        style["marker"] = _BRANCH[branch]["marker"]
-        ends = [curve.final[:, b].mean(axis=-1) for curve in curves]
-        means, deviations = zip(*map(spread, ends), strict=True)
-        panel.errorbar(
-            means, places, xerr=deviations, label=f"{branch}s", capsize=4, **style
-        )
-        for values, place in zip(ends, places, strict=True):
-            if len(values) > 1:
-                at = np.full(len(values), place)
-                panel.plot(values, at, alpha=0.5, markersize=3, **style)
-    panel.set_yticks(range(len(curves)), labels)
-    panel.set_ylim(len(curves) - 0.5, -0.5)
-    panel.set_xlabel("test accuracy")
-    figure.legend(loc="outside lower center", ncols=len(BRANCHES), frameon=False)
-    return figure
-
-
-def _clients(curve: Curve) -> Figure:
-    """Draw two bars for each client, in the order of the cuts."""
-    order = np.argsort(curve.cuts, kind="stable")
-    means, deviations = spread(curve.final[:, :, order])
-    cuts = curve.cuts[order]
-    # Leave a gap between the cuts.
-    places = np.arange(len(cuts)) + np.unique(cuts, return_inverse=True)[1]
-    figure = _bars(places, means, deviations if len(curve.runs) > 1 else None)
-    panel = figure.axes[0]
-    panel.set_xticks(places, order, fontsize="small")
-    below = panel.secondary_xaxis(0)
-    centres = [places[cuts == cut].mean() for cut in np.unique(cuts)]
-    below.set_xticks(centres, [f"cut {cut}" for cut in np.unique(cuts)])
-    below.set_xlabel("client")
-    below.tick_params(length=0, pad=20)  # under the clients
-    below.spines["bottom"].set_visible(False)
-    return figure
-
-
-def _cuts(curve: Curve) -> Figure:
-    """Draw two bars for each cut."""
-    by_client = curve.final.mean(axis=0)
-    cuts, sizes = np.unique(curve.cuts, return_counts=True)
-    spreads = [spread(by_client[:, curve.cuts == cut].T) for cut in cuts]
-    means, deviations = (np.array(part).T for part in zip(*spreads, strict=True))
-    figure = _bars(np.arange(len(cuts)), means, deviations)
-    labels = [f"cut {cut}\n({n} clients)" for cut, n in zip(cuts, sizes, strict=True)]
-    figure.axes[0].set_xticks(range(len(cuts)), labels)
-    return figure
-
-
-def _bars(places: Any, means: Any, deviations: Any) -> Figure:
-    """Draw a bar for each branch at P places; means and deviations are ``[2, P]``."""
-    figure = Figure((_WIDTH, 4))
-    panel = figure.subplots()
-    for b, branch in enumerate(BRANCHES):
-        panel.bar(
-            places + (b - 0.5) * 0.4,
-            means[b],
-            0.4,
-            yerr=None if deviations is None else deviations[b],
-            error_kw={"elinewidth": 1, "capsize": 2},
-            color=_BRANCH[branch]["color"],
-            hatch=_BRANCH[branch]["hatch"],
-            label=branch,
-        )
-    panel.grid(visible=False, axis="x")
-    panel.set_xlim(places[0] - 1, places[-1] + 1)
-    panel.set_ylim(bottom=0)
-    panel.set_ylabel("test accuracy")
-    figure.legend(loc="outside lower center", ncols=len(BRANCHES), frameon=False)
-    return figure
-
-
-def _split(run: Run) -> Figure:
-    """Draw the samples of clients by labels, with numbers where there is room."""
-    counts = np.array([share.label_counts for share in run.partition])
-    clients, labels = counts.shape
-    figure = Figure((_WIDTH, min(1.8 + 0.25 * clients, 11)))
-    panel = figure.subplots()
-    panel.grid(visible=False)
-    scale = PowerNorm(0.5, vmin=0, vmax=counts.max())
-    image = panel.imshow(
-        np.ma.masked_equal(counts, 0),
-        norm=scale,
-        cmap="Blues",
-        aspect="auto",
-        interpolation="nearest",
-    )
-    figure.colorbar(image, label="samples", pad=0.01)
-    panel.set_xlabel("label")
-    panel.set_ylabel("client")
-    panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    panel.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    if labels <= 20:
-        panel.set_xticks(range(labels))
-    if clients <= _MANY:
-        names = [f"{s.id} (cut {s.cut}, {s.samples} samples)" for s in run.partition]
-        panel.set_yticks(range(clients), names, fontsize="small")
-        if labels <= 12:
-            for (row, column), count in np.ndenumerate(counts):
-                if count:
-                    colour = "white" if scale(count) > 0.6 else "black"
-                    panel.text(
-                        column,
-                        row,
-                        str(count),
-                        color=colour,
-                        ha="center",
-                        va="center",
-                        fontsize="small",
-                        in_layout=False,  # the panel holds the text; layout is slow
-                    )
-    return figure

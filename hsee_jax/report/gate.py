@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import Figures
+from hsee_jax.report.style import DASHES, RC, WIDTH, curve_style, show_percent
 from hsee_jax.report.tables import Table, markdown
 
 
@@ -114,38 +115,55 @@ def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
 
     The costs are relative to the costs of a gate that sends all samples to the server.
     """
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    with mpl.rc_context(RC):
+        figure = Figure((WIDTH, 7))
+        upper, lower = figure.subplots(2, sharex=True)
+        _draw_accuracy(upper, curve, thresholds)
+        _draw_costs(lower, curve["mean"])
+        lower.set(xlabel="share answered on the device", xlim=(-0.02, 1.02))
+        for axis in (upper.yaxis, lower.xaxis):
+            show_percent(axis)
+        for panel in (upper, lower):
+            panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        figure.savefig(path)
+
+
+def _draw_accuracy(panel: Any, curve: Figures, thresholds: Figures | None) -> None:
+    """Draw a line for each client in the style of its cut, and their mean."""
     cuts = sorted({client["cut"] for client in curve["clients"]})
-    colors = {cut: f"C{number}" for number, cut in enumerate(cuts)}
+    styles = {
+        cut: curve_style(number) | {"linestyle": DASHES[number % len(DASHES)]}
+        for number, cut in enumerate(cuts)
+    }
     labels = {cut: f"clients of cut {cut}" for cut in cuts}
     for client in curve["clients"]:
-        color = colors[client["cut"]]
+        style = styles[client["cut"]] | {"marker": "", "linewidth": 1}
         label = labels.pop(client["cut"], None)  # once in the legend
-        left.plot(*_xy(client["points"], "accuracy"), color, lw=1, label=label)
+        panel.plot(*_xy(client["points"], "accuracy"), label=label, **style)
     for client in thresholds["clients"] if thresholds else ():
-        left.plot(*_xy([client], "accuracy"), "o", color=colors[client["cut"]])
-    mean = curve["mean"]
-    left.plot(*_xy(mean, "accuracy"), "k", lw=2.5, label="mean over clients")
-    dots = "; dots: thresholds" if thresholds else ""
-    left.set(title=f"{curve['criterion']}{dots}", ylabel="test accuracy")
+        style = styles[client["cut"]] | {"linestyle": "none"}
+        panel.plot(*_xy([client], "accuracy"), **style)
+    panel.plot(*_xy(curve["mean"], "accuracy"), "k", lw=2.5, label="mean")
+    marks = "; marks: thresholds" if thresholds else ""
+    title = f"Accuracy with the gate by {curve['criterion']}{marks}"
+    panel.set(title=title, ylabel="test accuracy")
+
+
+def _draw_costs(panel: Any, mean: list[Figures]) -> None:
     timed = [point for point in mean if point["seconds"] is not None]
-    for name, label, points in (
-        ("bytes", "bytes sent", mean),
-        ("flops", "FLOPs", mean),
-        ("seconds", "measured time", timed),
-    ):
+    costs = {"bytes": mean, "flops": mean, "seconds": timed}
+    labels = ("bytes sent", "FLOPs", "measured time")
+    for number, (name, points) in enumerate(costs.items()):
         shares, values = _xy(points, name)
         relative = [value / values[0] for value in values]
-        right.plot(shares, relative, "o-" if points is timed else "-", label=label)
-    right.set(title="cost of a sample", ylabel="relative to all at the server", ylim=0)
-    for axes in (left, right):
-        axes.set(xlabel="share answered on the device", xlim=(-0.02, 1.02))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=130)
+        every = 1 if points is timed else 5
+        style = curve_style(number)
+        panel.plot(shares, relative, markevery=every, label=labels[number], **style)
+    title = "Cost of a sample, relative to sending all samples"
+    panel.set(title=title, ylabel="relative cost", ylim=0)
 
 
 def _xy(points: list[Figures], name: str) -> tuple[list[float], list[float]]:

@@ -1,7 +1,5 @@
-"""The page of a report, with figures and tables, as HTML and as Markdown."""
+"""The tables of a report, and its page with them and the pictures."""
 
-import base64
-import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,9 +7,10 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
+from hsee_jax.report import html
 from hsee_jax.report.curves import BRANCHES, Curve, Run, Values, spread
-from hsee_jax.report.figures import Picture, draw
-from hsee_jax.report.tables import Table, markdown
+from hsee_jax.report.figures import Pictures, draw
+from hsee_jax.report.tables import EQUAL_SERVERS, Table, markdown
 from hsee_jax.runs.records import images_per_second
 
 _ACCURACIES = tuple(f"{branch} accuracy" for branch in BRANCHES)
@@ -110,73 +109,49 @@ def write_report(curves: Sequence[Curve], out: Path) -> Path:
       UserError: the folder cannot be written to.
     """
     pictures = draw(curves)
-    tables = (results(curves), by_cut(curves))
-    page = "\n".join(
-        [
-            *map(_html_table, tables),
-            *map(_html_picture, pictures),
-            _html_table(_runs(curves)),
-            _html_table(_options(curves)),
-        ]
-    )
-    text = "\n".join(
-        [
-            f"## {table.title}\n\n{markdown(table)}"
-            for table in (*tables, over_rounds(curves))
-        ]
-        + [f"![{picture.title}]({picture.name})\n" for picture in pictures]
-    )
+    page = html.page("Report of hsee_jax runs", tuple(_sections(curves, pictures)))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
+        for picture in pictures.all:
             (out / picture.name).write_bytes(picture.png)
-        (out / "report.md").write_text(text, encoding="utf-8")
-        (out / "report.html").write_text(
-            _PAGE.replace("CONTENT", page), encoding="utf-8"
-        )
+        (out / "report.md").write_text(_markdown(curves, pictures), encoding="utf-8")
+        (out / "report.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"out: {out} cannot be written to: {error.strerror}") from error
     return out / "report.html"
 
 
-def _html_picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    title = html.escape(picture.title)
-    return f'<img alt="{title}" src="data:image/png;base64,{data}">'
+def _sections(curves: Sequence[Curve], pictures: Pictures) -> Iterator[html.Section]:
+    tables = (results(curves), by_cut(curves))
+    yield html.Section("Results", (*tables, *_notes(curves)))
+    yield html.Section("All runs" if len(curves) > 1 else "Training", pictures.overview)
+    for curve, own in zip(curves, pictures.curves, strict=True):
+        yield html.Section(curve.label, (*own, *_absences(curve)))
+    yield html.Section("Training data", pictures.splits)
+    yield html.Section("Runs and options", (_runs(curves), _options(curves)))
 
 
-def _html_table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-
-    rows = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in table.rows)
-    return (
-        f"<h2>{html.escape(table.title)}</h2>\n<table>\n"
-        f"<tr>{line(table.header, 'th')}</tr>\n{rows}\n</table>"
-    )
+def _notes(curves: Sequence[Curve]) -> Iterator[str]:
+    """Yield a paragraph for each curve in which all servers score the same."""
+    for curve in curves:
+        if curve.one_network:
+            yield f"{curve.label}: {EQUAL_SERVERS}"
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>hsee report</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
-  padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; }
-h2 { font-size: 1.1em; margin-top: 2em; }
-img { display: block; width: 100%; margin: 2em 0; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: 0.25em 0.8em; text-align: left; border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #888; }
-td { font-variant-numeric: tabular-nums; }
-</style>
-</head>
-<body>
-<h1>Report of hsee_jax runs</h1>
-CONTENT
-</body>
-</html>
-"""
+def _absences(curve: Curve) -> Iterator[str]:
+    """Yield a paragraph if pictures are left out."""
+    if curve.agreement is None:
+        names = ", ".join(run.name for run in curve.runs if not len(run.agreement))
+        yield (
+            "There is no picture of exit against server, nor of the classes: the right "
+            f"answers by class are not in the summary of {names}. A run of version 0.1 "
+            "or a run that has not ended does not have them."
+        )
+
+
+def _markdown(curves: Sequence[Curve], pictures: Pictures) -> str:
+    tables = (results(curves), by_cut(curves), over_rounds(curves))
+    parts = [f"## {table.title}\n\n{markdown(table)}" for table in tables]
+    parts += [f"{note}\n" for note in _notes(curves)]
+    parts += [f"![{p.title}]({p.name})\n\n{p.text}\n" for p in pictures.all]
+    return "\n".join(parts)

@@ -1,7 +1,14 @@
-"""Tables of text, and their Markdown."""
+"""Tables of text, their Markdown, and a note that stands below them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+# Below a table of accuracies, where `is_one_network` holds.
+EQUAL_SERVERS = (
+    "All servers score the same because they are one network: the strategy averages "
+    "each layer over all clients and servers that hold it. To average the servers "
+    "alone, use --strategy averaging --average servers."
+)
 
 
 class Table(NamedTuple):

@@ -58,6 +58,9 @@ def read_history(folder: Path) -> History:
     if path.exists():
         with _reading(path):
             summary = Summary.from_json(_read(path))
+            if summary.agreement:
+                counts = np.array(summary.agreement, np.int64)
+                counts.reshape(len(partition), 4, len(partition[0].label_counts))
     return History(options, partition, records, summary)
 
 

@@ -7,6 +7,7 @@ Each line of ``metrics.jsonl`` holds a `RoundRecord`; ``summary.json`` holds a
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -15,12 +16,15 @@ import jax
 import numpy as np
 
 from hsee_jax.core.types import ExitMetrics
+from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult, means
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import all_finite
 from hsee_jax.systems.traffic import Bytes
 
 _PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_NUMBERS = re.compile(r"\[\n([\s\d,.eE+-]+)\]")  # an indented list of numbers
+_FIGURES = [name for name in ClientResult._fields if name != "agreement"]
 
 
 class TrainFigures(NamedTuple):
@@ -41,15 +45,16 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, results: Sequence[ClientResult]) -> "Scores":
-        """Make the scores from the results of clients."""
-        return cls(*means(results), tuple(results))
+        """Make the scores from the results of clients; they hold no `Agreement`."""
+        clients = (result._replace(agreement=None) for result in results)
+        return cls(*means(results), tuple(clients))
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores as values of JSON; a loss that is not finite is None."""
         return {
             **self._asdict(),
             "clients": [
-                {name: _plain(value) for name, value in result._asdict().items()}
+                {name: _plain(getattr(result, name)) for name in _FIGURES}
                 for result in self.clients
             ],
         }
@@ -134,17 +139,27 @@ class Summary(NamedTuple):
     device: str
     versions: dict[str, str]
     link: LinkSummary
+    # Of each client, by ascending id; empty in a run of version 0.1.
+    agreement: tuple[Agreement, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as values of JSON."""
         values = self._asdict()
         scores = values.pop("scores").to_json()
+        del values["agreement"]
         return (
             {"rounds": values.pop("rounds")}
             | scores
             | values
             | {"link": self.link._asdict()}
+            | self._agreement()
         )
+
+    def _agreement(self) -> dict[str, Any]:
+        if not self.agreement:
+            return {}
+        pairs = zip(self.scores.clients, self.agreement, strict=True)
+        return {"agreement": [{"id": c.id} | own.to_json() for c, own in pairs]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Summary":
@@ -166,6 +181,7 @@ class Summary(NamedTuple):
             link=LinkSummary(
                 link.get("up_bytes", 0), link.get("down_bytes", 0), link.get("cuts", [])
             ),
+            agreement=tuple(map(Agreement.from_json, values.get("agreement", ()))),
         )
 
 
@@ -212,12 +228,14 @@ def round_record(
 
 
 def summarize(
-    scores: Scores, records: Sequence[RoundRecord], cuts: list[dict[str, Any]]
+    results: Sequence[ClientResult],
+    records: Sequence[RoundRecord],
+    cuts: list[dict[str, Any]],
 ) -> Summary:
-    """Make the summary of a run from its last scores and all its records."""
+    """Make the summary of a run from its last results and all its records."""
     return Summary(
         rounds=len(records),
-        scores=scores,
+        scores=Scores.of(results),
         wall_seconds=sum(record.wall_seconds for record in records),
         images_per_second=images_per_second(records),
         missed_rounds=sum(len(record.missed) for record in records),
@@ -232,6 +250,7 @@ def summarize(
             down_bytes=sum(record.link.down_bytes for record in records),
             cuts=cuts,
         ),
+        agreement=tuple(r.agreement for r in results if r.agreement is not None),
     )
 
 
@@ -247,8 +266,12 @@ def device_name() -> str:
 
 
 def dumps(values: Any, *, lines: bool = False) -> str:
-    """Return JSON with a final newline, indented unless it is a line of a file."""
-    return json.dumps(values, indent=None if lines else 2) + "\n"
+    """Return JSON with a final newline, indented unless it is a line of a file.
+
+    A list of numbers stays on one line.
+    """
+    text = json.dumps(values, indent=None if lines else 2)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def _plain(value: float) -> float | None:
@@ -256,5 +279,5 @@ def _plain(value: float) -> float | None:
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
-    own = {name: values[name] for name in ClientResult._fields}
+    own = {name: values[name] for name in _FIGURES}
     return {k: math.nan if value is None else value for k, value in own.items()}

@@ -113,7 +113,7 @@ class _Loop:
         self._state, self._begun, self._before = start.state, start.begun, start.seconds
         self._records = list(start.records)
         self._begin = begin  # when the round began, on the clock of `perf_counter`
-        self._scores: Scores | None = None
+        self._results: list[ClientResult] | None = None  # of the last evaluation
         self._config = json.loads(to_json(experiment.config))
 
     def run(self) -> Summary:
@@ -123,10 +123,10 @@ class _Loop:
             callback.on_start(experiment)
         while len(self._records) < experiment.cadence.rounds:
             self._round()
-        scores = self._scores
-        if scores is None:  # it was resumed when all was finished
-            scores = Scores.of(experiment.evaluate(self._state, experiment.test))
-        summary = summarize(scores, self._records, experiment.bytes_by_cut())
+        results = self._results
+        if results is None:  # it was resumed when all was finished
+            results = experiment.evaluate(self._state, experiment.test)
+        summary = summarize(results, self._records, experiment.bytes_by_cut())
         for callback in reversed(self._callbacks):
             callback.on_end(summary)
         return summary
@@ -152,9 +152,9 @@ class _Loop:
         due = last or stopped or number % cadence.checkpoint_every == 0
         test = None
         if due or number % cadence.eval_every == 0:
-            results = experiment.evaluate(self._state, experiment.test)
+            results = self._results = experiment.evaluate(self._state, experiment.test)
             _check_results(results, experiment.stop_on_nonfinite, number=number)
-            test = self._scores = Scores.of(results)
+            test = Scores.of(results)
         now = time.perf_counter()
         record = round_record(
             number,
