@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         parallel,
         report,
         runs,
+        studies,
         systems,
     )
     from hsee_jax.config import Config, override, preset
@@ -71,6 +72,7 @@ _PACKAGES = (
     "parallel",
     "report",
     "runs",
+    "studies",
     "systems",
 )
 
@@ -104,6 +106,7 @@ __all__ = [
     "report",
     "restore",
     "runs",
+    "studies",
     "systems",
     "train",
 ]
