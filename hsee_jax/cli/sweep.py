@@ -14,7 +14,6 @@ from hsee_jax.cli.arguments import parser_of
 from hsee_jax.cli.flags import Parser, add_cache, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show, show_log, text_table
-from hsee_jax.core.errors import UserError
 
 
 def sweep(words: Sequence[str]) -> int:
@@ -124,7 +123,7 @@ def _parser() -> Parser:
         "--seeds",
         nargs="+",
         default=(),
-        type=_seed,
+        type=int,
         metavar="INT",
         help="train with these seeds instead of the seeds of the study",
     )
@@ -147,10 +146,3 @@ def _parser() -> Parser:
     )
     add_cache(parser)
     return parser
-
-
-def _seed(word: str) -> int:
-    number = int(word)
-    if number < 0:
-        raise UserError(f"seeds: {number} is not allowed; allowed are numbers from 0")
-    return number

@@ -6,7 +6,7 @@ from typing import Any
 
 from hsee_jax.config.schema import SEEDS, Config
 from hsee_jax.config.values import override
-from hsee_jax.core.errors import unknown
+from hsee_jax.core.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,11 @@ def runs(
       **changes: options to change in every run, such as ``data_dir``.
 
     Raises:
-      UserError: a row is unknown, or a change is not allowed.
+      UserError: a row is unknown, or a seed or a change is not allowed.
     """
+    for seed in seeds:
+        if not 0 <= seed < 2**31:
+            raise UserError(f"seeds: {seed} is not allowed; allowed are 0..{2**31 - 1}")
     known = {row.name: row for row in study.rows}
     for name in rows:
         if name not in known:
