@@ -185,15 +185,24 @@ def test_a_signal_is_the_end(study, monkeypatch, capsys):
     assert "the same command goes on" in capsys.readouterr().err
 
 
-LONG = STUDY.replace("rounds = 3", "rounds = 60\ncheckpoint_every = 2")
+LONG = STUDY.replace("rounds = 3", "rounds = 30\ncheckpoint_every = 2")
 
 
-def start(out):
-    words = ["sweep", "study.toml", "--seeds", "0", "--out", out]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The scores of both rows with seed 0, trained without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "study.toml").write_text(LONG)
+    runs = studies.runs(studies.load(folder / "study.toml"), seeds=[0])
+    return {r.row: studies.train_run(r, folder / r.row).summary.scores for r in runs}
+
+
+def start():
+    """Start a sweep of both rows as a command of its own."""
+    words = ["sweep", "study.toml", "--seeds", "0", "--out", "out"]
     return subprocess.Popen(
         [sys.executable, "-m", "hsee_jax", *words],
-        env=environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -201,34 +210,30 @@ def start(out):
     )
 
 
-def scores(process, out):
-    """The scores of both rows, when the sweep has come to its end."""
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    found = studies.read_results(Path(out))
-    assert len(found) == 2
-    return {one.row: one.summary.scores for one in found}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopping_a_sweep_changes_no_figure(study, number):
+def test_stopping_a_sweep_changes_no_figure(study, expected, number):
     """In the middle of its second row; then it is started again.
 
     It alone is killed; a terminal sends the other signals to all its processes.
     """
     study.write_text(LONG)
-    expected = scores(start("whole"), "whole")
-    stopped = start("stopped")
-    log = Path("stopped/runs/sequential-0/metrics.jsonl")
+    sweep = start()
+    log = Path("out/runs/sequential-0/metrics.jsonl")
     while not log.is_file() or len(log.read_text().splitlines()) < 7:
-        assert stopped.poll() is None
+        assert sweep.poll() is None
         time.sleep(0.01)
     killed = number == signal.SIGKILL
-    (os.kill if killed else os.killpg)(stopped.pid, number)
-    text, errors = stopped.communicate(timeout=60)
-    assert stopped.returncode == (-number if killed else 128 + number)
+    (os.kill if killed else os.killpg)(sweep.pid, number)
+    text, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == (-number if killed else 128 + number)
     assert ("sequential seed 0: stopped " in text) != killed
     assert ("1 of 2 runs are not done; the same command goes on" in errors) != killed
-    assert len(log.read_text().splitlines()) < 60
-    assert scores(start("stopped"), "stopped") == expected
+    assert len(log.read_text().splitlines()) < 30
+    again = start()
+    text, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert text.startswith("1 of 2 runs are to be done\n")
+    results = studies.read_results(Path("out"))
+    assert {one.row: one.summary.scores for one in results} == expected
+    assert len(results) == 2
