@@ -132,7 +132,7 @@ def _options(path: Path, table: str, values: Mapping[str, Any]) -> dict[str, Any
             if name in SEEDS:
                 raise UserError(f"{name}: is not allowed here; seeds gives the seeds")
             if name not in known:
-                raise unknown("option", name, known)
+                raise unknown("option", name, (n for n in known if n not in SEEDS))
         found = {name: known[name][1].checked(v) for name, v in values.items()}
     if "data_dir" in found:  # relative to the file, wherever the study is run
         folder = Path(found["data_dir"]).expanduser()

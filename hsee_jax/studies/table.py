@@ -1,7 +1,7 @@
 """The results of a study as a table, as a page, and as files."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.report.tables import Table, markdown
@@ -82,7 +82,7 @@ def machine(result: Result) -> str:
     return f"{result.summary.device} with {result.cpu_cores} core(s); {versions}"
 
 
-def write(study: Study, results: Sequence[Result], folder: Path) -> Iterable[Path]:
+def write(study: Study, results: Sequence[Result], folder: Path) -> tuple[Path, ...]:
     """Write ``results.md`` and ``results.png`` into the folder of a study.
 
     Returns:
