@@ -1,98 +1,117 @@
-"""Make the tables of results from the JSON of finished runs.
+"""Write the tables of results: docs/results/accuracy.md, and six rows of README.md.
 
-Shows: mean and standard deviation over seeds of each row; nothing is typed by hand, and
-a row that has not been run says so. The small sets go into README.md, the others into
-RESULTS.md.
-Cost: a second.
+Shows: mean and standard deviation over seeds of each row, from the results.jsonl of
+each study in this folder; no figure is typed by hand.
+Cost: a few seconds.
 Command: python experiments/tables.py
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
-import rows
-from performance import README, insert
+from hsee_jax import studies
+from hsee_jax.report.tables import Table, markdown
 
-RESULTS_PAGE = Path(__file__).parent / "RESULTS.md"
-IN_README = ("demo", "cpu-small-cifar10", "cpu-small-fashion")
-SEEDS = (0, 1, 2)
-COLUMNS = ("row", "seeds", "exit accuracy", "server accuracy", "images/s", "seconds")
-FIGURES = {  # of the last four, and the digits that are shown
-    "mean_exit_accuracy": 3,
-    "mean_server_accuracy": 3,
-    "images_per_second": 0,
-    "wall_seconds": 0,
-}
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results" / "accuracy.md"
+README = HERE.parent / "README.md"
+ORDER = (
+    "demo",
+    "cpu-small-fashion",
+    "cpu-small-cifar10",
+    "cifar10",
+    "cifar100",
+    "stl10",
+)
+HEADLINE = "cpu-small-fashion"
+HEADLINE_ROWS = (
+    "centralized",
+    "splitfed_v2",
+    "averaging-all-mixed",
+    "sequential-mixed",
+    "averaging-mixed",
+    "local-mixed",
+)
+INTRODUCTION = """\
+<!-- `python experiments/tables.py` writes this page; do not edit it. -->
+# Accuracy
 
+Each figure is the mean over the clients of a run of their accuracy on the test images,
+then mean ± standard deviation over seeds. Read [the protocol](protocol.md) before you
+compare rows: it says what was chosen by looking at the test images.
 
-def _seed(seed: int, result: rows.Result) -> str:
-    return f"{seed} (diverged)" if "diverged" in result else str(seed)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Return the mean and, for several values, the standard deviation (n - 1)."""
-    if not values:
-        return "none"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def set_table(study: str, folder: Path = rows.RESULTS) -> str:
-    """Return a Markdown line for each row of a set, and the machines of the results."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    machines = []
-    for row in rows.rows(study):
-        runs = [rows.Run(row, seed) for seed in SEEDS]
-        found = {run.seed: result for run in runs if (result := rows.load(run, folder))}
-        name = row.partition("/")[2]
-        if not found:
-            lines.append(f"| {name} |" + " not run |" * (len(COLUMNS) - 1))
-            continue
-        results = [result for result in found.values() if "diverged" not in result]
-        cells = [name, " ".join(map(_seed, found, found.values()))]
-        for figure, digits in FIGURES.items():
-            cells.append(spread([result[figure] for result in results], digits))
-        lines.append(f"| {' | '.join(cells)} |")
-        machines += [machine(result) for result in results]
-    known = dict.fromkeys(machines)
-    return "\n".join([*lines, *(f"\nRun on {m}." for m in known)])
+Images/s and seconds were taken while the machine did other work; for speed see
+[performance](performance.md).
+"""
 
 
-def machine(result: rows.Result) -> str:
-    """Return the hardware and the versions of a result in a line."""
-    names = ("python", "jax", "flax")
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in names)
-    return f"{result['device']} with {result['cpu_cores']} core(s); {versions}"
+def load(name: str) -> tuple[studies.Study, list[studies.Result]]:
+    """Read a study of this folder and its results."""
+    folder = HERE / name
+    return studies.load(folder / "study.toml"), studies.read_results(folder)
 
 
-def about(study: str) -> str:
-    """Return what a set shows and costs, from the head of its file."""
-    lines = (rows.ROWS / study / rows.COMMON).read_text().splitlines()
-    comments = [line.removeprefix("#").strip() for line in lines if line[:1] == "#"]
-    return "\n".join(comments).replace("Command: ", "Command: `") + "`"
+def accuracy() -> str:
+    """Return the page of all studies."""
+    found = {name: load(name) for name in ORDER}
+    parts = [INTRODUCTION.rstrip(), "## The rows"]
+    parts.append(studies.row_list(found[HEADLINE][0]))
+    for name, (study, results) in found.items():
+        if results:
+            command = f"hsee sweep experiments/{name}/study.toml"
+            parts += [
+                f"## {study.title}",
+                studies.page(study, results),
+                f"Command: `{command} --out experiments/{name}`",
+            ]
+    missing = {name: study for name, (study, results) in found.items() if not results}
+    if missing:
+        parts.append("## Not run")
+        parts.append("No machine has run these studies yet:")
+        parts.append(_missing(missing))
+    return "\n\n".join(parts) + "\n"
 
 
-def section(study: str, folder: Path) -> str:
-    """Return the heading, the text and the table of a set."""
-    return f"### {study}\n\n{about(study)}\n\n{set_table(study, folder)}"
+def _missing(found: dict[str, studies.Study]) -> str:
+    rows = [
+        (study.title, study.shows, str(len(study.rows)), f"`experiments/{name}`")
+        for name, study in found.items()
+    ]
+    return markdown(Table("", ("study", "what it is", "rows", "folder"), rows)).rstrip()
+
+
+def headline() -> str:
+    """Return the table of README.md: six rows that say most."""
+    study, results = load(HEADLINE)
+    shows = {row.name: row.shows for row in study.rows}
+    found = studies.by_row(study, results)
+    rows = []
+    for name in HEADLINE_ROWS:
+        scores = [r.summary.scores for r in found.get(name, ()) if r.summary]
+        exits = studies.mean_text([one.mean_exit_accuracy for one in scores], 3)
+        servers = studies.mean_text([one.mean_server_accuracy for one in scores], 3)
+        rows.append((f"`{name}`", shows[name], exits, servers))
+    header = ("row", "what it is", "exit accuracy", "server accuracy")
+    return markdown(Table("", header, rows)).rstrip()
+
+
+def insert(page: str, text: str, name: str) -> str:
+    """Return a page with a text between the markers of a name, if it has them."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        return page
+    return f"{before}{first}\n{text}\n{last}{after}"
 
 
 def main() -> None:
-    """Write both files."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=rows.RESULTS)
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--page", type=Path, default=RESULTS_PAGE)
-    given = parser.parse_args()
-    for path, sets in (
-        (given.readme, IN_README),
-        (given.page, [study for study in rows.sets() if study not in IN_README]),
-    ):
-        text = "\n\n".join(section(study, given.results) for study in sets)
-        path.write_text(insert(path.read_text(), text, "results"))
+    """Write the page, and the table of README.md."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(accuracy(), encoding="utf-8")
+    page = insert(README.read_text(encoding="utf-8"), headline(), "headline")
+    README.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

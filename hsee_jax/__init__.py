@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         parallel,
         report,
         runs,
+        studies,
         systems,
         tracking,
     )
@@ -72,6 +73,7 @@ _PACKAGES = (
     "parallel",
     "report",
     "runs",
+    "studies",
     "systems",
     "tracking",
 )
@@ -106,6 +108,7 @@ __all__ = [
     "report",
     "restore",
     "runs",
+    "studies",
     "systems",
     "tracking",
     "train",

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from short_resnet import SHORT_RESNET
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
 import bench_all  # noqa: E402
 import bench_scaling  # noqa: E402
 import federations  # noqa: E402
 import performance  # noqa: E402
+import sections  # noqa: E402
 
 
 def import_round():
@@ -33,7 +34,7 @@ def import_round():
 
 def run(script, *arguments):
     return subprocess.run(
-        [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)],
+        [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -95,55 +96,61 @@ RESULT = {
             "dtype": "float32",
             "strategy": "averaging",
             "hsee images/s": 1234.5,
+            "hsee range": "1.1e+03-1.3e+03",
             "ratio": 1.5,
         }
     ],
 }
 
 
-def test_performance_shows_what_is_there_and_what_is_missing():
+def test_the_page_shows_what_is_there_and_says_once_what_is_missing():
     other = {**RESULT, "benchmark": "beads", "rows": [{"beads": 7}]}
     text = performance.render([RESULT, other])
-    assert "1 x abacus, 2 cores of an old one; jax 1.2.3:" in text
-    (row,) = [line for line in text.splitlines() if "1.23e+03" in line]
-    assert row.startswith("| w8-b8-n32 | float32 | averaging | 1.23e+03 |")
-    assert "| 1.5 | not measured |" in row
-    (missing,) = [
-        line for line in text.splitlines() if "w8-b8-n32 | float32 | seq" in line
-    ]
-    assert missing.count("not measured") == len(performance.SECTIONS[0].columns) - 3
-    assert text.index("On a GPU, not measured:") < text.index("| w64-b128-n64 |")
-    assert text.count("On a CPU: not measured.") == len(performance.SECTIONS) - 1
+    assert "- **A**: 1 x abacus, 2 cores of an old one; jax 1.2.3\n" in text
+    (row,) = [line for line in text.splitlines() if "1,234" in line]
+    assert row == "| w8-b8-n32 | float32 | averaging | 1,234 (1,100 to 1,300) | 1.5 |"
+    assert "compiled" not in text  # no row has it
     assert "beads" not in text
-    text = performance.details([RESULT, other])
-    assert "### Benchmark `beads`" in text
-    assert "| beads |\n|---|\n| 7 |" in text
+    assert text.count("## Not measured") == 1
+    missing = text.partition("## Not measured")[2]
+    assert (
+        "A round against PyTorch: on a CPU, w8-b8-n32 float32 sequential, " in missing
+    )
+    assert "A round against PyTorch: on a GPU\n" in missing
+    assert "Forms of one convolution: on a CPU\n" in missing
 
 
-def test_the_section_replaces_what_is_between_the_markers():
-    readme = "a\n<!-- it -->\nold\n<!-- end of it -->\nz\n"
-    text = performance.insert(readme, "new", "it")
-    assert text == "a\n<!-- it -->\nnew\n<!-- end of it -->\nz\n"
-    assert performance.insert(text, "new", "it") == text
-    with pytest.raises(SystemExit):
-        performance.insert("a\n", "new", "it")
+def test_a_gap_in_a_column_is_marked():
+    full = {**RESULT["rows"][0], "strategy": "sequential", "PyTorch images/s": 8.0}
+    text = performance.render([{**RESULT, "rows": [*RESULT["rows"], full]}])
+    assert "| averaging | 1,234 (1,100 to 1,300) | – | 1.5 |" in text
+    assert text.count("–: not measured.") == 1
 
 
-def test_the_readme_shows_the_results():
-    results = performance.load(bench.RESULTS)
-    for path, section in (
-        (performance.README, performance.render(results)),
-        (performance.DETAILS, performance.details(results)),
-    ):
-        page = path.read_text()
-        assert performance.insert(page, section, "performance") == page
+def test_figures_are_readable():
+    """No exponents but for very small figures, and a few digits."""
+    assert [sections.figure(x) for x in (44732.9, 575.4, 2.374, 1.09e-5, 32, None)] == [
+        "44,733",
+        "575",
+        "2.37",
+        "1.09e-05",
+        "32",
+        "",
+    ]
+    ends = sections.spread("range")({"range": "4.46e+04-4.56e+04"})
+    assert ends == "44,600 to 45,600"
+
+
+def test_the_page_is_up_to_date():
+    page = performance.PAGE.read_text(encoding="utf-8")
+    assert page == performance.render(performance.load(bench.RESULTS))
 
 
 def test_all_benchmarks_are_parts():
     found = bench_all.parts("cpu")
     assert {f"scaling-{part}" for part in bench_scaling.PARTS} <= set(found)
     scripts = {arguments[0] for arguments in found.values()}
-    everything = {path.name for path in EXPERIMENTS.glob("bench_*.py")}
+    everything = {path.name for path in BENCHMARKS.glob("bench_*.py")}
     assert scripts == everything - {"bench_all.py"}
 
 

@@ -19,7 +19,7 @@ import hsee_jax
 ROOT = Path(hsee_jax.__file__).parent
 ORDER = (
     "core parallel nn link optim data federation algorithms engine systems config runs "
-    "tracking inference report deployment cli"
+    "tracking inference report deployment studies cli"
 ).split()
 FILES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(
@@ -70,7 +70,7 @@ def test_every_package_imports_only_from_above():
 
 def test_the_library_knows_no_configuration():
     readers = {package(n) for n in MODULES if "hsee_jax.config" in FILES[n].read_text()}
-    assert readers == {"config", "runs", "cli"}
+    assert readers == {"config", "runs", "studies", "cli"}
 
 
 def test_no_file_imports_itself_over_others():
@@ -167,6 +167,7 @@ def test_each_library_has_one_home():
             "report.heat_maps",
             "report.progress",
             "report.style",
+            "studies.picture",
         },
         "tensorboardX": {"tracking.event_files"},
         "wandb": {"tracking.wandb_run"},

@@ -28,6 +28,12 @@ COMMANDS = {
         "Train a federation and write a run folder.",
         "--resume continues from the last checkpoint",
     ),
+    "sweep": Command(
+        "sweep",
+        "sweep",
+        "Train the rows and seeds of a study, and compare them.",
+        "the same command goes on",
+    ),
     "eval": Command(
         "inspect", "evaluate", "Restore a run and evaluate it on its test set."
     ),

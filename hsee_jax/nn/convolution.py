@@ -168,7 +168,7 @@ def _all_batched(size: int, batched: list[bool], *arrays: Array) -> list[Array]:
 
 # Each row holds a window, a stride (None for any), the least number of channels (input
 # and output), and the forms of the three passes; the first row that fits counts.
-# experiments/bench_conv.py measured them on CPU.
+# benchmarks/bench_conv.py measured them on CPU.
 _CPU = (
     (1, None, 1, ("patches", "patches", "patches")),
     (3, 1, 64, ("winograd", "winograd", "winograd")),
@@ -184,7 +184,7 @@ def _auto(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str
     scan. XLA for TPU makes one convolution of a group, with the client as a spatial
     axis. On a GPU the gradients of grouped convolutions by the weights become forward
     convolutions with windows as large as the image, so each client gets its own
-    convolution: experiments/bench_forms.py measured rounds 1.6 times as fast as with
+    convolution: benchmarks/bench_forms.py measured rounds 1.6 times as fast as with
     groups.
     """
     backend = jax.default_backend()

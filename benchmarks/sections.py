@@ -1,0 +1,259 @@
+"""The sections of the page on performance: which figures a reader gets, and how."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import bench
+import bench_round
+
+Cell = Callable[[bench.Row], str]  # the text of a cell; empty if it is not measured
+BACKENDS = {"cpu": "CPU", "gpu": "GPU"}
+
+
+class Part(NamedTuple):
+    """A table of a section."""
+
+    text: str  # how to read it
+    columns: Mapping[str, Cell]  # by heading
+    only: bench.Row = {}  # values of the rows that belong to the table
+
+    def holds(self, row: bench.Row) -> bool:
+        """Return whether a row belongs to the table."""
+        return self.only.items() <= row.items()
+
+
+class Section(NamedTuple):
+    """One question, answered from the results with the same beginning of the name."""
+
+    prefix: str
+    title: str
+    text: str
+    parts: Sequence[Part]
+    expected: Mapping[str, list[bench.Row]] = {"cpu": [], "gpu": []}  # by backend
+
+
+def figure(value: Any) -> str:
+    """Return a figure as text: with three digits, or from 100 as a whole number."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value) or "none"
+
+
+def value(key: str) -> Cell:
+    """Show a figure."""
+    return lambda row: figure(row.get(key))
+
+
+def spread(key: str) -> Cell:
+    """Show two figures that a text such as ``1.77-2.52 ms`` names."""
+
+    def cell(row: bench.Row) -> str:
+        ends = re.findall(r"\d[\d.]*(?:e[+-]?\d+)?", row.get(key) or "")
+        return " to ".join(figure(float(end)) for end in ends)
+
+    return cell
+
+
+def both(key: str, range_key: str) -> Cell:
+    """Show a figure, and its range in brackets."""
+
+    def cell(row: bench.Row) -> str:
+        text, ends = value(key)(row), spread(range_key)(row)
+        return f"{text} ({ends})" if text and ends else text
+
+    return cell
+
+
+def convolution(row: bench.Row) -> str:
+    """Show the shape of a convolution."""
+    return (
+        f"{row['channels']} to {row['features']}, window {row['window']}, stride "
+        f"{row['stride']}, image {row['image']}"
+    )
+
+
+def _values(*keys: str) -> dict[str, Cell]:
+    return {key: value(key) for key in keys}
+
+
+_SIZE = _values("size", "dtype", "strategy")
+_CONVOLUTION: dict[str, Cell] = {"convolution": convolution, "batch": value("batch")}
+
+SECTIONS = (
+    Section(
+        "round",
+        "A round against PyTorch",
+        "PyTorch runs the same algorithm from the same weights, and its losses must "
+        "agree before anything is timed. In a size, w is the width of the network, b "
+        "the batch size and n the number of clients. A ratio above 1 means that "
+        "hsee_jax is faster.",
+        (
+            Part(
+                "",
+                {
+                    **_SIZE,
+                    "hsee images/s": both("hsee images/s", "hsee range"),
+                    "PyTorch images/s": both("PyTorch images/s", "PyTorch range"),
+                    "ratio": value("ratio"),
+                    "compiled PyTorch images/s": value("compiled images/s"),
+                    "ratio to compiled": value("ratio to compiled"),
+                },
+            ),
+            Part(
+                "The share of the machine's peak in matrix products that each reaches, "
+                "and the largest relative difference of their losses:",
+                {
+                    **_SIZE,
+                    "hsee": value("hsee share of peak"),
+                    "PyTorch": value("PyTorch share of peak"),
+                    "loss difference": value("loss difference"),
+                },
+            ),
+        ),
+        {
+            backend: [
+                {"size": size.name, "dtype": size.dtype, "strategy": strategy}
+                for size in sizes
+                for strategy in bench_round.STRATEGIES
+            ]
+            for backend, sizes in bench_round.SIZES.items()
+        },
+    ),
+    Section(
+        "scaling-clients",
+        "Time per image by the number of clients",
+        "",
+        (
+            Part(
+                "",
+                {
+                    **_values("strategy", "clients", "images/s"),
+                    "ms per image": both("ms per image", "range"),
+                    "relative to 4 clients": value("relative to 4 clients"),
+                },
+            ),
+        ),
+    ),
+    Section(
+        "scaling-devices",
+        "Time per image by the number of devices",
+        "On a CPU the devices are fakes that share its cores: they show the cost of "
+        "the partition, not a speed-up.",
+        (
+            Part(
+                "",
+                {
+                    **_values("strategy", "devices"),
+                    "ms per image": both("ms per image", "range"),
+                    "relative to 1 device": value("relative to 1 device"),
+                },
+            ),
+        ),
+    ),
+    Section(
+        "scaling-memory",
+        "Peak memory by the number of clients",
+        "On a CPU it is the resident memory with compilation, above a process that "
+        "builds nothing; on a GPU it is the memory allocated on the device.",
+        (Part("", _values("strategy", "clients", "peak MB")),),
+    ),
+    Section(
+        "scaling-precision",
+        "Precision, and a loop over clients or one scan (vmap)",
+        "",
+        (
+            Part(
+                "",
+                {
+                    **_values("strategy", "client axis", "dtype", "images/s"),
+                    "ms per image, lowest to highest": spread("range"),
+                },
+            ),
+        ),
+    ),
+    Section(
+        "scaling-population",
+        "Rounds of a few clients out of many",
+        "",
+        (
+            Part(
+                "",
+                {
+                    **_values("strategy", "clients", "active"),
+                    "seconds a round": both("round s", "range"),
+                    "peak MB": value("peak MB"),
+                },
+            ),
+        ),
+    ),
+    Section(
+        "forms",
+        "Forms of the stacked convolutions in whole rounds",
+        "The cost is the time for an image relative to one plain network on all the "
+        "images; 1 means that many clients cost no more than one network.",
+        (
+            Part(
+                "",
+                {
+                    **_values("strategy", "client axis", "form"),
+                    "images/s": both("images/s", "range"),
+                    "cost": value("cost in plain networks"),
+                },
+            ),
+        ),
+    ),
+    Section(
+        "gate",
+        "Early exits: time by the share of samples that is sent",
+        "Times are of a batch, and relative to a server that runs all samples without "
+        "a gate.",
+        (
+            Part(
+                "",
+                {
+                    "width, batch, cut": lambda row: ", ".join(
+                        str(row[key]) for key in ("width", "batch", "cut")
+                    ),
+                    "sent": lambda row: f"{row['sent']:.0%}",
+                    "server ms": both("server ms", "range"),
+                    "server, relative": value("relative to all"),
+                    "client and server ms": value("both ms"),
+                    "both, relative": value("both relative to all"),
+                },
+            ),
+        ),
+    ),
+    Section(
+        "conv",
+        "Forms of one convolution",
+        "Milliseconds of a pass. A convolution is named by its channels, its window, "
+        "its stride and the height of the image.",
+        (
+            Part(
+                "One set of weights:",
+                {
+                    **_CONVOLUTION,
+                    **_values("pass", "grouped", "patches", "winograd", "auto"),
+                },
+                {"setting": "single"},
+            ),
+            Part(
+                "The stacked weights of 8 clients, all passes together:",
+                {
+                    **_CONVOLUTION,
+                    **_values("grouped", "unrolled", "patches", "winograd", "auto"),
+                },
+                {"setting": "stacked"},
+            ),
+            Part(
+                "The gradient by the weights in a loop and in a compiled scan:",
+                {**_CONVOLUTION, **_values("form", "loop", "scan")},
+                {"setting": "scanned"},
+            ),
+        ),
+        {"cpu": []},
+    ),
+)

@@ -1,0 +1,171 @@
+"""The results of a study: one JSON object a line in ``results.jsonl``.
+
+Lines are only appended. A run counts as finished if a line holds its row, its seed and
+its settings; of several such lines the last counts.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hsee_jax.config.schema import BOOKKEEPING, Config
+from hsee_jax.config.values import flatten
+from hsee_jax.core.errors import UserError
+from hsee_jax.runs.folder import writing
+from hsee_jax.runs.records import Summary, dumps
+from hsee_jax.studies.study import Run, Study, runs
+
+FILE = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of a run that came to its end."""
+
+    row: str
+    seed: int
+    settings: Mapping[str, Any]  # see `settings`
+    cpu_cores: int  # that the run could use
+    summary: Summary | None  # None if the run diverged
+    diverged: str = ""  # where and how
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as values of JSON."""
+        values = {
+            "row": self.row,
+            "seed": self.seed,
+            "settings": dict(self.settings),
+            "cpu_cores": self.cpu_cores,
+        }
+        if self.summary is None:
+            return values | {"diverged": self.diverged}
+        return values | {"summary": self.summary.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Result":
+        """Make a result from what `to_json` returns.
+
+        Raises:
+          KeyError, TypeError, ValueError: the values are not a result.
+        """
+        summary = values.get("summary")
+        return cls(
+            row=values["row"],
+            seed=values["seed"],
+            settings=dict(values["settings"]),
+            cpu_cores=values["cpu_cores"],
+            summary=None if summary is None else Summary.from_json(summary),
+            diverged="" if summary else values["diverged"],
+        )
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return the options that have an effect on a training, as values of JSON."""
+    values = {k: v for k, v in flatten(config).items() if k not in BOOKKEEPING}
+    return json.loads(json.dumps(values))
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read the results in the folder of a study; a line cut off by a kill is left out.
+
+    Raises:
+      UserError: a line is damaged.
+    """
+    path = folder / FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"results: {path} cannot be read: {error.strerror}") from error
+    found = []
+    for number, line in enumerate(_complete(content).splitlines(), start=1):
+        try:
+            found.append(Result.from_json(json.loads(line)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"results: {path}, line {number}, is damaged "
+                f"({type(error).__name__}: {error}); remove the line, and its run is "
+                "done again"
+            ) from error
+    return found
+
+
+def append_result(folder: Path, result: Result) -> None:
+    """Append a line to the results; an earlier line that a kill cut off is dropped.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    line = dumps(result.to_json(), lines=True).encode()
+    path = folder / FILE
+    with writing(path), path.open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        complete = _complete(content)
+        file.truncate(min(len(complete), len(content)))
+        file.write(complete[len(content) :] + line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _complete(content: bytes) -> bytes:
+    """Return all complete lines, each with its end."""
+    lines, end, last = content.rpartition(b"\n")
+    try:
+        json.loads(last)
+    except ValueError:  # it is empty, or cut off
+        return lines + end
+    return content + b"\n"
+
+
+def result_of(run: Run, results: Sequence[Result]) -> Result | None:
+    """Return the last result of a run, or None if no line holds its settings."""
+    wanted = settings(run.config)
+    for result in reversed(results):
+        if (result.row, result.seed) == (run.row, run.seed):
+            # An option that is newer than the result had its default.
+            known = settings(Config()) | dict(result.settings)
+            if all(known.get(name) == value for name, value in wanted.items()):
+                return result
+    return None
+
+
+def by_row(study: Study, results: Sequence[Result]) -> dict[str, tuple[Result, ...]]:
+    """Return the results of each row that has any, by seed, in the study's order."""
+    found = {}
+    for row in study.rows:
+        seeds = sorted({result.seed for result in results if result.row == row.name})
+        if seeds:
+            own = runs(study, rows=[row.name], seeds=seeds)
+            found[row.name] = tuple(filter(None, (result_of(r, results) for r in own)))
+    return {name: own for name, own in found.items() if own}
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make the folder of a study, and keep other sweeps out of it.
+
+    Raises:
+      UserError: another sweep is at work there.
+    """
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(FileLock(path).acquire(timeout=0))
+        except Timeout as error:
+            raise UserError(
+                f"out: {folder} is being written by another sweep; allowed is another "
+                "folder, or to wait for its end"
+            ) from error
+        except (OSError, NotImplementedError):  # a file system without locks
+            pass
+        yield

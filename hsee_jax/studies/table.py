@@ -1,0 +1,104 @@
+"""The results of a study as a table, as a page, and as files."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from hsee_jax.report.tables import Table, markdown
+from hsee_jax.runs.folder import replace_file, writing
+from hsee_jax.studies.results import Result, by_row
+from hsee_jax.studies.study import Study
+
+_HEADER = ("row", "seeds", "exit accuracy", "server accuracy", "images/s", "seconds")
+
+
+def table(study: Study, results: Sequence[Result]) -> Table:
+    """Make a table of the rows with results: mean ± standard deviation over seeds.
+
+    Accuracies are means over the clients of a run. The deviation is that of a sample
+    (n - 1); with one seed there is none.
+
+    Args:
+      study: the study; results with other settings are left out.
+      results: the results, see `read_results`.
+    """
+    rows = []
+    for name, own in by_row(study, results).items():
+        summaries = [result.summary for result in own if result.summary is not None]
+        scores = [summary.scores for summary in summaries]
+        rows.append(
+            (
+                name,
+                " ".join(map(_seed, own)),
+                mean_text([one.mean_exit_accuracy for one in scores], 3),
+                mean_text([one.mean_server_accuracy for one in scores], 3),
+                mean_text([one.images_per_second for one in summaries], 0),
+                mean_text([one.wall_seconds for one in summaries], 0),
+            )
+        )
+    return Table(study.title, _HEADER, rows)
+
+
+def _seed(result: Result) -> str:
+    return f"{result.seed} (diverged)" if result.diverged else str(result.seed)
+
+
+def mean_text(values: Sequence[float], digits: int) -> str:
+    """Return mean ± standard deviation, the mean of one value, or "none"."""
+    if not values:
+        return "none"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def page(study: Study, results: Sequence[Result]) -> str:
+    """Return Markdown: what the study shows and costs, its table, and its machines."""
+    done = by_row(study, results)
+    missing = [row.name for row in study.rows if row.name not in done]
+    parts = [study.shows, study.cost and f"Cost: {study.cost}"]
+    if done:
+        parts.append(markdown(table(study, results)).rstrip())
+    if missing:
+        parts.append(f"Not run: {', '.join(missing)}.")
+    machines = (machine(r) for own in done.values() for r in own)
+    parts += [f"Run on {one}." for one in dict.fromkeys(filter(None, machines))]
+    return "\n\n".join(filter(None, parts))
+
+
+def row_list(study: Study) -> str:
+    """Return a Markdown table of what each row shows; empty if no row says it."""
+    rows = [(row.name, row.shows) for row in study.rows if row.shows]
+    return markdown(Table("", ("row", "what it is"), rows)).rstrip() if rows else ""
+
+
+def machine(result: Result) -> str:
+    """Return hardware and versions behind a result; empty if the run diverged."""
+    if result.summary is None:
+        return ""
+    own = result.summary.versions
+    versions = ", ".join(f"{n} {own[n]}" for n in ("python", "jax", "flax") if n in own)
+    return f"{result.summary.device} with {result.cpu_cores} core(s); {versions}"
+
+
+def write(study: Study, results: Sequence[Result], folder: Path) -> tuple[Path, ...]:
+    """Write ``results.md`` and ``results.png`` into the folder of a study.
+
+    Returns:
+      The files.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    from hsee_jax.studies.picture import draw
+
+    text, picture = folder / "results.md", folder / "results.png"
+    parts = (f"# {study.title}", row_list(study), page(study, results))
+    replace_file(text, "\n\n".join(filter(None, parts)) + "\n")
+    png = draw(study, results)
+    if not png:
+        return (text,)
+    with writing(picture):
+        picture.write_bytes(png)
+    return text, picture

@@ -1,0 +1,81 @@
+"""Train one run of a study in its folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hsee_jax.config.schema import BOOKKEEPING
+from hsee_jax.config.values import flatten
+from hsee_jax.core.errors import DivergenceError, UserError
+from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.train import train
+from hsee_jax.studies.results import Result, settings
+from hsee_jax.studies.study import Run
+
+
+def train_run(
+    run: Run,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train a run from its start, or from its last checkpoint.
+
+    A divergence is a result.
+
+    Args:
+      run: the run.
+      folder: the folder of the run.
+      overwrite: replace a run with other settings in the folder.
+      stop: see `hsee_jax.train`.
+
+    Raises:
+      UserError: the run is not allowed; or the folder holds a run with other settings,
+        and ``overwrite`` is not set.
+      Stopped: ``stop`` returned true.
+    """
+    changed = changes(run, folder)
+    if changed and not overwrite:
+        raise refusal(run, folder, changed)
+    summary, diverged = None, ""
+    try:
+        summary = train(
+            run.config,
+            folder,
+            resume=changed == (),
+            overwrite=bool(changed),
+            stop=stop,
+        )
+    except DivergenceError as error:
+        diverged = str(error)
+    return Result(
+        run.row, run.seed, settings(run.config), len(cores()), summary, diverged
+    )
+
+
+def changes(run: Run, folder: Path) -> tuple[str, ...] | None:
+    """Return the options in which the run in a folder differs; None without a run."""
+    if not (folder / "config.json").is_file():
+        return None
+    ours, theirs = flatten(run.config), flatten(read_config(folder))
+    return tuple(
+        name
+        for name in dict.fromkeys((*ours, *theirs))
+        if name not in BOOKKEEPING and ours.get(name) != theirs.get(name)
+    )
+
+
+def refusal(run: Run, folder: Path, changed: tuple[str, ...]) -> UserError:
+    """Return the error for a folder that holds a run with other settings."""
+    return UserError(
+        f"out: {folder} holds a run of {run.row} with another {', '.join(changed)}; "
+        "allowed is another folder, or --overwrite to replace the run"
+    )
+
+
+def cores() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -1,0 +1,429 @@
+"""Studies: their files, their results, and their tables."""
+
+import itertools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny  # noqa: F401  registers its network
+
+import hsee_jax
+from hsee_jax import studies
+from hsee_jax.runs.records import Scores, Summary
+
+STUDY = """title = "A study for tests"
+shows = "Two strategies on noise."
+cost = "nothing."
+preset = "demo"
+seeds = [0, 1]
+
+[options]
+network = "tiny"
+plugin = ["tiny"]
+num_clients = 2
+cuts = ["1", "2"]
+max_train_samples = 40
+max_test_samples = 20
+rounds = 3
+
+[rows.averaging]
+shows = "Servers and clients are averaged."
+strategy = "averaging"
+
+[rows.sequential]
+strategy = "sequential"
+"""
+GRID = """preset = "demo"
+[grid]
+strategy = ["averaging", "sequential"]
+learning_rate = [0.1, 0.05]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes a study's file, with some text replaced."""
+
+    def written(text=STUDY, *changes, name="study.toml"):
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return written
+
+
+def summary(exits=0.5, servers=0.5, seconds=10.0):
+    return Summary.from_json(
+        {
+            "rounds": 3,
+            "mean_exit_accuracy": exits,
+            "mean_server_accuracy": servers,
+            "clients": [],
+            "images_per_second": 100.0,
+            "wall_seconds": seconds,
+            "device": "1 x abacus",
+            "versions": {"python": "3", "jax": "4", "flax": "5"},
+        }
+    )
+
+
+def result(run, found=None, diverged=""):
+    own = studies.settings(run.config)
+    return studies.Result(run.row, run.seed, own, 2, found, diverged)
+
+
+def test_a_study_holds_rows_and_seeds(write):
+    study = studies.load(write())
+    assert (study.title, study.shows) == (
+        "A study for tests",
+        "Two strategies on noise.",
+    )
+    assert study.cost == "nothing."
+    assert [row.name for row in study.rows] == ["averaging", "sequential"]
+    assert [row.shows for row in study.rows] == [
+        "Servers and clients are averaged.",
+        "",
+    ]
+    runs = studies.runs(study)
+    assert [str(run) for run in runs] == [
+        "averaging seed 0",
+        "sequential seed 0",
+        "averaging seed 1",
+        "sequential seed 1",
+    ]
+    config = runs[-1].config
+    assert config.strategy.strategy == "sequential"
+    assert config.model.network == "tiny"
+    assert (
+        config.run.model_seed == config.run.data_seed == config.run.partition_seed == 1
+    )
+
+
+def test_runs_are_chosen_by_rows_and_seeds(write):
+    study = studies.load(write())
+    chosen = studies.runs(study, rows=["sequential"], seeds=[7], batch_size=3)
+    assert [str(run) for run in chosen] == ["sequential seed 7"]
+    assert chosen[0].config.run.batch_size == 3
+    with pytest.raises(hsee_jax.UserError, match="rows: sequenial .*did you mean seq"):
+        studies.runs(study, rows=["sequenial"])
+
+
+def test_a_grid_is_the_product_of_its_lists(write):
+    study = studies.load(write(GRID))
+    assert [row.name for row in study.rows] == [
+        f"strategy={strategy},learning_rate={rate}"
+        for strategy, rate in itertools.product(
+            ["averaging", "sequential"], [0.1, 0.05]
+        )
+    ]
+    found = {
+        (r.config.strategy.strategy, r.config.optim.learning_rate) for r in study.rows
+    }
+    assert len(found) == 4
+    assert study.seeds == (0,)
+    assert study.title == "study"
+
+
+def test_rows_are_crossed_with_the_grid(write):
+    study = studies.load(write(STUDY + "[grid]\ncuts = [['1'], ['1', '2']]\n"))
+    assert [row.name for row in study.rows] == [
+        "averaging,cuts=1",
+        "averaging,cuts=1+2",
+        "sequential,cuts=1",
+        "sequential,cuts=1+2",
+    ]
+    assert study.rows[2].config.clients.cuts == ("1",)
+
+
+def test_points_of_the_grid_can_be_skipped(write):
+    text = GRID.replace(
+        "[grid]", 'skip = [{strategy = "sequential", learning_rate = 0.05}]\n[grid]'
+    )
+    names = [row.name for row in studies.load(write(text)).rows]
+    assert len(names) == 3
+    assert "strategy=sequential,learning_rate=0.05" not in names
+
+
+def test_a_study_extends_another_file(write):
+    """Keys of a file come before those of the file that it extends, row by row."""
+    write(STUDY, name="common.toml")
+    path = write(
+        'extends = "common.toml"\nseeds = [5]\n[options]\nrounds = 2\n'
+        '[rows.sequential]\nstrategy = "sequential"\nbatch_size = 4\n'
+        '[rows.local]\nstrategy = "local"\n'
+    )
+    study = studies.load(path)
+    assert [row.name for row in study.rows] == ["averaging", "sequential", "local"]
+    assert study.seeds == (5,)
+    assert {row.config.run.rounds for row in study.rows} == {2}
+    assert [row.config.run.batch_size for row in study.rows] == [16, 4, 16]
+
+
+def test_a_study_begins_with_a_configuration(write, tmp_path):
+    config = hsee_jax.override(hsee_jax.preset("demo"), rounds=2)
+    (tmp_path / "base.json").write_text(hsee_jax.config.to_json(config))
+    path = write(
+        STUDY, ('preset = "demo"', 'config = "base.json"'), ("rounds = 3\n", "")
+    )
+    assert studies.load(path).rows[0].config.run.rounds == 2
+
+
+def test_a_data_dir_is_relative_to_the_file(write, tmp_path):
+    path = write(STUDY, ("[options]", '[options]\ndata_dir = "images"'))
+    config = studies.load(path).rows[0].config
+    assert config.data.data_dir == str((tmp_path / "images").resolve())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "title =",
+            "titel =",
+            r"top level: key: titel is unknown \(did you mean title",
+        ),
+        ('title = "A study for tests"', "title = 3", "title: 3 is not allowed"),
+        ('preset = "demo"', "", "preset, config: neither is given"),
+        ('preset = "demo"', 'preset = "dem"', "preset: preset: dem is unknown"),
+        ('preset = "demo"', 'config = "no.json"', "config: config: .*cannot be read"),
+        ("seeds = [0, 1]", "seeds = []", r"seeds: \[\] is not allowed"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "seeds: .* different whole numbers"),
+        ("seeds = [0, 1]", "seeds = [-1]", "seeds: .* different whole numbers"),
+        ("seeds = [0, 1]", "seeds = [true]", "seeds: .* different whole numbers"),
+        ("rounds = 3", "round = 3", r"\[options\]: option: round is unknown"),
+        ("rounds = 3", 'rounds = "3"', r"\[options\]: rounds: \"3\" is not allowed"),
+        ("rounds = 3", "rounds = 0", r"\[options\]: rounds: 0 is not allowed"),
+        ("rounds = 3", "model_seed = 3", r"\[options\]: model_seed: .*seeds gives"),
+        ("rounds = 3", 'link = "tcp"', r"\[options\]: link: tcp is unknown"),
+        ('["tiny"]', '["no_such_module"]', r"\[options\]: plugin: no_such_module"),
+        ("[rows.sequential]", "[rows.'a b']", r"\[rows.a b\]: the name 'a b'"),
+        (
+            "[rows.sequential]",
+            "[rows.sequential]\nshows = 1",
+            r"sequential\], shows: 1",
+        ),
+        (
+            '"sequential"\n',
+            '"sequential"\nalpa = 1',
+            r"\[rows.sequential\]: option: alpa",
+        ),
+        (
+            '"sequential"\n',
+            '"sequential"\naverage = "servers"',
+            r"\]: average: .*no effe",
+        ),
+        (
+            '"sequential"\n',
+            '"averaging"',
+            "rows: sequential has the settings of averagi",
+        ),
+        (
+            "[rows.sequential]",
+            "[rows]\nsequential = 1\n[rows.b]",
+            r"sequential\]: 1 is not",
+        ),
+        (
+            "[rows.sequential]",
+            "[grid]\nrounds = []\n[rows.b]",
+            r"\[grid\], rounds: the li",
+        ),
+        (
+            "[rows.sequential]",
+            "[grid]\nrounds = 1\n[rows.b]",
+            r"\[grid\], rounds: 1 is no",
+        ),
+        ("[rows.sequential]", "[grid]\nrounds = [1, 1]\n[rows.b]", "rounds: .* twice"),
+        (
+            "[rows.sequential]",
+            "[grid]\nround = [1]\n[rows.b]",
+            r"\[grid\]: option: round",
+        ),
+        (
+            "[rows.sequential]",
+            "[grid]\nrounds = ['a']\n[rows.b]",
+            r'rounds: "a" is not',
+        ),
+        ("seeds = [0, 1]", "skip = [{rounds = 3}]", "skip: .* matches no point"),
+        ("seeds = [0, 1]", "skip = 3", "skip: 3 is not allowed"),
+        ("seeds = [0, 1]", "seeds = [", "study: .* is not TOML"),
+        ("seeds = [0, 1]", 'extends = "no.toml"', "study: .*no.toml cannot be read"),
+        ("seeds = [0, 1]", 'extends = "study.toml"', "extends: is not allowed here"),
+    ],
+)
+def test_an_error_names_the_file_the_table_and_the_key(write, old, new, message):
+    path = write(STUDY, (old, new))
+    with pytest.raises(hsee_jax.UserError) as refusal:
+        studies.load(path)
+    text = str(refusal.value)
+    assert "\n" not in text
+    assert path.name in text or "no.toml" in text
+    assert re.search(message, text), text
+
+
+def test_a_study_needs_rows(write):
+    path = write('preset = "demo"\n')
+    with pytest.raises(hsee_jax.UserError, match="rows: there are none"):
+        studies.load(path)
+    every = 'skip = [{rounds = 1}]\npreset = "demo"\n[grid]\nrounds = [1]\n'
+    with pytest.raises(hsee_jax.UserError, match="skip: no point of"):
+        studies.load(write(every))
+
+
+def test_a_point_without_effect_is_refused(write):
+    path = write(GRID + "average = ['servers']\n")
+    with pytest.raises(hsee_jax.UserError, match=r"\[grid\], strategy=seq.*no effect"):
+        studies.load(path)
+
+
+def test_results_are_appended_and_read(write, tmp_path):
+    one, other, *_ = studies.runs(studies.load(write()))
+    assert studies.read_results(tmp_path) == []
+    studies.append_result(tmp_path, result(one, summary()))
+    studies.append_result(tmp_path, result(other, None, "the loss is not finite"))
+    found = studies.read_results(tmp_path)
+    assert found == [
+        result(one, summary()),
+        result(other, None, "the loss is not finite"),
+    ]
+    assert (
+        studies.unfinished(studies.runs(studies.load(write())), tmp_path)[0].seed == 1
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, -2, -1])
+def test_a_line_that_a_kill_cut_off_is_dropped(write, tmp_path, kept):
+    """A line that lacks only its end is complete."""
+    one, other, *_ = studies.runs(studies.load(write()))
+    studies.append_result(tmp_path, result(one, summary()))
+    path = tmp_path / "results.jsonl"
+    first = path.read_bytes()
+    studies.append_result(tmp_path, result(other, summary()))
+    second = path.read_bytes()[len(first) :]
+    path.write_bytes(first + second[:kept])
+    complete = kept == -1
+    assert len(studies.read_results(tmp_path)) == 1 + complete
+    studies.append_result(tmp_path, result(other, summary()))
+    assert path.read_bytes() == first + second * (1 + complete)
+
+
+def test_a_damaged_line_is_named(write, tmp_path):
+    one, *_ = studies.runs(studies.load(write()))
+    studies.append_result(tmp_path, result(one, summary()))
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"row": 1}\n' + path.read_text())
+    with pytest.raises(hsee_jax.UserError, match=r"results\.jsonl, line 1, is damaged"):
+        studies.read_results(tmp_path)
+
+
+def test_a_result_of_other_settings_does_not_count(write, tmp_path):
+    """Bookkeeping makes no other result, and a newer option had its default."""
+    one, *_ = studies.runs(studies.load(write()))
+    studies.append_result(tmp_path, result(one, summary()))
+    path = tmp_path / "results.jsonl"
+    values = json.loads(path.read_text())
+    del values["settings"]["exit_gradient"]
+    path.write_text(json.dumps(values) + "\n")
+    found = studies.read_results(tmp_path)
+    assert studies.result_of(one, found) is found[0]
+    (same, *_) = studies.runs(studies.load(write()), checkpoint_every=1, data_dir="x")
+    assert studies.result_of(same, found) is found[0]
+    (longer, *_) = studies.runs(studies.load(write()), rounds=4)
+    assert studies.result_of(longer, found) is None
+
+
+def test_the_table_has_means_and_deviations(write):
+    """Of 0.1, 0.2 and 0.6 the mean is 0.3, the deviation sqrt(0.14 / 2) = 0.265."""
+    study = studies.load(write(STUDY, ("seeds = [0, 1]", "seeds = [0, 1, 2]")))
+    runs = studies.runs(study, rows=["sequential"])
+    results = [
+        result(run, summary(exits, seconds=10.0 + run.seed))
+        for run, exits in zip(runs, (0.1, 0.2, 0.6), strict=True)
+    ]
+    diverged = studies.runs(study, rows=["averaging"], seeds=[1])[0]
+    assert studies.page(
+        study, [*results, result(diverged, None, "nan")]
+    ).splitlines() == [
+        "Two strategies on noise.",
+        "",
+        "Cost: nothing.",
+        "",
+        "| row | seeds | exit accuracy | server accuracy | images/s | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| averaging | 1 (diverged) | none | none | none | none |",
+        "| sequential | 0 1 2 | 0.300 ± 0.265 | 0.500 ± 0.000 | 100 ± 0 | 11 ± 1 |",
+        "",
+        "Run on 1 x abacus with 2 core(s); python 3, jax 4, flax 5.",
+    ]
+    assert "Not run: averaging." in studies.page(study, results)
+
+
+def test_the_files_of_a_study(write, tmp_path):
+    study = studies.load(write())
+    runs = studies.runs(study)
+    text, picture = studies.write(study, [result(r, summary()) for r in runs], tmp_path)
+    page = text.read_text()
+    assert page.startswith("# A study for tests\n")
+    assert "| averaging | Servers and clients are averaged. |" in page
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    nothing = [result(run, None, "nan") for run in runs]
+    assert list(studies.write(study, nothing, tmp_path)) == [text]
+
+
+def test_a_run_equals_a_run_trained_alone(write, tmp_path):
+    """Bit for bit, although it was stopped and went on."""
+    one, *_ = studies.runs(studies.load(write(STUDY, ("rounds = 3", "rounds = 2"))))
+    with pytest.raises(hsee_jax.Stopped):
+        studies.train_run(one, tmp_path / "sweep", stop=lambda: True)
+    found = studies.train_run(one, tmp_path / "sweep")
+    alone = hsee_jax.train(one.config, tmp_path / "alone")
+    assert found.summary.rounds == 2
+    assert found.summary.scores == alone.scores
+    states = [hsee_jax.restore(tmp_path / name).state for name in ("sweep", "alone")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_run_of_other_settings_is_replaced_only_if_asked(
+    write, tmp_path, monkeypatch
+):
+    calls = []
+
+    def train(config, folder, *, resume, overwrite, stop):
+        calls.append((resume, overwrite))
+        return summary()
+
+    monkeypatch.setattr("hsee_jax.studies.train.train", train)
+    study = studies.load(write())
+    one, *_ = studies.runs(study)
+    studies.train_run(one, tmp_path)
+    (tmp_path / "config.json").write_text(hsee_jax.config.to_json(one.config))
+    (same, *_) = studies.runs(study, checkpoint_every=2)
+    studies.train_run(same, tmp_path)
+    (longer, *_) = studies.runs(study, rounds=4)
+    with pytest.raises(hsee_jax.UserError, match="another rounds; .*--overwrite"):
+        studies.train_run(longer, tmp_path)
+    studies.train_run(longer, tmp_path, overwrite=True)
+    assert calls == [(False, False), (True, False), (False, True)]
+
+
+def test_a_run_that_diverges_is_a_result(write, tmp_path, monkeypatch):
+    def diverge(*args, **options):
+        raise hsee_jax.DivergenceError(1, "exit", 2)
+
+    monkeypatch.setattr("hsee_jax.studies.train.train", diverge)
+    one, *_ = studies.runs(studies.load(write()))
+    found = studies.train_run(one, tmp_path)
+    assert found.summary is None
+    assert "client 1 is not finite in round 2" in found.diverged
+    assert studies.Result.from_json(found.to_json()) == found
+
+
+def test_scores_survive_json(write):
+    """A loss that is not finite is null in JSON, and NaN again."""
+    one, *_ = studies.runs(studies.load(write()))
+    found = result(one, summary()._replace(scores=Scores(0.1, 0.2, ())))
+    assert studies.Result.from_json(json.loads(json.dumps(found.to_json()))) == found
