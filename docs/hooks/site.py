@@ -31,7 +31,9 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in pages.generated().items():
         files.append(File.generated(config, path, content=text))
     for path, source in pages.SOURCES.items():
-        if path == source:  # a plain file: the plugin for notebooks reads it by its path
+        if (
+            path == source
+        ):  # a plain file: the plugin for notebooks reads it by its path
             urls = config.use_directory_urls
             files.append(File(path, str(ROOT), config.site_dir, urls))
         else:
