@@ -223,7 +223,7 @@ def test_the_reference_has_every_option_and_every_flag():
     assert "[ours" not in text
     commands = pages.cli()
     assert all(f"## hsee {name}" in commands for name in COMMANDS)
-    for flag in ("--resume", "--target-offload", "--tensorboard", "--client"):
+    for flag in ("--resume", "--target-offload", "--data-dir TEXT", "--client ID"):
         assert f"`{flag}" in commands
 
 

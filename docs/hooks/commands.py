@@ -68,14 +68,13 @@ def cli() -> str:
 
 
 def _command(name: str) -> str:
-    taken = {action.dest for action in parser_of(name)._actions}
     lines = [f"## hsee {name}", "", prose(COMMANDS[name].description), ""]
     for title, description, group in _groups(name):
         if title:
             lines += [f"**{title.capitalize()}.** {prose(description)}".strip(), ""]
         rows = [(_argument(name, action), prose(action.help or "")) for action in group]
         lines += [table(("argument", "meaning"), rows), ""]
-    if options().keys() <= taken:
+    if _takes_options(name):
         lines += [
             "Every option of the [configuration](configuration.md) is a flag as well.",
             "",
@@ -83,8 +82,15 @@ def _command(name: str) -> str:
     return "\n".join(lines)
 
 
+def _takes_options(command: str) -> bool:
+    """Return whether the options of the configuration are flags of a command."""
+    taken = {action.dest for action in parser_of(command)._actions}
+    return options().keys() <= taken
+
+
 def _groups(command: str) -> Iterator[tuple[str, str, list[argparse.Action]]]:
     """Yield title, description and content of each group of a command's arguments."""
+    shared = set(options()) if _takes_options(command) else set()
     groups: dict[tuple[str, str], list[argparse.Action]] = {}
     for group in parser_of(command)._action_groups:
         plain = group.title in ("positional arguments", "options")
@@ -92,7 +98,7 @@ def _groups(command: str) -> Iterator[tuple[str, str, list[argparse.Action]]]:
         groups.setdefault(head, []).extend(
             action
             for action in group._group_actions
-            if action.dest != "help" and action.dest not in options()
+            if action.dest not in ("help", *shared)
         )
     for (title, description), own in groups.items():
         if own:
