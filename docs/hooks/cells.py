@@ -26,7 +26,8 @@ def code(words: object) -> str:
 
 def prose(words: str) -> str:
     """Return help text as Markdown, with the mark of our choices as a badge."""
-    plain = html.escape(words, quote=False).replace("%%", "%").replace("|", "\\|")
+    plain = html.escape(words, quote=False).replace("%%", "%")
+    plain = re.sub(r"([|*])", r"\\\1", plain)
     plain = re.sub(r"\[ours: ([^]]*)\]", r'<span class="ours">ours</span> (\1)', plain)
     plain = plain.replace("[ours]", '<span class="ours">ours</span>')
     plain = re.sub(r"(?<!\S)(--[a-z][a-z-]+)", r"`\1`", plain)
