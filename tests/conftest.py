@@ -32,6 +32,7 @@ LONG = (
     "test_processes",
     "test_runs",
     "test_engine",
+    "test_docs",
 )
 
 
