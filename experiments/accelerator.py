@@ -22,7 +22,7 @@ import run
 import hsee_jax
 from hsee_jax.cli.flags import use_cache
 from hsee_jax.cli.signals import StopSignals
-from hsee_jax.data import find_source
+from hsee_jax.data import is_there
 
 SETS = ("cifar10", "cifar100", "stl10")
 # The rows that matter most; the other rows follow in the order of their names.
@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> int:
                         stop=until(last),
                     )
                 except hsee_jax.UserError as error:
-                    if find_source(data.dataset, data.data_dir):
+                    if is_there(data.dataset, data.data_dir):
                         raise
                     missing.append(data.dataset)
                     how = f"left out: {error}"

@@ -147,13 +147,15 @@ def test_no_builtin_is_shadowed():
 
 def test_each_library_has_one_home():
     homes = {
-        "flax.linen": {"nn.resnet"},
+        "flax.linen": {"nn.mlp", "nn.resnet"},
         "orbax": {"runs.checkpoint"},
         "safetensors": {"deployment.export"},
         "matplotlib": {"report.figures", "report.gate"},
         "tensorboardX": {"report.events"},
         "pooch": {"data.download"},
         "tensorflow_datasets": {"data.prepared"},
+        "pyarrow": {"data.parquet"},
+        "PIL": {"data.pictures"},
     }
     for library, allowed in homes.items():
         statements = (f"import {library}", f"from {library}")
