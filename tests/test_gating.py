@@ -20,7 +20,8 @@ from hsee_jax.inference.calibration import calibration_error, judge
 from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.study import study as make_study
 from hsee_jax.runs import evaluate, reopen
-from hsee_jax.runs.build import build, build_data
+from hsee_jax.runs.build import build
+from hsee_jax.runs.data import build_data
 
 CONFIG = override(
     preset("demo"),

@@ -4,6 +4,7 @@ Each client's thresholds come from the samples that were held out of the trainin
 What they give is measured on the test set, which chooses nothing.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class Study(NamedTuple):
 
 
 def study(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     criterion: str = "entropy",
     which: str = "latest",
@@ -106,7 +107,7 @@ def study(
             f"validation_share: {folder} held out no samples to find thresholds with; "
             "train with --validation-share, such as 0.1"
         )
-    check_partition(folder, experiment.manifest)
+    check_partition(Path(folder), experiment.manifest)
     most = max(len(experiment.validation.labels), len(experiment.test.labels))
     size = min(batch_size or experiment.eval_batch_size, most)
     setting = {

@@ -1,5 +1,6 @@
 """Build a finished run's experiment again, with its data, and evaluate it."""
 
+import os
 from pathlib import Path
 
 from hsee_jax.config.values import override
@@ -14,7 +15,7 @@ from hsee_jax.runs.restore import checkpoint_of
 
 
 def reopen(
-    folder: Path,
+    folder: str | os.PathLike[str],
     which: str = "latest",
     *,
     data_dir: str | None = None,
@@ -35,6 +36,7 @@ def reopen(
       UserError: there is no such run, it has no checkpoint, or its data are missing, or
         differ from the data of the run.
     """
+    folder = Path(folder)
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
@@ -46,7 +48,7 @@ def reopen(
 
 
 def evaluate(
-    folder: Path,
+    folder: str | os.PathLike[str],
     which: str = "latest",
     *,
     data_dir: str | None = None,
