@@ -197,10 +197,10 @@ def test_a_table_is_learned_and_its_run_restored(run):
 
 def test_it_is_evaluated_and_gated_on_the_same_arrays(run):
     summary = json.loads((run / "summary.json").read_text())
-    rounds, scores = evaluate(run, data=DATA)
+    rounds, scores = evaluate(str(run), data=DATA)
     assert rounds == 4
     assert scores.mean_server_accuracy == summary["mean_server_accuracy"]
-    found = study(run, data=DATA).thresholds(Target("offload", 0.3))
+    found = study(str(run), data=DATA).thresholds(Target("offload", 0.3))
     assert [client["id"] for client in found["clients"]] == [0, 1]
     assert all(client["accuracy"] > 0.9 for client in found["clients"])
     sets = (Dataset(*DATA[:2]), Dataset(*DATA[2:]))

@@ -59,7 +59,7 @@ class DataConfig(Section):
         one_of(DATASETS),
     ] = "fashion_mnist_small"
     data_dir: Annotated[
-        str | None, "folder with the datasets; by default ~/tensorflow_datasets"
+        str | None, "folder of the data; by default ~/tensorflow_datasets"
     ] = None
     max_train_samples: Annotated[
         int | None, "use only the first training samples, this many", at_least(1)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import Data, DatasetInfo, Limits
 from hsee_jax.data.labels import (
@@ -60,7 +61,14 @@ def from_arrays(
     """
 
     def read(folder: Path, limits: Limits) -> Data:
-        data = convert(*raw_of(load(folder), f"{folder}"), labels=labels)
+        try:
+            arrays = load(folder)
+        except OSError as error:
+            raise UserError(
+                f"data_dir: {folder} cannot be read ({error}); allowed is a folder "
+                "with this dataset"
+            ) from error
+        data = convert(*raw_of(arrays, str(folder)), labels=labels)
         return limited(data._replace(notes=(f"from {folder}", *data.notes)), limits)
 
     return Form(read, is_there)
