@@ -357,5 +357,8 @@ def test_faults_of_parquet_are_one_line(packaged, tmp_path, monkeypatch, capsys)
     assert "holds no bytes in row 0 of img" in refused()
     pq.write_table(pa.table({"img": [b"x", b"x"], "label": [0, None]}), path)
     assert "holds 1 rows without a label" in refused()
+    empty = {"img": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
+    pq.write_table(pa.table(empty), path)
+    assert "train.parquet holds 0 rows" in refused()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'hsee-jax[parquet]'" in refused()

@@ -86,7 +86,7 @@ def read(
         Raw(images[count:], values[count:], Place(f"the test set of {place}")),
         labels=labels,
     )
-    source = f"from {len(files)} Parquet files in {place}"
+    source = f"from {len(train_files) + len(test_files)} Parquet files in {place}"
     return data._replace(notes=(source, note, *notes, *data.notes))
 
 
@@ -143,7 +143,10 @@ def _table(files: Sequence[Path], label_column: str | None) -> _Table:
                 f"{table[label].null_count} rows without a {label}",
                 "allowed is a label in every row",
             )
-        labels.append(np.array(table[label].to_pylist()))
+        if table.num_rows:
+            labels.append(np.array(table[label].to_pylist()))
+    if not labels:
+        raise Place(str(files[0])).refusal("0 rows", "allowed are one or more")
     return _Table(pictures, np.concatenate(labels))
 
 
