@@ -9,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import write_run
 from tiny_archives import noise
 
 import hsee_jax as hs
@@ -214,6 +215,13 @@ def test_other_arrays_are_refused(run):
         with pytest.raises(UserError, match="^data: the data found now, of") as error:
             evaluate(run, data=other)
         assert "\n" not in str(error.value)
+
+
+def test_arrays_are_refused_where_a_run_has_a_dataset(tmp_path):
+    config = hs.override(hs.preset("demo"), network="tiny", plugin=("tiny",))
+    write_run(tmp_path, hs.override(config, num_clients=2, cuts=("1",)))
+    with pytest.raises(UserError, match="data: .* on the dataset fashion_mnist_small"):
+        reopen(tmp_path, data=DATA)
 
 
 def test_a_run_on_arrays_goes_on(run, tmp_path):

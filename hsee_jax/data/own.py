@@ -9,7 +9,8 @@ from hsee_jax.core.options import one_of
 from hsee_jax.data import imagefolder as folders
 from hsee_jax.data import npz as array_files
 from hsee_jax.data import parquet as tables
-from hsee_jax.data.arrays import limited
+from hsee_jax.data.arrays import Arrays, limited
+from hsee_jax.data.datasets import read_arrays
 from hsee_jax.data.info import LABELS, Data, Limits
 from hsee_jax.data.pictures import ImageSize
 from hsee_jax.data.registry import Form, register
@@ -77,7 +78,6 @@ def parquet(
 @register(summary="own arrays that a Python program passes as data=")
 def arrays(*, labels: LabelRule = "refuse") -> Form:
     """Stand for arrays that are no files; only a program can pass them again."""
-    del labels  # for those who pass the arrays, see `hsee_jax.runs`
 
     def read(folder: Path, limits: Limits) -> Data:
         raise UserError(
@@ -86,7 +86,10 @@ def arrays(*, labels: LabelRule = "refuse") -> Form:
             "hsee_jax.data.write_npz writes"
         )
 
-    return Form(read, lambda folder: False)
+    def take(passed: Arrays, limits: Limits) -> Data:
+        return read_arrays(passed, labels=labels, limits=limits)
+
+    return Form(read, lambda folder: False, take=take)
 
 
 def _form(

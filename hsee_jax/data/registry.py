@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hsee_jax.core.registry import Registry
 from hsee_jax.data.download import OnBytes
@@ -27,6 +27,8 @@ class Form(NamedTuple):
     is_there: Callable[[Path], bool]  # whether the folder seems to hold the dataset
     info: DatasetInfo | None = None  # if it is known without reading the dataset
     fetch: Callable[[Path, OnBytes], None] | None = None  # downloads it to the folder
+    # Converts x, y, x_test and y_test, which a program passes instead of a folder.
+    take: Callable[[tuple[Any, Any, Any, Any], Limits], Data] | None = None
 
 
 # Factories take only their options.

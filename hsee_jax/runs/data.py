@@ -17,7 +17,6 @@ from hsee_jax.data import (
     DatasetInfo,
     Limits,
     dataset_info,
-    read_arrays,
     read_dataset,
 )
 
@@ -61,13 +60,18 @@ def data_source(config: DataConfig, data: OwnData | None = None) -> DataSource:
         return data
     limits = Limits(config.max_train_samples, config.max_test_samples)
     options, name = _options(config), config.dataset
+    form = DATASETS.make(name, options=options)
     if data is not None:
-        found = read_arrays(_arrays(data), limits=limits, **options)
+        if form.take is None:
+            raise UserError(
+                f"data: arrays are not allowed here; the run is on the dataset {name}, "
+                "which is read from its folder"
+            )
+        found = form.take(_arrays(data), limits)
         return DataSource(found.info, lambda: (found.train, found.test))
     read = partial(read_dataset, name, folder=config.data_dir, limits=limits, **options)
-    info = DATASETS.make(name, options=options).info
-    if info is not None:
-        return DataSource(info, lambda: read()[:2])
+    if form.info is not None:
+        return DataSource(form.info, lambda: read()[:2])
     found = read()
     return DataSource(found.info, lambda: (found.train, found.test))
 
