@@ -22,7 +22,7 @@ import numpy as np
 from federations import STRATEGIES, Runner, federation
 
 from hsee_jax.core.types import Array, Dataset
-from hsee_jax.data.info import DATASETS
+from hsee_jax.data import dataset_info
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation import Branch, branch_step, init_server, server_spec
 from hsee_jax.nn import init_network
@@ -70,7 +70,7 @@ def plain_network(size: Size) -> Callable[[], Any]:
     )
     model, optimizer = experiment.federation.model, experiment.federation.optimizer
     spec = server_spec(model, 0, optimizer)
-    info = DATASETS["cifar10"]
+    info = dataset_info("cifar10")
     pipeline = InputPipeline(info.mean, info.std)
     rows = np.arange(size.images, dtype=np.int32).reshape(-1, size.batch_size)
     mask = jnp.ones(size.batch_size, bool)

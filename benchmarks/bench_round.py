@@ -26,7 +26,6 @@ import numpy.typing as npt
 from federations import STRATEGIES, Runner, federation
 
 from hsee_jax.config import override
-from hsee_jax.data.info import DATASETS
 from hsee_jax.runs.build import build_model
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.systems.costs import layer_costs
@@ -246,7 +245,7 @@ def _device() -> str:
 def _pytorch(runner: Runner, setting: Any) -> Callable[[int], Losses]:
     """Return rounds of the baseline that start from the runner's present state."""
     experiment = runner.experiment
-    info = DATASETS[experiment.config.data.dataset]
+    info = experiment.info
     theirs = baseline.TorchFederation(
         runner.state,
         experiment.federation.groups,

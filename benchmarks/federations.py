@@ -11,8 +11,9 @@ import numpy as np
 
 import hsee_jax
 from hsee_jax.core.types import Dataset, ExitMetrics
-from hsee_jax.data.info import DATASETS
+from hsee_jax.data import dataset_info
 from hsee_jax.runs.build import build
+from hsee_jax.runs.data import DataSource
 from hsee_jax.runs.experiment import Experiment
 
 CUTS = ("3", "5", "7")
@@ -21,7 +22,7 @@ STRATEGIES = ("averaging", "sequential")
 
 def noise(dataset: str, count: int, *, seed: int = 0) -> Dataset:
     """Draw random images and labels in the shape of a dataset."""
-    info = DATASETS[dataset]
+    info = dataset_info(dataset)
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
     labels = rng.integers(0, info.num_classes, count).astype(np.int32)
@@ -63,7 +64,8 @@ def federation(
     if "batch_norm" in config.strategy.options:  # as in the PyTorch baseline
         config = hsee_jax.override(config, batch_norm="average")
     train = noise(dataset, clients * batch_size * steps)
-    return build(config, data=(train, noise(dataset, 8, seed=1)))
+    splits = train, noise(dataset, 8, seed=1)
+    return build(config, DataSource(dataset_info(dataset), lambda: splits))
 
 
 class Runner:

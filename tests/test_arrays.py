@@ -55,17 +55,21 @@ GOOD = {"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.array([0, 1])}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": np.zeros((2, 8, 8, 1), np.float32)}, "images of type float32"),
-        ({"images": np.zeros((2, 8, 8), np.uint8)}, "images of the shape [2, 8, 8]"),
-        ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "0 images"),
-        ({"images": np.zeros((2, 0, 8, 1), np.uint8)}, "0 pixels, [2, 0, 8, 1]"),
+        ({"images": np.zeros((2, 8, 8, 1), np.float32)}, "samples of float32; allowed"),
+        ({"images": np.array(["a", "b"])}, "samples of type <U1"),
+        ({"images": np.zeros(2, np.uint8)}, "samples of the shape [2]"),
+        ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "0 samples"),
+        ({"images": np.zeros((2, 0, 8, 1), np.uint8)}, "0 numbers, [2, 0, 8, 1]"),
         ({"labels": np.array([0.0, 1.0])}, "labels of type float64"),
         ({"labels": np.array([0, 1, 1])}, "labels of the shape [3]"),
         ({"labels": np.array([0, -1])}, "label -1; allowed are 0..1"),
         ({"labels": np.array([0, 2])}, "label 2; allowed are 0..1"),
-        ({"images": np.zeros((2, 8, 9, 1), np.uint8)}, "images of [8, 9, 1]"),
+        (
+            {"images": np.zeros((2, 8, 9, 1), np.uint8)},
+            "samples of [8, 9, 1]; allowed are [8, 8, 1]",
+        ),
         ({"images": np.array([None, 1])}, "allow_pickle=False"),
-        (None, "labels is not a file"),
+        (None, "test.npz holds images; allowed are the arrays `x` and `y`"),
     ],
 )
 def test_arrays_are_checked(changes, message, tmp_path):
@@ -171,10 +175,10 @@ def test_a_single_class_is_refused(rule, tmp_path, capsys):
 
 def test_a_rule_for_labels_that_is_unknown_or_has_no_effect(tmp_path, capsys):
     write_labels(tmp_path, np.array([0, 1]), np.array([0]))
-    with pytest.raises(UserError, match="labels: remp is unknown; allowed are refuse"):
+    with pytest.raises(UserError, match="labels: remp is unknown .did you mean remap"):
         load_dataset("npz", folder=tmp_path, labels="remp")
     assert cli.main(["info", "--labels", "remap"]) == 2
-    assert "labels: remap is not allowed" in capsys.readouterr().err
+    assert "labels: remap has no effect on dataset fashion" in capsys.readouterr().err
 
 
 def test_known_datasets_keep_their_classes(tmp_path):

@@ -21,7 +21,7 @@ from hsee_jax.cli.commands import COMMANDS
 from hsee_jax.cli.terminal import ProgressBar
 from hsee_jax.config import override, preset
 from hsee_jax.core.errors import UserError
-from hsee_jax.runs.build import build_data
+from hsee_jax.runs.data import build_data
 from hsee_jax.runs.records import Scores
 
 SMALL = (

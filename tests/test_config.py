@@ -108,6 +108,24 @@ def test_a_configuration_of_version_0_1_is_read():
         from_dict(values)
 
 
+def test_labels_were_an_option_of_every_dataset():
+    """Now they are one of the user's own data; older files are still read."""
+    network = {"network": "resnet18"}  # as every file since version 0.1 has
+
+    def read(**data):
+        return from_dict({"data": data, "model": network}).data
+
+    known = read(dataset="cifar10", labels="refuse")
+    assert known == override(Config(), dataset="cifar10").data
+    assert read(labels="refuse") == Config().data
+    assert read(dataset="npz", labels="refuse").labels == "refuse"
+    assert read(dataset="npz", labels="remap").labels == "remap"
+    with pytest.raises(UserError, match="labels: remap has no effect on dataset cifar"):
+        read(dataset="cifar10", labels="remap")
+    with pytest.raises(UserError, match="labels: never is unknown"):
+        read(dataset="cifar10", labels="never")
+
+
 def test_init_is_read_where_a_strategy_reads_it():
     values = {"clients": {"init": "per_client"}, "strategy": {"strategy": "fedavg"}}
     assert "init" not in flatten(from_dict(values))

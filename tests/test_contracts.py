@@ -28,7 +28,7 @@ from hsee_jax.link import CODECS, sample_bytes
 from hsee_jax.nn import NETWORKS, masked_cross_entropy
 from hsee_jax.nn.model import Network, init_network, layer_inputs
 
-SMALL = {"width": 2, "features": 2}
+SMALL = {"width": 2, "features": 2, "hidden": 4, "depth": 3}
 CLASSES, INPUT_SHAPE = 3, (8, 8, 1)
 DESCENT = optax.scale(-1.0)  # the change of the weights is the gradient
 RATES = (jnp.float32(1.0), jnp.float32(1.0))

@@ -11,8 +11,15 @@ from tiny_archives import WRITE, noise, tar, tiny_archive, write_npz
 
 from hsee_jax.config.values import options
 from hsee_jax.core.errors import UserError
-from hsee_jax.data import archives, dataset_info, find_source, load_dataset, prepare
-from hsee_jax.data.info import DATASETS, LABELS, OWN
+from hsee_jax.data import (
+    DATASETS,
+    archives,
+    dataset_info,
+    is_there,
+    load_dataset,
+    prepare,
+)
+from hsee_jax.data.info import KNOWN, LABELS
 
 REAL = Path(
     os.environ.get("HSEE_TFDS_DIR", Path(__file__).parents[2] / "shared/data/tfds")
@@ -22,9 +29,10 @@ LOG = "hsee_jax.data.datasets"
 
 
 def test_every_dataset_is_a_choice():
-    assert options()["dataset"][1].choices == (*DATASETS, OWN)
+    own = ("npz", "imagefolder", "parquet", "arrays")
+    assert set(options()["dataset"][1].choices) == {*KNOWN, *own} == set(DATASETS)
     assert options()["labels"][1].choices == LABELS
-    assert set(archives.ARCHIVES) == set(DATASETS) - {"fashion_mnist_small"}
+    assert set(archives.ARCHIVES) == set(KNOWN) - {"fashion_mnist_small"}
 
 
 def test_the_packaged_dataset_is_whole():
@@ -143,8 +151,8 @@ def test_the_archive_comes_before_arrays(tiny, tmp_path):
 
 
 def test_a_dataset_of_another_name_is_refused(tmp_path):
-    for act in (dataset_info, load_dataset, prepare, find_source):
-        with pytest.raises(UserError, match="cifar11 is unknown; allowed are .*, npz"):
+    for act in (dataset_info, load_dataset, prepare, is_there):
+        with pytest.raises(UserError, match="cifar11 is unknown .did you mean cifar10"):
             act("cifar11", folder=tmp_path)
 
 
@@ -165,4 +173,4 @@ def test_real_cifar10():
     assert test.images.shape == (100, 32, 32, 3)
     assert set(train.labels) == set(range(10))
     mean = train.images.mean(axis=(0, 1, 2)) / 255
-    np.testing.assert_allclose(mean, DATASETS["cifar10"].mean, atol=0.02)
+    np.testing.assert_allclose(mean, KNOWN["cifar10"].mean, atol=0.02)

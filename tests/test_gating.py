@@ -21,7 +21,8 @@ from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.predict import predict
 from hsee_jax.inference.study import study as make_study
 from hsee_jax.runs import evaluate, reopen, restore
-from hsee_jax.runs.build import build, build_data
+from hsee_jax.runs.build import build
+from hsee_jax.runs.data import build_data
 
 CONFIG = override(
     preset("demo"),
@@ -169,7 +170,9 @@ def test_the_test_set_chooses_nothing(run, study, monkeypatch):
     train, test = build_data(CONFIG.data)
     turned = Dataset(255 - test.images, test.labels[::-1])
     monkeypatch.setattr(
-        sys.modules["hsee_jax.runs.build"], "build_data", lambda config: (train, turned)
+        sys.modules["hsee_jax.runs.build"],
+        "data_source",
+        lambda config, data: data._replace(read=lambda: (train, turned)),
     )
     other = make_study(run, batch_size=32)
     for target in (Target("offload", 0.4), Target("accuracy", 0.02)):

@@ -156,7 +156,7 @@ def imported(tree):
 
 def test_each_library_has_one_home():
     homes = {
-        "flax.linen": {"nn.resnet"},
+        "flax.linen": {"nn.mlp", "nn.resnet"},
         "orbax": {"runs.checkpoint"},
         "safetensors": {"deployment.export"},
         "matplotlib": {
@@ -174,6 +174,8 @@ def test_each_library_has_one_home():
         "mlflow": {"tracking.mlflow_run"},
         "pooch": {"data.download"},
         "tensorflow_datasets": {"data.prepared"},
+        "pyarrow": {"data.parquet"},
+        "PIL": {"data.pictures"},
     }
     for library, allowed in homes.items():
         users = {

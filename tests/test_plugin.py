@@ -193,7 +193,8 @@ def test_a_report_needs_no_plugin(place, capsys):
 def test_its_help_names_its_option(capsys):
     assert cli.main(["train", "--plugin", "users_net", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--depth INT how many convolutions (users_net) (2)" in text
+    assert "--sizes INT [INT ...]" in text
+    assert "(mlp, users_net)" in text  # the flag of `depth`, which both read
     assert "users_net: A chain of convolutions." in text
 
 

@@ -11,7 +11,7 @@ from tiny_archives import WRITE, noise, tiny_archive, write_prepared
 from hsee_jax import cli
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import archives, load_dataset, prepared
-from hsee_jax.data.info import DATASETS
+from hsee_jax.data.info import KNOWN
 
 without_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is not None, reason="TensorFlow is there"
@@ -25,7 +25,7 @@ def write(tmp_path):
     """Write a version of 6 training and 3 test images; return its folder and them."""
 
     def act(name="cifar10", version="3.0.2", splits=("train", "test"), **changes):
-        info = DATASETS[name]
+        info = KNOWN[name]
         counts = {"train": 6, "test": 3} | changes.pop("counts", {})
         data = {
             split: noise(counts[split], info.input_shape, info.num_classes, seed)

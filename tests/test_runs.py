@@ -15,7 +15,7 @@ from hsee_jax.data.partition import hold_out
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.inference.study import study
 from hsee_jax.optim import SCHEDULES
-from hsee_jax.runs.build import build_data
+from hsee_jax.runs.data import build_data
 from hsee_jax.runs.folder import read_config
 
 SMALL = override(

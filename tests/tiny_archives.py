@@ -4,6 +4,7 @@ The loops write the archives of the authors value by value. They define the form
 tests compare the readers, which transpose whole arrays, with them.
 """
 
+import functools
 import gzip
 import hashlib
 import io
@@ -16,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from hsee_jax.data.archives import ARCHIVES
-from hsee_jax.data.info import DATASETS
+from hsee_jax.data.info import KNOWN
 
 
 def noise(count, shape, classes, seed=0):
@@ -86,8 +87,8 @@ def write_stl10(folder, train, test):
     tar(folder / "stl10_binary.tar.gz", files)
 
 
-def write_fashion_mnist(folder, train, test):
-    (folder / "fashion_mnist").mkdir()
+def write_idx(folder, train, test, name):
+    (folder / name).mkdir()
     for split, (images, labels) in (("train", train), ("t10k", test)):
         count, height, width, _ = images.shape
         header = struct.pack(">IIII", 0x803, count, height, width)
@@ -96,15 +97,16 @@ def write_fashion_mnist(folder, train, test):
             f"{split}-labels-idx1-ubyte.gz": struct.pack(">II", 0x801, count)
             + bytes(labels.tolist()),
         }
-        for name, content in contents.items():
-            (folder / "fashion_mnist" / name).write_bytes(gzip.compress(content))
+        for file, content in contents.items():
+            (folder / name / file).write_bytes(gzip.compress(content))
 
 
 WRITE = {
     "cifar10": write_cifar10,
     "cifar100": write_cifar100,
     "stl10": write_stl10,
-    "fashion_mnist": write_fashion_mnist,
+    "mnist": functools.partial(write_idx, name="mnist"),
+    "fashion_mnist": functools.partial(write_idx, name="fashion_mnist"),
 }
 
 
@@ -115,7 +117,7 @@ def tiny_archive(name, folder):
       An `Archive` with the checksums of these files, and images and labels of both
       splits.
     """
-    info = DATASETS[name]
+    info = KNOWN[name]
     data = [noise(n, info.input_shape, info.num_classes, seed=n) for n in (10, 4)]
     WRITE[name](folder, *data)
     archive = ARCHIVES[name]
@@ -158,10 +160,10 @@ def write_prepared(folder, name, data, *, version, form="array_record", **featur
     tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(
-                shape=features.get("shape", DATASETS[name].input_shape)
+                shape=features.get("shape", KNOWN[name].input_shape)
             ),
             "label": tfds.features.ClassLabel(
-                num_classes=features.get("classes", DATASETS[name].num_classes)
+                num_classes=features.get("classes", KNOWN[name].num_classes)
             ),
         }
     ).save_config(place)

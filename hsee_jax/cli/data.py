@@ -1,27 +1,28 @@
 """The command ``hsee data``."""
 
+import argparse
 from collections.abc import Sequence
 
 from hsee_jax.cli.arguments import parser_of
+from hsee_jax.cli.flags import add_option, find_plugins
 from hsee_jax.cli.terminal import download_bar
 from hsee_jax.config import DataConfig
-from hsee_jax.data import prepare
+from hsee_jax.data import DATASETS, prepare
 
 
 def data(words: Sequence[str]) -> None:
     """Find or download a dataset, and print a line about it."""
-    parser, fields = parser_of("data"), DataConfig.fields()
-    parser.add_argument("dataset", help=", ".join(fields["dataset"].choices))
-    parser.add_argument("--data-dir", help=fields["data_dir"].help)
-    parser.add_argument("--labels", default="refuse", help=fields["labels"].help)
-    given = parser.parse(words)
-    for name in ("dataset", "labels"):
-        fields[name].checked(vars(given)[name])
+    find_plugins(words)
+    parser = parser_of("data", argument_default=argparse.SUPPRESS)
+    parser.add_argument("dataset", help=", ".join(DATASETS))
+    parser.add_argument("--data-dir", help=DataConfig.fields()["data_dir"].help)
+    parser.add_argument("--plugin", nargs="+", help="modules that register datasets")
+    for option in DATASETS.options().values():
+        readers = ", ".join(DATASETS.readers(option.name))
+        add_option(parser, option, f"{option.help} ({readers})")
+    given = vars(parser.parse(words))
+    given.pop("plugin", None)
+    name, folder = given.pop("dataset"), given.pop("data_dir", None)
     with download_bar() as on_bytes:
-        line = prepare(
-            given.dataset,
-            folder=given.data_dir,
-            labels=given.labels,
-            on_bytes=on_bytes,
-        )
+        line = prepare(name, folder=folder, on_bytes=on_bytes, **given)
     print(line)

@@ -128,13 +128,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(section.__name__.removesuffix("Config"))
         for name, option in section.known().items():
             try:
-                group.add_argument(
-                    f"--{name.replace('_', '-')}",
-                    type=_parsed(option),
-                    nargs="+" if option.many else None,
-                    metavar="|".join(option.choices) or option.kind.__name__.upper(),
-                    help=_help(section, option, demo.get(name)).replace("%", "%%"),
-                )
+                add_option(group, option, _help(section, option, demo.get(name)))
             except argparse.ArgumentError as error:
                 raise UserError(
                     f"plugin: option {name} has the name of another flag; allowed is a "
@@ -146,6 +140,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="CSV with the columns client,from,to: sets --absences",
+    )
+
+
+def add_option(place: Any, option: Option, text: str) -> None:
+    """Add the flag of an option, with a help, to a parser or a group of one."""
+    place.add_argument(
+        f"--{option.name.replace('_', '-')}",
+        type=_parsed(option),
+        nargs="+" if option.many else None,
+        metavar="|".join(option.choices) or option.kind.__name__.upper(),
+        help=text.replace("%", "%%"),
     )
 
 

@@ -23,9 +23,9 @@ from hsee_jax.core.options import (
     share,
 )
 from hsee_jax.core.registry import Registry
-from hsee_jax.data.info import DATASETS, LABELS, OWN
 from hsee_jax.data.partition import PARTITIONS
 from hsee_jax.data.pipeline import AUGMENTATIONS
+from hsee_jax.data.registry import DATASETS
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn import NETWORKS
 from hsee_jax.optim import OPTIMIZERS, SCHEDULES
@@ -49,24 +49,17 @@ class DataConfig(Section):
     """The samples, and their partition among the clients."""
 
     registries: ClassVar[Mapping[str, Registry]] = {
+        "dataset": DATASETS,
         "augment": AUGMENTATIONS,
         "partition": PARTITIONS,
     }
     dataset: Annotated[
         str,
-        "fashion_mnist_small comes with the package; the others are read from "
-        "--data-dir (see hsee data); npz is your own dataset, the files train.npz and "
-        "test.npz in --data-dir",
-        one_of(*DATASETS, OWN),
+        "dataset to train on; all but the first are read from --data-dir",
+        one_of(DATASETS),
     ] = "fashion_mnist_small"
-    labels: Annotated[
-        str,
-        "what to do if the labels of npz are not 0..K-1: refuse them, or remap them in "
-        "ascending order",
-        one_of(LABELS),
-    ] = "refuse"
     data_dir: Annotated[
-        str | None, "folder with the datasets; by default ~/tensorflow_datasets"
+        str | None, "folder of the data; by default ~/tensorflow_datasets"
     ] = None
     max_train_samples: Annotated[
         int | None, "use only the first training samples, this many", at_least(1)
@@ -82,7 +75,7 @@ class DataConfig(Section):
     ] = 0.0
     augment: Annotated[
         str,
-        "random changes of training images: crop cuts a window out of the image padded "
+        "random changes of training samples: crop cuts a window out of an image padded "
         "by 4, crop_flip also mirrors half of the images",
         one_of(AUGMENTATIONS),
     ] = "none"
@@ -91,12 +84,6 @@ class DataConfig(Section):
         "how samples are dealt to clients [ours: iid, disjoint, equal]",
         one_of(PARTITIONS),
     ] = "iid"
-
-    def check(self) -> None:
-        """Refuse a rule for labels unless the dataset is the user's own."""
-        if self.labels != "refuse" and self.dataset != OWN:
-            allowed = f"refuse unless the dataset is {OWN}"
-            raise self.fields()["labels"].refusal(self.labels, allowed)
 
 
 @dataclass(frozen=True)

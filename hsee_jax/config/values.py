@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from hsee_jax.config.plugins import load_plugins
-from hsee_jax.config.schema import Config
+from hsee_jax.config.schema import Config, DataConfig
 from hsee_jax.config.section import Section, name_taken
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.options import Option
+from hsee_jax.data import DATASETS, KNOWN
 
 SECTIONS: Mapping[str, type[Section]] = {
     field.name: cast(type[Section], field.type) for field in dataclasses.fields(Config)
@@ -94,8 +95,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def _migrated(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Put options that version 0.1 kept in another section where they are now."""
+    """Put options that earlier versions kept elsewhere where they are now."""
+    data = dict(values.get("data", {}))
+    if data.get("dataset", DataConfig.dataset) in KNOWN and "labels" in data:
+        # Every dataset had this option, and known datasets could not change it.
+        known = DATASETS.options()["labels"]
+        if known.checked(data["labels"]) == "refuse":
+            del data["labels"]
+        values = {**values, "data": data}
     clients = dict(values.get("clients", {}))
+
     if "init" not in clients:
         return values
     strategy = {"init": clients.pop("init"), **values.get("strategy", {})}

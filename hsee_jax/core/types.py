@@ -55,9 +55,9 @@ class Batch(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Stored images and labels, on the host or on the device."""
+    """Stored samples and labels, on the host or on the device."""
 
-    images: Any  # uint8 [M, H, W, C]
+    images: Any  # uint8 [M, H, W, C], or float32 [M, ...] of any rank
     labels: Any  # int32 [M]
 
 

@@ -1,13 +1,19 @@
 """Data: datasets by name, who gets which samples, and how samples become a batch."""
 
+from hsee_jax.data import known as known
+from hsee_jax.data import own as own
+from hsee_jax.data.arrays import Arrays, from_arrays
 from hsee_jax.data.datasets import (
     dataset_info,
-    find_source,
+    is_there,
     load_dataset,
     prepare,
+    read_arrays,
+    read_dataset,
 )
 from hsee_jax.data.download import OnBytes
-from hsee_jax.data.info import DATASETS, OWN, PACKAGED, DatasetInfo, Source
+from hsee_jax.data.info import KNOWN, PACKAGED, Data, DatasetInfo, Limits
+from hsee_jax.data.npz import write_npz
 from hsee_jax.data.partition import (
     PARTITIONS,
     Share,
@@ -16,24 +22,33 @@ from hsee_jax.data.partition import (
     partition,
 )
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline, normalize
+from hsee_jax.data.registry import DATASETS, Form, register
 
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
-    "OWN",
+    "KNOWN",
     "PACKAGED",
     "PARTITIONS",
+    "Arrays",
+    "Data",
     "DatasetInfo",
+    "Form",
     "InputPipeline",
+    "Limits",
     "OnBytes",
     "Share",
-    "Source",
     "dataset_info",
-    "find_source",
+    "from_arrays",
     "hold_out",
+    "is_there",
     "load_dataset",
     "manifest",
     "normalize",
     "partition",
     "prepare",
+    "read_arrays",
+    "read_dataset",
+    "register",
+    "write_npz",
 ]

@@ -1,9 +1,9 @@
 """Read the archives that the authors of the datasets publish.
 
 The datasets are CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), the labelled images of
-STL-10 (Coates et al., 2011) and Fashion-MNIST (Xiao et al., arXiv:1708.07747). A file
-is read only if it has the MD5 checksum that its authors publish; nothing is unpickled,
-and nothing is unpacked to disk.
+STL-10 (Coates et al., 2011), MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao et
+al., arXiv:1708.07747). A file is read only if it has the MD5 checksum that its authors
+publish; nothing is unpickled, and nothing is unpacked to disk.
 """
 
 import functools
@@ -133,6 +133,19 @@ ARCHIVES = {
         train=("train_X.bin", "train_y.bin"),
         test=("test_X.bin", "test_y.bin"),
         parse=_stl10,
+    ),
+    "mnist": Archive(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        {
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+        train=("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+        test=("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+        parse=_idx,
+        folder="mnist",
     ),
     "fashion_mnist": Archive(
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/"

@@ -1,165 +1,210 @@
-"""Datasets in the format of NumPy: ``train.npz`` and ``test.npz`` in a folder.
+"""Turn arrays as users have them into a dataset: check, convert and describe them.
 
-Each file holds ``images``, uint8 ``[M, H, W, C]``, and ``labels``, integers ``[M]``.
-The folder holds the user's own dataset, or has the name of a key of `DATASETS`.
+Samples of uint8 or uint16 with the shape ``[M, H, W]`` or ``[M, H, W, C]`` are images;
+images of uint8 stay uint8. All other numbers become float32: features ``[M, F]``,
+series ``[M, T, F]``, images ``[M, H, W, C]``. Labels are integers or text ``[M]``, or
+one-hot rows ``[M, K]``.
 """
 
-import functools
-import zipfile
-import zlib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.data.info import DATASETS, LABELS, DatasetInfo, Source
+from hsee_jax.data.info import Data, DatasetInfo, Limits
+from hsee_jax.data.labels import (
+    Classes,
+    Place,
+    classes_of,
+    numbers_of,
+    read_labels,
+)
+from hsee_jax.data.registry import Form
 
-_ALLOWED = "allowed are `images`, uint8 [M, H, W, C], and `labels`, integers [M]"
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[Any]  # of any integer type
+Samples = npt.NDArray[Any]
+Figures = tuple[float, ...]
+# x, y, x_test, y_test: samples [M, ...] and labels [M] of both splits.
+Arrays = tuple[Any, Any, Any, Any]
+
+_ALLOWED = (
+    "allowed are numbers [M, ...], such as images [M, H, W, C], features [M, F] or "
+    "series [M, T, F]"
+)
 
 
-def find(dataset: str, folder: Path) -> Source | None:
-    """Find both files of a dataset in `DATASETS`; return None if one is missing."""
-    return _source(folder / dataset, lambda: DATASETS[dataset])
+class Raw(NamedTuple):
+    """The samples and labels of a split, as they were found."""
+
+    samples: Any  # [M, ...]
+    labels: Any  # [M] or [M, K]
+    place: Place
 
 
-def find_own(folder: Path, labels: str) -> Source | None:
-    """Find both files of the user's own dataset; return None if one is missing."""
-    return _source(folder, lambda: own_info(folder, labels))
-
-
-def own_info(folder: Path, labels: str) -> DatasetInfo:
-    """Read shape, classes, and mean and deviation of each channel from ``train.npz``.
+def from_arrays(
+    load: Callable[[Path], Arrays],
+    *,
+    labels: str = "refuse",
+    is_there: Callable[[Path], bool] = Path.is_dir,
+) -> Form:
+    """Make an entry of `DATASETS` of a function that returns arrays.
 
     Args:
-      folder: the folder of the file.
-      labels: ``"refuse"`` labels that are not 0..K-1 without gaps, or ``"remap"`` them.
+      load: reads the folder of ``--data-dir``; see `convert` for what the arrays may
+        hold.
+      labels: see `convert`.
+      is_there: whether a folder holds the dataset.
+    """
+
+    def read(folder: Path, limits: Limits) -> Data:
+        try:
+            arrays = load(folder)
+        except OSError as error:
+            raise UserError(
+                f"data_dir: {folder} cannot be read ({error}); allowed is a folder "
+                "with this dataset"
+            ) from error
+        data = convert(*raw_of(arrays, str(folder)), labels=labels)
+        return limited(data._replace(notes=(f"from {folder}", *data.notes)), limits)
+
+    return Form(read, is_there)
+
+
+def raw_of(arrays: Arrays, name: str, field: str = "data_dir") -> tuple[Raw, Raw]:
+    """Name the splits of arrays for errors."""
+    x, y, x_test, y_test = arrays
+    return (
+        Raw(x, y, Place(f"the training set of {name}", field)),
+        Raw(x_test, y_test, Place(f"the test set of {name}", field)),
+    )
+
+
+def convert(train: Raw, test: Raw, *, labels: str = "refuse") -> Data:
+    """Check and convert the arrays of a dataset.
+
+    Args:
+      train: the training samples, which give classes, mean and deviation.
+      test: the test samples.
+      labels: what to do with integers that are not 0..K-1 without gaps: ``"refuse"``
+        them, or ``"remap"`` them to 0..K-1 in ascending order.
+
+    Returns:
+      The dataset; its notes name every conversion.
 
     Raises:
-      UserError: the content is not valid, or the labels are refused.
+      UserError: the arrays are not valid, or the splits do not fit together.
     """
-    if labels not in LABELS:
-        raise UserError(f"labels: {labels} is unknown; allowed are {', '.join(LABELS)}")
-    path = folder / "train.npz"
-    return _own_info(path, path.stat().st_mtime_ns, labels)
+    samples, notes = _samples(train)
+    own = read_labels(train.labels, len(samples), train.place)
+    classes = classes_of(own, train.place, labels)
+    if own.num_classes is not None:
+        notes.append("a one-hot label becomes the place of its 1")
+    mean, std = _moments(samples)
+    info = DatasetInfo(
+        samples.shape[1:],
+        len(classes.values),
+        mean,
+        std,
+        None if classes.natural else classes.values,
+        samples.dtype.name,
+    )
+    return Data(
+        Dataset(samples, numbers_of(own, classes, train.place)),
+        _fitting(test, info, classes),
+        info,
+        tuple(notes),
+    )
 
 
-@functools.lru_cache(maxsize=1)
-def _own_info(path: Path, changed: int, labels: str) -> DatasetInfo:
-    """Read the file again only if it has changed."""
-    del changed
-    images, given = _load(path)
-    values = _label_values(path, given)
-    natural = values == tuple(range(len(values)))
-    if not natural and labels != "remap":
-        raise _not_natural(path, values)
-    _, height, width, channels = images.shape
+def as_known(raw: Raw, info: DatasetInfo) -> Dataset:
+    """Check and convert a split of a dataset whose properties are known.
+
+    Raises:
+      UserError: the arrays are not valid, or those of another dataset.
+    """
+    return _fitting(raw, info, Classes(tuple(range(info.num_classes)), natural=True))
+
+
+def limited(data: Data, limits: Limits) -> Data:
+    """Keep only the first samples of each split."""
+    train, test = (
+        Dataset(split.images[:limit], split.labels[:limit])
+        for split, limit in zip((data.train, data.test), limits, strict=True)
+    )
+    return data._replace(train=train, test=test)
+
+
+def digest(data: Data) -> str:
+    """Return the SHA-256 of all samples and labels, hexadecimal."""
+    total = hashlib.sha256()
+    for array in (*data.train, *data.test):
+        total.update(f"{array.dtype} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def _fitting(raw: Raw, info: DatasetInfo, classes: Classes) -> Dataset:
+    """Convert a split, and refuse another form than the training samples have."""
+    samples, _ = _samples(raw)
+    for found, allowed in (
+        (list(samples.shape[1:]), list(info.input_shape)),
+        (samples.dtype.name, info.dtype),
+    ):
+        if found != allowed:
+            raise raw.place.refusal(f"samples of {found}", f"allowed are {allowed}")
+    labels = read_labels(raw.labels, len(samples), raw.place)
+    return Dataset(samples, numbers_of(labels, classes, raw.place))
+
+
+def _samples(raw: Raw) -> tuple[Samples, list[str]]:
+    """Check and convert samples; return also what was done, in clauses."""
+    samples, notes = np.asarray(raw.samples), []
+    for valid, found in (
+        (samples.dtype.kind in "biuf", f"samples of type {samples.dtype}"),
+        (samples.ndim >= 2, f"samples of the shape {list(samples.shape)}"),
+        (samples.shape[:1] != (0,), "0 samples"),
+        (samples.size > 0, f"samples of 0 numbers, {list(samples.shape)}"),
+    ):
+        if not valid:
+            raise raw.place.refusal(found, _ALLOWED)
+    if samples.dtype in (np.uint8, np.uint16) and samples.ndim == 3:
+        samples = samples[..., None]
+        notes.append("grey images [M, H, W] get one channel")
+    if samples.dtype == np.uint8 and samples.ndim == 4:
+        return samples, notes
+    if samples.dtype != np.float32:
+        notes.append(f"{samples.dtype} becomes float32")
+    with np.errstate(over="ignore"):  # what is infinite then is refused
+        samples = samples.astype(np.float32, copy=False)
+    finite = np.isfinite(samples)
+    if not finite.all():
+        first = np.unravel_index(np.argmin(finite), finite.shape)
+        raise raw.place.refusal(
+            f"{finite.size - np.count_nonzero(finite):,} values that are NaN or "
+            f"infinite in float32, the first at {list(map(int, first))}",
+            "allowed are finite numbers",
+        )
+    return samples, notes
+
+
+def _moments(samples: Samples) -> tuple[Figures, Figures]:
+    """Return mean and deviation of each entry of the last axis.
+
+    The deviation of a constant is 1, so that no division is by zero.
+    """
+    flat = samples.reshape(-1, samples.shape[-1])
+    if samples.dtype != np.uint8:
+        mean = flat.mean(0, dtype=np.float64)
+        std = np.where(np.ptp(flat, 0) == 0, 1.0, flat.std(0, dtype=np.float64))
+        return tuple(mean.tolist()), tuple(std.tolist())
     scale = np.arange(256) / 255
     means, deviations = [], []
-    for pixels in images.reshape(-1, channels).T:
+    for pixels in flat.T:
         shares = np.bincount(pixels, minlength=256) / len(pixels)
         means.append(float(shares @ scale))
-        # A constant channel has the deviation 1, so that no division is by zero.
         deviations.append(float(np.sqrt(shares @ (scale - means[-1]) ** 2)) or 1.0)
-    return DatasetInfo(
-        (height, width, channels),
-        len(values),
-        mean=tuple(means),
-        std=tuple(deviations),
-        label_values=None if natural else values,
-    )
-
-
-def _label_values(path: Path, labels: Labels) -> tuple[int, ...]:
-    """Return the label of each class, ascending."""
-    values = tuple(np.unique(labels).tolist())
-    if len(values) == 1:
-        raise UserError(
-            f"data_dir: {path} holds no label but {values[0]}; allowed are 2 classes "
-            "or more"
-        )
-    return values
-
-
-def _not_natural(path: Path, values: tuple[int, ...]) -> UserError:
-    """Return the error that names the first label outside of 0..K-1 without gaps."""
-    number, value = next((k, v) for k, v in enumerate(values) if k != v)
-    gap = "" if value < 0 else f", but not {number}"
-    return UserError(
-        f"labels: {path} holds the label {value}{gap}; allowed are 0..K-1 without "
-        f"gaps; `--labels remap` maps its {len(values)} labels to "
-        f"0..{len(values) - 1} in ascending order"
-    )
-
-
-def _source(folder: Path, info_fn: Callable[[], DatasetInfo]) -> Source | None:
-    if not all((folder / f"{split}.npz").is_file() for split in ("train", "test")):
-        return None
-
-    def read(split: str, limit: int | None) -> Dataset:
-        info, path = info_fn(), folder / f"{split}.npz"
-        images, labels = _load(path)
-        if images.shape[1:] != info.input_shape:
-            raise UserError(
-                f"data_dir: {path} holds images of {list(images.shape[1:])}; allowed "
-                f"are {list(info.input_shape)}"
-            )
-        return Dataset(images[:limit], _classes(path, labels, info)[:limit])
-
-    return Source(f"train.npz and test.npz in {folder}", read)
-
-
-def _classes(path: Path, labels: Labels, info: DatasetInfo) -> npt.NDArray[np.int32]:
-    """Return the class of each sample, ``int32 [M]``."""
-    values, places = np.unique(labels, return_inverse=True)
-    known = range(info.num_classes) if info.label_values is None else info.label_values
-    number = {value: k for k, value in enumerate(known)}
-    for value in values.tolist():
-        if value not in number:
-            allowed = f"0..{info.num_classes - 1}"
-            if info.label_values is not None:
-                allowed = f"the {info.num_classes} labels of train.npz"
-            raise UserError(
-                f"data_dir: {path} holds the label {value}; allowed are {allowed}"
-            )
-    return np.array([number[value] for value in values.tolist()], np.int32)[places]
-
-
-def _load(path: Path) -> tuple[Images, Labels]:
-    """Read the images and labels of a file, and check their types and shapes."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"data_dir: {path} cannot be read: {error}; {_ALLOWED}") from (
-            error
-        )
-    checks = (
-        (images.dtype == np.uint8, f"images of type {images.dtype}"),
-        (images.ndim == 4, f"images of the shape {list(images.shape)}"),
-        (images.shape[:1] != (0,), "0 images"),
-        (images.size > 0, f"images of 0 pixels, {list(images.shape)}"),
-        (labels.dtype.kind in "iu", f"labels of type {labels.dtype}"),
-        (
-            labels.shape == images.shape[:1],
-            f"labels of the shape {list(labels.shape)} for images of the shape "
-            f"{list(images.shape)}",
-        ),
-    )
-    for valid, found in checks:
-        if not valid:
-            raise UserError(f"data_dir: {path} holds {found}; {_ALLOWED}")
-    return images, labels
+    return tuple(means), tuple(deviations)

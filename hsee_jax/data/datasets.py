@@ -1,55 +1,63 @@
 """Datasets by name: `dataset_info`, `load_dataset`, and `prepare` to download them.
 
-``fashion_mnist_small`` comes with the package: the first 6,000 training and 1,000 test
-images of Fashion-MNIST (Xiao et al., arXiv:1708.07747), MIT licence, see
-LICENSE-fashion-mnist. ``npz`` is the user's own dataset (`arrays`). Every other dataset
-is read from a folder, in the first of these forms that is there: prepared by
-tensorflow-datasets (`prepared`), as its authors publish it (`archives`), as arrays
-(`arrays`).
-
-Every function takes that folder as ``folder``; None means ``$TFDS_DATA_DIR`` or, where
+A name is an entry of `DATASETS`: a known dataset (`known`), a form of the user's own
+data (`own`), or what a plugin registers. Every function takes the entry's options by
+name, and the folder of the data as ``folder``; None means ``$TFDS_DATA_DIR`` or, where
 that variable is not set, ``~/tensorflow_datasets``.
 """
 
 import logging
 import os
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.data import archives, arrays, prepared
-from hsee_jax.data.download import OnBytes, download_archive
-from hsee_jax.data.info import DATASETS, OWN, PACKAGED, DatasetInfo, Source
+from hsee_jax.data.arrays import Arrays, convert, digest, limited, raw_of
+from hsee_jax.data.download import OnBytes
+from hsee_jax.data.info import NO_LIMITS, PACKAGED, Data, DatasetInfo, Limits
+from hsee_jax.data.registry import DATASETS, Form
 
 _log = logging.getLogger(__name__)
 Folder = str | os.PathLike[str] | None
 
+_NOUNS = {1: "rows", 2: "series", 3: "images"}  # by the rank of a sample
 
-def dataset_info(
-    name: str, *, folder: Folder = None, labels: str = "refuse"
-) -> DatasetInfo:
-    """Return what is known of a dataset.
+
+def dataset_info(name: str, *, folder: Folder = None, **options: Any) -> DatasetInfo:
+    """Return what is known of a dataset; the user's own data are read for this.
 
     Args:
-      name: a key of `DATASETS`, or ``npz``, whose training images are read for this.
+      name: a key of `DATASETS`.
       folder: see the module.
-      labels: of ``npz``, see `load_dataset`.
+      **options: of the entry.
 
     Raises:
-      UserError: there is no dataset of that name, or ``npz`` is not in the folder or
-        not valid.
+      UserError: there is no dataset of that name, an option is not allowed, or the
+        folder does not hold the data, or they are not valid.
     """
-    _check_name(name)
-    if name != OWN:
-        return DATASETS[name]
-    place = _absolute(folder)
-    if arrays.find_own(place, labels) is None:
-        raise _missing(name, place)
-    return arrays.own_info(place, labels)
+    form = _form(name, options)
+    return form.info or form.read(_absolute(folder), NO_LIMITS).info
+
+
+def read_dataset(
+    name: str, *, folder: Folder = None, limits: Limits = NO_LIMITS, **options: Any
+) -> Data:
+    """Read a dataset, and log in one line what was read, from where, and how.
+
+    Args:
+      name: a key of `DATASETS`.
+      folder: see the module.
+      limits: how many samples to return; the others count for `DatasetInfo` only.
+      **options: of the entry.
+
+    Raises:
+      UserError: see `dataset_info`.
+    """
+    data = _form(name, options).read(_absolute(folder), limits)
+    if name != PACKAGED:
+        _log.info(describe(name, data))
+    return data
 
 
 def load_dataset(
@@ -58,45 +66,63 @@ def load_dataset(
     folder: Folder = None,
     max_train: int | None = None,
     max_test: int | None = None,
-    labels: str = "refuse",
+    **options: Any,
 ) -> tuple[Dataset, Dataset]:
-    """Read the training and the test samples, ``uint8 [M, H, W, C]``, ``int32 [M]``.
-
-    Log in one line what was read, and from where.
+    """Read the training and the test set of a dataset, see `read_dataset`.
 
     Args:
-      name: see `dataset_info`.
+      name: a key of `DATASETS`.
       folder: see the module.
       max_train: return only the first so many training samples.
       max_test: return only the first so many test samples.
-      labels: what to do where the training labels of ``npz`` are not 0..K-1 without
-        gaps: ``"refuse"`` them, or ``"remap"`` them to 0..K-1 in ascending order, see
-        `DatasetInfo`.
+      **options: of the entry.
 
     Raises:
-      UserError: there is no dataset of that name, the folder does not hold it, or it is
-        not valid.
+      UserError: see `dataset_info`.
     """
-    train, test, line = _read(name, folder, labels, max_train, max_test)
-    if name != PACKAGED:
-        _log.info(line)
-    return train, test
+    limits = Limits(max_train, max_test)
+    data = read_dataset(name, folder=folder, limits=limits, **options)
+    return data.train, data.test
+
+
+def read_arrays(
+    arrays: Arrays, *, labels: str = "refuse", limits: Limits = NO_LIMITS
+) -> Data:
+    """Convert arrays of a program to a dataset, and log what was done.
+
+    Args:
+      arrays: ``(x, y, x_test, y_test)``, see `hsee_jax.data.arrays`.
+      labels: see `convert`.
+      limits: see `read_dataset`.
+
+    Returns:
+      The dataset; its `DatasetInfo` has a digest of all samples and labels.
+
+    Raises:
+      UserError: the arrays are not valid.
+    """
+    data = convert(*raw_of(arrays, "the arrays", "data"), labels=labels)
+    info = data.info._replace(digest=digest(data))
+    notes = ("passed from Python", *data.notes)
+    data = limited(data._replace(info=info, notes=notes), limits)
+    _log.info(describe("arrays", data))
+    return data
 
 
 def prepare(
     name: str,
     *,
     folder: Folder = None,
-    labels: str = "refuse",
     on_bytes: OnBytes = lambda file, done, total: None,
+    **options: Any,
 ) -> str:
     """Read a dataset once; download its archive first if no form of it is there.
 
     Args:
-      name: see `dataset_info`.
+      name: a key of `DATASETS`.
       folder: see the module.
-      labels: see `load_dataset`.
       on_bytes: called with the progress of the download.
+      **options: of the entry.
 
     Returns:
       A line that says what is there.
@@ -105,92 +131,50 @@ def prepare(
       UserError: the dataset is neither there nor can it be downloaded, or it is not
         valid.
     """
-    there = find_source(name, folder, labels=labels) is not None
-    if not there and name in archives.ARCHIVES:
-        download_archive(archives.ARCHIVES[name], _absolute(folder), on_bytes)
-    line = _read(name, folder, labels)[2]
+    form, place = _form(name, options), _absolute(folder)
+    there = form.fetch is None or form.is_there(place)
+    if form.fetch is not None and not there:
+        form.fetch(place, on_bytes)
+    line = describe(name, form.read(place, NO_LIMITS))
     return f"{'there already' if there else 'downloaded'}: {line}"
 
 
-def find_source(
-    name: str, folder: Folder = None, *, labels: str = "refuse"
-) -> Source | None:
-    """Find the form in which a dataset is there, if any; read no samples yet.
+def is_there(name: str, folder: Folder = None, **options: Any) -> bool:
+    """Return whether a folder holds a dataset; read no samples yet.
 
     Raises:
-      UserError: there is no dataset of that name.
+      UserError: there is no dataset of that name, or an option is not allowed.
     """
-    return _find(name, folder, labels)[0]
+    return _form(name, options).is_there(_absolute(folder))
 
 
-def _find(name: str, folder: Folder, labels: str) -> tuple[Source | None, list[str]]:
-    """Return also why versions that tensorflow-datasets has prepared are passed over.
+def describe(name: str, data: Data) -> str:
+    """Return a line about a dataset: its sizes, its source, and what was done to it."""
+    info = data.info
+    classes, values = f"{info.num_classes} classes", info.label_values
+    if values is not None:
+        classes += f" (labels {values[0]} to {values[-1]}, ascending)"
+    what = _NOUNS.get(len(info.input_shape), "samples")
+    line = (
+        f"{name}: {len(data.train.labels):,} training and {len(data.test.labels):,} "
+        f"test {what} of {'x'.join(map(str, info.input_shape))} in {classes}"
+    )
+    return f"{line}, {'; '.join(data.notes)}"
 
-    Each reason is a clause of a sentence.
-    """
-    _check_name(name)
-    place = _absolute(folder)
-    if name == PACKAGED:
-        return Source("the package", _packaged), []
-    if name == OWN:
-        return arrays.find_own(place, labels), []
-    source, passed = prepared.find(name, place)
-    return source or archives.find(name, place) or arrays.find(name, place), passed
+
+def _form(name: str, options: dict[str, Any]) -> Form:
+    known_options = DATASETS.entry(name).options
+    for option, value in options.items():
+        if option not in known_options:
+            readers = ", ".join(DATASETS.readers(option)) or "no dataset"
+            raise UserError(
+                f"{option}: {value} has no effect on dataset {name}; it is read by "
+                f"{readers}"
+            )
+    checked = {key: known_options[key].checked(v) for key, v in options.items()}
+    return DATASETS.make(name, options=checked)
 
 
 def _absolute(folder: Folder) -> Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(folder or default).expanduser().absolute()
-
-
-def _read(
-    name: str,
-    folder: Folder,
-    labels: str,
-    max_train: int | None = None,
-    max_test: int | None = None,
-) -> tuple[Dataset, Dataset, str]:
-    """Return training samples, test samples, and a line about them."""
-    source, passed = _find(name, folder, labels)
-    if source is None:
-        raise _missing(name, _absolute(folder), passed)
-    train, test = source.read("train", max_train), source.read("test", max_test)
-    info = dataset_info(name, folder=folder, labels=labels)
-    classes, values = f"{info.num_classes} classes", info.label_values
-    if values is not None:
-        classes += f" (labels {values[0]} to {values[-1]}, ascending)"
-    line = (
-        f"{name}: {len(train.labels):,} training and {len(test.labels):,} test images "
-        f"of {'x'.join(map(str, info.input_shape))} in {classes}, from {source.name}"
-    )
-    return train, test, "; ".join((line, *passed))
-
-
-def _check_name(name: str) -> None:
-    if name not in (*DATASETS, OWN):
-        raise UserError(
-            f"dataset: {name} is unknown; allowed are {', '.join((*DATASETS, OWN))}"
-        )
-
-
-def _missing(name: str, folder: Path, passed: Sequence[str] = ()) -> UserError:
-    if name == OWN:
-        return UserError(
-            f"data_dir: {folder} is not allowed for {OWN}; allowed is a folder with "
-            "train.npz and test.npz, each with `images` and `labels`"
-        )
-    clauses = (
-        f"data_dir: {folder} holds no {name} that can be read here",
-        *passed,
-        f"`hsee data {name}` downloads it",
-        f"allowed are also {name}/train.npz and test.npz, and what `tfds build "
-        f"--file_format=array_record {name}` makes (as tfrecord it needs the extra tf)",
-    )
-    return UserError("; ".join(clauses))
-
-
-def _packaged(split: str, limit: int | None) -> Dataset:
-    path = resources.files("hsee_jax.data") / "fashion_mnist_small.npz"
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as contents:
-        images, labels = contents[f"{split}_images"], contents[f"{split}_labels"]
-    return Dataset(images[:limit, :, :, None], labels[:limit].astype(np.int32))

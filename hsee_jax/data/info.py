@@ -1,4 +1,4 @@
-"""The properties of the datasets, known before they are read, and sources of them."""
+"""What is known of a dataset, and the types in which it is read."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,21 +8,26 @@ from hsee_jax.core.types import Dataset
 class DatasetInfo(NamedTuple):
     """The properties of a dataset that a network and its input depend on."""
 
-    input_shape: tuple[int, int, int]  # (H, W, C)
+    input_shape: tuple[int, ...]  # of a sample: (H, W, C) for images
     num_classes: int  # K
-    mean: tuple[float, ...]  # per channel, over all training samples, scale 0..1
+    # Of each entry of the last axis, over all training samples; images of uint8 are
+    # scaled to 0..1 first.
+    mean: tuple[float, ...]
     std: tuple[float, ...]
     # The original label of each class, ascending; None where the labels are 0..K-1.
-    label_values: tuple[int, ...] | None = None
+    label_values: tuple[int, ...] | tuple[str, ...] | None = None
+    dtype: str = "uint8"  # of the stored samples: uint8 for images, or float32
+    digest: str | None = None  # of all samples and labels, if they came from Python
 
 
 PACKAGED = "fashion_mnist_small"
-OWN = "npz"  # the user's own dataset, which `arrays.own_info` describes
-LABELS = ("refuse", "remap")  # what to do with labels of `OWN` other than 0..K-1
+LABELS = ("refuse", "remap")  # what to do with integer labels other than 0..K-1
 
-DATASETS = {
-    PACKAGED: DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
-    "fashion_mnist": DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,)),
+_FASHION = DatasetInfo((28, 28, 1), 10, (0.2860,), (0.3530,))
+KNOWN = {
+    PACKAGED: _FASHION,
+    "fashion_mnist": _FASHION,
+    "mnist": DatasetInfo((28, 28, 1), 10, (0.1307,), (0.3081,)),
     "cifar10": DatasetInfo(
         (32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     ),
@@ -35,6 +40,26 @@ DATASETS = {
 }
 
 
+class Data(NamedTuple):
+    """A dataset that has been read."""
+
+    train: Dataset
+    test: Dataset
+    info: DatasetInfo
+    # Clauses that say where it is from, and what was done to it.
+    notes: tuple[str, ...] = ()
+
+
+class Limits(NamedTuple):
+    """How many samples to keep, the first of each split; None keeps all."""
+
+    train: int | None = None
+    test: int | None = None
+
+
+NO_LIMITS = Limits()
+
+
 class ReadFn(Protocol):
     """Reads a split."""
 
@@ -43,7 +68,7 @@ class ReadFn(Protocol):
 
 
 class Source(NamedTuple):
-    """A form of a dataset that can be read."""
+    """A form of a known dataset that can be read."""
 
     name: str  # its form and its place, in words
     read: ReadFn

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array, Batch, Dataset, Key
 
@@ -13,17 +14,20 @@ _PAD = 4  # pixels, the usual margin for 32x32 images
 
 
 class AugmentFn(Protocol):
-    """Changes training images at random."""
+    """Changes training samples at random."""
 
     def __call__(self, key: Key, images: Array) -> Array:
-        """Change each image independently of the others.
+        """Change each sample independently of the others.
 
         Args:
           key: a typed key.
-          images: ``float32 [B, H, W, C]``, normalised, so that 0 is mean grey.
+          images: ``float32 [B, ...]``, normalised, so that 0 is the mean.
 
         Returns:
-          The images, ``float32 [B, H, W, C]``.
+          Samples of the same shape and dtype.
+
+        Raises:
+          UserError: the function does not take samples of this shape.
         """
 
 
@@ -51,7 +55,12 @@ def crop_flip() -> AugmentFn:
 
 
 def _crop(key: Key, images: Array, *, flip: bool) -> Array:
-    chex.assert_rank(images, 4)
+    if images.ndim != 4:
+        name = "crop_flip" if flip else "crop"
+        raise UserError(
+            f"augment: {name} is not allowed for samples of {list(images.shape[1:])}; "
+            "it takes images [H, W, C]; allowed is --augment none"
+        )
     batch, height, width, _ = images.shape
     crop_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(crop_key, (2, batch, 1), 0, 2 * _PAD + 1)
@@ -73,26 +82,38 @@ def _crop(key: Key, images: Array, *, flip: bool) -> Array:
 
 
 def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Centre and scale ``uint8 [B, H, W, C]`` to ``float32 [B, H, W, C]``.
+    """Centre and scale samples ``[B, ...]`` to ``float32 [B, ...]``.
 
     Args:
-      images: values 0..255.
-      mean: of each channel, on the scale 0..1.
-      std: of each channel, on the scale 0..1.
+      images: ``uint8 [B, H, W, C]``, which is scaled to 0..1 first, or ``float32
+        [B, ...]``, which is taken as it is.
+      mean: of each entry of the last axis.
+      std: of each entry of the last axis.
     """
-    chex.assert_rank(images, 4)
-    chex.assert_type(images, jnp.uint8)
-    scale = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, -1)
-    shift = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
-    return (images.astype(jnp.float32) / 255.0 - shift) / scale
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255.0
+    chex.assert_type(images, jnp.float32)
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    scale = jnp.asarray(std, jnp.float32).reshape(shape)
+    shift = jnp.asarray(mean, jnp.float32).reshape(shape)
+    return (images - shift) / scale
 
 
 class InputPipeline(NamedTuple):
     """Makes the batch of a step from stored samples."""
 
-    mean: tuple[float, ...]  # of each channel, on the scale 0..1
+    mean: tuple[float, ...]  # of each entry of the last axis, see `normalize`
     std: tuple[float, ...]
     augment: AugmentFn = none()
+
+    def check(self, input_shape: tuple[int, ...]) -> None:
+        """Refuse an augmentation that does not take samples of this shape.
+
+        Raises:
+          UserError: the augmentation raises it.
+        """
+        rows = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+        jax.eval_shape(self.augment, jax.random.key(0), rows)
 
     def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
         """Return the samples at ``int32 [B]``, normalised and augmented."""

@@ -1,6 +1,6 @@
 """Read datasets that tensorflow-datasets prepared, if possible without TensorFlow.
 
-Any version with the images and classes of `DATASETS` can be read, whatever version the
+Any version with the images and classes of `KNOWN` can be read, whatever version the
 installed tensorflow-datasets would prepare. tensorflow-datasets shuffles the samples,
 so their order differs from the archives: the first 500 samples, say, are other images.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.data.info import DATASETS, Source
+from hsee_jax.data.info import KNOWN, Source
 
 Samples = Iterable[dict[str, Any]]
 SamplesFn = Callable[[Any, str, int | None], Samples]  # takes builder, split, limit
@@ -70,7 +70,7 @@ def _builder(path: Path) -> Any:
 def _check_content(dataset: str, builder: Any) -> None:
     """Refuse images, classes or splits that differ from the dataset's."""
     info, features, splits = (
-        DATASETS[dataset],
+        KNOWN[dataset],
         builder.info.features,
         builder.info.splits,
     )

@@ -45,11 +45,11 @@ from safetensors.numpy import load_file
 
 weights = load_file("weights.safetensors")
 segment = export.deserialize(bytearray(Path("segment.jaxexport").read_bytes()))
-answers = segment.call(weights, images)
+answers = segment.call(weights, {name})
 ```
 
-`images` are {input[dtype]} `[b, {shapes[input]}]`, for any b. The program normalises
-them to `(images / 255 - mean) / std` with the figures of `card.json`. It returns
+`{name}` are {input[dtype]} `[b, {shapes[input]}]`, for any b. The program normalises
+them to `{formula}` with the figures of `card.json`. It returns
 
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
@@ -153,7 +153,7 @@ def _program(
     info: DatasetInfo,
     criterion: str,
 ) -> bytes:
-    """Export a function of named weights and ``uint8 [b, H, W, C]``, for every b."""
+    """Export a function of named weights and samples ``[b, ...]``, for every b."""
     from jax import export
 
     spec = BranchSpec(client.stages, client.final_head, optax.identity())
@@ -172,7 +172,7 @@ def _program(
         }
 
     shape = export.symbolic_shape("b, ...", like=(None, *info.input_shape))
-    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    images = jax.ShapeDtypeStruct(shape, jnp.dtype(info.dtype))
     with _without_sources():
         program = export.export(jax.jit(segment), platforms=_PLATFORMS)(weights, images)
     return bytes(program.serialize())
@@ -216,7 +216,7 @@ def _card(
         "rounds": int(run.state.round),
         "cut": len(client.stages),
         "layer": client.layer_names[-1],
-        "input": {"shape": list(client.input_shape), "dtype": "uint8"},
+        "input": {"shape": list(client.input_shape), "dtype": run.info.dtype},
         "classes": run.info.num_classes,
         "label_values": run.info.label_values,
         "mean": run.info.mean,
@@ -245,8 +245,11 @@ def _readme(card: Figures) -> str:
     shapes = {
         name: ", ".join(map(str, card[name]["shape"])) for name in ("input", "features")
     }
+    stored = card["input"]["dtype"] == "uint8"
     return _README.format(
         **card,
+        name="images" if stored else "samples",
+        formula="(images / 255 - mean) / std" if stored else "(samples - mean) / std",
         shapes=shapes,
         measure=CRITERIA.entry(card["criterion"]).summary,
         places=", ".join(card["platforms"]),

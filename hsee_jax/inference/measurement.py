@@ -39,7 +39,7 @@ AnswerFn = Callable[[Array, float], Answers]  # a gate: inputs and threshold -> 
 class _Samples(NamedTuple):
     """A dataset in the form that the networks take."""
 
-    batches: list[Array]  # float32 [B, H, W, C]; the last one may be smaller
+    batches: list[Array]  # float32 [B, ...]; the last one may be smaller
     labels: Labels  # [M]
 
 

@@ -4,6 +4,7 @@ Each client's thresholds come from the samples that were held out of the trainin
 What they give is measured on the test set, which chooses nothing.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.inference.calibration import point_at_accuracy
 from hsee_jax.inference.client_study import ClientStudy, Figures, Target
 from hsee_jax.inference.measurement import measure_clients
+from hsee_jax.runs.data import OwnData
 from hsee_jax.runs.folder import check_partition
 from hsee_jax.runs.records import device_name
 from hsee_jax.runs.reopen import reopen
@@ -77,11 +79,12 @@ class Study(NamedTuple):
 
 
 def study(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     criterion: str = "entropy",
     which: str = "latest",
     data_dir: str | None = None,
+    data: OwnData | None = None,
     batch_size: int | None = None,
 ) -> Study:
     """Compute both answers of every client to the held-out and the test samples.
@@ -91,19 +94,20 @@ def study(
       criterion: a name in `CRITERIA`.
       which: the checkpoint, see `restore`.
       data_dir: see `reopen`.
+      data: see `reopen`.
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
       UserError: there is no such run, it held out no samples, or the training samples
         are no longer the run's own.
     """
-    experiment, state = reopen(folder, which, data_dir=data_dir)
+    experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
     if experiment.validation is None:
         raise UserError(
             f"validation_share: {folder} held out no samples to find thresholds with; "
             "train with --validation-share, such as 0.1"
         )
-    check_partition(folder, experiment.manifest)
+    check_partition(Path(folder), experiment.manifest)
     most = max(len(experiment.validation.labels), len(experiment.test.labels))
     size = min(batch_size or experiment.eval_batch_size, most)
     setting = {

@@ -3,23 +3,28 @@
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
-from hsee_jax.nn.registry import NETWORKS, register
+from hsee_jax.nn.registry import NETWORKS, images_only, register
 from hsee_jax.nn.resnet import BasicBlock, Head, Stem, resnet18
 
 __all__ = [
     "NETWORKS",
     "BasicBlock",
+    "DenseLayer",
     "Head",
+    "LinearHead",
     "Model",
     "Network",
     "Stem",
     "convolution",
     "deal_cuts",
+    "images_only",
     "from_linen",
     "init_network",
     "layer_inputs",
     "masked_cross_entropy",
+    "mlp",
     "parse_cut",
     "predictive_entropy",
     "register",

@@ -1,8 +1,52 @@
 """The networks that can be trained by name."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
-from hsee_jax.nn.model import Model
+from hsee_jax.nn.model import Model, layer_inputs
+
+F = TypeVar("F", bound=Callable[..., Model])
 
 # Factories take ``num_classes`` and ``input_shape``, ``(H, W, C)`` for images.
 NETWORKS: Registry[Model] = Registry("network")
 register = NETWORKS.register
+
+
+def images_only(make: F) -> F:
+    """Decorate the factory of a network that takes no other inputs than images.
+
+    For another ``input_shape`` than ``(H, W, C)`` the factory then raises a `UserError`
+    that names the registered networks that take it. Apply this below `register`.
+    """
+
+    @functools.wraps(make)
+    def checked(
+        *, num_classes: int, input_shape: tuple[int, ...], **options: Any
+    ) -> Model:
+        if len(input_shape) != 3:
+            others = [n for n in NETWORKS if n != make.__name__]
+            fitting = [n for n in others if _takes(n, num_classes, input_shape)]
+            raise UserError(
+                f"network: {make.__name__} is not allowed for samples of "
+                f"{list(input_shape)}; it takes images [H, W, C]; allowed are "
+                f"{', '.join(fitting)}"
+            )
+        return make(num_classes=num_classes, input_shape=input_shape, **options)
+
+    checked.images_only = True  # type: ignore[attr-defined]
+    return cast(F, checked)
+
+
+def _takes(name: str, num_classes: int, input_shape: tuple[int, ...]) -> bool:
+    """Return whether a network takes inputs of this shape, by trying it."""
+    make = NETWORKS[name].make
+    if hasattr(make, "images_only"):
+        return False
+    try:
+        layer_inputs(make(num_classes=num_classes, input_shape=input_shape))
+    except Exception:  # what a network makes of a wrong shape may raise anything
+        return False
+    return True

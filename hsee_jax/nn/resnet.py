@@ -22,7 +22,7 @@ from hsee_jax.core.options import at_least, one_of
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution import FORMS, convolution
 from hsee_jax.nn.model import Model, from_linen
-from hsee_jax.nn.registry import NETWORKS
+from hsee_jax.nn.registry import NETWORKS, images_only
 
 _DECAY, _EPSILON = 0.9, 1e-5  # of BatchNorm
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -181,6 +181,7 @@ class Head(nn.Module):
 
 
 @NETWORKS.register(summary="ResNet-18 (He et al., CVPR 2016), 9 layers")
+@images_only
 def resnet18(
     *,
     num_classes: int,

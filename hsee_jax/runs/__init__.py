@@ -2,6 +2,7 @@
 
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.data import DataSource
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
@@ -12,6 +13,7 @@ from hsee_jax.runs.train import train
 __all__ = [
     "Callback",
     "Checkpoints",
+    "DataSource",
     "Experiment",
     "History",
     "MetricsLog",

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
-from hsee_jax.config.schema import Config, DataConfig, parse_absence
+from hsee_jax.config.schema import Config, parse_absence
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
-from hsee_jax.data import DatasetInfo, dataset_info, load_dataset
+from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import (
     PARTITIONS,
     Indices,
@@ -43,26 +43,11 @@ from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
-
-
-def build_info(config: DataConfig) -> DatasetInfo:
-    """Return what is known of the dataset that a configuration names."""
-    return dataset_info(config.dataset, folder=config.data_dir, labels=config.labels)
-
-
-def build_data(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """Read the training and the test set that a configuration names."""
-    return load_dataset(
-        config.dataset,
-        folder=config.data_dir,
-        max_train=config.max_train_samples,
-        max_test=config.max_test_samples,
-        labels=config.labels,
-    )
 
 
 def build_model(
@@ -129,34 +114,34 @@ def build_strategy(config: Config, federation: Federation) -> Strategy:
     return ALGORITHMS.make(name, federation, options=options)
 
 
-def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experiment:
+def build(config: Config, data: OwnData | None = None) -> Experiment:
     """Load the data and build a run; no files are written.
 
     Args:
       config: the run.
-      data: training and test set, on the host, if not those that the configuration
-        names; of the same shape and labels.
+      data: ``(x, y, x_test, y_test)``, to train on these arrays (see
+        `hsee_jax.data.arrays` for their types and shapes) instead of the dataset of the
+        configuration, which is then ``arrays``; or training and test set.
 
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
     """
-    axis = client_axis(config.run.client_axis)
-    if axis == "loop" and jax.process_count() > 1:
-        raise UserError("client_axis: loop is not allowed with several processes")
-    info = build_info(config.data)
+    config = config_for(config, data)
+    axis = _axis(config)
+    info, read = data_source(config.data, data)
+    pipeline = _pipeline(config, info)
     federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
     groups, mesh = federation.groups, federation.mesh
     strategy = build_strategy(config, federation)
     attendance, cadence = _attendance(config), _cadence(config)
     attendance.check(groups, cadence.rounds)
-    train, test = build_data(config.data) if data is None else data
+    train, test = read()
     parts, held = _deal(config, train)
     shards: Shards = dict(enumerate(parts))
     batch_size = min(config.run.batch_size, max(map(len, parts)))
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = _store(config, federation, strategy)
     placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    pipeline = _pipeline(config, info)
     return Experiment(
         config=config,
         info=info,
@@ -191,6 +176,13 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     )
 
 
+def _axis(config: Config) -> str:
+    axis = client_axis(config.run.client_axis)
+    if axis == "loop" and jax.process_count() > 1:
+        raise UserError("client_axis: loop is not allowed with several processes")
+    return axis
+
+
 def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
@@ -214,7 +206,9 @@ def _cadence(config: Config) -> Cadence:
 
 def _pipeline(config: Config, info: DatasetInfo) -> InputPipeline:
     augment = AUGMENTATIONS.make(config.data.augment, options=config.data.options)
-    return InputPipeline(info.mean, info.std, augment)
+    pipeline = InputPipeline(info.mean, info.std, augment)
+    pipeline.check(info.input_shape)
+    return pipeline
 
 
 def _deal(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:

@@ -5,8 +5,9 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -60,22 +61,31 @@ def read_info(folder: Path) -> DatasetInfo:
     """
     path = folder / "data.json"
     try:
-        stored = DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
-        height, width, channels = map(int, stored.input_shape)
-        classes, labels = int(stored.num_classes), stored.label_values
-        mean, std = (tuple(map(float, values)) for values in (stored.mean, stored.std))
-        if not len(mean) == len(std) == channels:
-            raise ValueError("it lacks a mean or a deviation for each channel")
-        if labels is not None:
-            labels = tuple(map(int, labels))
-            if len(labels) != classes:
-                raise ValueError("it lacks a label for each class")
-        return DatasetInfo((height, width, channels), classes, mean, std, labels)
+        return _checked_info(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(
             f"run: {path} is missing or damaged; `hsee train --resume --out {folder}` "
             "writes it anew"
         ) from error
+
+
+def _checked_info(values: Mapping[str, Any]) -> DatasetInfo:
+    """Read the content of ``data.json``; raise an error if it is damaged."""
+    stored = DatasetInfo(**values)
+    shape, classes = tuple(map(int, stored.input_shape)), int(stored.num_classes)
+    mean, std = (tuple(map(float, figures)) for figures in (stored.mean, stored.std))
+    if not shape or not len(mean) == len(std) == shape[-1]:
+        raise ValueError("it lacks a mean or a deviation for each channel")
+    labels = stored.label_values
+    if labels is not None:
+        if len(labels) != classes:
+            raise ValueError("it lacks a label for each class")
+        text = isinstance(labels[0], str)
+        labels = tuple(map(str, labels)) if text else tuple(map(int, labels))
+    if stored.dtype not in ("uint8", "float32"):
+        raise ValueError(f"it has samples of {stored.dtype}")
+    digest = None if stored.digest is None else str(stored.digest)
+    return DatasetInfo(shape, classes, mean, std, labels, stored.dtype, digest)
 
 
 def check_writable(folder: Path) -> None:
@@ -161,8 +171,9 @@ def check_info(folder: Path, found: DatasetInfo) -> None:
         return  # it is lost, and `train` writes it anew
     for name, theirs, value in zip(stored._fields, stored, found, strict=True):
         if value != theirs:
+            field = "data_dir" if stored.digest is None else "data"
             raise UserError(
-                f"data_dir: the data found now, of {name} {value}, are not those of "
+                f"{field}: the data found now, of {name} {value}, are not those of "
                 f"{folder}; allowed is {theirs}"
             )
 

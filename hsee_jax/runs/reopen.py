@@ -1,11 +1,13 @@
 """Build a finished run's experiment again, with its data, and evaluate it."""
 
+import os
 from pathlib import Path
 
 from hsee_jax.config.values import override
 from hsee_jax.federation.state import RunState
-from hsee_jax.runs.build import build, build_info
+from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import load
+from hsee_jax.runs.data import OwnData, data_source
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
 from hsee_jax.runs.records import Scores
@@ -13,7 +15,11 @@ from hsee_jax.runs.restore import checkpoint_of
 
 
 def reopen(
-    folder: Path, which: str = "latest", *, data_dir: str | None = None
+    folder: str | os.PathLike[str],
+    which: str = "latest",
+    *,
+    data_dir: str | None = None,
+    data: OwnData | None = None,
 ) -> tuple[Experiment, RunState]:
     """Build a run's experiment again and read its state.
 
@@ -21,6 +27,7 @@ def reopen(
       folder: the run's folder.
       which: see `restore`.
       data_dir: the folder with the datasets; None for the folder of the run.
+      data: the arrays of a run that was trained on arrays, see `build`.
 
     Returns:
       The experiment, and the state as a checkpoint holds it.
@@ -29,23 +36,29 @@ def reopen(
       UserError: there is no such run, it has no checkpoint, or its data are missing, or
         differ from the data of the run.
     """
+    folder = Path(folder)
     config = read_config(folder)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
-    check_info(folder, build_info(config.data))
+    source = data_source(config.data, data)
+    check_info(folder, source.info)
     checkpoint = checkpoint_of(folder, which)
-    experiment = build(config)
+    experiment = build(config, source)
     return experiment, load(checkpoint, experiment.store.checkpoint_shapes())
 
 
 def evaluate(
-    folder: Path, which: str = "latest", *, data_dir: str | None = None
+    folder: str | os.PathLike[str],
+    which: str = "latest",
+    *,
+    data_dir: str | None = None,
+    data: OwnData | None = None,
 ) -> tuple[int, Scores]:
     """Evaluate a checkpoint on the test set, see `reopen`.
 
     Returns:
       The number of finished rounds, and the scores.
     """
-    experiment, state = reopen(folder, which, data_dir=data_dir)
+    experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
     slots = experiment.store.from_checkpoint(state)
     return int(state.round), Scores.of(experiment.evaluate(slots, experiment.test))

@@ -28,7 +28,7 @@ class Restored(NamedTuple):
     """The content of a checkpoint, with access by the ids of clients.
 
     `forward` runs a branch and `branch_step` trains it; both take its spec, see
-    `specs`. Inputs are images after `normalize` with the mean and deviation of
+    `specs`. Inputs are samples after `normalize` with the mean and deviation of
     ``info``.
     """
 

@@ -26,6 +26,7 @@ from hsee_jax.engine.round import RoundProgress
 from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.data import OwnData, config_for
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
 from hsee_jax.runs.records import (
@@ -43,6 +44,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    data: OwnData | None = None,
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
@@ -58,9 +60,9 @@ def train(
       folder: of the run; it must not exist, or be empty, unless one of these is set:
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
+      data: arrays to train on, see `build`; what reopens the run needs them again.
       callbacks: called after every round, behind the log and before the checkpoint.
-      stop: asked between steps, in every process; true ends the run there, with a
-        checkpoint.
+      stop: asked between steps, in every process; true ends the run with a checkpoint.
 
     Returns:
       The content of ``summary.json``.
@@ -75,8 +77,8 @@ def train(
     check = partial(check_start, folder, resume=resume, overwrite=overwrite)
     in_first(check)
     if resume:
-        check_same(config, read_config(folder))
-    experiment = build(config)
+        check_same(config_for(config, data), read_config(folder))
+    experiment = build(config, data)
     with locked(folder), ExitStack() as stack:
         in_first(check)
         start = Start(experiment.init())

@@ -1,0 +1,105 @@
+"""The data of a run: the dataset that its configuration names, or arrays of a program.
+
+A run on arrays has the dataset ``arrays``, and a digest of them in its `DatasetInfo`;
+whatever reopens it needs the same arrays.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from hsee_jax.config.schema import Config, DataConfig
+from hsee_jax.config.values import override
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
+from hsee_jax.data import (
+    DATASETS,
+    DatasetInfo,
+    Limits,
+    dataset_info,
+    read_dataset,
+)
+
+Splits = tuple[Dataset, Dataset]  # training and test set, on the host
+
+
+class DataSource(NamedTuple):
+    """What is known of data, and how they are read."""
+
+    info: DatasetInfo
+    read: Callable[[], Splits]
+
+
+# Of a caller: (x, y, x_test, y_test), or training and test set, or a source of them.
+OwnData = tuple[Any, Any, Any, Any] | Splits | DataSource
+
+
+def config_for(config: Config, data: OwnData | None) -> Config:
+    """Return the configuration of a run on a caller's data: its dataset is ``arrays``.
+
+    A `DataSource` is one of the dataset that the configuration names.
+    """
+    if data is None or isinstance(data, DataSource):
+        return config
+    return override(config, dataset="arrays")
+
+
+def data_source(config: DataConfig, data: OwnData | None = None) -> DataSource:
+    """Find the data that a configuration names, or convert a caller's.
+
+    The user's own data are read here, as their properties are not known without.
+
+    Args:
+      config: of the run, see `config_for`.
+      data: the caller's, if any.
+
+    Raises:
+      UserError: the data are missing, or not valid.
+    """
+    if isinstance(data, DataSource):
+        return data
+    limits = Limits(config.max_train_samples, config.max_test_samples)
+    options, name = _options(config), config.dataset
+    form = DATASETS.make(name, options=options)
+    if data is not None:
+        if form.take is None:
+            raise UserError(
+                f"data: arrays are not allowed here; the run is on the dataset {name}, "
+                "which is read from its folder"
+            )
+        found = form.take(_arrays(data), limits)
+        return DataSource(found.info, lambda: (found.train, found.test))
+    read = partial(read_dataset, name, folder=config.data_dir, limits=limits, **options)
+    if form.info is not None:
+        return DataSource(form.info, lambda: read()[:2])
+    found = read()
+    return DataSource(found.info, lambda: (found.train, found.test))
+
+
+def build_info(config: DataConfig) -> DatasetInfo:
+    """Return what is known of the dataset that a configuration names."""
+    return dataset_info(config.dataset, folder=config.data_dir, **_options(config))
+
+
+def build_data(config: DataConfig) -> Splits:
+    """Read the dataset that a configuration names."""
+    return data_source(config).read()
+
+
+def _options(config: DataConfig) -> dict[str, Any]:
+    """Return the options that the dataset reads."""
+    names = DATASETS.entry(config.dataset).options
+    return {name: config.options[name] for name in names}
+
+
+def _arrays(data: Any) -> tuple[Any, Any, Any, Any]:
+    """Return x, y, x_test and y_test."""
+    parts = tuple(data)
+    if len(parts) == 2 and all(isinstance(part, Dataset) for part in parts):
+        parts = (*parts[0], *parts[1])
+    if len(parts) != 4:
+        raise UserError(
+            f"data: {len(parts)} values are not allowed; allowed are (x, y, x_test, "
+            "y_test), or two Datasets"
+        )
+    return parts
