@@ -120,6 +120,12 @@ def test_predict_names_a_shape_that_is_not_the_runs(run, shape):
         predict(restore(run), 0, np.zeros(shape, np.uint8))
 
 
+def test_predict_takes_no_floats_for_bytes(run):
+    """They would be in another scale."""
+    with pytest.raises(UserError, match="type float64 is not allowed; .* uint8"):
+        predict(restore(run), 0, np.zeros((2, 28, 28, 1)))
+
+
 def test_the_curve_is_that_of_21_targets(run, study):
     curve = study.curve()
     json.dumps(curve, allow_nan=False)

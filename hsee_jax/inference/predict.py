@@ -1,10 +1,12 @@
 """Answer samples with a restored run: on the device, or at the server."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.inference.gate import Answers, make_gate
 from hsee_jax.runs.restore import Restored
@@ -31,25 +33,38 @@ def predict(
       batch_size: samples that run at once.
 
     Raises:
-      UserError: there is no such client or criterion, or the shape of the samples is
-        not that of the run's data.
+      UserError: there is no such client or criterion, or the samples have another
+        shape or type than the run's data.
     """
-    samples = np.asarray(inputs)
-    shape = tuple(run.info.input_shape)
-    if samples.shape[1:] != shape or not len(samples):
-        raise UserError(
-            f"inputs: the shape {list(samples.shape)} is not allowed; allowed is one "
-            f"sample or more of {list(shape)}"
-        )
+    samples = _samples(inputs, run.info)
     gate = make_gate(*run.specs(i), batch_size=batch_size, criterion=criterion)
     client, server = run.client(i), run.server(i)
     parts = [
         gate.answer(
             client,
             server,
-            normalize(samples[first : first + batch_size], run.info.mean, run.info.std),
+            normalize(
+                jnp.asarray(samples[first : first + batch_size]),
+                run.info.mean,
+                run.info.std,
+            ),
             threshold,
         )
         for first in range(0, len(samples), batch_size)
     ]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _samples(inputs: npt.ArrayLike, info: DatasetInfo) -> npt.NDArray:
+    """Check the samples' shape, and give them the type of the run's data."""
+    samples = np.asarray(inputs)
+    if samples.shape[1:] != tuple(info.input_shape) or not len(samples):
+        raise UserError(
+            f"inputs: the shape {list(samples.shape)} is not allowed; allowed is one "
+            f"sample or more of {list(info.input_shape)}"
+        )
+    if not np.can_cast(samples.dtype, info.dtype, "same_kind"):
+        raise UserError(
+            f"inputs: the type {samples.dtype} is not allowed; allowed is {info.dtype}"
+        )
+    return samples.astype(info.dtype)
