@@ -64,6 +64,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/elastic"))
     parser.add_argument("--pulls", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--images", type=int, default=2400, help="for training")
     given = parser.parse_args(words)
     for pull in given.pulls:
         config = hs.override(
@@ -73,6 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
             pull=pull,
             partition="dirichlet",
             alpha=0.3,
+            max_train_samples=given.images,
             rounds=given.rounds,
         )
         scores = hs.train(config, given.out / f"pull-{pull}", overwrite=True).scores
