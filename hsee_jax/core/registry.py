@@ -6,7 +6,9 @@ command line, the configuration and the reference read them from here.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 from hsee_jax.core.errors import unknown
@@ -136,5 +138,12 @@ class Registry(Mapping[str, Entry[T]]):
 
 
 def _identity(make: Callable[..., Any]) -> tuple[str, str]:
-    """Return where a function is defined, which stays the same if it runs again."""
-    return make.__module__, make.__qualname__
+    """Return where a function is defined, which stays the same if it runs again.
+
+    A script that is also a plugin runs as ``__main__``, and is imported by its name.
+    """
+    module = make.__module__
+    script = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__" and script is not None:
+        module = Path(script).stem
+    return module, make.__qualname__

@@ -1,5 +1,6 @@
 """Early-exit inference: the gate, and the choice and evaluation of its thresholds."""
 
+from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.gate import (
     CRITERIA,
     Answers,
@@ -16,6 +17,7 @@ __all__ = [
     "Criterion",
     "Gate",
     "Study",
+    "Target",
     "make_gate",
     "register",
     "study",
