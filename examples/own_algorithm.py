@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train with an algorithm of your own.")
     parser.add_argument("--out", type=Path, default=Path("runs/elastic"))
     parser.add_argument("--pulls", type=float, nargs="+", default=[0.0, 0.5, 1.0])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--images", type=int, default=2400, help="for training")
     given = parser.parse_args(words)
     for pull in given.pulls:
