@@ -38,6 +38,11 @@ COMMANDS = {
     "info": Command(
         "inspect", "info", "Show the costs of each layer of a configuration's network."
     ),
+    "profile": Command(
+        "profile",
+        "profile_machine",
+        "Time the layers on this machine and write it as a device.",
+    ),
     "report": Command("report", "report", "Draw and compare runs on one page."),
     "data": Command(
         "data",

@@ -25,21 +25,22 @@ def layer_costs(model: Model) -> tuple[LayerCost, ...]:
     backend at hand.
     """
     shapes = layer_inputs(model)
-    names = [
-        *model.layer_names,
-        *(f"exit after {name}" for name in model.layer_names),
-        "final head",
-    ]
     stages = [*model.stages, *model.exit_heads, model.final_head]
     inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
     known: dict[tuple[Stage, Any], tuple[int, int, int]] = {}
     costs = []
-    for name, stage, shape in zip(names, stages, inputs, strict=True):
+    for name, stage, shape in zip(part_names(model), stages, inputs, strict=True):
         place = (stage, (shape.shape, shape.dtype))
         if place not in known:
             known[place] = _cost(stage, shape)
         costs.append(LayerCost(name, *known[place]))
     return tuple(costs)
+
+
+def part_names(model: Model) -> tuple[str, ...]:
+    """Return the names of the L layers, L exit heads and the final head."""
+    exits = (f"exit after {name}" for name in model.layer_names)
+    return *model.layer_names, *exits, "final head"
 
 
 def _cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int]:
