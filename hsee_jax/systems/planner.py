@@ -75,7 +75,7 @@ def plan_cuts(
     most = limits.totals()
     if "joules" in (minimize, *most):
         _require_watts(problem.devices)
-    costs = cut_costs(problem, _allowed(problem, limits))
+    costs = cut_costs(problem, possible_cuts(problem, limits))
     aims = dict(most)
     if "server_bytes" in aims:  # beside the replicas it holds batches
         aims["server_bytes"] -= _batch_bytes(problem, costs.allowed)
@@ -154,7 +154,7 @@ def _client_bytes(problem: Problem) -> Ints:
     )
 
 
-def _allowed(problem: Problem, limits: Limits) -> Bools:
+def possible_cuts(problem: Problem, limits: Limits) -> Bools:
     """Return which cuts each client may take, ``[N, L]``."""
     devices = problem.devices
     most = np.array([device.memory_bytes for device in devices])
