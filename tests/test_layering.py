@@ -150,9 +150,10 @@ def test_each_library_has_one_home():
         "flax.linen": {"nn.resnet"},
         "orbax": {"runs.checkpoint"},
         "safetensors": {"deployment.export"},
-        "matplotlib": {"report.figures", "report.gate"},
+        "matplotlib": {"report.figures", "report.gantt", "report.gate"},
         "tensorboardX": {"report.events"},
         "pooch": {"data.download"},
+        "scipy": {"systems.bandwidth", "systems.milp"},
         "tensorflow_datasets": {"data.prepared"},
     }
     for library, allowed in homes.items():
@@ -172,8 +173,9 @@ def test_import_is_light_and_fast():
         "assert 'jax' not in sys.modules; hsee_jax.train;"
         "print(time.process_time() - start);"
         "import hsee_jax.cli.train, hsee_jax.cli.gate, hsee_jax.cli.export;"
+        "import hsee_jax.cli.plan;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
-        "'tensorboardX', 'safetensors'};"
+        "'tensorboardX', 'safetensors', 'scipy.optimize'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

@@ -13,7 +13,6 @@ from hsee_jax.core import UserError
 from hsee_jax.systems.bandwidth import divide_uplink
 from hsee_jax.systems.bottleneck import fastest
 from hsee_jax.systems.choice import allowed_cuts, choose, upward
-from hsee_jax.systems.cut_costs import QUANTITIES, CutCosts, pick, totals
 from hsee_jax.systems.milp import cheapest
 from hsee_jax.systems.pairs import (
     exact_pairs,
@@ -29,6 +28,7 @@ from hsee_jax.systems.pipeline import (
     pipeline_s,
     split_layers,
 )
+from hsee_jax.systems.quantities import QUANTITIES, CutCosts, pick, totals
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -104,7 +104,12 @@ def test_the_sweep_equals_brute_force_and_the_solver(seed):
 
 
 @settings(max_examples=80, deadline=None)
-@given(SEEDS, st.sampled_from(QUANTITIES), st.booleans(), st.sets(st.sampled_from(QUANTITIES)))
+@given(
+    SEEDS,
+    st.sampled_from(QUANTITIES),
+    st.booleans(),
+    st.sets(st.sampled_from(QUANTITIES)),
+)
 def test_choices_under_limits_equal_brute_force(seed, minimize, lockstep, limited):
     costs, rng = draw_costs(seed, lockstep=lockstep)
     if not lockstep and rng.random() < 0.5:
@@ -252,7 +257,10 @@ def test_layers_over_devices_equal_brute_force(seed):
         for k, (a, b) in enumerate(itertools.pairwise(ends)):
             sends = send_s[k, b - 1] if a < b < layers else 0
             stages.append(layer_s[k, a:b].sum() + sends)
-        if all(memory[a:b].sum() <= most[k] for k, (a, b) in enumerate(itertools.pairwise(ends))):
+        if all(
+            memory[a:b].sum() <= most[k]
+            for k, (a, b) in enumerate(itertools.pairwise(ends))
+        ):
             best = min(best, sum(stages) + (batches - 1) * max(stages))
     found = split_layers(layer_s, send_s, micro_batches=batches, fits=fits)
     if found is None:

@@ -27,6 +27,7 @@ _NUMBERS = {
     "max_memory": "bytes of memory of every device; by default each device's own",
     "max_joules": "energy of all clients in a round",
     "max_seconds": "seconds of a round",
+    "max_bytes": "bytes on all links in a round, up and down",
     "max_server_memory": "bytes of memory of the server",
     "bandwidth": "bytes/s of an uplink that all clients share; it is divided so that "
     "the last upload ends as early as possible",
@@ -140,6 +141,7 @@ def _limits(given: dict[str, Any], layer_names: Sequence[str]) -> Limits:
         min_cut=min_cut,
         seconds=_number(given, "max_seconds"),
         joules=_number(given, "max_joules"),
+        bytes=_number(given, "max_bytes"),
         server_bytes=_number(given, "max_server_memory"),
     )
 

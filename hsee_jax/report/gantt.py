@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hsee_jax.systems.intervals import Interval, intervals
-from hsee_jax.systems.planner import Plan
+from hsee_jax.systems.outcome import Plan
 from hsee_jax.systems.problem import Problem
 
 _ROWS = 24  # kinds of clients
@@ -110,7 +110,8 @@ def _draw(
             (place + look.lane - look.height / 2, look.height),
             facecolors=look.color,
             hatch=look.hatch,
-            linewidth=0,
+            edgecolor="white",
+            linewidth=0.4,
         )
     return bool(by_place)
 

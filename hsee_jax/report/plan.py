@@ -11,7 +11,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.report.gantt import draw_round
 from hsee_jax.report.tables import Table
 from hsee_jax.systems.comparison import Row
-from hsee_jax.systems.planner import Plan
+from hsee_jax.systems.outcome import Plan
 from hsee_jax.systems.problem import Problem
 
 Document = dict[str, Any]
@@ -90,7 +90,8 @@ def by_kind(plan: Document) -> Table:
     title = (
         f"a round of {plan['seconds']:,.1f} s, "
         f"{_optional(plan['joules'], '{:,.0f}')} J, "
-        f"{plan['up_bytes'] / 1e6:,.1f} MB up, {plan['down_bytes'] / 1e6:,.1f} MB down; "
+        f"{plan['up_bytes'] / 1e6:,.1f} MB up, "
+        f"{plan['down_bytes'] / 1e6:,.1f} MB down; "
         f"{server['device']} busy {server['busy_share']:.0%}, "
         f"{server['memory_bytes'] / 1e6:,.0f} MB; mean of each client"
     )

@@ -14,10 +14,10 @@ from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.runs.build import build_data, build_federation, build_info
 from hsee_jax.systems.costs import LayerCost, layer_costs
-from hsee_jax.systems.cut_costs import Ints
 from hsee_jax.systems.device_file import Fleet
 from hsee_jax.systems.memory import optimizer_slots
 from hsee_jax.systems.problem import Problem
+from hsee_jax.systems.quantities import Ints
 from hsee_jax.systems.traffic import Traffic
 from hsee_jax.systems.work import schedule_of
 from hsee_jax.systems.workload import traffic_by_cut

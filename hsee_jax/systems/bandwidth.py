@@ -9,9 +9,8 @@ ours.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 
-from hsee_jax.systems.cut_costs import Floats
+from hsee_jax.systems.quantities import Floats
 
 
 class Division(NamedTuple):
@@ -40,6 +39,8 @@ def divide_uplink(
     def rates(end: float) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(up_bytes > 0, up_bytes / (end - start_s), 0.0)
+
+    from scipy.optimize import brentq  # slow to import
 
     earliest = float(np.max(start_s + up_bytes / link_bytes_per_s))
     if rates(earliest).sum() <= bandwidth:

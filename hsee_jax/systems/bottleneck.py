@@ -8,7 +8,7 @@ at most N L thresholds gives the best choice, without a solver.
 
 import numpy as np
 
-from hsee_jax.systems.cut_costs import Bools, Floats, Ints
+from hsee_jax.systems.quantities import Bools, Floats, Ints
 
 
 def fastest(

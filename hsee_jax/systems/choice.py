@@ -7,8 +7,7 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.systems.bottleneck import fastest
-from hsee_jax.systems.cut_costs import Bools, CutCosts, Floats, Ints, totals
-from hsee_jax.systems.milp import cheapest
+from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints, totals
 
 # The limits, by the quantity that they limit.
 LIMITS = {
@@ -63,6 +62,8 @@ def _cheapest(
         return fastest(
             costs.phases_s[0], costs.server_s, costs.allowed, workers=costs.workers
         )
+    from hsee_jax.systems.milp import cheapest  # which imports SciPy's solvers
+
     return cheapest(costs, minimize, limits)
 
 
@@ -71,9 +72,7 @@ def _cheapest_equal(
 ) -> Ints | None:
     """Return the best choice of one cut for all clients; None if there is none."""
     count = len(costs.allowed)
-    choices = [
-        np.full(count, c + 1) for c in np.flatnonzero(costs.allowed.all(axis=0))
-    ]
+    choices = [np.full(count, c + 1) for c in np.flatnonzero(costs.allowed.all(axis=0))]
     sums = {int(cuts[0]): totals(costs, cuts)._asdict() for cuts in choices}
     kept = [
         cuts
@@ -133,11 +132,10 @@ def allowed_cuts(
     """
     among = np.isin(np.arange(1, len(memory_bytes) + 1), list(choices))
     allowed = among & (memory_bytes <= most_bytes[:, None])
-    for i in np.flatnonzero(~allowed.any(axis=1)):
-        least = memory_bytes[among].min()
+    for i in np.flatnonzero(~allowed.any(axis=1)).tolist():
         raise UserError(
             f"max_memory: {most_bytes[i]:g} bytes of client {i} ({names[i]}) is too "
             f"little for cuts {' '.join(map(str, sorted(choices)))}; allowed is "
-            f"{upward(least)} or more"
+            f"{upward(memory_bytes[among].min())} or more"
         )
     return allowed

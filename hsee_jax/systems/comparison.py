@@ -11,15 +11,10 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.systems.choice import choose
-from hsee_jax.systems.cut_costs import Ints
-from hsee_jax.systems.planner import (
-    Limits,
-    Plan,
-    evaluate_cuts,
-    plan_cuts,
-    possible_cuts,
-)
+from hsee_jax.systems.outcome import Plan, evaluate_cuts
+from hsee_jax.systems.planner import Limits, plan_cuts, possible_cuts
 from hsee_jax.systems.problem import Problem, cut_costs
+from hsee_jax.systems.quantities import Ints
 
 _DRAWS = 21
 

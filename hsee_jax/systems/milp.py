@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hsee_jax.systems.cut_costs import Bools, CutCosts, Floats, Ints, rows_of
+from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints, rows_of
 
 _GAP = 1e-9  # relative, of the solver
 
@@ -40,7 +40,9 @@ class _Program(NamedTuple):
     integers: int  # that many variables are whole numbers
 
 
-def cheapest(costs: CutCosts, minimize: str, limits: Mapping[str, float]) -> Ints | None:
+def cheapest(
+    costs: CutCosts, minimize: str, limits: Mapping[str, float]
+) -> Ints | None:
     """Return the cuts with the least total of one quantity, under limits of others.
 
     Args:

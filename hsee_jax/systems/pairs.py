@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.systems.cut_costs import Floats
+from hsee_jax.systems.quantities import Floats
 
 Pairs = tuple[tuple[int, int], ...]  # each with the lower number first, ascending
 _MOST_EXACT = 16  # clients; the work grows by 2^N

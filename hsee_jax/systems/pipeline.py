@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hsee_jax.systems.cut_costs import Bools, Floats
+from hsee_jax.systems.quantities import Bools, Floats
 
 
 class Stages(NamedTuple):

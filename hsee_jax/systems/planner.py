@@ -4,23 +4,21 @@ The choice is exact for a bound of the round's seconds (see `CutCosts`); the sec
 the plan are those of `round_time`, which follows every batch.
 """
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.systems.bandwidth import divide_uplink
 from hsee_jax.systems.choice import LIMITS, allowed_cuts, choose, upward
-from hsee_jax.systems.cut_costs import Bools, Floats, Ints, Totals, totals
 from hsee_jax.systems.devices import Device
-from hsee_jax.systems.energy import joules
-from hsee_jax.systems.memory import client_memory, server_memory
+from hsee_jax.systems.memory import server_memory
+from hsee_jax.systems.outcome import Plan, client_bytes, evaluate_cuts
 from hsee_jax.systems.problem import Problem, cut_costs, replica_bytes
-from hsee_jax.systems.timing import RoundTime, round_time
+from hsee_jax.systems.quantities import QUANTITIES, Bools, CutCosts, totals
 
 _TRIES = 8
+_SLACK = 1e-6  # relative, of limits
 _WATTS = ("busy", "sending", "receiving", "idle")
 
 
@@ -31,29 +29,13 @@ class Limits(NamedTuple):
     min_cut: int = 1
     seconds: float | None = None  # of a round
     joules: float | None = None  # of all clients in a round
+    bytes: float | None = None  # on all links in a round
     server_bytes: float | None = None  # of the server's memory
 
     def totals(self) -> dict[str, float]:
         """Return the limits of totals, by `QUANTITIES`."""
-        names = ("seconds", "joules", "server_bytes")
-        return {n: v for n in names if (v := getattr(self, n)) is not None}
-
-
-class Plan(NamedTuple):
-    """The cuts of N clients, and a round with them."""
-
-    cuts: Ints  # [N]
-    time: RoundTime
-    joules: Floats  # [N]; NaN where a device does not know its watts
-    memory_bytes: Ints  # [N]
-    server_bytes: int
-    bound_s: float  # no order of the turns makes the round shorter
-
-    def totals(self) -> Totals:
-        """Return the totals over all clients."""
-        sent = float(self.time.up_bytes.sum() + self.time.down_bytes.sum())
-        energy = float(self.joules.sum())
-        return Totals(self.time.seconds, energy, sent, float(self.server_bytes))
+        given = ((name, getattr(self, name)) for name in QUANTITIES)
+        return {name: most for name, most in given if most is not None}
 
 
 def plan_cuts(
@@ -77,81 +59,52 @@ def plan_cuts(
         _require_watts(problem.devices)
     costs = cut_costs(problem, possible_cuts(problem, limits))
     aims = dict(most)
-    if "server_bytes" in aims:  # beside the replicas it holds batches
-        aims["server_bytes"] -= _batch_bytes(problem, costs.allowed)
-    nearest = dict.fromkeys(most, np.inf)
-    over: dict[str, float] = {}
-    for _ in range(_TRIES):
-        try:
-            cuts = choose(costs, minimize, aims, one_cut=problem.one_cut)
-        except UserError:
-            if not over:
-                raise
-            break
-        plan = evaluate_cuts(problem, cuts)._replace(
-            bound_s=totals(costs, cuts).seconds
-        )
+    if problem.schedule.shared:  # `possible_cuts` sees to it
+        aims.pop("server_bytes", None)
+    else:
+        batches = _batch_bytes(problem, costs.allowed) / len(problem.devices)
+        costs = costs._replace(server_bytes=costs.server_bytes + batches)
+    nearest: dict[str, float] = {}
+    for plan in _candidates(problem, costs, minimize, aims):
         found = plan.totals()._asdict()
-        over = {n: found[n] - m for n, m in most.items() if found[n] > m * (1 + 1e-6)}
+        over = {n: found[n] for n, m in most.items() if found[n] > m * (1 + _SLACK)}
         if not over:
             return plan
-        nearest = {name: min(nearest[name], found[name]) for name in most}
-        aims = {name: aim - over.get(name, 0.0) for name, aim in aims.items()}
-    name = next(iter(over))
+        nearest = {n: min(value, nearest.get(n, value)) for n, value in over.items()}
+    name, value = next(iter(nearest.items()))
     raise UserError(
         f"{LIMITS[name]}: {most[name]:g} is not possible, queues included; the nearest "
-        f"plan needs {upward(nearest[name])}"
+        f"plan needs {upward(value)}"
     )
 
 
-def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
-    """Return the round of given cuts ``int64 [N]``, whatever the limits."""
-    work = problem.work(cuts, _on_shared_uplink(problem, cuts))
-    schedule = problem.schedule
-    workers = 1 if schedule.shared else problem.workers
-    time = round_time(work, schedule, workers=workers)
-    return Plan(
-        cuts=cuts,
-        time=time,
-        joules=joules(time, problem.devices),
-        memory_bytes=_client_bytes(problem)[cuts - 1],
-        server_bytes=0
-        if schedule.boundary == "none"
-        else server_memory(
-            problem.costs,
-            cuts.tolist(),
-            batch_size=problem.batch_size,
-            slots=problem.slots,
-            shared=schedule.shared,
-            workers=workers,
-        ),
-        bound_s=0.0,
-    )
+def _candidates(
+    problem: Problem, costs: CutCosts, minimize: str, aims: Mapping[str, float]
+) -> Iterator[Plan]:
+    """Yield plans within the aims, ever more cautious about what queues add.
 
-
-def _on_shared_uplink(problem: Problem, cuts: Ints) -> tuple[Device, ...]:
-    """Return the devices with their shares of the uplink, if they share one."""
-    bandwidth = problem.uplink_bytes_per_s
-    rates = np.array([device.up_bytes_per_s for device in problem.devices])
-    if rates.sum() <= bandwidth:
-        return problem.devices
-    work = problem.work(cuts)
-    means = len(problem.schedule.averages)
-    sizes = work.steps * work.up_bytes + means * work.weights_bytes
-    shares, _ = divide_uplink(sizes, work.forward_s, bandwidth, link_bytes_per_s=rates)
-    return tuple(
-        dataclasses.replace(device, up_bytes_per_s=float(share)) if share > 0 else device
-        for device, share in zip(problem.devices, shares, strict=True)
-    )
-
-
-def _client_bytes(problem: Problem) -> Ints:
-    return client_memory(
-        problem.costs,
-        batch_size=problem.batch_size,
-        slots=problem.slots,
-        boundary=problem.schedule.boundary,
-    )
+    Raises:
+      UserError: not even the bound of a plan is within the aims.
+    """
+    added = dict.fromkeys(aims, 0.0)
+    for number in range(_TRIES):
+        cautious = {name: aim - added[name] for name, aim in aims.items()}
+        try:
+            cuts = choose(costs, minimize, cautious, one_cut=problem.one_cut)
+        except UserError:
+            if number == 0:
+                raise
+            break
+        bound = totals(costs, cuts)
+        plan = evaluate_cuts(problem, cuts)._replace(bound_s=bound.seconds)
+        yield plan
+        for name in added:
+            more = getattr(plan.totals(), name) - getattr(bound, name)
+            added[name] = max(added[name], more)
+    for name in aims:
+        cuts = choose(costs, name, one_cut=problem.one_cut)
+        bound_s = totals(costs, cuts).seconds
+        yield evaluate_cuts(problem, cuts)._replace(bound_s=bound_s)
 
 
 def possible_cuts(problem: Problem, limits: Limits) -> Bools:
@@ -175,7 +128,7 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
                 f"is {upward(min(holds.values()))} or more"
             )
     return allowed_cuts(
-        _client_bytes(problem).astype(float),
+        client_bytes(problem).astype(float),
         most,
         names=[device.name for device in devices],
         choices=choices,
@@ -194,7 +147,7 @@ def _shared_bytes(problem: Problem, cut: int) -> int:
 
 def _batch_bytes(problem: Problem, allowed: Bools) -> float:
     """Return the most memory of the batches at a server with replicas."""
-    if problem.schedule.shared:
+    if problem.schedule.boundary == "none":
         return 0.0
     cut = int(np.flatnonzero(allowed.any(axis=0))[0]) + 1
     weights = replica_bytes(problem, cut)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hsee_jax.systems.costs import LayerCost
-from hsee_jax.systems.cut_costs import Bools, CutCosts, Floats, Ints
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import server_memory
+from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints
 from hsee_jax.systems.traffic import Traffic
 from hsee_jax.systems.work import Schedule, Work
 from hsee_jax.systems.workload import workload
@@ -51,6 +51,8 @@ class Problem(NamedTuple):
 def own_seconds(work: Work, schedule: Schedule) -> Floats:
     """Return the round of each client if it had the server for itself, ``[N]``.
 
+    With several averages of the clients' layers in a round this is a lower bound.
+
     Args:
       work: of the clients, arrays ``[N]``.
       schedule: of the round.
@@ -58,13 +60,14 @@ def own_seconds(work: Work, schedule: Schedule) -> Floats:
     steps, forward, up, served = work.steps, work.forward_s, work.up_s, work.server_s
     step = forward + work.backward_s
     if schedule.boundary == "joint":
-        seconds = steps * (step + up + served + work.down_s)
+        sent = end = steps * (step + up + served + work.down_s)
     else:
-        slowest = np.maximum(step, np.maximum(up, served))
-        first = forward + up + served
-        seconds = np.maximum(first + (steps - 1) * slowest, steps * step)
-    means = len(schedule.averages) * (work.weights_up_s + work.weights_down_s)
-    return np.where(steps > 0, seconds, 0.0) + means
+        slower = np.maximum(step, up)
+        sent = np.maximum(steps * step, forward + up + (steps - 1) * slower)
+        end = forward + up + served + (steps - 1) * np.maximum(slower, served)
+    means = len(schedule.averages)
+    end = np.maximum(end, sent + means * work.weights_up_s)
+    return np.where(steps > 0, end, 0.0) + means * work.weights_down_s
 
 
 def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
