@@ -1,10 +1,10 @@
 """Compare predicted with measured seconds of a round on this machine.
 
 Shows: how far the device clock can be trusted. The machine is timed as `hsee profile`
-does it; `round_time` then predicts a round of three mixes of cuts under both strategies.
-In the simulation one machine computes everything, so what is compared is the sum of all
-clients' busy seconds and the server's. Rounds and profiles are timed in turns, so that a
-noisy machine disturbs both alike.
+does it; `round_time` then predicts a round of three mixes of cuts, both strategies. In
+the simulation one machine computes everything, so the sum of all busy seconds, of
+clients and server, is compared with the measured round. Rounds and profiles are timed
+in turns, so that a noisy machine disturbs both alike.
 Expected: predictions within 15 % of the measured medians on an idle machine.
 Cost: about 10 minutes on two CPU cores; --quick takes seconds and proves nothing.
 Command: python benchmarks/bench_timing.py [--out FILE]
@@ -111,7 +111,9 @@ def measure(size: Size, network: str) -> list[dict[str, Any]]:
             jax.block_until_ready(states[key])
             if number > 0:  # the first round compiles
                 seconds[key].append(time.perf_counter() - start)
-    machine_device = Device("this", np.nan, np.nan, 1.0, 1.0, measured=_median(profiles))
+    machine_device = Device(
+        "this", np.nan, np.nan, 1.0, 1.0, measured=_median(profiles)
+    )
     return [
         _row(strategy, mix, experiment, machine_device, seconds[strategy, mix])
         for (strategy, mix), experiment in runs.items()
@@ -125,7 +127,11 @@ def _mixes(network: str) -> dict[str, tuple[str, ...]]:
 
 
 def _row(
-    strategy: str, mix: str, experiment: Experiment, device: Device, seconds: list[float]
+    strategy: str,
+    mix: str,
+    experiment: Experiment,
+    device: Device,
+    seconds: list[float],
 ) -> dict[str, Any]:
     predicted = predict(experiment, device)
     measured = float(np.median(seconds))
@@ -209,7 +215,9 @@ def machine() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "versions": {
+            name: metadata.version(name) for name in ("jax", "jaxlib", "flax")
+        },
     }
 
 

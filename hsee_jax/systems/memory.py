@@ -46,7 +46,9 @@ def client_memory(
     cuts = range(1, count + 1)
     parts = [[*costs[:cut], costs[count + cut - 1]] for cut in cuts]
     if boundary == "none":
-        parts = [[*own, *_behind(costs, cut)] for own, cut in zip(parts, cuts, strict=True)]
+        parts = [
+            [*own, *_behind(costs, cut)] for own, cut in zip(parts, cuts, strict=True)
+        ]
     return np.array(
         [_weights(own, slots) + batch_size * _outputs(own) for own in parts], np.int64
     )
