@@ -11,9 +11,12 @@ Command: python benchmarks/bench_timing.py [--out FILE]
 """
 
 import argparse
+import atexit
 import json
 import os
 import platform
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the file to write")
     given = parser.parse_args(arguments)
     size = QUICK if given.quick else Size()
+    keep_programs()
     rows = measure(size, given.network)
     for row in rows:
         print(
@@ -88,6 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def keep_programs() -> None:
+    """Compile each program once, though every profile asks for it again."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = tempfile.mkdtemp(prefix="hsee-bench-timing-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def measure(size: Size, network: str) -> list[dict[str, Any]]:

@@ -159,7 +159,8 @@ def _time_part(
         grads, *rest = pullback(jnp.ones_like(outputs))
         updates, state = update(grads, state, params, learning_rate=jnp.float32(_RATE))
         params = jax.tree.map(lambda p, u: p + _RATE * u, params, updates)
-        return params, state, new, rest
+        # Without the outputs XLA would leave out what the gradient does not need.
+        return outputs, params, state, new, rest
 
     forward = jax.jit(run)
     params = variables["params"]
