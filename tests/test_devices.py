@@ -340,7 +340,7 @@ def test_memory_by_the_formula():
 
 
 def test_memory_is_enough_for_the_compiled_step():
-    """What XLA allocates for the step of a client with all layers, and not much more."""
+    """What XLA allocates for the step of a client, and not much more."""
     cut = 3
     model = tiny_model(input_shape=(28, 28, 1))
     federation = tiny_federation({0: cut}, model)
