@@ -4,14 +4,18 @@ import math
 import tomllib
 from importlib import resources
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_federation
+from tiny import tiny_federation, tiny_model
 
 from hsee_jax.algorithms import averaging, fedavg, sequential
-from hsee_jax.core import UserError
-from hsee_jax.federation import Client, group_clients
+from hsee_jax.core import Batch, UserError
+from hsee_jax.federation import Client, branch_step, group_clients
+from hsee_jax.federation.branch import init_client
+from hsee_jax.nn.model import init_network
 from hsee_jax.optim import OPTIMIZERS
 from hsee_jax.systems import (
     Device,
@@ -130,7 +134,7 @@ def test_spread_is_lognormal_around_the_entry(tmp_path):
         ('devices = [{name = "a"}]', "entry 1: forward_flops_per_s: missing"),
         (
             'devices = [{device = "raspbery-pi-4"}]',
-            "device: raspbery-pi-4 is unknown .did you mean raspberry-pi-4.; allowed",
+            "device: raspbery-pi-4 is unknown .did you mean raspberry-pi-4.*allowed",
         ),
         (
             'devices = [{device = "esp32", link = "5g"}]',
@@ -138,7 +142,7 @@ def test_spread_is_lognormal_around_the_entry(tmp_path):
         ),
         (
             'devices = [{device = "esp32", memory = 3}]',
-            "field: memory is unknown .did you mean memory_bytes",
+            "field: memory is unknown .did you mean memory_bytes.*allowed",
         ),
         (f"devices = [{{{OWN}, count = 0}}]", "count: 0 is not allowed; allowed is 1"),
         (
@@ -214,7 +218,9 @@ def test_the_catalogue_gives_sources_and_sane_numbers():
         assert boards[name].busy_watts == watts
     assert boards["esp32"].sending_watts == pytest.approx(3.3 * 0.18)
     assert boards["esp32"].up_bytes_per_s == pytest.approx(5660 / 0.0032, rel=1e-3)
-    assert find_device("esp32", "lora-sf7").up_bytes_per_s == pytest.approx(5469 / 8, 1e-3)
+    assert find_device("esp32", "lora-sf7").up_bytes_per_s == pytest.approx(
+        5469 / 8, 1e-3
+    )
 
 
 MEASURED = {
@@ -313,7 +319,10 @@ def test_energy_is_watts_times_seconds():
 
 
 def test_memory_by_the_formula():
-    """4 B x parameters x (weight, gradient, slots) + batch x outputs."""
+    """4 B x parameters x (weight, gradient, slots) + batch x activations.
+
+    A part without a count of what it keeps keeps its output.
+    """
     given = {"batch_size": 10, "slots": 1}
     assert client_memory(COSTS, **given).tolist() == [
         12 * 11 + 10 * 48,
@@ -322,10 +331,36 @@ def test_memory_by_the_formula():
     none = client_memory(COSTS, **given, boundary="none")
     assert none.tolist() == [12 * 35 + 10 * 76, 12 * 36 + 10 * 76]
     server = {1: (12 * 24, 10 * 28), 2: (12 * 4, 10 * 8)}
+    kept = (COSTS[0]._replace(kept_bytes=100), *COSTS[1:])
+    assert client_memory(kept, **given)[0] == 12 * 11 + 10 * 108
     shared = server_memory(COSTS, (2, 1, 1), **given, shared=True, workers=3)
     assert shared == sum(server[1])
     replicas = server_memory(COSTS, (2, 1, 1), **given, shared=False, workers=2)
     assert replicas == 2 * server[1][0] + server[2][0] + 2 * server[1][1]
+
+
+def test_memory_is_enough_for_the_compiled_step():
+    """What XLA allocates for the step of a client, and not much more."""
+    cut = 3
+    model = tiny_model(input_shape=(28, 28, 1))
+    federation = tiny_federation({0: cut}, model)
+    spec = federation.specs(0)[0]
+
+    def init(key):
+        return init_client(init_network(model, key), cut, federation.optimizer)
+
+    def step(client, images, labels, mask):
+        batch = Batch(images, labels, mask)
+        return branch_step(spec, client, batch, jnp.float32(0.1))
+
+    data = (((28, 28, 1), jnp.float32), ((), jnp.int32), ((), jnp.bool_))
+    shapes = [jax.ShapeDtypeStruct((64, *shape), dtype) for shape, dtype in data]
+    client = jax.eval_shape(init, jax.random.key(0))
+    compiled = jax.jit(step).lower(client, *shapes).compile().memory_analysis()
+    real = compiled.temp_size_in_bytes + compiled.argument_size_in_bytes
+    costs = layer_costs(model)
+    found = client_memory(costs, batch_size=64, slots=1)[cut - 1]
+    assert real <= found <= 4 * real
 
 
 def test_slots_of_optimizers():
@@ -336,9 +371,7 @@ def test_slots_of_optimizers():
 
 def test_a_federation_is_timed_within_a_second():
     """1,000 unlike devices, 20 steps, at cuts 1 to 3."""
-    federation = tiny_federation({0: 1})._replace(
-        groups=group_clients([Client(0, 1)])
-    )
+    federation = tiny_federation({0: 1})._replace(groups=group_clients([Client(0, 1)]))
     costs = layer_costs(federation.model)
     traffic = traffic_by_cut(federation, sequential, (1, 2, 3))
     rng = np.random.default_rng(0)

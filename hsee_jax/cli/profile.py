@@ -105,14 +105,23 @@ def _print(times: Profile, out: Path) -> None:
     rows = [
         (name, _ms(forward), _ms(backward), f"{both.spread:.1%}")
         for name, forward, backward, both in zip(
-            times.parts, measured.forward_s, measured.backward_s, times.both, strict=True
+            times.parts,
+            measured.forward_s,
+            measured.backward_s,
+            times.both,
+            strict=True,
         )
     ]
     title = f"{out}: ms of a batch of {times.batch_size}"
     show(text_table(title, ("part", "forward", "backward", "range"), rows))
     steps = zip(times.client_step, times.server_step, strict=True)
     rows = [
-        (str(cut), _ms(client.median), _ms(server.median), f"{max(client.spread, server.spread):.1%}")
+        (
+            str(cut),
+            _ms(client.median),
+            _ms(server.median),
+            f"{max(client.spread, server.spread):.1%}",
+        )
         for cut, (client, server) in enumerate(steps, start=1)
     ]
     show(text_table("ms of whole steps", ("cut", "client", "server", "range"), rows))

@@ -1,4 +1,4 @@
-"""The course of one part of a round, from one average of clients' layers to the next."""
+"""The course of a part of a round, up to an average of clients' layers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,9 @@ import numpy as np
 from hsee_jax.systems.serving import Desk, Log, by_workers, in_turns, together
 from hsee_jax.systems.work import Floats, Part, Schedule, Work
 
-Order = Sequence[Sequence[int]]  # for each step, the clients in the order of their turns
+Order = Sequence[
+    Sequence[int]
+]  # for each step, the clients in the order of their turns
 
 
 class Setting(NamedTuple):

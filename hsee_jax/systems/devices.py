@@ -70,9 +70,9 @@ class Entry:
     memory_bytes: Annotated[float | None, "memory for training", positive] = None
     busy_watts: Annotated[float | None, "draw while it computes", at_least(0)] = None
     sending_watts: Annotated[float | None, "draw while it sends", at_least(0)] = None
-    receiving_watts: Annotated[
-        float | None, "draw while it receives", at_least(0)
-    ] = None
+    receiving_watts: Annotated[float | None, "draw while it receives", at_least(0)] = (
+        None
+    )
     idle_watts: Annotated[float | None, "draw while it waits", at_least(0)] = None
     source: Annotated[str | None, "where the numbers come from"] = None
 

@@ -53,8 +53,13 @@ def read_measured(table: Any) -> Measured:
             raise UserError(
                 f"measured.{name}: unknown; allowed are {', '.join(allowed)}"
             )
-    batch_size, parts = table.get("batch_size"), table.get("parts")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+    batch_size: Any = table.get("batch_size")
+    parts: Any = table.get("parts")
+    if (
+        not isinstance(batch_size, int)
+        or isinstance(batch_size, bool)
+        or batch_size < 1
+    ):
         raise _refusal("batch_size", batch_size, "1 or more")
     if not _is_list(parts, str) or len(parts) % 2 == 0:
         raise _refusal("parts", parts, "an odd number of names: layers, exits, head")
@@ -62,7 +67,9 @@ def read_measured(table: Any) -> Measured:
     cuts = count // 2
     series = [
         _seconds(name, table.get(name, []), size)
-        for name, size in zip(_SERIES, ((count,), (count,), (0, cuts), (0, cuts)), strict=True)
+        for name, size in zip(
+            _SERIES, ((count,), (count,), (0, cuts), (0, cuts)), strict=True
+        )
     ]
     return Measured(batch_size, tuple(parts), *series)
 
@@ -87,6 +94,4 @@ def _is_list(values: Any, kind: Any) -> bool:
 def _refusal(name: str, value: Any, allowed: str) -> UserError:
     shown = str(value)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return UserError(
-        f"measured.{name}: {shown} is not allowed; allowed is {allowed}"
-    )
+    return UserError(f"measured.{name}: {shown} is not allowed; allowed is {allowed}")

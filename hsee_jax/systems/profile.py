@@ -30,7 +30,7 @@ from hsee_jax.optim.optimizers import OptimizerLike, as_optimizer
 from hsee_jax.systems.costs import part_names
 from hsee_jax.systems.measured import Measured
 
-_RATE = np.float32(1e-4)
+_RATE = 1e-4
 _LEAST_S = 0.02  # of a timed loop
 
 
@@ -157,9 +157,10 @@ def _time_part(
         given = (params,) if first else (params, inputs)
         outputs, pullback, new = jax.vjp(moving, *given, has_aux=True)
         grads, *rest = pullback(jnp.ones_like(outputs))
-        updates, state = update(grads, state, params, learning_rate=_RATE)
+        updates, state = update(grads, state, params, learning_rate=jnp.float32(_RATE))
         params = jax.tree.map(lambda p, u: p + _RATE * u, params, updates)
-        return params, state, new, rest
+        # Without the outputs XLA would leave out what the gradient does not need.
+        return outputs, params, state, new, rest
 
     forward = jax.jit(run)
     params = variables["params"]
@@ -195,14 +196,16 @@ def _time_steps(
 
     @partial(jax.jit, donate_argnums=0)
     def client_step(client: Branch, batch: Batch) -> tuple[Branch, Any, Any]:
-        client, features, metrics = branch_step(client_spec, client, batch, _RATE)
+        client, features, metrics = branch_step(
+            client_spec, client, batch, jnp.float32(_RATE)
+        )
         message, client = encode(client_spec, client, features, batch.mask)
         return client, message, metrics
 
     @partial(jax.jit, donate_argnums=0)
     def step_of_server(server: Branch, batch: Batch) -> tuple[Branch, Any]:
         decoded = batch._replace(inputs=decode(server_spec, batch.inputs))
-        result = server_step(server_spec, server, decoded, _RATE)
+        result = server_step(server_spec, server, decoded, jnp.float32(_RATE))
         return result.server, result.metrics
 
     client, server = init(jax.random.key(0))

@@ -26,8 +26,9 @@ class Log(NamedTuple):
     @classmethod
     def empty(cls, steps: int, clients: int) -> "Log":
         """Return a log without entries."""
-        times = (np.full((steps, clients), np.nan) for _ in range(4))
-        return cls(*times, np.zeros((steps, clients), np.int64))
+        shape = steps, clients
+        forward, arrive, begin, end = (np.full(shape, np.nan) for _ in range(4))
+        return cls(forward, arrive, begin, end, np.zeros(shape, np.int64))
 
 
 class Desk(NamedTuple):
@@ -89,9 +90,7 @@ def together(log: Log, desk: Desk, steps: Iterable[int], free: float) -> float:
     return free
 
 
-def by_workers(
-    log: Log, desk: Desk, steps: range, free: float, workers: int
-) -> float:
+def by_workers(log: Log, desk: Desk, steps: range, free: float, workers: int) -> float:
     """Take the message that has been ready longest, whenever a worker is free.
 
     A message is ready when it is there and the client's replica has taken the one

@@ -62,8 +62,8 @@ def round_time(
     """Return the course of a round.
 
     With a shared server a faster client, link or server never makes the round longer,
-    nor does it with one worker. With more workers it can, by a little, as in every
-    queue that does not look ahead.
+    nor does it with replicas of one worker and a detached boundary. In the other cases
+    it can, by a little, as in every queue that does not look ahead.
 
     Args:
       work: of the clients that take part.
@@ -87,11 +87,12 @@ def round_time(
         courses.append(run(setting, part, log, resume, free))
         resume, free = courses[-1].resume, courses[-1].free
     seconds = float(np.max(resume, initial=0.0))
-    parts = [
-        np.sum([course[i] for course in courses], axis=0)  # type: ignore[arg-type]
-        for i in range(3)
-    ]
-    shares = Shares(*parts, np.maximum(seconds - sum(parts), 0.0))
+    compute, link, server = (
+        np.sum([getattr(course, name) for course in courses], axis=0)
+        for name in ("compute_s", "link_s", "server_s")
+    )
+    waiting = np.maximum(seconds - compute - link - server, 0.0)
+    shares = Shares(compute, link, server, waiting)
     return _result(setting, seconds, shares, _spans(setting, log, courses))
 
 

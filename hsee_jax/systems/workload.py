@@ -82,7 +82,9 @@ def _by_cut(forward: Floats, backward: Floats) -> CutSeconds:
         behind = np.cumsum(parts[:count][::-1])[::-1]  # from layer l on
         return np.append(behind[1:], 0.0) + parts[-1]
 
-    return CutSeconds(client(forward), client(backward), server(forward), server(backward))
+    return CutSeconds(
+        client(forward), client(backward), server(forward), server(backward)
+    )
 
 
 def _factor(
