@@ -109,7 +109,7 @@ def upward(value: float) -> str:
     if value == 0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.4g}"
+    return f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.10g}"
 
 
 def allowed_cuts(

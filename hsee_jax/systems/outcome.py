@@ -12,6 +12,7 @@ from hsee_jax.systems.memory import client_memory, server_memory
 from hsee_jax.systems.problem import Problem
 from hsee_jax.systems.quantities import Floats, Ints, Totals
 from hsee_jax.systems.timing import RoundTime, round_time
+from hsee_jax.systems.work import Schedule, Work
 
 
 class Plan(NamedTuple):
@@ -22,7 +23,7 @@ class Plan(NamedTuple):
     joules: Floats  # [N]; NaN where a device does not know its watts
     memory_bytes: Ints  # [N]
     server_bytes: int
-    bound_s: float  # no order of the turns makes the round shorter
+    bound_s: float | None = None  # of a planned round, which queues do not shorten
 
     def totals(self) -> Totals:
         """Return the totals over all clients."""
@@ -33,14 +34,16 @@ class Plan(NamedTuple):
 
 def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
     """Return the round of given cuts ``int64 [N]``, whatever the limits."""
-    work = problem.work(cuts, _on_shared_uplink(problem, cuts))
-    schedule = problem.schedule
+    own, schedule = problem.work(cuts), problem.schedule
+    work = problem.work(cuts, _on_shared_uplink(problem, own))
     workers = 1 if schedule.shared else problem.workers
     time = round_time(work, schedule, workers=workers)
     return Plan(
         cuts=cuts,
         time=time,
-        joules=joules(time, problem.devices),
+        joules=joules(
+            time._replace(sending_s=_sending(own, schedule)), problem.devices
+        ),
         memory_bytes=client_bytes(problem)[cuts - 1],
         server_bytes=0
         if schedule.boundary == "none"
@@ -52,7 +55,6 @@ def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
             shared=schedule.shared,
             workers=workers,
         ),
-        bound_s=0.0,
     )
 
 
@@ -66,13 +68,20 @@ def client_bytes(problem: Problem) -> Ints:
     )
 
 
-def _on_shared_uplink(problem: Problem, cuts: Ints) -> tuple[Device, ...]:
+def _sending(work: Work, schedule: Schedule) -> Floats:
+    """Return the seconds in which each client sends, ``[N]``, at its own rate.
+
+    On a shared uplink the devices take turns, and are idle in between.
+    """
+    return work.steps * work.up_s + len(schedule.averages) * work.weights_up_s
+
+
+def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
     """Return the devices with their shares of the uplink, if they share one."""
     bandwidth = problem.uplink_bytes_per_s
     rates = np.array([device.up_bytes_per_s for device in problem.devices])
     if rates.sum() <= bandwidth:
         return problem.devices
-    work = problem.work(cuts)
     means = len(problem.schedule.averages)
     sizes = work.steps * work.up_bytes + means * work.weights_bytes
     shares, _ = divide_uplink(sizes, work.forward_s, bandwidth, link_bytes_per_s=rates)
