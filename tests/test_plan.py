@@ -12,6 +12,7 @@ from tiny import TINY
 from hsee_jax import cli
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
+from hsee_jax.report.gantt import draw_round
 from hsee_jax.runs.planning import Resources, planning, problem_of
 from hsee_jax.systems import Schedule, Work, read_devices, round_time
 from hsee_jax.systems.comparison import compare, other_choices
@@ -257,6 +258,47 @@ def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
         line = capsys.readouterr().err
         assert line.count("\n") == 1
         assert re.search(message, line), line
+
+
+def test_flags_reach_the_planner(fleet, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def plan_cuts(problem, minimize, limits):
+        seen.extend([problem, minimize, limits])
+        raise UserError("enough")
+
+    monkeypatch.setattr("hsee_jax.cli.plan.plan_cuts", plan_cuts)
+    limits = "--max-memory 1e6 --max-seconds 2 --max-joules 3 --max-bytes 4".split()
+    rest = "--max-server-memory 5 --min-cut layer2 --minimize energy".split()
+    server = "--server-workers 6 --bandwidth 7e3".split()
+    assert plan(fleet, tmp_path, *limits, *rest, *server) == 2
+    problem, minimize, found = seen
+    assert minimize == "joules"
+    assert found == Limits(1e6, 2, seconds=2.0, joules=3.0, bytes=4.0, server_bytes=5.0)
+    assert (problem.workers, problem.uplink_bytes_per_s) == (6, 7e3)
+    assert [device.name for device in problem.devices] == ["slow"] * 3 + ["fast"] * 2
+
+
+def test_the_picture_has_a_row_for_each_kind(known, monkeypatch):
+    """The client of a kind that is ready last, and the server; no name is cut off."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    problem = problem_of(known, "sequential")
+    answer = evaluate_cuts(problem, np.array([1, 1, 2, 3, 3]))
+    draw_round(problem, answer)
+    (panel,) = figures[0].axes
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert labels == [
+        "slow, cut 1 (2)",
+        "slow, cut 2 (1)",
+        "fast, cut 3 (2)",
+        "server 1",
+    ]
+    kinds = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert kinds == ["forward", "backward", "upload", "server"]
+    assert panel.get_xlim()[1] == pytest.approx(1.01 * answer.time.seconds)
 
 
 def test_cuts_auto_are_those_of_the_plan(fleet, tmp_path, runs):

@@ -68,6 +68,7 @@ def draw_round(problem: Problem, plan: Plan) -> bytes:
     with mpl.rc_context(_STYLE):
         figure = Figure((9.0, 1.6 + 0.36 * len(places)))
         panel = figure.subplots()
+        panel.set_xlim(0, plan.time.seconds * 1.01)
         shown = [
             kind
             for kind, look in _LOOKS.items()
@@ -75,7 +76,6 @@ def draw_round(problem: Problem, plan: Plan) -> bytes:
         ]
         panel.set_yticks(list(places.values()), _labels(problem, plan, rows, workers))
         panel.set_ylim(len(places) - 0.4, -0.6)
-        panel.set_xlim(0, plan.time.seconds * 1.01)
         panel.set_xlabel("seconds")
         patches = [
             Patch(facecolor=_LOOKS[kind].color, hatch=_LOOKS[kind].hatch, label=kind)
@@ -105,12 +105,13 @@ def _draw(
             spans = by_place.setdefault(places[row], [])
             spans.append((bar.start_s, bar.end_s - bar.start_s))
     for place, spans in by_place.items():
+        narrow = np.median([width for _, width in spans]) < 0.005 * panel.get_xlim()[1]
         panel.broken_barh(
             spans,
             (place + look.lane - look.height / 2, look.height),
             facecolors=look.color,
             hatch=look.hatch,
-            edgecolor="white",
+            edgecolor=look.color if narrow else "white",  # of bars and hatches
             linewidth=0.4,
         )
     return bool(by_place)
