@@ -88,7 +88,8 @@ def test_the_file_is_a_device(tmp_path, capsys):
     out = tmp_path / "me.toml"
     words = [*WORDS, "--batch-size", "4", "--name", "bench", "--out", str(out)]
     assert cli.main(words) == 0
-    shown = capsys.readouterr().out
+    shown, log = capsys.readouterr()
+    assert "hsee: compiling and timing the steps of cut 1" in log
     assert "final head" in shown and "ms of a batch of 4" in shown
     (device,) = read_devices(out).clients
     assert device.name == "bench" and device.measured.batch_size == 4

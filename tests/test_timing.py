@@ -105,7 +105,7 @@ class Simulation:
     """The round as processes that send each other messages."""
 
     def __init__(self, work, schedule, workers, order):
-        self.work, self.schedule = work.spread(), schedule
+        self.work, self.schedule = work.arrays(), schedule
         self.steps = self.work.steps.astype(int)
         self.last, self.clients = max(self.steps), len(self.steps)
         self.joint = schedule.boundary == "joint"
@@ -356,6 +356,8 @@ def test_the_schedule_of_each_algorithm():
 
 
 def test_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="turn: epochs is unknown"):
+        round_time(Work(1, 1.0, 1.0), Schedule(shared=True, turn="epochs"))
     with pytest.raises(ValueError, match="negative"):
         round_time(Work(1, -1.0, 1.0), TURNS)
     with pytest.raises(ValueError, match="negative value or NaN"):

@@ -10,7 +10,7 @@ import jax
 
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.flags import Parser, config_from, use_cache
-from hsee_jax.cli.terminal import show, text_table
+from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.build import build_federation, build_info, build_model
@@ -37,6 +37,7 @@ def profile_machine(words: Sequence[str]) -> None:
     config = config_from(given)
     use_cache(given)
     check_devices()
+    show_log()
     info = build_info(config.data)
     federation = build_federation(config, info)
     times = profile(federation, config.run.batch_size, repeats=repeats)

@@ -8,15 +8,14 @@ import numpy as np
 from hsee_jax.systems.serving import Desk, Log, by_workers, in_turns, together
 from hsee_jax.systems.work import Floats, Part, Schedule, Work
 
-Order = Sequence[
-    Sequence[int]
-]  # for each step, the clients in the order of their turns
+# For each step, the positions of the clients in the order of their turns.
+Order = Sequence[Sequence[int]]
 
 
 class Setting(NamedTuple):
     """What all parts of a round share."""
 
-    work: Work  # as `Work.spread` gives it
+    work: Work  # as `Work.arrays` gives it
     schedule: Schedule
     workers: int
     order: Order | None  # None: ascending in each step

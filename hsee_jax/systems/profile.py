@@ -6,6 +6,7 @@ pass. Whole steps of a client and of a server are timed at every cut as well: th
 one program each, and what a round consists of.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,7 @@ from hsee_jax.optim.optimizers import OptimizerLike, as_optimizer
 from hsee_jax.systems.costs import part_names
 from hsee_jax.systems.measured import Measured
 
+_log = logging.getLogger(__name__)
 _RATE = 1e-4
 _LEAST_S = 0.02  # of a timed loop
 
@@ -110,11 +112,13 @@ def profile(federation: Federation, batch_size: int, *, repeats: int = 5) -> Pro
     shapes = layer_inputs(model)
     stages = [*model.stages, *model.exit_heads, model.final_head]
     inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
+    names = part_names(model)
     known: dict[Any, tuple[Timing, Timing]] = {}
     times = []
     for number, (stage, shape) in enumerate(zip(stages, inputs, strict=True)):
         place = stage, shape.shape, shape.dtype, number == 0
         if place not in known:
+            _log.info("compiling and timing %s", names[number])
             data = _noise(shape, batch_size)
             known[place] = _time_part(
                 stage, federation.optimizer, data, repeats, first=number == 0
@@ -124,7 +128,7 @@ def profile(federation: Federation, batch_size: int, *, repeats: int = 5) -> Pro
     cuts = range(1, len(model.stages) + 1)
     steps = [_time_steps(federation, cut, batch_size, repeats) for cut in cuts]
     client, server = zip(*steps, strict=True)
-    return Profile(batch_size, part_names(model), forward, both, client, server)
+    return Profile(batch_size, names, forward, both, client, server)
 
 
 def _noise(shape: jax.ShapeDtypeStruct, batch_size: int) -> Array:
@@ -175,6 +179,7 @@ def _time_steps(
     federation: Federation, cut: int, batch_size: int, repeats: int
 ) -> tuple[Timing, Timing]:
     """Time whole steps of a client of a cut, and of the server behind it."""
+    _log.info("compiling and timing the steps of cut %s", cut)
     groups = group_clients([Client(0, cut)])
     client_spec, server_spec = federation._replace(groups=groups).specs(0)
     shapes = layer_inputs(federation.model)

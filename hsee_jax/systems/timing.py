@@ -22,7 +22,7 @@ import numpy as np
 from hsee_jax.systems.course import Course, Order, Setting, run
 from hsee_jax.systems.intervals import Span, union_s
 from hsee_jax.systems.serving import Log
-from hsee_jax.systems.work import Floats, Schedule, Work, parts_of_round
+from hsee_jax.systems.work import TURNS, Floats, Schedule, Work, parts_of_round
 
 
 class Shares(NamedTuple):
@@ -73,11 +73,14 @@ def round_time(
         by default ascending. With ``turn="epoch"`` the first step's counts.
 
     Raises:
-      ValueError: ``work`` does not fit together, or there is no worker.
+      ValueError: ``work`` does not fit together, or there is no worker, or the turn is
+        unknown.
     """
+    if schedule.turn not in TURNS:
+        raise ValueError(f"turn: {schedule.turn} is unknown; allowed are {TURNS}")
     if workers < 1:
         raise ValueError(f"workers: {workers} is not allowed; allowed is 1 or more")
-    work = work.spread()
+    work = work.arrays()
     setting = Setting(work, schedule, 1 if schedule.shared else workers, order)
     clients = len(work.steps)
     log = Log.empty(int(np.max(work.steps, initial=0)), clients)

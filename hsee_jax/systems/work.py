@@ -10,6 +10,7 @@ from hsee_jax.engine.round import due_after
 from hsee_jax.federation.strategy import Strategy
 
 Floats = npt.NDArray[np.float64]
+TURNS = ("batch", "epoch", "together")
 
 
 class Work(NamedTuple):
@@ -30,7 +31,7 @@ class Work(NamedTuple):
     down_bytes: Any = 0.0
     weights_bytes: Any = 0.0  # each way
 
-    def spread(self) -> "Work":
+    def arrays(self) -> "Work":
         """Return the same with an array for each field.
 
         Raises:
@@ -43,7 +44,7 @@ class Work(NamedTuple):
 
     def take(self, members: Sequence[int]) -> "Work":
         """Return the work of some clients, such as the participants of a round."""
-        return Work(*(field[list(members)] for field in self.spread()))
+        return Work(*(field[list(members)] for field in self.arrays()))
 
 
 class Schedule(NamedTuple):
@@ -51,8 +52,8 @@ class Schedule(NamedTuple):
 
     shared: bool  # one server for all clients, else a replica for each
     boundary: str = "detached"  # see `Strategy`
-    # Of a shared server: "batch" and "epoch" as in `Strategy`; "together" takes the
-    # batches of all clients as one, in lock step.
+    # One of TURNS, of a shared server: "batch" and "epoch" as in `Strategy`;
+    # "together" takes the batches of all clients as one, in lock step.
     turn: str = "batch"
     averages: tuple[int, ...] = ()  # the steps after which layers are averaged
 
@@ -88,7 +89,7 @@ def parts_of_round(work: Work, schedule: Schedule) -> Iterator[Part]:
     """Yield the parts of a round.
 
     Args:
-      work: as `Work.spread` gives it; where it has weights, clients are averaged.
+      work: as `Work.arrays` gives it; where it has weights, clients are averaged.
       schedule: of the round.
     """
     last = int(np.max(work.steps, initial=0))

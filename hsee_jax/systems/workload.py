@@ -174,7 +174,7 @@ def workload(
             )
         )
     fields = np.array(rows, float).reshape(len(rows), 10).T
-    return Work(np.broadcast_to(np.asarray(steps), len(rows)), *fields).spread()
+    return Work(np.broadcast_to(np.asarray(steps), len(rows)), *fields).arrays()
 
 
 def _transfer(size: float, bytes_per_s: float, device: Device) -> float:
