@@ -75,7 +75,7 @@ def test_own_seconds_are_a_round_of_the_client_alone(seed, boundary):
     draw = np.random.default_rng(seed)
     times = draw.exponential(1.0, 7) * (draw.random(7) < 0.8)
     served = 0.0 if boundary == "none" else times[3]
-    work = Work(draw.integers(0, 6), *times[:3], served, *times[4:]).spread()
+    work = Work(draw.integers(0, 6), *times[:3], served, *times[4:]).arrays()
     if boundary == "none":
         work = work._replace(up_s=np.zeros(1), down_s=np.zeros(1))
     averages = (int(work.steps[0]),) if draw.random() < 0.5 else ()
@@ -98,6 +98,16 @@ def test_costs_are_those_of_the_round(known):
         waiting = costs.idle_watts.sum() * (plan.time.seconds - expected.seconds)
         assert plan.joules.sum() == pytest.approx(expected.joules + waiting)
         assert expected.seconds <= plan.time.seconds * (1 + 1e-9)
+
+
+def test_in_lockstep_the_bound_is_the_round(known):
+    """All clients wait for the slowest of each step, see `together`."""
+    schedule = Schedule(shared=True, boundary="joint", turn="together")
+    problem = problem_of(known, "sequential")._replace(schedule=schedule)
+    plan = plan_cuts(problem)
+    assert plan.bound_s == pytest.approx(plan.time.seconds)
+    for row in other_choices(problem, "seconds", Limits()):
+        assert plan.bound_s <= row.plan.time.seconds * (1 + 1e-6)
 
 
 def test_algorithms_say_which_cuts_they_take(known):

@@ -82,8 +82,8 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     """
     shape = (len(problem.devices), problem.num_layers)
     schedule = problem.schedule
-    lockstep = schedule.turn == "together"
-    phases = np.zeros((1 + lockstep, *shape))
+    lockstep = schedule.boundary == "joint" and schedule.turn == "together"
+    phases = np.zeros((3 if lockstep else 1, *shape))
     server, joules, up, down, memory = np.zeros((5, *shape))
     idle = watts(problem.devices, "idle_watts")
     means = len(schedule.averages)
@@ -94,8 +94,8 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         back = work.down_s * (schedule.boundary == "joint")
         weights = means * work.weights_bytes
         if lockstep:
-            phases[0, :, c] = steps * (work.forward_s + work.up_s)
-            phases[1, :, c] = steps * (back + work.backward_s)
+            first, last = work.forward_s + work.up_s, back + work.backward_s
+            phases[:, :, c] = [first, (steps - 1) * (first + last), last] * (steps > 0)
         else:
             phases[0, :, c] = own_seconds(work, schedule)
         server[:, c] = steps * work.server_s
