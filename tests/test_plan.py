@@ -186,6 +186,9 @@ def test_a_limit_below_what_queues_allow_is_refused(known):
     nearest = float(str(refusal.value).rpartition(" ")[2])
     kept = plan_cuts(problem, limits=Limits(seconds=nearest))
     assert kept.time.seconds <= nearest
+    with pytest.raises(UserError, match=r"allowed is \S+ or more") as refusal:
+        plan_cuts(problem, limits=Limits(seconds=plan.bound_s / 2))
+    assert str(refusal.value).split()[-3] == str(nearest)
 
 
 def test_energy_needs_watts(known):

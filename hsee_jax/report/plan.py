@@ -93,7 +93,7 @@ def by_kind(plan: Document) -> Table:
         f"{plan['up_bytes'] / 1e6:,.1f} MB up, "
         f"{plan['down_bytes'] / 1e6:,.1f} MB down; "
         f"{server['device']} busy {server['busy_share']:.0%}, "
-        f"{server['memory_bytes'] / 1e6:,.0f} MB; mean of each client"
+        f"{server['memory_bytes'] / 1e6:,.0f} MB; a row is the mean of its clients"
     )
     header = (
         "device",

@@ -7,7 +7,14 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.systems.bottleneck import fastest
-from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints, totals
+from hsee_jax.systems.quantities import (
+    Bools,
+    CutCosts,
+    Floats,
+    Ints,
+    Totals,
+    totals,
+)
 
 # The limits, by the quantity that they limit.
 LIMITS = {
@@ -26,6 +33,7 @@ def choose(
     limits: Mapping[str, float] | None = None,
     *,
     one_cut: bool = False,
+    measure: Callable[[Ints], Totals] | None = None,
 ) -> Ints:
     """Return the best cuts; of equally good choices, the fastest.
 
@@ -34,6 +42,7 @@ def choose(
       minimize: one of `QUANTITIES`.
       limits: the most of some of `QUANTITIES`.
       one_cut: whether all clients have the same cut.
+      measure: what the cuts need in truth, for the error; None for their `totals`.
 
     Returns:
       The cuts of all clients, ``int64 [N]``, from 1 to L.
@@ -45,7 +54,8 @@ def choose(
     solve = _cheapest_equal if one_cut else _cheapest
     cuts = solve(costs, minimize, limits)
     if cuts is None:
-        raise _impossible(costs, limits, solve)
+        measure = measure or (lambda cuts: totals(costs, cuts))
+        raise _impossible(costs, limits, solve, measure)
     if minimize == "seconds":
         return cuts
     limits[minimize] = getattr(totals(costs, cuts), minimize) * (1 + _SLACK)
@@ -83,25 +93,35 @@ def _cheapest_equal(
 
 
 def _impossible(
-    costs: CutCosts, limits: Mapping[str, float], solve: _Solve
+    costs: CutCosts,
+    limits: Mapping[str, float],
+    solve: _Solve,
+    measure: Callable[[Ints], Totals],
 ) -> UserError:
     """Return the error for limits that no choice keeps to."""
-    before: dict[str, float] = {}
-    for name, most in limits.items():
-        cuts = solve(costs, name, before)
-        if cuts is None:
-            break
-        least = getattr(totals(costs, cuts), name)
-        if least > most * (1 + _SLACK):
-            beside = " and ".join(f"{LIMITS[n]} {before[n]:g}" for n in before)
-            return UserError(
-                f"{LIMITS[name]}: {most:g} is not possible"
-                f"{' with ' * bool(beside)}{beside}; allowed is {upward(least)} or more"
-            )
-        before[name] = most
+    for slack in (_SLACK, -_SLACK):  # first what is clear, then what is close
+        before: dict[str, float] = {}
+        for name, most in limits.items():
+            cuts = solve(costs, name, before)
+            if cuts is None:
+                break
+            if getattr(totals(costs, cuts), name) > most * (1 + slack):
+                least = getattr(measure(cuts), name)
+                beside = " and ".join(f"{LIMITS[n]} {plain(before[n])}" for n in before)
+                return UserError(
+                    f"{LIMITS[name]}: {plain(most)} is not possible"
+                    f"{' with ' * bool(beside)}{beside}; allowed is {upward(least)} or "
+                    "more"
+                )
+            before[name] = most
     return UserError(
         "cuts: no cut fits all clients, who need the same; allowed is more memory"
     )
+
+
+def plain(value: float) -> str:
+    """Return a number as text that a flag can read."""
+    return f"{value:.10g}"
 
 
 def upward(value: float) -> str:
@@ -109,7 +129,7 @@ def upward(value: float) -> str:
     if value == 0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.10g}"
+    return plain(math.ceil(value / unit * (1 - 1e-12)) * unit)
 
 
 def allowed_cuts(
@@ -134,8 +154,8 @@ def allowed_cuts(
     allowed = among & (memory_bytes <= most_bytes[:, None])
     for i in np.flatnonzero(~allowed.any(axis=1)).tolist():
         raise UserError(
-            f"max_memory: {most_bytes[i]:g} bytes of client {i} ({names[i]}) is too "
-            f"little for cuts {' '.join(map(str, sorted(choices)))}; allowed is "
+            f"max_memory: {plain(most_bytes[i])} bytes of client {i} ({names[i]}) is "
+            f"too little for cuts {' '.join(map(str, sorted(choices)))}; allowed is "
             f"{upward(memory_bytes[among].min())} or more"
         )
     return allowed

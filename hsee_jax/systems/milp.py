@@ -16,6 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints, rows_of
 
 _GAP = 1e-9  # relative, of the solver
+_SOLVED, _INFEASIBLE = 0, 2  # of the status
 
 
 class _Kinds(NamedTuple):
@@ -52,6 +53,9 @@ def cheapest(
 
     Returns:
       The cuts ``int64 [N]``, from 1 to L; None if no choice keeps to the limits.
+
+    Raises:
+      RuntimeError: the solver failed.
     """
     kinds = _kinds(costs)
     program = _program(costs, kinds)
@@ -71,6 +75,8 @@ def cheapest(
         constraints=[*program.constraints, *capped],
         options={"mip_rel_gap": _GAP},
     )
+    if result.status not in (_SOLVED, _INFEASIBLE):
+        raise RuntimeError(f"the solver failed: {result.message}")
     if result.x is None:
         return None
     return _deal(result.x, kinds)

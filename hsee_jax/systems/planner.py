@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.systems.choice import LIMITS, allowed_cuts, choose, upward
+from hsee_jax.systems.choice import LIMITS, allowed_cuts, choose, plain, upward
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import server_memory
 from hsee_jax.systems.outcome import Plan, client_bytes, evaluate_cuts
@@ -73,8 +73,8 @@ def plan_cuts(
         nearest = {n: min(value, nearest.get(n, value)) for n, value in over.items()}
     name, value = next(iter(nearest.items()))
     raise UserError(
-        f"{LIMITS[name]}: {most[name]:g} is not possible, queues included; the nearest "
-        f"plan needs {upward(value)}"
+        f"{LIMITS[name]}: {plain(most[name])} is not possible, queues included; the "
+        f"nearest plan needs {upward(value)}"
     )
 
 
@@ -90,7 +90,13 @@ def _candidates(
     for number in range(_TRIES):
         cautious = {name: aim - added[name] for name, aim in aims.items()}
         try:
-            cuts = choose(costs, minimize, cautious, one_cut=problem.one_cut)
+            cuts = choose(
+                costs,
+                minimize,
+                cautious,
+                one_cut=problem.one_cut,
+                measure=lambda cuts: evaluate_cuts(problem, cuts).totals(),
+            )
         except UserError:
             if number == 0:
                 raise
@@ -102,7 +108,8 @@ def _candidates(
             more = getattr(plan.totals(), name) - getattr(bound, name)
             added[name] = max(added[name], more)
     for name in aims:
-        cuts = choose(costs, name, one_cut=problem.one_cut)
+        others = {other: aim for other, aim in aims.items() if other != name}
+        cuts = choose(costs, name, others, one_cut=problem.one_cut)
         bound_s = totals(costs, cuts).seconds
         yield evaluate_cuts(problem, cuts)._replace(bound_s=bound_s)
 
@@ -124,8 +131,8 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
         choices = [cut for cut in choices if holds[cut] <= limits.server_bytes]
         if not choices:
             raise UserError(
-                f"max_server_memory: {limits.server_bytes:g} is not possible; allowed "
-                f"is {upward(min(holds.values()))} or more"
+                f"max_server_memory: {plain(limits.server_bytes)} is not possible; "
+                f"allowed is {upward(min(holds.values()))} or more"
             )
     return allowed_cuts(
         client_bytes(problem).astype(float),
