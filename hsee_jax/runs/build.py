@@ -116,6 +116,7 @@ def build_federation(
         build_optimizer(config),
         mesh,
         CODECS.make(clients.link, options=clients.options),
+        config.run.micro_batches,
     )
 
 
@@ -152,7 +153,7 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
     train, test = build_data(config.data) if data is None else data
     parts, held = _deal(config, train)
     shards: Shards = dict(enumerate(parts))
-    batch_size = min(config.run.batch_size, max(map(len, parts)))
+    batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = _store(config, federation, strategy)
     placed, placed_shards = place_data(federation, strategy, slots, train, shards)
@@ -189,6 +190,27 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
             federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
         ),
     )
+
+
+def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
+    """Return the samples in a step, no more than the largest share has.
+
+    Raises:
+      UserError: the micro-batches would not be equal, or nothing reads them.
+    """
+    batch_size = min(config.run.batch_size, max(map(len, parts)))
+    count = config.run.micro_batches
+    if count > 1 and strategy.boundary != "detached":
+        raise UserError(
+            f"micro_batches: {count} has no effect without a detached boundary; "
+            "allowed is 1"
+        )
+    if batch_size % count:
+        raise UserError(
+            f"micro_batches: {count} is not allowed; allowed are divisors of the batch "
+            f"of {batch_size} samples"
+        )
+    return batch_size
 
 
 def _key(seed: int, stream: int) -> Key:

@@ -102,6 +102,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     )
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
+    detached = some.boundary == "detached"
     return Problem(
         costs=given.costs,
         traffic=traffic,
@@ -111,6 +112,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         steps=steps,
         batch_size=batch_size,
         slots=optimizer_slots(federation.optimizer),
+        micro_batches=config.run.micro_batches if detached else 1,
         workers=workers,
         uplink_bytes_per_s=uplink,
         one_cut=_needs_one_cut(config, federation, list(traffic)),

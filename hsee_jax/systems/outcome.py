@@ -62,7 +62,7 @@ def client_bytes(problem: Problem) -> Ints:
     """Return the memory that a client of each cut needs, ``int64 [L]``."""
     return client_memory(
         problem.costs,
-        batch_size=problem.batch_size,
+        batch_size=-(-problem.batch_size // problem.micro_batches),
         slots=problem.slots,
         boundary=problem.schedule.boundary,
     )

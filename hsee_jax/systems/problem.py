@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     steps: Ints  # batches of each client in a round, [N]
     batch_size: int
     slots: int  # of the optimizer, see `optimizer_slots`
+    micro_batches: int = 1  # in which a client takes a batch
     workers: int = 1  # of a server with replicas
     uplink_bytes_per_s: float = np.inf  # that all clients share
     one_cut: bool = False  # whether the algorithm needs the same cut for all clients
