@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, parts_of, with_parts
 
@@ -23,6 +24,29 @@ class Passed(NamedTuple):
     features: Array  # [B, ...]
     stats: tuple[PyTree, ...]  # the new batch statistics of each layer
     metrics: Metrics  # sums over the rows
+
+
+def check_micro_batches(parts: int, batch_size: int, boundary: str) -> None:
+    """Refuse micro-batches that are not equal, or that no step reads.
+
+    Args:
+      parts: the number of micro-batches.
+      batch_size: samples in a batch.
+      boundary: see `Strategy`.
+
+    Raises:
+      UserError: they are not allowed.
+    """
+    if parts > 1 and boundary != "detached":
+        raise UserError(
+            f"micro_batches: {parts} has no effect without a detached boundary; "
+            "allowed is 1"
+        )
+    if batch_size % parts:
+        raise UserError(
+            f"micro_batches: {parts} is not allowed; allowed are divisors of the batch "
+            f"of {batch_size} samples"
+        )
 
 
 def accumulate(

@@ -29,6 +29,7 @@ from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import Shards, place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
 from hsee_jax.engine.store import DeviceStore, Store
+from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.federation.federation import (
     Client,
     Federation,
@@ -193,23 +194,9 @@ def build(config: Config, data: tuple[Dataset, Dataset] | None = None) -> Experi
 
 
 def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
-    """Return the samples in a step, no more than the largest share has.
-
-    Raises:
-      UserError: the micro-batches would not be equal, or nothing reads them.
-    """
+    """Return the samples in a step, no more than the largest share has."""
     batch_size = min(config.run.batch_size, max(map(len, parts)))
-    count = config.run.micro_batches
-    if count > 1 and strategy.boundary != "detached":
-        raise UserError(
-            f"micro_batches: {count} has no effect without a detached boundary; "
-            "allowed is 1"
-        )
-    if batch_size % count:
-        raise UserError(
-            f"micro_batches: {count} is not allowed; allowed are divisors of the batch "
-            f"of {batch_size} samples"
-        )
+    check_micro_batches(config.run.micro_batches, batch_size, strategy.boundary)
     return batch_size
 
 
