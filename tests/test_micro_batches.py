@@ -28,7 +28,7 @@ def draw(model):
     return jax.jit(lambda: init_network(model, jax.random.key(0)))()
 
 
-def step(DENSE, parts, padding=()):
+def step(model, parts, padding=()):
     """The client of cut 2 after a batch of 8 with some rows of padding."""
     optimizer = optax.scale(-1.0)  # the change of the weights is the gradient
     network = draw(model)
