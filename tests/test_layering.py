@@ -163,6 +163,7 @@ def test_each_library_has_one_home():
             "report.agreement",
             "report.figures",
             "report.final",
+            "report.gantt",
             "report.gate",
             "report.heat_maps",
             "report.progress",
@@ -173,6 +174,7 @@ def test_each_library_has_one_home():
         "wandb": {"tracking.wandb_run"},
         "mlflow": {"tracking.mlflow_run"},
         "pooch": {"data.download"},
+        "scipy": {"systems.bandwidth", "systems.milp"},
         "tensorflow_datasets": {"data.prepared"},
         "pyarrow": {"data.parquet"},
         "PIL": {"data.pictures"},
@@ -193,8 +195,9 @@ def test_import_is_light_and_fast():
         "assert 'jax' not in sys.modules; hsee_jax.train;"
         "print(time.process_time() - start);"
         "import hsee_jax.cli.train, hsee_jax.cli.gate, hsee_jax.cli.export;"
+        "import hsee_jax.cli.plan;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
-        "'tensorboardX', 'wandb', 'mlflow', 'safetensors'};"
+        "'tensorboardX', 'wandb', 'mlflow', 'safetensors', 'scipy.optimize'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

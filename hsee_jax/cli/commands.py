@@ -44,6 +44,14 @@ COMMANDS = {
     "info": Command(
         "inspect", "info", "Show the costs of each layer of a configuration's network."
     ),
+    "profile": Command(
+        "profile",
+        "profile_machine",
+        "Time the layers on this machine and write it as a device.",
+    ),
+    "plan": Command(
+        "plan", "plan", "Choose the cut of each device, and draw a round with them."
+    ),
     "report": Command("report", "report", "Draw and compare runs on one page."),
     "data": Command(
         "data",

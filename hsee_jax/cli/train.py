@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from hsee_jax.cli.arguments import config_parser, print_figures
-from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.flags import Parser, use_cache
+from hsee_jax.cli.plan_file import AUTO, config_with_plan, plan_now
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
 from hsee_jax.core.errors import Stopped, UserError
@@ -28,10 +29,12 @@ def train(words: Sequence[str]) -> int | None:
     out = given.pop("out", None)
     if how["resume"] and out is None:
         raise UserError("out: missing; --resume needs the folder of the run")
-    config = config_from(given, stored=out if how["resume"] else None)
+    config = config_with_plan(given, stored=out if how["resume"] else None)
     processes.join(*map(given.get, ("coordinator", "num_processes", "process_id")))
     processes.check_devices()
     use_cache(given)
+    if given.get("cuts") == AUTO:
+        config = plan_now(config, given["devices"])
     is_first = processes.is_first()
     if is_first:
         show_log()
@@ -80,6 +83,15 @@ def _parser(words: Sequence[str]) -> Parser:
         metavar="|".join(TRACKERS),
         help="trackers that get the figures of each round while the run trains: "
         + entries.replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="plan.json of hsee plan: sets --cuts"
+    )
+    parser.add_argument(
+        "--devices",
+        type=Path,
+        metavar="FILE",
+        help="with --cuts auto: devices for which the fastest cuts are planned",
     )
     several = parser.add_argument_group(
         "several processes", "set automatically on TPU pods and in Slurm steps"

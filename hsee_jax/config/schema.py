@@ -200,6 +200,12 @@ class RunConfig(Section):
         int, "number of rounds; a round is a local epoch of every client", at_least(1)
     ] = 100
     batch_size: Annotated[int, "samples in a client's step", at_least(1)] = 128
+    micro_batches: Annotated[
+        int,
+        "equal parts in which a client takes a batch, one after another, to need less "
+        "memory; BatchNorm sees each part by itself; for a detached boundary [ours]",
+        at_least(1),
+    ] = 1
     eval_every: Annotated[
         int, "rounds between evaluations on the test set", at_least(1)
     ] = 5

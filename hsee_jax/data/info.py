@@ -72,3 +72,14 @@ class Source(NamedTuple):
 
     name: str  # its form and its place, in words
     read: ReadFn
+
+
+# Training samples of the known datasets, so that a plan of their use needs no data.
+TRAIN_SAMPLES = {
+    PACKAGED: 6_000,
+    "fashion_mnist": 60_000,
+    "mnist": 60_000,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "stl10": 5_000,
+}

@@ -24,6 +24,7 @@ class BranchSpec(NamedTuple):
     optimizer: OptimizerLike  # of each layer by itself
     codec: Codec = FULL  # of the link: a client encodes with it, a server decodes
     input_dtype: Any = jnp.float32  # of what a server decodes
+    micro_batches: int = 1  # in which `branch_step` takes a batch, see `accumulate`
 
 
 class LayerState(struct.PyTreeNode):
@@ -43,10 +44,20 @@ class Branch(struct.PyTreeNode):
 
 
 def client_spec(
-    model: Model, cut: int, optimizer: OptimizerLike, codec: Codec = FULL
+    model: Model,
+    cut: int,
+    optimizer: OptimizerLike,
+    codec: Codec = FULL,
+    micro_batches: int = 1,
 ) -> BranchSpec:
     """Describe layers 1..cut and their exit head."""
-    return BranchSpec(model.stages[:cut], model.exit_heads[cut - 1], optimizer, codec)
+    return BranchSpec(
+        model.stages[:cut],
+        model.exit_heads[cut - 1],
+        optimizer,
+        codec,
+        micro_batches=micro_batches,
+    )
 
 
 def server_spec(

@@ -45,11 +45,14 @@ class Federation(NamedTuple):
     optimizer: OptimizerLike  # at rate 1, such as optax.sgd(1.0, momentum=0.9)
     mesh: Mesh | None = None  # the stacks of clients are spread over its devices
     codec: Codec = FULL  # of the links from clients to servers
+    micro_batches: int = 1  # in which a client takes a batch, if no gradient returns
 
     def specs(self, group: int) -> tuple[BranchSpec, BranchSpec]:
         """Describe a group's clients, and the servers behind them."""
         cut = self.groups[group].cut
         return (
-            client_spec(self.model, cut, self.optimizer, self.codec),
+            client_spec(
+                self.model, cut, self.optimizer, self.codec, self.micro_batches
+            ),
             server_spec(self.model, cut, self.optimizer, self.codec),
         )

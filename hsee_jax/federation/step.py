@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
+from hsee_jax.federation.accumulation import Passed, accumulate
 from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
@@ -159,11 +160,15 @@ def branch_step(
       the metrics of the head before the update.
     """
 
-    def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, tuple]:
-        loss, *rest = _loss(spec, _with_params(branch, params), batch)
-        return loss, tuple(rest)
+    def run(branch: Branch, batch: Batch) -> Passed:
+        def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, tuple]:
+            loss, *rest = _loss(spec, _with_params(branch, params), batch)
+            return loss, tuple(rest)
 
-    grads, (features, stats, metrics) = jax.grad(loss_fn, has_aux=True)(_params(branch))
+        grads, rest = jax.grad(loss_fn, has_aux=True)(_params(branch))
+        return Passed(grads, *rest)
+
+    grads, features, stats, metrics = accumulate(run, branch, batch, spec.micro_batches)
     branch, metrics = _take(spec, branch, grads, stats, learning_rate, metrics)
     return branch, jax.lax.stop_gradient(features), metrics
 

@@ -29,6 +29,7 @@ from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import Shards, place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
 from hsee_jax.engine.store import DeviceStore, Store
+from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.federation.federation import (
     Client,
     Federation,
@@ -101,6 +102,7 @@ def build_federation(
         build_optimizer(config),
         mesh,
         CODECS.make(clients.link, options=clients.options),
+        config.run.micro_batches,
     )
 
 
@@ -138,7 +140,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     train, test = read()
     parts, held = _deal(config, train)
     shards: Shards = dict(enumerate(parts))
-    batch_size = min(config.run.batch_size, max(map(len, parts)))
+    batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = _store(config, federation, strategy)
     placed, placed_shards = place_data(federation, strategy, slots, train, shards)
@@ -181,6 +183,13 @@ def _axis(config: Config) -> str:
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
     return axis
+
+
+def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
+    """Return the samples in a step, no more than the largest share has."""
+    batch_size = min(config.run.batch_size, max(map(len, parts)))
+    check_micro_batches(config.run.micro_batches, batch_size, strategy.boundary)
+    return batch_size
 
 
 def _key(seed: int, stream: int) -> Key:

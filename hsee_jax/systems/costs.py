@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.types import Array, Stage, Variables
+from hsee_jax.core.types import Array, PyTree, Stage, Variables
 from hsee_jax.nn.model import Model, layer_inputs
 
 
@@ -16,6 +16,8 @@ class LayerCost(NamedTuple):
     parameters: int
     flops: int  # of the forward pass, as XLA counts them, without padding
     output_bytes: int  # of the output, the features that a client with this cut sends
+    # Activations that the backward pass needs, at most: XLA computes some again.
+    kept_bytes: int = 0
 
 
 def layer_costs(model: Model) -> tuple[LayerCost, ...]:
@@ -25,16 +27,11 @@ def layer_costs(model: Model) -> tuple[LayerCost, ...]:
     backend at hand.
     """
     shapes = layer_inputs(model)
-    names = [
-        *model.layer_names,
-        *(f"exit after {name}" for name in model.layer_names),
-        "final head",
-    ]
     stages = [*model.stages, *model.exit_heads, model.final_head]
     inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
-    known: dict[tuple[Stage, Any], tuple[int, int, int]] = {}
+    known: dict[tuple[Stage, Any], tuple[int, int, int, int]] = {}
     costs = []
-    for name, stage, shape in zip(names, stages, inputs, strict=True):
+    for name, stage, shape in zip(part_names(model), stages, inputs, strict=True):
         place = (stage, (shape.shape, shape.dtype))
         if place not in known:
             known[place] = _cost(stage, shape)
@@ -42,7 +39,13 @@ def layer_costs(model: Model) -> tuple[LayerCost, ...]:
     return tuple(costs)
 
 
-def _cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int]:
+def part_names(model: Model) -> tuple[str, ...]:
+    """Return the names of the L layers, L exit heads and the final head."""
+    exits = (f"exit after {name}" for name in model.layer_names)
+    return *model.layer_names, *exits, "final head"
+
+
+def _cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int, int]:
     variables = jax.eval_shape(stage.init, jax.random.key(0), shape)
     mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
 
@@ -56,4 +59,22 @@ def _cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int]:
         sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         int(analysis.get("flops", 0)),
         output.size * output.dtype.itemsize,
+        _pullback_bytes(stage, shape, 2) - _pullback_bytes(stage, shape, 1),
     )
+
+
+def _pullback_bytes(stage: Stage, shape: jax.ShapeDtypeStruct, batch_size: int) -> int:
+    """Return the bytes that a training step keeps from a part's forward pass."""
+
+    def run(variables: Variables, inputs: Array, mask: Array) -> PyTree:
+        def outputs(params: PyTree, inputs: Array) -> Array:
+            given = {**variables, "params": params}
+            return stage.apply(given, inputs, mask, train=True)[0]
+
+        return jax.vjp(outputs, variables["params"], inputs)[1]
+
+    variables = jax.eval_shape(stage.init, jax.random.key(0), shape)
+    inputs = jax.ShapeDtypeStruct((batch_size, *shape.shape[1:]), shape.dtype)
+    mask = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
+    kept = jax.eval_shape(run, variables, inputs, mask)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

@@ -1,0 +1,177 @@
+"""The command ``hsee plan``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hsee_jax.algorithms import ALGORITHMS
+from hsee_jax.cli.arguments import config_parser
+from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.terminal import show, text_table
+from hsee_jax.config import Config
+from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.options import Option, positive
+from hsee_jax.nn.cuts import parse_cut
+from hsee_jax.parallel.processes import check_devices
+from hsee_jax.report import plan as plan_report
+from hsee_jax.report.tables import Table
+from hsee_jax.runs.folder import check_writable
+from hsee_jax.runs.planning import Planning, Resources, planning, problem_of
+from hsee_jax.systems.comparison import Row, compare, other_choices
+from hsee_jax.systems.device_file import read_devices
+from hsee_jax.systems.planner import Limits, plan_cuts
+from hsee_jax.systems.problem import Problem
+
+_MINIMIZE = {"time": "seconds", "energy": "joules", "bytes": "bytes"}
+_NUMBERS = {
+    "max_memory": "bytes of memory of every device; by default each device's own",
+    "max_joules": "energy of all clients in a round",
+    "max_seconds": "seconds of a round",
+    "max_bytes": "bytes on all links in a round, up and down",
+    "max_server_memory": "bytes of memory of the server",
+    "bandwidth": "bytes/s of an uplink that all clients share; it is divided so that "
+    "the last upload ends as early as possible",
+}
+_CHOSEN = ("cuts", "num_clients")  # by the plan
+
+
+def plan(words: Sequence[str]) -> None:
+    """Choose the cuts of some devices; print and write the plan and its picture."""
+    given = vars(_parser(words).parse(words))
+    for name in _CHOSEN:
+        if name in given:
+            raise UserError(f"{name}: is not allowed; the plan says it")
+    minimize = given.get("minimize", "time")
+    if minimize not in _MINIMIZE:
+        raise unknown("minimize", minimize, _MINIMIZE)
+    quantity, out = _MINIMIZE[minimize], given.get("out", Path("plan"))
+    check_writable(out)
+    config = config_from(given)
+    resources = read_resources(given, config)
+    use_cache(given)
+    check_devices()
+    known = planning(config, resources)
+    problem = problem_of(known)
+    limits = _limits(given, known.layer_names)
+    answer = plan_cuts(problem, quantity, limits)
+    document = {
+        "strategy": config.strategy.strategy,
+        "minimize": minimize,
+        **plan_report.document(problem, answer, known.layer_names),
+    }
+    tables = [plan_report.by_kind(document)]
+    if given.get("compare", False):
+        rows = compare(_problems(known), quantity, limits)
+        tables.append(_strategies(known, rows))
+        others = [Row("plan", answer), *other_choices(problem, quantity, limits)]
+        title = f"other cuts under {config.strategy.strategy}, without limits of totals"
+        tables.append(plan_report.side_by_side(title, "choice", others))
+    plan_report.write(document, problem, answer, out)
+    for table in tables:
+        show(text_table(*table))
+    print(out / "plan.json")
+
+
+def read_resources(given: dict[str, Any], config: Config) -> Resources:
+    """Read the devices that the flags name, the server's workers and the uplink.
+
+    Raises:
+      UserError: there is no file of devices, or a value is not allowed.
+    """
+    if "devices" not in given:
+        raise UserError("devices: missing; allowed is a file of TOML or CSV")
+    workers = given.get("server_workers", 1)
+    if workers < 1:
+        raise UserError(
+            f"server_workers: {workers} is not allowed; allowed is 1 or more"
+        )
+    fleet = read_devices(given["devices"], seed=config.run.partition_seed)
+    return Resources(fleet, workers, _number(given, "bandwidth") or float("inf"))
+
+
+def _parser(words: Sequence[str]) -> Parser:
+    parser = config_parser("plan", words)
+    parser.add_argument(
+        "--devices", type=Path, metavar="FILE", help="TOML or CSV with the devices"
+    )
+    parser.add_argument(
+        "--minimize",
+        metavar="|".join(_MINIMIZE),
+        help="time of a round, energy of all clients, or bytes on all links (time)",
+    )
+    for name, meaning in _NUMBERS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, metavar="FLOAT", help=meaning
+        )
+    parser.add_argument("--min-cut", help="least cut, a number or a name")
+    parser.add_argument(
+        "--server-workers",
+        type=int,
+        help="clients that a server with replicas works for at once (1)",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also plan for every strategy, and compare with other choices of cuts",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files, which are replaced (plan)"
+    )
+    return parser
+
+
+def _number(given: dict[str, Any], name: str) -> float | None:
+    """Return a flag of `_NUMBERS`, if it is given.
+
+    Raises:
+      UserError: it is not allowed.
+    """
+    if name not in given:
+        return None
+    return Option(name, float, None, rules=(positive,)).checked(given[name])
+
+
+def _limits(given: dict[str, Any], layer_names: Sequence[str]) -> Limits:
+    try:
+        min_cut = parse_cut(given.get("min_cut", 1), layer_names)
+    except UserError as error:
+        raise UserError(str(error).replace("cuts:", "min_cut:", 1)) from error
+    return Limits(
+        memory_bytes=_number(given, "max_memory"),
+        min_cut=min_cut,
+        seconds=_number(given, "max_seconds"),
+        joules=_number(given, "max_joules"),
+        bytes=_number(given, "max_bytes"),
+        server_bytes=_number(given, "max_server_memory"),
+    )
+
+
+def _problems(known: Planning) -> dict[str, Problem | UserError]:
+    """Return the problem under every algorithm, or why there is none."""
+    found: dict[str, Problem | UserError] = {}
+    for name in ALGORITHMS:
+        try:
+            found[name] = problem_of(known, name)
+        except UserError as error:
+            found[name] = error
+    return found
+
+
+def _strategies(known: Planning, rows: Sequence[Row]) -> Table:
+    images = float(known.samples.sum()) * _sample_bytes(known)
+    title = (
+        "strategies, each with its best cuts; for centralized the clients sent their "
+        f"{images / 1e6:,.1f} MB of samples before"
+    )
+    for row in rows:
+        if row.plan is None:
+            title += f"\n{row.name}: {row.refusal}"
+    return plan_report.side_by_side(title, "strategy", rows)
+
+
+def _sample_bytes(known: Planning) -> int:
+    """Return the bytes of an image of uint8."""
+    size = 1
+    for length in known.federation.model.input_shape:
+        size *= length
+    return size

@@ -1,0 +1,103 @@
+"""The cuts of a plan, for ``hsee train``: of a file, or planned on the spot."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hsee_jax.cli.flags import config_from
+from hsee_jax.config import Config, override
+from hsee_jax.core.errors import UserError
+from hsee_jax.runs.build import build_model
+from hsee_jax.runs.planning import Resources, planning, problem_of
+from hsee_jax.systems.device_file import read_devices
+from hsee_jax.systems.planner import plan_cuts
+
+AUTO = ["auto"]  # of the flag --cuts
+
+
+class Cuts(NamedTuple):
+    """What training needs of a plan."""
+
+    cuts: tuple[str, ...]  # of client 0, 1, ...
+    layers: tuple[str, ...]  # the names of the network's layers
+
+
+def read_cuts(path: Path) -> Cuts:
+    """Read a file that ``hsee plan`` wrote.
+
+    Raises:
+      UserError: the file cannot be read, or is not a plan.
+    """
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        layers = tuple(str(name) for name in plan["layers"])
+        cuts = tuple(client["cut"] for client in plan["clients"])
+        allowed = range(1, len(layers) + 1)
+        if not cuts or any(type(c) is not int or c not in allowed for c in cuts):
+            raise ValueError("a cut is not a number of a layer")
+    except OSError as error:
+        raise UserError(f"plan: {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"plan: {path} is not a plan; allowed is a plan.json of `hsee plan`"
+        ) from error
+    return Cuts(tuple(map(str, cuts)), layers)
+
+
+def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
+    """Return the configuration of a run, with the cuts of its plan if it names one.
+
+    With ``--cuts auto`` the cuts are missing yet, see `plan_now`.
+
+    Args:
+      given: flags by name.
+      stored: see `config_from`.
+
+    Raises:
+      UserError: see `config_from`; or a flag contradicts the plan, or the plan is of
+        another network.
+    """
+    if "plan" in given:
+        return _from_file(given, given["plan"], stored)
+    if given.get("cuts") == AUTO:
+        if "devices" not in given:
+            raise UserError("devices: missing; --cuts auto needs a file of devices")
+        _refuse(given, ("num_clients",), f"the devices of {given['devices']}")
+        given = {name: value for name, value in given.items() if name != "cuts"}
+    elif "devices" in given:
+        raise UserError("devices: has no effect; it is read with --cuts auto")
+    return config_from(given, stored=stored)
+
+
+def plan_now(config: Config, devices: Path) -> Config:
+    """Return a configuration with the fastest cuts for a file of devices.
+
+    Raises:
+      UserError: the file is not allowed, or a device fits no cut.
+    """
+    fleet = read_devices(devices, seed=config.run.partition_seed)
+    answer = plan_cuts(problem_of(planning(config, Resources(fleet))))
+    return _with_cuts(config, tuple(map(str, answer.cuts.tolist())))
+
+
+def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config:
+    _refuse(given, ("cuts", "num_clients", "devices"), f"plan {path}")
+    plan = read_cuts(path)
+    config = _with_cuts(config_from(given, stored=stored), plan.cuts)
+    layers = build_model(config).layer_names
+    if plan.layers != layers:
+        raise UserError(
+            f"plan: {path} is for a network of the layers {', '.join(plan.layers)}; "
+            f"this network has {', '.join(layers)}"
+        )
+    return config
+
+
+def _with_cuts(config: Config, cuts: tuple[str, ...]) -> Config:
+    return override(config, cuts=cuts, num_clients=len(cuts))
+
+
+def _refuse(given: dict[str, Any], names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if name in given:
+            raise UserError(f"{name}: is not allowed together with {what}")

@@ -1,0 +1,165 @@
+"""The planner's problem from a `Config` and a file of devices."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from hsee_jax.algorithms.registry import ALGORITHMS
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import override
+from hsee_jax.core.errors import UserError
+from hsee_jax.data.info import TRAIN_SAMPLES
+from hsee_jax.data.partition import PARTITIONS, hold_out, partition
+from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.runs.build import build_federation
+from hsee_jax.runs.data import build_data, build_info
+from hsee_jax.systems.costs import LayerCost, layer_costs
+from hsee_jax.systems.device_file import Fleet
+from hsee_jax.systems.memory import optimizer_slots
+from hsee_jax.systems.problem import Problem
+from hsee_jax.systems.quantities import Ints
+from hsee_jax.systems.traffic import Traffic
+from hsee_jax.systems.work import schedule_of
+from hsee_jax.systems.workload import traffic_by_cut
+
+_WITHOUT_LABELS = ("iid", "quantity")  # partitions whose sizes ignore the labels
+
+
+class Resources(NamedTuple):
+    """What the clients run on."""
+
+    fleet: Fleet
+    workers: int = 1  # of a server with replicas
+    uplink_bytes_per_s: float = np.inf  # that all clients share
+
+
+class Planning(NamedTuple):
+    """What does not depend on the algorithm."""
+
+    config: Config
+    resources: Resources
+    federation: Federation  # its clients do not matter
+    costs: tuple[LayerCost, ...]
+    samples: Ints  # of each client, [N]
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Return the names of the L layers."""
+        return self.federation.model.layer_names
+
+
+def planning(config: Config, resources: Resources) -> Planning:
+    """Read what the planner needs from a configuration.
+
+    Args:
+      config: of the run; its cuts and its number of clients do not matter.
+      resources: a device for each client, and the server.
+
+    Raises:
+      UserError: the configuration is not valid, or its partition needs data that are
+        not there.
+    """
+    count = len(resources.fleet.clients)
+    config = override(config, cuts=("1",), num_clients=count, absences=())
+    federation = build_federation(config, build_info(config.data), plain=True)
+    return Planning(
+        config,
+        resources,
+        federation,
+        layer_costs(federation.model),
+        _samples(config),
+    )
+
+
+def problem_of(given: Planning, strategy: str | None = None) -> Problem:
+    """Return the planner's problem under an algorithm.
+
+    Args:
+      given: of `planning`.
+      strategy: the name of the algorithm; None for that of the configuration.
+
+    Raises:
+      UserError: the algorithm does not fit the configuration.
+    """
+    config, (fleet, workers, uplink) = given.config, given.resources
+    if strategy is not None:
+        config = override(config, strategy=strategy)
+    devices, samples = fleet.clients, given.samples
+    if config.strategy.strategy == "centralized":  # the server trains on all samples
+        devices, samples = (fleet.server,), samples.sum(keepdims=True)
+    batch_size = min(config.run.batch_size, int(samples.max()))
+    steps = -(-samples // batch_size)
+    federation = given.federation._replace(
+        groups=group_clients(Client(i, 1) for i in range(len(devices)))
+    )
+    traffic = _traffic(config, federation)
+    some = _make(config, _with_cuts(federation, list(traffic)[:1]))
+    detached = some.boundary == "detached"
+    return Problem(
+        costs=given.costs,
+        traffic=traffic,
+        devices=devices,
+        server=fleet.server,
+        schedule=schedule_of(some, int(steps.max())),
+        steps=steps,
+        batch_size=batch_size,
+        slots=optimizer_slots(federation.optimizer),
+        micro_batches=config.run.micro_batches if detached else 1,
+        workers=workers,
+        uplink_bytes_per_s=uplink,
+        one_cut=_needs_one_cut(config, federation, list(traffic)),
+    )
+
+
+def _make(config: Config, federation: Federation) -> Strategy:
+    name, options = config.strategy.strategy, config.strategy.options
+    return ALGORITHMS.make(name, federation, options=options)
+
+
+def _with_cuts(federation: Federation, cuts: list[int]) -> Federation:
+    """Deal some cuts to the clients in turn."""
+    ids = [i for group in federation.groups for i in group.ids]
+    clients = (Client(i, cuts[i % len(cuts)]) for i in ids)
+    return federation._replace(groups=group_clients(clients))
+
+
+def _traffic(config: Config, federation: Federation) -> dict[int, Traffic]:
+    """Return the traffic of each cut that the algorithm takes, by the cut."""
+    found: dict[int, Traffic] = {}
+    for cut in range(1, len(federation.model.stages) + 1):
+        try:
+            _make(config, _with_cuts(federation, [cut]))
+        except UserError as error:
+            refusal = error
+            continue
+        found |= traffic_by_cut(federation, lambda f: _make(config, f), [cut])
+    if not found:
+        raise refusal
+    return found
+
+
+def _needs_one_cut(config: Config, federation: Federation, cuts: list[int]) -> bool:
+    """Return whether the algorithm refuses clients with different cuts."""
+    if len(cuts) == 1 or sum(len(group.ids) for group in federation.groups) == 1:
+        return True
+    try:
+        _make(config, _with_cuts(federation, cuts[:2]))
+    except UserError:
+        return True
+    return False
+
+
+def _samples(config: Config) -> Ints:
+    """Return the training samples of each client, ``int64 [N]``."""
+    data, seed = config.data, config.run.partition_seed
+    count = TRAIN_SAMPLES.get(data.dataset)
+    if data.partition in _WITHOUT_LABELS and count is not None:
+        labels = np.zeros(min(count, data.max_train_samples or count), np.int32)
+    else:
+        labels = build_data(dataclasses.replace(data, max_test_samples=1))[0].labels
+    kept, _ = hold_out(len(labels), data.validation_share, seed=seed)
+    deal = PARTITIONS.make(data.partition, options=data.options)
+    parts = partition(labels[kept], config.clients.num_clients, deal, seed=seed)
+    return np.array([len(part) for part in parts])

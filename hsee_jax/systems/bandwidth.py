@@ -1,0 +1,52 @@
+"""The division of an uplink that several clients share.
+
+After CollaPipe (arXiv:2509.19855) and EPSL (arXiv:2303.15991): the last upload ends
+earliest if all uploads end together, so the end ``tau`` solves
+``sum_i bytes_i / (tau - start_i) = bandwidth``. Limits of each client's own link are
+ours.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hsee_jax.systems.quantities import Floats
+
+
+class Division(NamedTuple):
+    """The rate of each client, and when the last of them is ready."""
+
+    bytes_per_s: Floats  # [N]
+    seconds: float
+
+
+def divide_uplink(
+    up_bytes: Floats,
+    start_s: Floats,
+    bandwidth: float,
+    *,
+    link_bytes_per_s: Floats | float = np.inf,
+) -> Division:
+    """Divide an uplink so that the last upload ends as early as possible.
+
+    Args:
+      up_bytes: the bytes of each client's upload, ``[N]``.
+      start_s: the second at which each client can start to send, ``[N]``.
+      bandwidth: bytes per second of all clients together.
+      link_bytes_per_s: the most that each client's own link takes, ``[N]`` or one.
+    """
+
+    def rates(end: float) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(up_bytes > 0, up_bytes / (end - start_s), 0.0)
+
+    from scipy.optimize import brentq  # slow to import
+
+    earliest = float(np.max(start_s + up_bytes / link_bytes_per_s))
+    if rates(earliest).sum() <= bandwidth:
+        return Division(rates(earliest), earliest)
+    latest = earliest + (1 + 1e-9) * float(up_bytes.sum()) / bandwidth
+    end = brentq(
+        lambda end: bandwidth / rates(end).sum() - 1, earliest, latest, xtol=1e-12
+    )
+    return Division(rates(end), float(end))

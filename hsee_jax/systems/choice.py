@@ -1,0 +1,161 @@
+"""The choice of the cuts: the best under limits, or what is wrong with the limits."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.systems.bottleneck import fastest
+from hsee_jax.systems.quantities import (
+    Bools,
+    CutCosts,
+    Floats,
+    Ints,
+    Totals,
+    totals,
+)
+
+# The limits, by the quantity that they limit.
+LIMITS = {
+    "seconds": "max_seconds",
+    "joules": "max_joules",
+    "bytes": "max_bytes",
+    "server_bytes": "max_server_memory",
+}
+_SLACK = 1e-6  # relative, of the solver
+_Solve = Callable[[CutCosts, str, Mapping[str, float]], Ints | None]
+
+
+def choose(
+    costs: CutCosts,
+    minimize: str = "seconds",
+    limits: Mapping[str, float] | None = None,
+    *,
+    one_cut: bool = False,
+    measure: Callable[[Ints], Totals] | None = None,
+) -> Ints:
+    """Return the best cuts; of equally good choices, the fastest.
+
+    Args:
+      costs: the costs of each client at each cut.
+      minimize: one of `QUANTITIES`.
+      limits: the most of some of `QUANTITIES`.
+      one_cut: whether all clients have the same cut.
+      measure: what the cuts need in truth, for the error; None for their `totals`.
+
+    Returns:
+      The cuts of all clients, ``int64 [N]``, from 1 to L.
+
+    Raises:
+      UserError: no choice keeps to the limits.
+    """
+    limits = dict(limits or {})
+    solve = _cheapest_equal if one_cut else _cheapest
+    cuts = solve(costs, minimize, limits)
+    if cuts is None:
+        measure = measure or (lambda cuts: totals(costs, cuts))
+        raise _impossible(costs, limits, solve, measure)
+    if minimize == "seconds":
+        return cuts
+    limits[minimize] = getattr(totals(costs, cuts), minimize) * (1 + _SLACK)
+    quicker = solve(costs, "seconds", limits)
+    return cuts if quicker is None else quicker
+
+
+def _cheapest(
+    costs: CutCosts, minimize: str, limits: Mapping[str, float]
+) -> Ints | None:
+    """Return the best cuts by the sweep, if that is enough, or by the solver."""
+    coupled = limits or costs.lockstep or costs.uplink_bytes_per_s < np.inf
+    if minimize == "seconds" and not coupled:
+        return fastest(
+            costs.phases_s[0], costs.server_s, costs.allowed, workers=costs.workers
+        )
+    from hsee_jax.systems.milp import cheapest  # which imports SciPy's solvers
+
+    return cheapest(costs, minimize, limits)
+
+
+def _cheapest_equal(
+    costs: CutCosts, minimize: str, limits: Mapping[str, float]
+) -> Ints | None:
+    """Return the best choice of one cut for all clients; None if there is none."""
+    count = len(costs.allowed)
+    choices = [np.full(count, c + 1) for c in np.flatnonzero(costs.allowed.all(axis=0))]
+    sums = {int(cuts[0]): totals(costs, cuts)._asdict() for cuts in choices}
+    kept = [
+        cuts
+        for cuts in choices
+        if all(sums[int(cuts[0])][name] <= most for name, most in limits.items())
+    ]
+    return min(kept, key=lambda cuts: sums[int(cuts[0])][minimize], default=None)
+
+
+def _impossible(
+    costs: CutCosts,
+    limits: Mapping[str, float],
+    solve: _Solve,
+    measure: Callable[[Ints], Totals],
+) -> UserError:
+    """Return the error for limits that no choice keeps to."""
+    for slack in (_SLACK, -_SLACK):  # first what is clear, then what is close
+        before: dict[str, float] = {}
+        for name, most in limits.items():
+            cuts = solve(costs, name, before)
+            if cuts is None:
+                break
+            if getattr(totals(costs, cuts), name) > most * (1 + slack):
+                least = getattr(measure(cuts), name)
+                beside = " and ".join(f"{LIMITS[n]} {plain(before[n])}" for n in before)
+                return UserError(
+                    f"{LIMITS[name]}: {plain(most)} is not possible"
+                    f"{' with ' * bool(beside)}{beside}; allowed is {upward(least)} or "
+                    "more"
+                )
+            before[name] = most
+    return UserError(
+        "cuts: no cut fits all clients, who need the same; allowed is more memory"
+    )
+
+
+def plain(value: float) -> str:
+    """Return a number as text that a flag can read."""
+    return f"{value:.10g}"
+
+
+def upward(value: float) -> str:
+    """Return a positive number rounded up to four digits, as text."""
+    if value == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return plain(math.ceil(value / unit * (1 - 1e-12)) * unit)
+
+
+def allowed_cuts(
+    memory_bytes: Floats,
+    most_bytes: Floats,
+    *,
+    names: Sequence[str],
+    choices: Collection[int],
+) -> Bools:
+    """Return which cuts fit each client's memory, ``[N, L]``.
+
+    Args:
+      memory_bytes: what a client needs at each cut, ``[L]``.
+      most_bytes: what each client has, ``[N]``.
+      names: the names of the N clients, for the error.
+      choices: the cuts to choose from, at least one.
+
+    Raises:
+      UserError: a client has no cut left.
+    """
+    among = np.isin(np.arange(1, len(memory_bytes) + 1), list(choices))
+    allowed = among & (memory_bytes <= most_bytes[:, None])
+    for i in np.flatnonzero(~allowed.any(axis=1)).tolist():
+        raise UserError(
+            f"max_memory: {plain(most_bytes[i])} bytes of client {i} ({names[i]}) is "
+            f"too little for cuts {' '.join(map(str, sorted(choices)))}; allowed is "
+            f"{upward(memory_bytes[among].min())} or more"
+        )
+    return allowed

@@ -1,0 +1,174 @@
+"""Files of devices: a user's TOML or CSV, with a number and a spread for each entry.
+
+In TOML a list of tables named ``devices``, and a table ``server``::
+
+    devices = [
+      {device = "raspberry-pi-4", link = "wifi", count = 40},
+      {device = "jetson-nano", count = 10},
+      {device = "phone-a18-pro", link = "lte", count = 50, link_spread = 0.5},
+    ]
+    server = {device = "gpu-server"}
+
+In CSV a header of the same fields, and a row for each entry::
+
+    device,link,count
+    raspberry-pi-4,wifi,40
+
+A CSV names no server; `Fleet.server` is then ``gpu-server`` of the catalogue.
+"""
+
+import csv
+import dataclasses
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.systems.devices import (
+    Device,
+    check_entry,
+    entry_fields,
+    find_device,
+    make_device,
+)
+
+DEFAULT_SERVER = "gpu-server"
+_ONCE = ("count", "compute_spread", "link_spread")  # what a server does not have
+
+
+class Fleet(NamedTuple):
+    """The devices of a federation."""
+
+    clients: tuple[Device, ...]  # of client 0, 1, ...
+    server: Device
+
+
+def read_devices(path: str | Path, *, seed: int = 0) -> Fleet:
+    """Read a file of devices.
+
+    Args:
+      path: a file of TOML if its name ends in ``.toml``, else of CSV.
+      seed: of the spread. A device's draw depends on this and on its number alone.
+
+    Raises:
+      UserError: the file cannot be read, has no entry, or an entry is not allowed.
+    """
+    path = Path(path)
+    is_toml = path.suffix.lower() == ".toml"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = _toml(text) if is_toml else _csv(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"devices: {path} cannot be read: {reason}; allowed is TOML or CSV in UTF-8"
+        ) from error
+    except UserError as error:
+        raise UserError(f"devices: {path}: {error}") from error
+    clients: list[Device] = []
+    for where, values in content.entries:
+        try:
+            clients += _expand(values, len(clients), seed)
+        except UserError as error:
+            raise UserError(f"devices: {path}, {where}: {error}") from error
+    if not clients:
+        raise UserError(f"devices: {path} has no entry; allowed is 1 or more")
+    try:
+        server = _server(content.server)
+    except UserError as error:
+        raise UserError(f"devices: {path}, server: {error}") from error
+    return Fleet(tuple(clients), server)
+
+
+class _Content(NamedTuple):
+    entries: list[tuple[str, Mapping[str, Any]]]  # with their place in the file
+    server: Mapping[str, Any]
+
+
+def _toml(text: str) -> _Content:
+    content = tomllib.loads(text)
+    for name in content:
+        if name not in ("devices", "server"):
+            raise unknown("table", name, ("devices", "server"))
+    entries, server = content.get("devices", []), content.get("server", {})
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise UserError("devices: not a list of tables; allowed is [[devices]]")
+    if not isinstance(server, dict):
+        raise UserError("server: not a table; allowed is [server]")
+    return _Content([(f"entry {n}", e) for n, e in enumerate(entries, 1)], server)
+
+
+def _csv(text: str) -> _Content:
+    """Read rows separated by commas, semicolons or tabs; blank rows are ignored."""
+    lines = text.splitlines()
+    header = next(filter(str.strip, lines), "")
+    mark = max(",;\t", key=header.count)
+    reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
+    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    rows = [row for row in rows if any(row[1])]
+    if not rows:
+        return _Content([], {})
+    names = rows[0][1]
+    for name in names:
+        if name not in entry_fields():
+            raise unknown("column", name, entry_fields())
+    return _Content([_row(names, *row) for row in rows[1:]], {})
+
+
+def _row(
+    names: list[str], line: int, cells: list[str]
+) -> tuple[str, Mapping[str, Any]]:
+    where = f"line {line}"
+    if len(cells) > len(names):
+        raise UserError(
+            f"{where}: {len(cells)} values for {len(names)} columns; allowed is one "
+            "for each column"
+        )
+    pairs = zip(names, cells, strict=False)
+    return where, {name: _value(name, cell) for name, cell in pairs if cell}
+
+
+def _value(name: str, cell: str) -> Any:
+    """Return a cell as a number, if its field is a number and the cell reads as one."""
+    try:
+        return entry_fields()[name].kind(cell)
+    except ValueError:
+        return cell  # which the check of the entry refuses
+
+
+def _expand(values: Mapping[str, Any], first: int, seed: int) -> Iterable[Device]:
+    """Yield the devices of an entry, the first of them with the number ``first``."""
+    device, own = make_device(values), check_entry(values)
+    compute, link = own.get("compute_spread", 0.0), own.get("link_spread", 0.0)
+    for number in range(first, first + own.get("count", 1)):
+        if not compute and not link:
+            yield device
+            continue
+        draws = np.random.default_rng((seed, number)).standard_normal(2)
+        yield vary(device, math.exp(compute * draws[0]), math.exp(link * draws[1]))
+
+
+def vary(device: Device, compute: float, link: float) -> Device:
+    """Return a device that computes and communicates so many times as fast."""
+    measured = device.measured
+    return dataclasses.replace(
+        device,
+        forward_flops_per_s=device.forward_flops_per_s * compute,
+        backward_flops_per_s=device.backward_flops_per_s * compute,
+        up_bytes_per_s=device.up_bytes_per_s * link,
+        down_bytes_per_s=device.down_bytes_per_s * link,
+        measured=None if measured is None else measured.scaled(1 / compute),
+    )
+
+
+def _server(values: Mapping[str, Any]) -> Device:
+    if not values:
+        return find_device(DEFAULT_SERVER)
+    for name in _ONCE:
+        if name in values:
+            raise UserError(f"{name}: not allowed; there is one server")
+    return make_device({"link": "ethernet", **values})

@@ -1,0 +1,93 @@
+"""The outcome of some cuts: the course of a round, its energy and its memory."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from hsee_jax.systems.bandwidth import divide_uplink
+from hsee_jax.systems.devices import Device
+from hsee_jax.systems.energy import joules
+from hsee_jax.systems.memory import client_memory, server_memory
+from hsee_jax.systems.problem import Problem
+from hsee_jax.systems.quantities import Floats, Ints, Totals
+from hsee_jax.systems.timing import RoundTime, round_time
+from hsee_jax.systems.work import Schedule, Work
+
+
+class Plan(NamedTuple):
+    """The cuts of N clients, and a round with them."""
+
+    cuts: Ints  # [N]
+    time: RoundTime
+    joules: Floats  # [N]; NaN where a device does not know its watts
+    memory_bytes: Ints  # [N]
+    server_bytes: int
+    bound_s: float | None = None  # of a planned round, which queues do not shorten
+
+    def totals(self) -> Totals:
+        """Return the totals over all clients."""
+        sent = float(self.time.up_bytes.sum() + self.time.down_bytes.sum())
+        energy = float(self.joules.sum())
+        return Totals(self.time.seconds, energy, sent, float(self.server_bytes))
+
+
+def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
+    """Return the round of given cuts ``int64 [N]``, whatever the limits."""
+    own, schedule = problem.work(cuts), problem.schedule
+    work = problem.work(cuts, _on_shared_uplink(problem, own))
+    workers = 1 if schedule.shared else problem.workers
+    time = round_time(work, schedule, workers=workers)
+    return Plan(
+        cuts=cuts,
+        time=time,
+        joules=joules(
+            time._replace(sending_s=_sending(own, schedule)), problem.devices
+        ),
+        memory_bytes=client_bytes(problem)[cuts - 1],
+        server_bytes=0
+        if schedule.boundary == "none"
+        else server_memory(
+            problem.costs,
+            cuts.tolist(),
+            batch_size=problem.batch_size,
+            slots=problem.slots,
+            shared=schedule.shared,
+            workers=workers,
+        ),
+    )
+
+
+def client_bytes(problem: Problem) -> Ints:
+    """Return the memory that a client of each cut needs, ``int64 [L]``."""
+    return client_memory(
+        problem.costs,
+        batch_size=-(-problem.batch_size // problem.micro_batches),
+        slots=problem.slots,
+        boundary=problem.schedule.boundary,
+    )
+
+
+def _sending(work: Work, schedule: Schedule) -> Floats:
+    """Return the seconds in which each client sends, ``[N]``, at its own rate.
+
+    On a shared uplink the devices take turns, and are idle in between.
+    """
+    return work.steps * work.up_s + len(schedule.averages) * work.weights_up_s
+
+
+def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
+    """Return the devices with their shares of the uplink, if they share one."""
+    bandwidth = problem.uplink_bytes_per_s
+    rates = np.array([device.up_bytes_per_s for device in problem.devices])
+    if rates.sum() <= bandwidth:
+        return problem.devices
+    means = len(problem.schedule.averages)
+    sizes = work.steps * work.up_bytes + means * work.weights_bytes
+    shares, _ = divide_uplink(sizes, work.forward_s, bandwidth, link_bytes_per_s=rates)
+    return tuple(
+        dataclasses.replace(device, up_bytes_per_s=float(share))
+        if share > 0
+        else device
+        for device, share in zip(problem.devices, shares, strict=True)
+    )

@@ -1,0 +1,171 @@
+"""The planner: the cut of each device, and the round that follows from it.
+
+The choice is exact for a bound of the round's seconds (see `CutCosts`); the seconds of
+the plan are those of `round_time`, which follows every batch.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.systems.choice import LIMITS, allowed_cuts, choose, plain, upward
+from hsee_jax.systems.devices import Device
+from hsee_jax.systems.memory import server_memory
+from hsee_jax.systems.outcome import Plan, client_bytes, evaluate_cuts
+from hsee_jax.systems.problem import Problem, cut_costs, replica_bytes
+from hsee_jax.systems.quantities import QUANTITIES, Bools, CutCosts, totals
+
+_TRIES = 8
+_SLACK = 1e-6  # relative, of limits
+_WATTS = ("busy", "sending", "receiving", "idle")
+
+
+class Limits(NamedTuple):
+    """The limits of a plan; None for no limit."""
+
+    memory_bytes: float | None = None  # of every device; None for its own memory
+    min_cut: int = 1
+    seconds: float | None = None  # of a round
+    joules: float | None = None  # of all clients in a round
+    bytes: float | None = None  # on all links in a round
+    server_bytes: float | None = None  # of the server's memory
+
+    def totals(self) -> dict[str, float]:
+        """Return the limits of totals, by `QUANTITIES`."""
+        given = ((name, getattr(self, name)) for name in QUANTITIES)
+        return {name: most for name, most in given if most is not None}
+
+
+def plan_cuts(
+    problem: Problem, minimize: str = "seconds", limits: Limits | None = None
+) -> Plan:
+    """Choose the cut of each client.
+
+    Args:
+      problem: the clients, their network and their devices.
+      minimize: ``"seconds"`` of a round, ``"joules"`` of all clients, or ``"bytes"`` on
+        all links. Of equally good choices the fastest is taken.
+      limits: what the plan keeps to; None for the memory of the devices alone.
+
+    Raises:
+      UserError: no choice keeps to the limits, or energy is asked for and a device does
+        not know its watts.
+    """
+    limits = limits or Limits()
+    most = limits.totals()
+    if "joules" in (minimize, *most):
+        _require_watts(problem.devices)
+    costs = cut_costs(problem, possible_cuts(problem, limits))
+    aims = dict(most)
+    if problem.schedule.shared:  # `possible_cuts` sees to it
+        aims.pop("server_bytes", None)
+    else:
+        batches = _batch_bytes(problem, costs.allowed) / len(problem.devices)
+        costs = costs._replace(server_bytes=costs.server_bytes + batches)
+    nearest: dict[str, float] = {}
+    for plan in _candidates(problem, costs, minimize, aims):
+        found = plan.totals()._asdict()
+        over = {n: found[n] for n, m in most.items() if found[n] > m * (1 + _SLACK)}
+        if not over:
+            return plan
+        nearest = {n: min(value, nearest.get(n, value)) for n, value in over.items()}
+    name, value = next(iter(nearest.items()))
+    raise UserError(
+        f"{LIMITS[name]}: {plain(most[name])} is not possible, queues included; the "
+        f"nearest plan needs {upward(value)}"
+    )
+
+
+def _candidates(
+    problem: Problem, costs: CutCosts, minimize: str, aims: Mapping[str, float]
+) -> Iterator[Plan]:
+    """Yield plans within the aims, ever more cautious about what queues add.
+
+    Raises:
+      UserError: not even the bound of a plan is within the aims.
+    """
+    added = dict.fromkeys(aims, 0.0)
+    for number in range(_TRIES):
+        cautious = {name: aim - added[name] for name, aim in aims.items()}
+        try:
+            cuts = choose(
+                costs,
+                minimize,
+                cautious,
+                one_cut=problem.one_cut,
+                measure=lambda cuts: evaluate_cuts(problem, cuts).totals(),
+            )
+        except UserError:
+            if number == 0:
+                raise
+            break
+        bound = totals(costs, cuts)
+        plan = evaluate_cuts(problem, cuts)._replace(bound_s=bound.seconds)
+        yield plan
+        for name in added:
+            more = getattr(plan.totals(), name) - getattr(bound, name)
+            added[name] = max(added[name], more)
+    for name in aims:
+        others = {other: aim for other, aim in aims.items() if other != name}
+        cuts = choose(costs, name, others, one_cut=problem.one_cut)
+        bound_s = totals(costs, cuts).seconds
+        yield evaluate_cuts(problem, cuts)._replace(bound_s=bound_s)
+
+
+def possible_cuts(problem: Problem, limits: Limits) -> Bools:
+    """Return which cuts each client may take, ``[N, L]``."""
+    devices = problem.devices
+    most = np.array([device.memory_bytes for device in devices])
+    if limits.memory_bytes is not None:
+        most = np.full(len(devices), limits.memory_bytes)
+    choices = [cut for cut in problem.traffic if cut >= limits.min_cut]
+    if not choices:
+        raise UserError(
+            f"min_cut: {limits.min_cut} is not possible; allowed are "
+            f"1..{max(problem.traffic)}"
+        )
+    if limits.server_bytes is not None and problem.schedule.shared:
+        holds = {cut: _shared_bytes(problem, cut) for cut in choices}
+        choices = [cut for cut in choices if holds[cut] <= limits.server_bytes]
+        if not choices:
+            raise UserError(
+                f"max_server_memory: {plain(limits.server_bytes)} is not possible; "
+                f"allowed is {upward(min(holds.values()))} or more"
+            )
+    return allowed_cuts(
+        client_bytes(problem).astype(float),
+        most,
+        names=[device.name for device in devices],
+        choices=choices,
+    )
+
+
+def _shared_bytes(problem: Problem, cut: int) -> int:
+    return server_memory(
+        problem.costs,
+        [cut],
+        batch_size=problem.batch_size,
+        slots=problem.slots,
+        shared=True,
+    )
+
+
+def _batch_bytes(problem: Problem, allowed: Bools) -> float:
+    """Return the most memory of the batches at a server with replicas."""
+    if problem.schedule.boundary == "none":
+        return 0.0
+    cut = int(np.flatnonzero(allowed.any(axis=0))[0]) + 1
+    weights = replica_bytes(problem, cut)
+    return problem.workers * float(_shared_bytes(problem, cut) - weights)
+
+
+def _require_watts(devices: tuple[Device, ...]) -> None:
+    for i, device in enumerate(devices):
+        for name in _WATTS:
+            if np.isnan(getattr(device, f"{name}_watts")):
+                raise UserError(
+                    f"devices: client {i} ({device.name}) has no {name}_watts, which "
+                    "energy needs; allowed is 0 or more"
+                )

@@ -1,0 +1,148 @@
+"""The planner's problem: who takes part, and what a round costs at each cut."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from hsee_jax.systems.costs import LayerCost
+from hsee_jax.systems.devices import Device
+from hsee_jax.systems.memory import server_memory
+from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints
+from hsee_jax.systems.traffic import Traffic
+from hsee_jax.systems.work import Schedule, Work
+from hsee_jax.systems.workload import workload
+
+
+class Problem(NamedTuple):
+    """N clients that train one network of L layers."""
+
+    costs: tuple[LayerCost, ...]  # of L layers, L exits and the final head
+    traffic: Mapping[int, Traffic]  # of a client of each cut that the algorithm takes
+    devices: tuple[Device, ...]  # [N]
+    server: Device
+    schedule: Schedule  # of a round
+    steps: Ints  # batches of each client in a round, [N]
+    batch_size: int
+    slots: int  # of the optimizer, see `optimizer_slots`
+    micro_batches: int = 1  # in which a client takes a batch
+    workers: int = 1  # of a server with replicas
+    uplink_bytes_per_s: float = np.inf  # that all clients share
+    one_cut: bool = False  # whether the algorithm needs the same cut for all clients
+
+    @property
+    def num_layers(self) -> int:
+        """Return L."""
+        return len(self.costs) // 2
+
+    def work(self, cuts: Ints, devices: tuple[Device, ...] | None = None) -> Work:
+        """Return what the clients do in a round with the cuts ``int64 [N]``."""
+        return workload(
+            self.costs,
+            self.traffic,
+            cuts.tolist(),
+            self.devices if devices is None else devices,
+            self.server,
+            batch_size=self.batch_size,
+            steps=self.steps.tolist(),
+            boundary=self.schedule.boundary,
+        )
+
+
+def own_seconds(work: Work, schedule: Schedule) -> Floats:
+    """Return the round of each client if it had the server for itself, ``[N]``.
+
+    With several averages of the clients' layers in a round this is a lower bound.
+
+    Args:
+      work: of the clients, arrays ``[N]``.
+      schedule: of the round.
+    """
+    steps, forward, up, served = work.steps, work.forward_s, work.up_s, work.server_s
+    step = forward + work.backward_s
+    if schedule.boundary == "joint":
+        sent = end = steps * (step + up + served + work.down_s)
+    else:
+        slower = np.maximum(step, up)
+        sent = np.maximum(steps * step, forward + up + (steps - 1) * slower)
+        end = forward + up + served + (steps - 1) * np.maximum(slower, served)
+    means = len(schedule.averages)
+    end = np.maximum(end, sent + means * work.weights_up_s)
+    return np.where(steps > 0, end, 0.0) + means * work.weights_down_s
+
+
+def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
+    """Return the costs of a round for each client at each cut.
+
+    The seconds are a lower bound: a round also waits for the first and the last
+    batches, and for the order of the turns.
+
+    Args:
+      problem: of the planner.
+      allowed: whether each client may take each cut, ``[N, L]``.
+    """
+    shape = (len(problem.devices), problem.num_layers)
+    schedule = problem.schedule
+    lockstep = schedule.boundary == "joint" and schedule.turn == "together"
+    phases = np.zeros((3 if lockstep else 1, *shape))
+    server, joules, up, down, memory = np.zeros((5, *shape))
+    idle = watts(problem.devices, "idle_watts")
+    means = len(schedule.averages)
+    for cut in problem.traffic:
+        c = cut - 1
+        work = problem.work(np.full(shape[0], cut))
+        steps = work.steps
+        back = work.down_s * (schedule.boundary == "joint")
+        weights = means * work.weights_bytes
+        if lockstep:
+            first, last = work.forward_s + work.up_s, back + work.backward_s
+            phases[:, :, c] = [first, (steps - 1) * (first + last), last] * (steps > 0)
+        else:
+            phases[0, :, c] = own_seconds(work, schedule)
+        server[:, c] = steps * work.server_s
+        up[:, c] = steps * work.up_bytes + weights
+        down[:, c] = steps * work.down_bytes + weights
+        memory[:, c] = replica_bytes(problem, cut)
+        activities = {
+            "busy": steps * (work.forward_s + work.backward_s),
+            "sending": steps * work.up_s + means * work.weights_up_s,
+            "receiving": steps * back + means * work.weights_down_s,
+        }
+        for name, seconds in activities.items():
+            draw = watts(problem.devices, f"{name}_watts")
+            joules[:, c] += np.nan_to_num(draw - idle) * seconds
+    return CutCosts(
+        phases_s=phases,
+        server_s=server,
+        active_joules=joules,
+        idle_watts=np.nan_to_num(idle),
+        up_bytes=up,
+        down_bytes=down,
+        server_bytes=memory,
+        allowed=allowed,
+        lockstep=lockstep,
+        workers=1 if schedule.shared else problem.workers,
+        uplink_bytes_per_s=problem.uplink_bytes_per_s,
+    )
+
+
+def replica_bytes(problem: Problem, cut: int) -> int:
+    """Return the memory of one client's replica, without activations.
+
+    It is 0 where the server holds no replicas.
+    """
+    if problem.schedule.shared or problem.schedule.boundary == "none":
+        return 0
+    return server_memory(
+        problem.costs,
+        [cut],
+        batch_size=problem.batch_size,
+        slots=problem.slots,
+        shared=False,
+        workers=0,
+    )
+
+
+def watts(devices: tuple[Device, ...], name: str) -> Floats:
+    """Return a field of each device in watts, ``[N]``; NaN where it is not known."""
+    return np.array([getattr(device, name) for device in devices], float)

@@ -1,0 +1,104 @@
+"""What the clients of a round do, and what an algorithm says about its course."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.engine.round import due_after
+from hsee_jax.federation.strategy import Strategy
+
+Floats = npt.NDArray[np.float64]
+TURNS = ("batch", "epoch", "together")
+
+
+class Work(NamedTuple):
+    """What N clients do in a round; a field is ``float64 [N]``, or a number for all.
+
+    Seconds and bytes are those of a batch, but those of weights of each average.
+    """
+
+    steps: Any  # batches in the round; 0 for a client without samples
+    forward_s: Any
+    backward_s: Any
+    up_s: Any = 0.0
+    server_s: Any = 0.0  # of the server's step on the batch
+    down_s: Any = 0.0  # of the gradient, with a joint boundary
+    weights_up_s: Any = 0.0
+    weights_down_s: Any = 0.0
+    up_bytes: Any = 0.0
+    down_bytes: Any = 0.0
+    weights_bytes: Any = 0.0  # each way
+
+    def arrays(self) -> "Work":
+        """Return the same with an array for each field.
+
+        Raises:
+          ValueError: the fields do not fit each other, or a value is negative or NaN.
+        """
+        fields = np.broadcast_arrays(*(np.asarray(field, float) for field in self))
+        if not all(np.all(field >= 0) for field in fields):
+            raise ValueError("work: a negative value or NaN; allowed is 0 or more")
+        return Work(*(np.atleast_1d(field) for field in fields))
+
+    def take(self, members: Sequence[int]) -> "Work":
+        """Return the work of some clients, such as the participants of a round."""
+        return Work(*(field[list(members)] for field in self.arrays()))
+
+
+class Schedule(NamedTuple):
+    """What an algorithm says about the course of a round."""
+
+    shared: bool  # one server for all clients, else a replica for each
+    boundary: str = "detached"  # see `Strategy`
+    # One of TURNS, of a shared server: "batch" and "epoch" as in `Strategy`;
+    # "together" takes the batches of all clients as one, in lock step.
+    turn: str = "batch"
+    averages: tuple[int, ...] = ()  # the steps after which layers are averaged
+
+
+def schedule_of(strategy: Strategy, steps: int, number: int = 1) -> Schedule:
+    """Return the schedule of a round under a strategy.
+
+    Args:
+      strategy: the algorithm.
+      steps: the steps of each round.
+      number: the number of the round, from 1.
+    """
+    before = (number - 1) * steps
+    at_end = due_after(strategy, "rounds", number)
+    averages = tuple(
+        step
+        for step in range(1, steps + 1)
+        if due_after(strategy, "steps", before + step) or (at_end and step == steps)
+    )
+    return Schedule(strategy.shared, strategy.boundary, strategy.turn_unit, averages)
+
+
+class Part(NamedTuple):
+    """The steps of a round between two averages of clients' layers."""
+
+    first: int
+    stop: int
+    mean: bool  # whether clients' layers are averaged at the end
+    chunks: tuple[range, ...]  # the steps between two averages of any layers
+
+
+def parts_of_round(work: Work, schedule: Schedule) -> Iterator[Part]:
+    """Yield the parts of a round.
+
+    Args:
+      work: as `Work.arrays` gives it; where it has weights, clients are averaged.
+      schedule: of the round.
+    """
+    last = int(np.max(work.steps, initial=0))
+    ends = [step for step in schedule.averages if step < last]
+    chunks = [range(a, b) for a, b in zip([0, *ends], [*ends, last], strict=True)]
+    at_end = any(step >= last for step in schedule.averages)
+    if not np.any(work.weights_up_s + work.weights_down_s + work.weights_bytes):
+        yield Part(0, last, False, tuple(chunks))
+        return
+    for chunk in chunks:
+        mean = chunk.stop < last or at_end
+        yield Part(chunk.start, chunk.stop, mean, (chunk,))

@@ -1,0 +1,182 @@
+"""From costs, bytes and devices to the numbers that `round_time` takes.
+
+A device computes a part's forward FLOPs at its ``forward_flops_per_s``, and twice as
+many in the backward pass at its ``backward_flops_per_s``: a product of the gradient by
+the inputs and one by the weights [ours]. This counts the gradient by the images, which
+the first layer does not need, and leaves out the optimizer's update. Where a device has
+measured seconds, these count instead, in proportion to the batch size.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.systems.costs import LayerCost
+from hsee_jax.systems.devices import Device
+from hsee_jax.systems.traffic import Traffic, traffic_of
+from hsee_jax.systems.work import Floats, Work
+
+BACKWARD_FLOPS = 2.0  # of a part's backward pass, relative to its forward pass
+
+
+class CutSeconds(NamedTuple):
+    """Seconds of a batch on a device for each cut 1..L, ``float64 [L]``."""
+
+    client_forward: Floats  # layers up to the cut, and the exit behind it
+    client_backward: Floats
+    server_forward: Floats  # layers behind the cut, and the final head
+    server_backward: Floats
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_seconds(
+    costs: tuple[LayerCost, ...], device: Device, batch_size: int
+) -> CutSeconds:
+    """Return the seconds of a batch on a device, as client and as server of each cut.
+
+    Args:
+      costs: the costs of L layers, L exits and the final head, see `layer_costs`.
+      device: that computes.
+      batch_size: samples in a batch.
+
+    Raises:
+      UserError: the device was measured with another network.
+    """
+    measured = device.measured
+    if measured is None:
+        flops = batch_size * np.array([cost.flops for cost in costs], float)
+        forward = flops / device.forward_flops_per_s
+        backward = BACKWARD_FLOPS * flops / device.backward_flops_per_s
+        return _by_cut(forward, backward)
+    names = tuple(cost.name for cost in costs)
+    if measured.parts != names:
+        raise UserError(
+            f"measured: {device.name} was measured with the parts "
+            f"{', '.join(measured.parts)}; allowed are those of this network, "
+            f"{', '.join(names)}"
+        )
+    scale = batch_size / measured.batch_size
+    seconds = _by_cut(
+        scale * np.array(measured.forward_s), scale * np.array(measured.backward_s)
+    )
+    client = _factor(measured.client_step_s, scale, seconds[:2])
+    server = _factor(measured.server_step_s, scale, seconds[2:])
+    factors = (client, client, server, server)
+    return CutSeconds(*(s * f for s, f in zip(seconds, factors, strict=True)))
+
+
+def _by_cut(forward: Floats, backward: Floats) -> CutSeconds:
+    """Sum the seconds of the 2 L + 1 parts over the parts of each cut."""
+    count = len(forward) // 2
+
+    def client(parts: Floats) -> Floats:
+        return np.cumsum(parts[:count]) + parts[count:-1]
+
+    def server(parts: Floats) -> Floats:
+        behind = np.cumsum(parts[:count][::-1])[::-1]  # from layer l on
+        return np.append(behind[1:], 0.0) + parts[-1]
+
+    return CutSeconds(
+        client(forward), client(backward), server(forward), server(backward)
+    )
+
+
+def _factor(
+    steps: Sequence[float], scale: float, passes: tuple[Floats, ...]
+) -> Floats | float:
+    """Return what makes both passes together as long as the measured whole steps."""
+    if not steps:
+        return 1.0
+    return scale * np.array(steps) / np.maximum(sum(passes), np.finfo(float).tiny)
+
+
+def traffic_by_cut(
+    federation: Federation, make: Callable[[Federation], Strategy], cuts: Iterable[int]
+) -> dict[int, Traffic]:
+    """Return the traffic of a client of each cut under an algorithm.
+
+    Args:
+      federation: with the network, the codec and the optimizer; its clients do not
+        matter.
+      make: makes the algorithm's strategy for a federation, such as a function of
+        `hsee_jax.algorithms`.
+      cuts: the cuts.
+
+    Raises:
+      UserError: the algorithm does not take such a cut.
+    """
+    found = {}
+    for cut in cuts:
+        alone = federation._replace(groups=group_clients([Client(0, cut)]), mesh=None)
+        strategy = make(alone)
+        state = jax.eval_shape(strategy.init, jax.random.key(0))
+        (found[cut],) = traffic_of(alone, strategy, state)
+    return found
+
+
+def workload(
+    costs: Sequence[LayerCost],
+    traffic: Mapping[int, Traffic],
+    cuts: Sequence[int],
+    devices: Sequence[Device],
+    server: Device,
+    *,
+    batch_size: int,
+    steps: int | Sequence[int],
+    boundary: str = "detached",
+) -> Work:
+    """Return what the clients do in a round.
+
+    Args:
+      costs: the costs of L layers, L exits and the final head.
+      traffic: of a client of each of the cuts, see `traffic_by_cut`.
+      cuts: the cut of each of N clients.
+      devices: the device of each client. One client that holds all the data, as with
+        ``centralized``, runs on the device that is given here.
+      server: its link does not matter, those of the clients count.
+      batch_size: samples in a client's batch; a last batch that is smaller counts as a
+        whole one.
+      steps: batches of a client in the round, or of each client.
+      boundary: see `Strategy`; with ``"none"`` a client computes the server's layers.
+
+    Raises:
+      UserError: a device was measured with another network.
+    """
+    costs = tuple(costs)
+    behind = cut_seconds(costs, server, batch_size)
+    rows = []
+    for cut, device in zip(cuts, devices, strict=True):
+        own = cut_seconds(costs, device, batch_size)
+        forward, backward, *remote = (float(seconds[cut - 1]) for seconds in own)
+        served = float(behind.server_forward[cut - 1] + behind.server_backward[cut - 1])
+        if boundary == "none":
+            forward, backward, served = forward + remote[0], backward + remote[1], 0.0
+        sample, weights = traffic[cut].sample, traffic[cut].weights
+        up, down = batch_size * sample.up_bytes, batch_size * sample.down_bytes
+        rows.append(
+            (
+                forward,
+                backward,
+                _transfer(up, device.up_bytes_per_s, device),
+                served,
+                _transfer(down, device.down_bytes_per_s, device),
+                _transfer(weights, device.up_bytes_per_s, device),
+                _transfer(weights, device.down_bytes_per_s, device),
+                up,
+                down,
+                weights,
+            )
+        )
+    fields = np.array(rows, float).reshape(len(rows), 10).T
+    return Work(np.broadcast_to(np.asarray(steps), len(rows)), *fields).arrays()
+
+
+def _transfer(size: float, bytes_per_s: float, device: Device) -> float:
+    """Return the seconds of a message; without bytes there is none."""
+    return device.message_overhead_s + size / bytes_per_s if size else 0.0
