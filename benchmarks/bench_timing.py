@@ -28,7 +28,7 @@ import numpy as np
 
 from hsee_jax.config import Config, override
 from hsee_jax.core.types import Dataset
-from hsee_jax.data.info import DATASETS
+from hsee_jax.data.info import KNOWN
 from hsee_jax.runs.build import build
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.systems import (
@@ -209,7 +209,7 @@ def _experiment(
 
 
 def _noise(count: int) -> Dataset:
-    info = DATASETS["cifar10"]
+    info = KNOWN["cifar10"]
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
     return Dataset(images, rng.integers(0, info.num_classes, count).astype(np.int32))

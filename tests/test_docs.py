@@ -10,6 +10,7 @@ import functools
 import importlib
 import itertools
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -159,7 +160,7 @@ def run_shell(block, after):
 
 def check(words, *, run, train):
     """Parse a command line, and execute it if it is cheap."""
-    command, given = parse(words)
+    command, given = parse(shlex.split(shlex.join(words).replace("--cuts auto", "")))
     if command in ("train", "info"):
         config = given["config"]
         federation = build_federation(config, build_info(config.data))
