@@ -11,6 +11,7 @@ from tiny import tiny_federation
 
 from hsee_jax.algorithms import averaging, fedavg, local, sequential, splitfed_v2
 from hsee_jax.systems import Schedule, Work, intervals, round_time, schedule_of
+from hsee_jax.systems.intervals import busy_before
 
 FIELDS = ("forward_s", "backward_s", "up_s", "server_s", "down_s")
 TURNS = Schedule(shared=True)
@@ -300,13 +301,26 @@ def test_more_workers_never_make_the_round_longer(drawn, workers):
 def test_what_binds_a_client():
     """A slow device, a slow link, a client that waits for them; then a slow server."""
     slow = Work(10, [1.0, 0.1, 0.1], 0.0, [0.1, 0.9, 0.1], 0.01)
-    assert round_time(slow, TURNS).binds == ("compute", "link", "server")
+    assert round_time(slow, TURNS).binds == ("compute", "link", "waiting")
     mean = REPLICAS._replace(averages=(10,))
     all_wait = round_time(slow._replace(weights_up_s=1e-3), mean, workers=3)
     assert all_wait.binds == ("compute", "link", "waiting")
     busy = slow._replace(server_s=5.0)
     assert round_time(busy, TURNS).binds == ("server",) * 3
     assert round_time(busy, TURNS).server_share > 0.95
+
+
+def test_the_seconds_that_intervals_cover():
+    """Against a count of the points of a fine grid."""
+    rng = np.random.default_rng(3)
+    starts = rng.integers(0, 900, 20) / 10
+    ends = starts + rng.integers(0, 80, 20) / 10
+    grid = (np.arange(2000) + 0.5) / 10
+    busy = ((starts[:, None] < grid) & (grid < ends[:, None])).any(axis=0)
+    times = np.arange(1000) / 10
+    expected = [np.sum(busy[grid < time]) / 10 for time in times]
+    np.testing.assert_allclose(busy_before(starts, ends)(times), expected, atol=1e-9)
+    assert busy_before(starts[:0], ends[:0])(times).sum() == 0
 
 
 def test_bytes_and_seconds_of_links():

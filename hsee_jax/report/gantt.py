@@ -22,6 +22,7 @@ class _Look(NamedTuple):
     height: float
     color: str
     hatch: str = ""
+    edge: str = "white"  # of the bars and of their hatches
 
 
 # Computing is above the middle of a row, the link below it.
@@ -32,7 +33,7 @@ _LOOKS = {
     "download": _Look(0.2, 0.36, "#009E73", "\\\\\\\\"),
     "weights up": _Look(0.2, 0.36, "#CC79A7", "...."),
     "weights down": _Look(0.2, 0.36, "#CC79A7", "xxxx"),
-    "server": _Look(0.0, 0.76, "#444444"),
+    "server": _Look(0.0, 0.76, "#444444", edge="#444444"),
 }
 _RC = RC | {"hatch.linewidth": 0.6}
 
@@ -104,7 +105,7 @@ def _draw(
             (place + look.lane - look.height / 2, look.height),
             facecolors=look.color,
             hatch=look.hatch,
-            edgecolor=look.color if narrow else "white",  # of bars and hatches
+            edgecolor=look.color if narrow else look.edge,
             linewidth=0.4,
         )
     return bool(by_place)

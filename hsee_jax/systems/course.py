@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hsee_jax.systems.intervals import busy_before
 from hsee_jax.systems.serving import Desk, Log, by_workers, in_turns, together
 from hsee_jax.systems.work import Floats, Part, Schedule, Work
 
@@ -70,7 +71,7 @@ def run(setting: Setting, part: Part, log: Log, start: Floats, free: float) -> C
         done = np.where(count > 0, served + back, start)
     sent = done + (work.weights_up_s if part.mean else 0.0)
     resume = np.maximum(sent, served)
-    server = waited + np.maximum(served - sent, 0.0)
+    server = _server_s(log, setting.joint, rows, sent, served)
     transfer = None
     link_s = sent - start - compute - waited
     if part.mean:
@@ -79,6 +80,23 @@ def run(setting: Setting, part: Part, log: Log, start: Floats, free: float) -> C
         link_s = link_s + work.weights_down_s
         transfer = Transfer(sent, resume)
     return Course(compute, np.maximum(link_s, 0.0), server, resume, free, transfer)
+
+
+def _server_s(
+    log: Log, joint: bool, rows: slice, sent: Floats, served: Floats
+) -> Floats:
+    """Return how long each client waits for its messages while the server works.
+
+    While the server is idle it waits for another client, and so do they.
+    """
+    begin, end = log.begin[: rows.stop], log.end[: rows.stop]
+    known = ~np.isnan(begin)
+    busy = busy_before(begin[known], end[known])
+    seconds = np.maximum(busy(served) - busy(sent), 0.0)
+    if joint:
+        steps = busy(log.end[rows]) - busy(log.arrive[rows])
+        seconds = seconds + np.nansum(steps, axis=0)
+    return seconds
 
 
 def _send(setting: Setting, part: Part, log: Log, start: Floats) -> Floats:

@@ -1,6 +1,6 @@
 """Intervals of time: the bars of a picture, and the seconds that they cover."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,3 +53,22 @@ def union_s(spans: Iterable[Span]) -> Floats:
     covered = np.maximum.accumulate(ends, axis=0)
     before = np.vstack([np.zeros_like(covered[:1]), covered[:-1]])
     return np.sum(np.maximum(ends - np.maximum(starts, before), 0.0), axis=0)
+
+
+def busy_before(starts: Floats, ends: Floats) -> Callable[[Floats], Floats]:
+    """Return a function from times to the seconds before them that intervals cover.
+
+    Args:
+      starts: ``[K]``, in any order; the intervals may overlap.
+      ends: ``[K]``.
+    """
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    # An interval that overlaps the ones before it begins where they end.
+    before = np.concatenate([starts[:1], ends[:-1]])
+    starts = np.minimum(np.maximum(starts, before), ends)
+    edges = np.stack([starts, ends], axis=1).ravel()
+    covered = np.cumsum(np.stack([np.zeros_like(starts), ends - starts], axis=1))
+    if not len(edges):
+        return np.zeros_like
+    return lambda times: np.interp(times, edges, covered)

@@ -30,8 +30,8 @@ class Shares(NamedTuple):
 
     compute_s: Floats
     link_s: Floats  # that no computation hides
-    server_s: Floats  # until the server has taken its messages, queueing included
-    waiting_s: Floats  # for other clients
+    server_s: Floats  # in which it waits for its messages while the server works
+    waiting_s: Floats  # for other clients, directly or because the server waits
 
 
 class RoundTime(NamedTuple):
