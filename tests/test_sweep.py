@@ -143,11 +143,11 @@ def test_overwrite_reaches_the_runs(study, monkeypatch):
 
 
 def test_one_sweep_writes_a_folder_at_a_time(study, capsys):
-    from hsee_jax.studies.results import sole_writer
+    from hsee_jax.runs.folder import sole_writer
 
     with sole_writer(Path("out")):
         assert sweep(study, "--out", "out") == 2
-    assert "is being written by another sweep" in capsys.readouterr().err
+    assert "is being written by another process" in capsys.readouterr().err
 
 
 def test_the_time_is_limited(study, capfd):

@@ -232,29 +232,33 @@ def _made(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other runs out of it; the lock dies with the process.
+    """Be the `sole_writer` of a folder, as the first of the processes of a run."""
+    with contextlib.ExitStack() as stack:
+        in_first(lambda: stack.enter_context(sole_writer(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out; the lock dies with this process.
 
     Raises:
-      UserError: another run is at work there.
+      UserError: another process writes there.
     """
     path = folder / ".lock"
     with contextlib.ExitStack() as stack:
-
-        def lock() -> None:
-            with writing(path):
-                folder.mkdir(parents=True, exist_ok=True)
-                path.touch()
-            try:
-                stack.enter_context(FileLock(path).acquire(timeout=0))
-            except Timeout as error:
-                raise UserError(
-                    f"out: {folder} is being written by another process; allowed is "
-                    "another folder, or to wait for its end"
-                ) from error
-            except (OSError, NotImplementedError):  # a file system without locks
-                _log.warning("%s cannot be locked", folder)
-
-        in_first(lock)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        try:
+            stack.enter_context(FileLock(path).acquire(timeout=0))
+        except Timeout as error:
+            raise UserError(
+                f"out: {folder} is being written by another process; allowed is "
+                "another folder, or to wait for its end"
+            ) from error
+        except (OSError, NotImplementedError):  # a file system without locks
+            _log.warning("%s cannot be locked", folder)
         yield
 
 

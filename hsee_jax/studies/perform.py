@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 from hsee_jax.config.plugins import load_plugins
 from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.runs.folder import sole_writer
 from hsee_jax.studies.results import (
     Result,
     append_result,
     read_results,
     result_of,
-    sole_writer,
 )
 from hsee_jax.studies.study import Run
 from hsee_jax.studies.train import changes, cores, refusal, train_run

@@ -4,15 +4,12 @@ Lines are only appended. A run counts as finished if a line holds its row, its s
 its settings; of several such lines the last counts.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from hsee_jax.config.schema import BOOKKEEPING, Config
 from hsee_jax.config.values import flatten
@@ -146,26 +143,3 @@ def by_row(study: Study, results: Sequence[Result]) -> dict[str, tuple[Result, .
             own = runs(study, rows=[row.name], seeds=seeds)
             found[row.name] = tuple(filter(None, (result_of(r, results) for r in own)))
     return {name: own for name, own in found.items() if own}
-
-
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Make the folder of a study, and keep other sweeps out of it.
-
-    Raises:
-      UserError: another sweep is at work there.
-    """
-    path = folder / ".lock"
-    with contextlib.ExitStack() as stack:
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(FileLock(path).acquire(timeout=0))
-        except Timeout as error:
-            raise UserError(
-                f"out: {folder} is being written by another sweep; allowed is another "
-                "folder, or to wait for its end"
-            ) from error
-        except (OSError, NotImplementedError):  # a file system without locks
-            pass
-        yield
