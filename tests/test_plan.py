@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import TINY
 
 from hsee_jax import cli
+from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.report.gantt import draw_round
@@ -208,6 +209,13 @@ def test_a_comparison_keeps_reasons(known):
 
 
 @pytest.fixture
+def own_algorithms(monkeypatch):
+    """Hide the algorithms that other tests have registered."""
+    own = {e.name: e for e in ALGORITHMS.values() if "hsee_jax" in e.make.__module__}
+    monkeypatch.setattr(ALGORITHMS, "_entries", own)
+
+
+@pytest.fixture
 def runs(monkeypatch):
     """The clients of the runs that would be trained."""
     seen = []
@@ -225,6 +233,7 @@ def plan(fleet, out, *words):
     return cli.main(["plan", "demo", *SMALL, "--strategy", "sequential", *flags])
 
 
+@pytest.mark.usefixtures("own_algorithms")
 def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
     """The table, the JSON and the picture; then a run with the cuts of the plan."""
     out = tmp_path / "plan"

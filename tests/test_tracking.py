@@ -266,7 +266,8 @@ def test_mlflow_knows_the_configuration_and_the_end(tmp_path):
     assert run.data.params["learning_rate"] == str(CONFIG.optim.learning_rate)
     assert run.data.params["cuts"] == "1 2"
     (artifact,) = (tmp_path / "mlruns").rglob("artifacts/summary.json")
-    assert artifact.read_text().split() == (folder / "summary.json").read_text().split()
+    summary = (folder / "summary.json").read_text()
+    assert json.loads(artifact.read_text()) == json.loads(summary)
 
 
 def test_wandb_knows_the_configuration_and_the_summary(tmp_path):
