@@ -126,6 +126,50 @@ def test_predict_takes_no_floats_for_bytes(run):
         predict(restore(run), 0, np.zeros((2, 28, 28, 1)))
 
 
+@pytest.mark.parametrize("value", [256, -1])
+def test_predict_refuses_integers_that_do_not_fit(run, value):
+    """They would wrap around."""
+    restored = restore(run)
+    inputs = np.full((2, 28, 28, 1), 255, np.int16)
+    same = predict(restored, 0, inputs.astype(np.uint8))
+    found = predict(restored, 0, inputs)
+    np.testing.assert_array_equal(found.logits, same.logits)
+    inputs[1, 2, 3, 0] = value
+    with pytest.raises(UserError, match=rf"{value} at \[1, 2, 3, 0\] .* 0\.\.255"):
+        predict(restored, 0, inputs)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_predict_refuses_numbers_that_are_not_finite(run, value):
+    restored = restore(run)
+    restored = restored._replace(info=restored.info._replace(dtype="float32"))
+    inputs = np.zeros((2, 28, 28, 1))
+    inputs[1] = value
+    with pytest.raises(UserError, match=r"at \[1, 0, 0, 0\] .* finite .* float32"):
+        predict(restored, 0, inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", -1),
+        ("batch_size", 2.5),
+        ("threshold", "x"),
+        ("threshold", np.nan),
+    ],
+)
+def test_predict_names_an_argument_that_is_not_allowed(run, name, value):
+    inputs = np.zeros((2, 28, 28, 1), np.uint8)
+    with pytest.raises(UserError, match=f"^{name}: .* is not allowed"):
+        predict(restore(run), 0, inputs, **{name: value})
+
+
+def test_predict_refuses_ragged_inputs(run):
+    with pytest.raises(UserError, match="^inputs: "):
+        predict(restore(run), 0, [[1, 2], [3]])
+
+
 def test_the_curve_is_that_of_21_targets(run, study):
     curve = study.curve()
     json.dumps(curve, allow_nan=False)

@@ -6,10 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import Option, Rule, at_least
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.inference.gate import Answers, make_gate
 from hsee_jax.runs.restore import Restored
+
+_BATCH_SIZE = Option("batch_size", int, 256, rules=(at_least(1),))
+_THRESHOLD = Option(
+    "threshold", float, 0.0, rules=(Rule("a number", lambda value: value == value),)
+)
 
 
 def predict(
@@ -33,10 +39,13 @@ def predict(
       batch_size: samples that run at once.
 
     Raises:
-      UserError: there is no such client or criterion, or the samples have another
-        shape or type than the run's data.
+      UserError: there is no such client or criterion; the threshold or the batch size
+        is not allowed; or the samples have another shape or type than the run's data,
+        or values that it cannot hold.
     """
     samples = _samples(inputs, run.info)
+    batch_size = _BATCH_SIZE.checked(batch_size)
+    threshold = _THRESHOLD.checked(threshold)
     gate = make_gate(*run.specs(i), batch_size=batch_size, criterion=criterion)
     client, server = run.client(i), run.server(i)
     parts = [
@@ -56,15 +65,34 @@ def predict(
 
 
 def _samples(inputs: npt.ArrayLike, info: DatasetInfo) -> npt.NDArray:
-    """Check the samples' shape, and give them the type of the run's data."""
-    samples = np.asarray(inputs)
+    """Check the samples, and give them the type of the run's data."""
+    try:
+        samples = np.asarray(inputs)
+    except ValueError as error:
+        raise UserError(
+            f"inputs: they are no array ({error}); allowed is one sample or more of "
+            f"{list(info.input_shape)}"
+        ) from error
     if samples.shape[1:] != tuple(info.input_shape) or not len(samples):
         raise UserError(
             f"inputs: the shape {list(samples.shape)} is not allowed; allowed is one "
             f"sample or more of {list(info.input_shape)}"
         )
-    if not np.can_cast(samples.dtype, info.dtype, "same_kind"):
+    integers = np.issubdtype(samples.dtype, np.integer)
+    if not integers and not np.can_cast(samples.dtype, info.dtype, "same_kind"):
         raise UserError(
             f"inputs: the type {samples.dtype} is not allowed; allowed is {info.dtype}"
         )
-    return samples.astype(info.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        found = samples.astype(info.dtype)
+    if integers and np.issubdtype(found.dtype, np.integer):
+        wrong, allowed = found != samples, "0..255"
+    else:
+        wrong, allowed = ~np.isfinite(found), f"finite numbers in {info.dtype}"
+    if wrong.any():
+        first = np.unravel_index(np.argmax(wrong), wrong.shape)
+        raise UserError(
+            f"inputs: {samples[first]} at {list(map(int, first))} is not allowed; "
+            f"allowed are {allowed}"
+        )
+    return found
