@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from hsee_jax.data import OnBytes
 from hsee_jax.runs.callbacks import Callback, Moment
@@ -34,7 +35,7 @@ def results_table(scores: Scores, *, title: str) -> Table:
       scores: the scores of the clients.
       title: the title above the table.
     """
-    table = Table(title=title, show_footer=True)
+    table = Table(title=_title(title), show_footer=True)
     table.add_column("client", "mean", justify="right")
     table.add_column("cut", justify="right")
     means = scores.mean_exit_accuracy, scores.mean_server_accuracy
@@ -86,7 +87,7 @@ def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table
         flops = sum(part.flops for part in layers[:cut]) + head.flops
         table.add_row(
             str(cut),
-            layer.name,
+            Text(layer.name),
             f"{layer.parameters:,}",
             f"{layer.flops / 1e6:,.3f}",
             f"{layer.output_bytes:,}",
@@ -96,7 +97,9 @@ def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table
             f"{sample.up_bytes:,}",
             f"{sample.down_bytes:,}",
         )
-    table.add_row("", final.name, f"{final.parameters:,}", f"{final.flops / 1e6:,.3f}")
+    table.add_row(
+        "", Text(final.name), f"{final.parameters:,}", f"{final.flops / 1e6:,.3f}"
+    )
     table.add_row("", "total", f"{total_parameters:,}", f"{total_flops / 1e6:,.3f}")
     return table
 
@@ -105,12 +108,17 @@ def text_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Table:
     """Return a table of cells of text."""
-    table = Table(title=title)
+    table = Table(title=_title(title))
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
+
+
+def _title(text: str) -> Text:
+    """Return a title as it is: brackets in a user's text are no markup."""
+    return Text(text, "table.title")
 
 
 class ProgressBar(Callback):
