@@ -24,6 +24,7 @@ from hsee_jax.config import (
 )
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, text_of
+from hsee_jax.core.paths import expand_home
 from hsee_jax.runs.folder import load_config, read_config
 
 
@@ -73,7 +74,7 @@ def use_cache(given: dict[str, Any]) -> None:
     if chosen == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    folder = Path(chosen).expanduser()
+    folder = expand_home(chosen, "compilation_cache")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -197,7 +198,8 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """
     changes = {name: given[name] for name in options() if name in given}
     if "data_dir" in changes:
-        changes["data_dir"] = str(Path(changes["data_dir"]).expanduser().resolve())
+        folder = expand_home(changes["data_dir"], "data_dir")
+        changes["data_dir"] = str(folder.resolve())
     if "absences_file" in given and "absences" in changes:
         raise UserError("absences_file: is not allowed together with absences")
     if "seed" in given:

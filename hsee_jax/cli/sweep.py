@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from hsee_jax.cli.arguments import parser_of
 from hsee_jax.cli.flags import Parser, add_cache, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show, show_log, text_table
+from hsee_jax.config import override
+from hsee_jax.core.options import Option, at_least
+from hsee_jax.core.paths import expand_home
 
 
 def sweep(words: Sequence[str]) -> int:
@@ -23,15 +27,13 @@ def sweep(words: Sequence[str]) -> int:
     signal that stopped the sweep.
     """
     given = _parser().parse(words)
-    study = studies.load(given.study)
+    limit = _limit(given.seconds)
+    study = _moved(studies.load(given.study), given.data_dir)
     folder = given.study.stem
     if folder == "study":
         folder = given.study.resolve().parent.name
     out = given.out or Path("runs") / folder
-    changes = {}
-    if given.data_dir is not None:
-        changes["data_dir"] = str(given.data_dir.expanduser().resolve())
-    runs = studies.runs(study, rows=given.rows, seeds=given.seeds, **changes)
+    runs = studies.runs(study, rows=given.rows, seeds=given.seeds)
     todo = studies.unfinished(runs, out)
     if given.list:
         for run in runs:
@@ -39,7 +41,7 @@ def sweep(words: Sequence[str]) -> int:
     print(f"{len(todo)} of {len(runs)} runs are to be done", flush=True)
     if given.list:
         return 0
-    status = _train(runs, out, given)
+    status = _train(runs, out, given, limit)
     results = studies.read_results(out)
     left = len(studies.unfinished(runs, out))
     if left:
@@ -54,9 +56,28 @@ def sweep(words: Sequence[str]) -> int:
     return status
 
 
-def _train(runs: Sequence[studies.Run], out: Path, given: argparse.Namespace) -> int:
+def _limit(seconds: float | None) -> float:
+    """Return after how many seconds to stop."""
+    if seconds is None:
+        return math.inf
+    return Option("seconds", float, None, rules=(at_least(0),)).checked(seconds)
+
+
+def _moved(study: studies.Study, folder: Path | None) -> studies.Study:
+    """Return the study with the data of all rows in a folder, if it is given."""
+    if folder is None:
+        return study
+    place = str(expand_home(folder, "data_dir").resolve())
+    rows = (
+        replace(row, config=override(row.config, data_dir=place)) for row in study.rows
+    )
+    return replace(study, rows=tuple(rows))
+
+
+def _train(
+    runs: Sequence[studies.Run], out: Path, given: argparse.Namespace, limit: float
+) -> int:
     """Train, and return the exit status."""
-    limit = math.inf if given.seconds is None else given.seconds
     end = time.monotonic() + limit
     chosen = {k: v for k, v in vars(given).items() if k == "compilation_cache"}
     with StopSignals() as signals:

@@ -11,6 +11,7 @@ from hsee_jax.config.plugins import load_plugins
 from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import options
 from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.paths import expand_home
 
 _TEXTS = ("title", "shows", "cost", "preset", "config", "extends")
 _TABLES = ("options", "grid", "rows")
@@ -135,7 +136,8 @@ def _options(path: Path, table: str, values: Mapping[str, Any]) -> dict[str, Any
                 raise unknown("option", name, (n for n in known if n not in SEEDS))
         found = {name: known[name][1].checked(v) for name, v in values.items()}
     if "data_dir" in found:  # relative to the file, wherever the study is run
-        folder = Path(found["data_dir"]).expanduser()
+        with within(path, table):
+            folder = expand_home(found["data_dir"], "data_dir")
         found["data_dir"] = str((path.parent / folder).resolve())
     return found
 

@@ -1,0 +1,25 @@
+"""Paths as users write them."""
+
+import os
+from pathlib import Path
+
+from hsee_jax.core.errors import UserError
+
+
+def expand_home(path: str | os.PathLike[str], field: str) -> Path:
+    """Replace a leading ``~`` or ``~user`` of a path by the folder of that user.
+
+    Args:
+      path: as the user wrote it.
+      field: the option that gives the path, for the error.
+
+    Raises:
+      UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{field}: {path} names a user without a home; allowed is the path of a "
+            "folder"
+        ) from error
