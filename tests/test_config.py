@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsee_jax import config as configs
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.config.presets import PRESETS, preset
 from hsee_jax.config.schema import Config
@@ -224,3 +225,14 @@ def test_no_such_cut(cut):
 def test_more_cuts_than_clients():
     with pytest.raises(UserError, match="3 given for 2 clients"):
         deal_cuts(("1", "2", "3"), 2, NAMES)
+
+
+@pytest.mark.parametrize("dataset", ["npz", "imagefolder", "parquet"])
+def test_the_folder_of_own_data_is_a_setting(dataset):
+    """A known dataset is the same in every folder."""
+    for name, counts in ((dataset, True), ("cifar10", False)):
+        one, other = (
+            configs.settings(override(Config(), dataset=name, data_dir=folder))
+            for folder in ("one", "other")
+        )
+        assert (one != other) is counts

@@ -468,3 +468,50 @@ def test_events_for_tensorboard(four, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'hsee-jax\[tensorboard\]'"):
         write_events(read_curves(four), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def make_own(folder, data_dir, digest=None, **more):
+    """A run on own data, with the digest in its data.json."""
+    make_run(folder, dataset="npz", data_dir=data_dir, **more)
+    info = {"input_shape": [4], "num_classes": 2, "mean": [0] * 4, "std": [1] * 4}
+    (folder / "data.json").write_text(json.dumps(info | {"digest": digest}))
+    return folder
+
+
+def test_runs_on_other_own_data_are_other_curves(tmp_path):
+    """A digest tells data apart; without it, their folder does."""
+    one, two = "1" * 64, "2" * 64
+    folders = [
+        make_own(tmp_path / f"run{i}", folder, digest, seed=i)
+        for i, (folder, digest) in enumerate(
+            [("/a", one), ("/moved", one), ("/a", two), ("/a", None), ("/b", None)]
+        )
+    ]
+    curves = read_curves(folders)
+    assert [curve.label for curve in curves] == [
+        "data=/a (111111111111)",
+        "data=/a (222222222222)",
+        "data=/a",
+        "data=/b",
+    ]
+    assert [len(curve.runs) for curve in curves] == [2, 1, 1, 1]
+
+
+def test_runs_on_other_arrays_are_other_curves(tmp_path):
+    folders = [
+        make_own(tmp_path / f"run{i}", None, str(i) * 64, seed=i) for i in range(2)
+    ]
+    for folder in folders:
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"npz"', '"arrays"'))
+    labels = [curve.label for curve in read_curves(folders)]
+    assert labels == ["data=000000000000", "data=111111111111"]
+
+
+def test_runs_on_a_known_dataset_are_one_curve_wherever_it_lies(tmp_path):
+    folders = [
+        make_run(tmp_path / f"run{i}", seed=i, dataset="cifar10", data_dir=f"/{i}")
+        for i in range(2)
+    ]
+    (curve,) = read_curves(folders)
+    assert len(curve.runs) == 2

@@ -427,3 +427,53 @@ def test_scores_survive_json(write):
     one, *_ = studies.runs(studies.load(write()))
     found = result(one, summary()._replace(scores=Scores(0.1, 0.2, ())))
     assert studies.Result.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+OWN_DATA = ("rounds = 3", 'rounds = 3\ndataset = "npz"\ndata_dir = "one"')
+
+
+def test_rows_may_differ_in_the_folder_of_own_data(write):
+    rows = ("[rows.sequential]\nstrategy =", '[rows.b]\ndata_dir = "two"\nstrategy =')
+    same = ('"sequential"', '"averaging"')
+    study = studies.load(write(STUDY, OWN_DATA, rows, same))
+    assert [row.name for row in study.rows] == ["averaging", "b"]
+    with pytest.raises(hsee_jax.UserError, match="has the settings of averaging"):
+        studies.load(write(STUDY, rows, same))
+
+
+def test_a_result_on_other_own_data_does_not_count(write, tmp_path):
+    one, *_ = studies.runs(studies.load(write(STUDY, OWN_DATA)))
+    moved, *_ = studies.runs(studies.load(write(STUDY, OWN_DATA)), data_dir="other")
+    results = [result(one, summary())]
+    assert studies.result_of(one, results) == results[0]
+    assert studies.result_of(moved, results) is None
+    (tmp_path / "config.json").write_text(hsee_jax.config.to_json(one.config))
+    with pytest.raises(hsee_jax.UserError, match="another data_dir; .*--overwrite"):
+        studies.train_run(moved, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", [0]), ("seed", True), ("row", 3), ("cpu_cores", "2"), ("settings", [])],
+)
+def test_a_result_of_other_types_is_damaged(write, tmp_path, name, value):
+    study = studies.load(write())
+    values = result(studies.runs(study)[0], summary()).to_json() | {name: value}
+    (tmp_path / "results.jsonl").write_text(json.dumps(values) + "\n")
+    with pytest.raises(hsee_jax.UserError, match=f"line 1, is damaged .*{name} is"):
+        studies.read_results(tmp_path)
+
+
+def test_a_long_name_of_a_row_is_refused(write):
+    studies.load(write(STUDY, ("[rows.averaging]", f"[rows.{'a' * 120}]")))
+    path = write(STUDY, ("[rows.averaging]", f"[rows.{'a' * 121}]"))
+    with pytest.raises(hsee_jax.UserError, match="has 121 bytes; allowed are .* 120"):
+        studies.load(path)
+
+
+def test_a_folder_of_no_user_is_refused(write):
+    path = write(STUDY, ("rounds = 3", 'rounds = 3\ndata_dir = "~no_such_user/x"'))
+    with pytest.raises(
+        hsee_jax.UserError, match=r"\[options\]: data_dir: ~no_such_user"
+    ):
+        studies.load(path)

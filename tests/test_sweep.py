@@ -237,3 +237,43 @@ def test_stopping_a_sweep_changes_no_figure(study, expected, number):
     results = studies.read_results(Path("out"))
     assert {one.row: one.summary.scores for one in results} == expected
     assert len(results) == 2
+
+
+@pytest.mark.parametrize("text", ["nan", "-1"])
+def test_only_a_time_limits_a_sweep(study, text, capsys):
+    assert sweep(study, "--list", f"--seconds={text}") == 2
+    assert "seconds: " in capsys.readouterr().err
+
+
+def test_a_folder_of_no_user_is_refused(study, capsys):
+    for words in (["sweep", str(study), "--list"], ["info"]):
+        assert cli.main([*words, "--data-dir", "~no_such_user/x"]) == 2
+        assert "data_dir: ~no_such_user/x names a user" in capsys.readouterr().err
+
+
+def test_own_data_in_another_folder_are_to_do(study, monkeypatch, capsys):
+    """And the table holds the runs on the data that are given."""
+    study.write_text(STUDY.replace("rounds = 3", 'rounds = 3\ndataset = "npz"'))
+    one, *_ = studies.runs(studies.load(study), data_dir=str(Path("one").resolve()))
+    Path("out").mkdir()
+    studies.append_result(Path("out"), result(one, summary()))
+    words = (study, "--out", "out", "--data-dir")
+    assert sweep(*words, "one", "--list") == sweep(*words, "other", "--list") == 0
+    shown = capsys.readouterr().out
+    assert "3 of 4" in shown
+    assert "4 of 4" in shown
+    monkeypatch.setattr(studies, "perform", lambda *args, **options: [])
+    assert sweep(*words, "one") == 0
+    assert "averaging │     0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("title", ["a [/x] b", "a [red]x b", "a :smile: b"])
+def test_brackets_in_a_title_are_text(study, title, monkeypatch, capsys):
+    study.write_text(STUDY.replace("A study for tests", title))
+    one, *_ = studies.runs(studies.load(study))
+    Path("out").mkdir()
+    studies.append_result(Path("out"), result(one, summary()))
+    monkeypatch.setattr(studies, "perform", lambda *args, **options: [])
+    assert sweep(study, "--out", "out") == 0
+    assert title in capsys.readouterr().out
+    assert title in Path("out/results.md").read_text()

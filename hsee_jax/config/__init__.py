@@ -17,8 +17,10 @@ from hsee_jax.config.values import (
     SECTIONS,
     flatten,
     from_dict,
+    is_own_data,
     options,
     override,
+    settings,
     to_json,
 )
 
@@ -37,9 +39,11 @@ __all__ = [
     "StrategyConfig",
     "flatten",
     "from_dict",
+    "is_own_data",
     "load_plugins",
     "options",
     "override",
     "preset",
+    "settings",
     "to_json",
 ]

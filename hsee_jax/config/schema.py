@@ -32,7 +32,7 @@ from hsee_jax.optim import OPTIMIZERS, SCHEDULES
 
 SEEDS = ("model_seed", "data_seed", "partition_seed")
 
-# The fields that have no effect on the training.
+# The fields that have no effect on the training; `settings` says where data_dir has.
 BOOKKEEPING = (
     "data_dir",
     "eval_every",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from hsee_jax.config.plugins import load_plugins
-from hsee_jax.config.schema import Config, DataConfig
+from hsee_jax.config.schema import BOOKKEEPING, Config, DataConfig
 from hsee_jax.config.section import Section, name_taken
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.options import Option
@@ -61,6 +61,31 @@ def flatten(config: Config) -> dict[str, Any]:
         for section in SECTIONS
         for name, value in getattr(config, section).values().items()
     }
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return the options that have an effect on a training, as values of JSON.
+
+    The folder of the data is one of them where the data are the user's own.
+    """
+    values = flatten(config)
+    kept = {"data_dir"} if is_own_data(values) else set()
+    left_out = set(BOOKKEEPING) - kept
+    return json.loads(
+        json.dumps({name: v for name, v in values.items() if name not in left_out})
+    )
+
+
+def is_own_data(values: Mapping[str, Any]) -> bool:
+    """Return whether a run is on the user's own data, not on a known dataset.
+
+    Args:
+      values: the options of the run, by name. A dataset of a plugin that is not
+        imported counts as the user's own.
+    """
+    if values.get("dataset") not in DATASETS:
+        return True
+    return DATASETS.make(values["dataset"], options=values).info is None
 
 
 def to_json(config: Config) -> str:

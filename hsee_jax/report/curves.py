@@ -11,7 +11,7 @@ import numpy.typing as npt
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
 from hsee_jax.data.partition import Share
-from hsee_jax.runs.history import OWN, read_history
+from hsee_jax.runs.history import read_history
 from hsee_jax.runs.one_network import is_one_network
 from hsee_jax.runs.records import RoundRecord, Summary, TrainFigures
 
@@ -24,7 +24,8 @@ class Run(NamedTuple):
     """The content of a run's folder."""
 
     name: str  # the folder, relative to the common parent of all runs
-    options: Options
+    settings: Options  # without those of the run's own, see `History.settings`
+    data_dir: str | None
     seeds: tuple[int, ...]
     partition: list[Share]
     records: list[RoundRecord]
@@ -109,19 +110,22 @@ def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
             raise UserError(f"run: {folder} is given twice")
         relative = os.fsencode(place.relative_to(common))
         run = _read_run(folder, relative.decode("utf-8", "backslashreplace"))
-        key = frozenset(_shared_options(run).items()), max(run.accuracies)
+        key = frozenset(run.settings.items()), max(run.accuracies)
         groups.setdefault(key, []).append(run)
-    curves = [_shared_options(runs[0]) for runs in groups.values()]
-    names = differing(curves) or ["strategy"]
+    names = differing([runs[0].settings for runs in groups.values()]) or ["strategy"]
     return tuple(_curve(names, tuple(runs)) for runs in groups.values())
 
 
-def _shared_options(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.options.items() if name not in OWN}
+def _options(run: Run) -> dict[str, Any]:
+    """Return the settings of a run, with the folder of the user's own data."""
+    options = dict(run.settings)
+    if run.data_dir is not None and options.get("data", run.data_dir) != run.data_dir:
+        options["data"] = f"{run.data_dir} ({options['data']})"
+    return options
 
 
 def _curve(names: list[str], runs: tuple[Run, ...]) -> Curve:
-    options, last = _shared_options(runs[0]), max(runs[0].accuracies)
+    options, last = _options(runs[0]), max(runs[0].accuracies)
     own = [f"{name}={text_of(options[name])}" for name in names if name in options]
     label = ", ".join(own)
     if last < options["rounds"]:
@@ -145,7 +149,8 @@ def _read_run(folder: Path, name: str) -> Run:
     last = scores[max(scores)]
     return Run(
         name,
-        history.options,
+        history.settings,
+        history.options.get("data_dir"),
         history.seeds,
         history.partition,
         history.records,

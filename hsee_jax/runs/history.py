@@ -10,14 +10,15 @@ import numpy as np
 
 from hsee_jax.config.plugins import PluginError
 from hsee_jax.config.schema import SEEDS
-from hsee_jax.config.values import flatten
+from hsee_jax.config.values import flatten, is_own_data
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
-from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.folder import read_config, read_info
 from hsee_jax.runs.records import RoundRecord, Summary
 
 # The options that are a run's own, as runs of one experiment differ in them.
-OWN = (*SEEDS, "data_dir", "plugin")
+_OWN = (*SEEDS, "data_dir", "plugin")
+_DIGITS = 12  # of a digest, enough to tell datasets apart
 
 
 class History(NamedTuple):
@@ -27,11 +28,25 @@ class History(NamedTuple):
     partition: list[Share]
     records: list[RoundRecord]  # as far as the run has come
     summary: Summary | None  # None until the run ends
+    digest: str | None = None  # of the user's own data, if the run has kept one
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Return the seeds of the run."""
         return tuple(self.options[name] for name in SEEDS)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the options that the runs of one experiment share.
+
+        Seeds, plugins and the folder of the data are left out. The user's own data are
+        there as ``data``: the start of their digest, or their folder without one.
+        """
+        found = {name: v for name, v in self.options.items() if name not in _OWN}
+        if is_own_data(self.options):
+            digest = self.digest and self.digest[:_DIGITS]
+            found["data"] = digest or str(self.options.get("data_dir"))
+        return found
 
 
 def read_history(folder: Path) -> History:
@@ -61,7 +76,7 @@ def read_history(folder: Path) -> History:
             if summary.agreement:
                 counts = np.array(summary.agreement, np.int64)
                 counts.reshape(len(partition), 4, len(partition[0].label_counts))
-    return History(options, partition, records, summary)
+    return History(options, partition, records, summary, _digest(folder, options))
 
 
 def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]:
@@ -87,6 +102,16 @@ def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]
                 raise
             records.append(RoundRecord.from_json(values))
     return records
+
+
+def _digest(folder: Path, options: dict[str, Any]) -> str | None:
+    """Return the digest of the user's own data; None without it."""
+    if not is_own_data(options):
+        return None
+    try:
+        return read_info(folder).digest
+    except UserError:
+        return None  # it is lost, and `train` writes it anew
 
 
 def _read_options(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Studies: rows of options and seeds, trained as a sweep, and their results."""
 
+from hsee_jax.config.values import settings
 from hsee_jax.studies.load import load
 from hsee_jax.studies.perform import End, perform, unfinished
 from hsee_jax.studies.results import (
@@ -8,7 +9,6 @@ from hsee_jax.studies.results import (
     by_row,
     read_results,
     result_of,
-    settings,
 )
 from hsee_jax.studies.study import Row, Run, Study, runs
 from hsee_jax.studies.table import mean_text, page, row_list, table, write

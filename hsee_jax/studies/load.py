@@ -15,13 +15,14 @@ from typing import Any
 
 from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import Config
-from hsee_jax.config.values import override
+from hsee_jax.config.values import override, settings
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
 from hsee_jax.runs.folder import load_config
 from hsee_jax.studies.content import Content, read_content, within
-from hsee_jax.studies.results import settings
 from hsee_jax.studies.study import Row, Study
+
+_LONGEST_NAME = 120  # bytes; the name of a run's folder has a seed as well
 
 
 def load(path: str | os.PathLike[str]) -> Study:
@@ -37,7 +38,7 @@ def load(path: str | os.PathLike[str]) -> Study:
     with within(path, "[options]"):
         start = override(start, **content.options)
     rows = tuple(_rows(path, content, start))
-    _check_distinct(path, rows)
+    _check_rows(path, rows)
     return Study(
         title=content.texts.get("title", path.stem),
         rows=rows,
@@ -113,11 +114,17 @@ def _text(value: Any) -> str:
     return re.sub(r"[^\w.+-]", "_", text_of(value).replace(" ", "+"))
 
 
-def _check_distinct(path: Path, rows: tuple[Row, ...]) -> None:
-    """Refuse two rows of one name, or with equal settings."""
+def _check_rows(path: Path, rows: tuple[Row, ...]) -> None:
+    """Refuse two rows of one name or with equal settings, and too long a name."""
     names: dict[str, str] = {}
     configs: dict[str, str] = {}
     for row in rows:
+        length = len(row.name.encode())
+        if length > _LONGEST_NAME:
+            raise UserError(
+                f"{path}, rows: the name {row.name} has {length} bytes; allowed are "
+                f"names of up to {_LONGEST_NAME}"
+            )
         if row.name in names:
             raise UserError(
                 f"{path}, [grid]: two points get the name {row.name}; allowed are "

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsee_jax.config.schema import BOOKKEEPING, Config
-from hsee_jax.config.values import flatten
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import settings
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.folder import writing
 from hsee_jax.runs.records import Summary, dumps
 from hsee_jax.studies.study import Run, Study, runs
 
 FILE = "results.jsonl"
+_KINDS = {"row": str, "seed": int, "settings": dict, "cpu_cores": int}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Result:
         Raises:
           KeyError, TypeError, ValueError: the values are not a result.
         """
+        for name, kind in _KINDS.items():
+            if type(values[name]) is not kind:
+                raise TypeError(f"{name} is {values[name]!r}")
         summary = values.get("summary")
         return cls(
             row=values["row"],
@@ -58,14 +62,8 @@ class Result:
             settings=dict(values["settings"]),
             cpu_cores=values["cpu_cores"],
             summary=None if summary is None else Summary.from_json(summary),
-            diverged="" if summary else values["diverged"],
+            diverged="" if summary else str(values["diverged"]),
         )
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Return the options that have an effect on a training, as values of JSON."""
-    values = {k: v for k, v in flatten(config).items() if k not in BOOKKEEPING}
-    return json.loads(json.dumps(values))
 
 
 def read_results(folder: Path) -> list[Result]:

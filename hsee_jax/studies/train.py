@@ -4,12 +4,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hsee_jax.config.schema import BOOKKEEPING
-from hsee_jax.config.values import flatten
+from hsee_jax.config.values import settings
 from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.train import train
-from hsee_jax.studies.results import Result, settings
+from hsee_jax.studies.results import Result
 from hsee_jax.studies.study import Run
 
 
@@ -58,11 +57,11 @@ def changes(run: Run, folder: Path) -> tuple[str, ...] | None:
     """Return the options in which the run in a folder differs; None without a run."""
     if not (folder / "config.json").is_file():
         return None
-    ours, theirs = flatten(run.config), flatten(read_config(folder))
+    ours, theirs = settings(run.config), settings(read_config(folder))
     return tuple(
         name
         for name in dict.fromkeys((*ours, *theirs))
-        if name not in BOOKKEEPING and ours.get(name) != theirs.get(name)
+        if ours.get(name) != theirs.get(name)
     )
 
 
