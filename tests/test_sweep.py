@@ -277,3 +277,14 @@ def test_brackets_in_a_title_are_text(study, title, monkeypatch, capsys):
     assert sweep(study, "--out", "out") == 0
     assert title in capsys.readouterr().out
     assert title in Path("out/results.md").read_text()
+
+
+def test_one_folder_for_rows_on_other_data_is_refused(study, capsys):
+    """The rows would be one."""
+    text = STUDY.replace("rounds = 3", 'rounds = 3\ndataset = "npz"')
+    rows = '[rows.b]\ndata_dir = "b"\n[rows.c]\ndata_dir = "c"\n'
+    study.write_text(text.partition("[rows")[0] + rows)
+    assert sweep(study, "--list") == 0
+    assert sweep(study, "--list", "--data-dir", "d") == 2
+    error = capsys.readouterr().err
+    assert "study.toml with --data-dir, rows: c has the settings of b" in error

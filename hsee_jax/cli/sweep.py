@@ -18,6 +18,7 @@ from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.config import override
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.paths import expand_home
+from hsee_jax.studies.load import check_rows
 
 
 def sweep(words: Sequence[str]) -> int:
@@ -28,7 +29,10 @@ def sweep(words: Sequence[str]) -> int:
     """
     given = _parser().parse(words)
     limit = _limit(given.seconds)
-    study = _moved(studies.load(given.study), given.data_dir)
+    study = studies.load(given.study)
+    if given.data_dir is not None:
+        study = _moved(study, given.data_dir)
+        check_rows(f"{given.study} with --data-dir", study.rows)
     folder = given.study.stem
     if folder == "study":
         folder = given.study.resolve().parent.name
@@ -63,10 +67,8 @@ def _limit(seconds: float | None) -> float:
     return Option("seconds", float, None, rules=(at_least(0),)).checked(seconds)
 
 
-def _moved(study: studies.Study, folder: Path | None) -> studies.Study:
-    """Return the study with the data of all rows in a folder, if it is given."""
-    if folder is None:
-        return study
+def _moved(study: studies.Study, folder: Path) -> studies.Study:
+    """Return the study with the data of all rows in a folder."""
     place = str(expand_home(folder, "data_dir").resolve())
     rows = (
         replace(row, config=override(row.config, data_dir=place)) for row in study.rows

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str]) -> Study:
     with within(path, "[options]"):
         start = override(start, **content.options)
     rows = tuple(_rows(path, content, start))
-    _check_rows(path, rows)
+    check_rows(str(path), rows)
     return Study(
         title=content.texts.get("title", path.stem),
         rows=rows,
@@ -114,26 +114,34 @@ def _text(value: Any) -> str:
     return re.sub(r"[^\w.+-]", "_", text_of(value).replace(" ", "+"))
 
 
-def _check_rows(path: Path, rows: tuple[Row, ...]) -> None:
-    """Refuse two rows of one name or with equal settings, and too long a name."""
+def check_rows(place: str, rows: Sequence[Row]) -> None:
+    """Refuse two rows of one name or with equal settings, and too long a name.
+
+    Args:
+      place: the study's file, for the error.
+      rows: its rows.
+
+    Raises:
+      UserError: the rows are not allowed.
+    """
     names: dict[str, str] = {}
     configs: dict[str, str] = {}
     for row in rows:
         length = len(row.name.encode())
         if length > _LONGEST_NAME:
             raise UserError(
-                f"{path}, rows: the name {row.name} has {length} bytes; allowed are "
+                f"{place}, rows: the name {row.name} has {length} bytes; allowed are "
                 f"names of up to {_LONGEST_NAME}"
             )
         if row.name in names:
             raise UserError(
-                f"{path}, [grid]: two points get the name {row.name}; allowed are "
+                f"{place}, [grid]: two points get the name {row.name}; allowed are "
                 "values that differ in letters or digits"
             )
         key = json.dumps(settings(row.config))
         if key in configs:
             raise UserError(
-                f"{path}, rows: {row.name} has the settings of {configs[key]}; allowed "
-                "are rows that differ in an option with an effect on the training"
+                f"{place}, rows: {row.name} has the settings of {configs[key]}; "
+                "allowed are rows that differ in an option with an effect on the training"
             )
         names[row.name] = configs[key] = row.name
