@@ -142,6 +142,7 @@ def check_rows(place: str, rows: Sequence[Row]) -> None:
         if key in configs:
             raise UserError(
                 f"{place}, rows: {row.name} has the settings of {configs[key]}; "
-                "allowed are rows that differ in an option with an effect on the training"
+                "allowed are rows that differ in an option with an effect on the "
+                "training"
             )
         names[row.name] = configs[key] = row.name
