@@ -170,12 +170,19 @@ def test_a_pickle_cannot_build_types_of_numpy(crash, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_pickle_cannot_change_a_function(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"c_codecs\nencode\nN}U\x05helloK\x01s\x86b.", "it changes a function"),
+        (b"}N" + b"\x85" * 10**6 + b"Ns.", "it holds more than 20,000 tuples"),
+    ],
+    ids=["a function", "deep tuples"],
+)
+def test_a_pickle_that_harms_the_process(content, message, tmp_path):
     data = [noise(count, (32, 32, 3), 10, seed=count) for count in (10, 4)]
     place = write_batches(tmp_path, data, of_python_2)
-    change = b"\x80\x02c_codecs\nencode\nN}X\x05\x00\x00\x00helloK\x01s\x86b."
-    (place / "test_batch").write_bytes(change)
-    with pytest.raises(UserError, match="it changes a function"):
+    (place / "test_batch").write_bytes(b"\x80\x02" + content)
+    with pytest.raises(UserError, match=message):
         load_dataset("cifar10", folder=tmp_path)
 
 

@@ -5,20 +5,27 @@ that crashes the process. Stand-ins take their place, and only whole bytes and i
 become arrays.
 """
 
+import io
 import pickle
+import pickletools
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 _CODES = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")
 
+# An array needs about five, and a byte string one if Python 3 wrote it in protocol 2.
+# Python hashes a tuple in a tuple by a recursion without a limit, so that deep tuples
+# crash the process.
+_MAX_TUPLES = 20_000
 
-def load(file: BinaryIO) -> Any:
+
+def load(content: bytes) -> Any:
     """Read a pickle of Python's own values and of arrays.
 
     Args:
-      file: the pickle. Strings of Python 2 are read as bytes.
+      content: the pickle. Strings of Python 2 are read as bytes.
 
     Returns:
       The value. An array in it is an object that ``np.asarray`` takes.
@@ -27,7 +34,10 @@ def load(file: BinaryIO) -> Any:
       pickle.UnpicklingError: the pickle asks for anything else. A damaged file also
         raises other errors, such as EOFError and ValueError.
     """
-    return _Unpickler(file, encoding="bytes").load()
+    steps = pickletools.genops(content)
+    if sum(step.name.startswith("TUPLE") for step, _, _ in steps) > _MAX_TUPLES:
+        raise pickle.UnpicklingError(f"it holds more than {_MAX_TUPLES:,} tuples")
+    return _Unpickler(io.BytesIO(content), encoding="bytes").load()
 
 
 class _Unpickler(pickle.Unpickler):

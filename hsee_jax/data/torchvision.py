@@ -91,8 +91,7 @@ def _cifar(paths: list[Path], info: DatasetInfo, *, labels: str) -> Dataset:
     images, numbers = [], []
     for path in paths:
         try:
-            with path.open("rb") as file:
-                batch = pickles.load(file)
+            batch = pickles.load(path.read_bytes())
             batch = {_text(key): value for key, value in batch.items()}
             planes = np.asarray(batch["data"]).reshape(-1, 3, 32, 32)
             found = np.asarray(batch[labels])
