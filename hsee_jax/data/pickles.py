@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_CODES = ("b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")
+_CODES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")
 
 # An array needs about five, and a byte string one if Python 3 wrote it in protocol 2.
 # Python hashes a tuple in a tuple by a recursion without a limit, so that deep tuples
@@ -38,6 +38,11 @@ def load(content: bytes) -> Any:
     if sum(step.name.startswith("TUPLE") for step, _, _ in steps) > _MAX_TUPLES:
         raise pickle.UnpicklingError(f"it holds more than {_MAX_TUPLES:,} tuples")
     return _Unpickler(io.BytesIO(content), encoding="bytes").load()
+
+
+def text_of(string: str | bytes) -> str:
+    """Return a string of Python 2 or 3 as text."""
+    return string.decode() if isinstance(string, bytes) else string
 
 
 class _Unpickler(pickle.Unpickler):
@@ -68,14 +73,14 @@ class _Type:
     """Stands for ``numpy.dtype``: a number of whole bytes."""
 
     def __init__(self, code: str | bytes) -> None:
-        self._code, self._order = _text(code), "|"
+        self._code, self._order = text_of(code), "|"
         if self._code not in _CODES:
             raise pickle.UnpicklingError(f"it asks for the type {self._code}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Take the byte order; refuse sub-arrays, names and fields."""
         _, order, *parts = state
-        self._order = _text(order)
+        self._order = text_of(order)
         if self._order not in ("|", "<", ">", "=") or parts[:3] != [None] * 3:
             raise pickle.UnpicklingError("it asks for a type with parts")
 
@@ -117,10 +122,6 @@ def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
     return text.encode("latin1")
-
-
-def _text(key: str | bytes) -> str:
-    return key.decode() if isinstance(key, bytes) else key
 
 
 _ADMITTED: dict[tuple[str, str], Any] = {

@@ -92,7 +92,7 @@ def _cifar(paths: list[Path], info: DatasetInfo, *, labels: str) -> Dataset:
     for path in paths:
         try:
             batch = pickles.load(path.read_bytes())
-            batch = {_text(key): value for key, value in batch.items()}
+            batch = {pickles.text_of(key): value for key, value in batch.items()}
             planes = np.asarray(batch["data"]).reshape(-1, 3, 32, 32)
             found = np.asarray(batch[labels])
             if planes.dtype != np.uint8 or found.shape != planes.shape[:1]:
@@ -106,10 +106,6 @@ def _cifar(paths: list[Path], info: DatasetInfo, *, labels: str) -> Dataset:
         images.append(own.images)
         numbers.append(own.labels)
     return Dataset(np.concatenate(images), np.concatenate(numbers))
-
-
-def _text(key: str | bytes) -> str:
-    return key.decode() if isinstance(key, bytes) else key
 
 
 def _idx(paths: list[Path], info: DatasetInfo) -> Dataset:
