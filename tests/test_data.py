@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_archives import WRITE, noise, tar, tiny_archive, write_npz
 
+from hsee_jax import cli
 from hsee_jax.config.values import options
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import (
@@ -174,3 +175,30 @@ def test_real_cifar10():
     assert set(train.labels) == set(range(10))
     mean = train.images.mean(axis=(0, 1, 2)) / 255
     np.testing.assert_allclose(mean, KNOWN["cifar10"].mean, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["mnist", "npz", "imagefolder", "parquet"])
+def test_a_folder_without_permission_is_one_line(name, tmp_path, monkeypatch, capsys):
+    """The superuser may read every folder, so the file system is a stand-in."""
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for method in ("is_dir", "is_file", "glob", "iterdir"):
+        monkeypatch.setattr(Path, method, refuse)
+    message = f"data_dir: {tmp_path} cannot be read ("
+    with pytest.raises(UserError) as error:
+        is_there(name, folder=tmp_path)
+    assert str(error.value).startswith(message)
+    with pytest.raises(UserError) as error:
+        load_dataset(name, folder=tmp_path)
+    assert str(error.value).startswith(message)
+    assert cli.main(["data", name, "--data-dir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Permission denied" in err and err.count("\n") == 1
+
+
+def test_the_home_of_nobody_is_one_line(capsys):
+    assert cli.main(["data", "npz", "--data-dir", "~no such user/x"]) == 2
+    err = capsys.readouterr().err
+    assert "data_dir: ~no such user/x is not allowed" in err and err.count("\n") == 1

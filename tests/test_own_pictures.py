@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 import sys
 from collections import Counter
 
@@ -81,6 +82,31 @@ def test_folders_of_training_and_test(packaged, tmp_path, said):
     assert f"imagefolder: {len(packaged[0][1])} training and" in line
     assert "in 5 classes (labels coat to trouser, ascending)" in line
     assert f"test set from {tmp_path / 'test'}" in line
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("Training", "Testing"), ("TRAIN", "Validation")]
+)
+def test_other_names_of_the_splits(names, packaged, tmp_path, said):
+    for split, (images, labels) in zip(names, packaged, strict=True):
+        write_pictures(tmp_path / split, images, labels)
+    write_pictures(tmp_path / "val2", *packaged[1])
+    data = read_dataset("imagefolder", folder=tmp_path)
+    assert data.info.label_values == tuple(sorted(NAMES))
+    for found, (_, labels) in zip(data[:2], packaged, strict=True):
+        assert len(found.labels) == len(labels)
+    assert f"test set from {tmp_path / names[1]} (val2 not read)" in said()[0]
+
+
+def test_hidden_folders_of_a_class_are_passed_over(packaged, tmp_path):
+    images, labels = packaged[1]
+    write_pictures(tmp_path, images, labels)
+    for name in (".ipynb_checkpoints", "__MACOSX", "more/.thumbs"):
+        place = tmp_path / "coat" / name
+        place.mkdir(parents=True)
+        Image.fromarray(images[0]).save(place / "0.png")
+    data = read_dataset("imagefolder", folder=tmp_path)
+    assert len(data.train.labels) + len(data.test.labels) == len(labels)
 
 
 def test_a_test_set_is_set_apart(packaged, tmp_path, said):
@@ -177,6 +203,10 @@ def sixteen_bits(path):
     Image.fromarray(np.zeros((28, 28), np.uint16)).save(path)
 
 
+def of_kind(kind):
+    return lambda path: Image.fromarray(np.zeros((28, 28), np.uint8)).save(path, kind)
+
+
 FAULTS = {
     "cut short": ("train/a/0.png", cut_short, "0.png cannot be read as an image ("),
     "text": ("train/a/0.png", lambda p: p.write_text("x"), "0.png cannot be read as"),
@@ -192,7 +222,26 @@ FAULTS = {
         lambda p: p.rename(p.parents[1] / "b"),
         "2 classes or more",
     ),
-    "nothing": ("train", lambda p: p.rename(p.parents[1] / "elsewhere"), "set apart"),
+    "no training": (
+        "train",
+        lambda p: p.rename(p.parents[1] / "elsewhere"),
+        "holds test, but no train; allowed are train/CLASS/ and test/CLASS/",
+    ),
+    "two names": (
+        "train",
+        lambda p: shutil.copytree(p, p.with_name("training")),
+        "holds train and training; allowed is one",
+    ),
+    "one picture a class": (
+        "train",
+        lambda p: (
+            shutil.rmtree(p.with_name("test")),
+            [file.unlink() for file in p.glob("*/1.png")],
+        ),
+        "no class has 2 samples",
+    ),
+    "GIF": ("train/a/0.png", of_kind("GIF"), "content is neither PNG nor JPEG"),
+    "EPS": ("train/a/0.png", of_kind("EPS"), "content is neither PNG nor JPEG"),
 }
 
 
@@ -208,8 +257,6 @@ def test_a_fault_of_a_folder_is_one_line(fault, tmp_path, capsys):
                 image = np.full((28, 28), 9 * number, np.uint8)
                 Image.fromarray(image).save(folder / f"{number}.png")
     break_it(root / place)
-    if fault == "nothing":  # the class that is left is `test`
-        message = "2 classes or more"
     words = ["train", "--dataset", "imagefolder", "--data-dir", str(root)]
     assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
@@ -311,6 +358,49 @@ def test_parquet_files(struct, place, packaged, tmp_path, said):
     assert "from 3 Parquet files in" in said()[0]
 
 
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("train-0", "dev-0"), ("TRAIN", "valid")]
+)
+def test_other_names_of_parquet_files(names, packaged, tmp_path, said):
+    for name, (images, labels) in zip(names, packaged, strict=True):
+        write_parquet(tmp_path / f"{name}.parquet", images, labels)
+    write_parquet(tmp_path / "more.parquet", *packaged[1])
+    data = read_dataset("parquet", folder=tmp_path)
+    for found, (_, labels) in zip(data[:2], packaged, strict=True):
+        assert len(found.labels) == len(labels)
+    assert "from 2 Parquet files in" in said()[0]
+    assert "(more.parquet not read)" in said()[0]
+
+
+@pytest.mark.parametrize("names", [("test", "val"), ("mnist-train", "mnist-test")])
+def test_parquet_files_of_a_test_set_alone(names, packaged, tmp_path):
+    for name in names:
+        write_parquet(tmp_path / f"{name}.parquet", *packaged[1])
+    with pytest.raises(UserError, match=r"test.parquet, but no train\*.parquet"):
+        load_dataset("parquet", folder=tmp_path)
+
+
+@pytest.mark.parametrize("other", ["train-1", "test"])
+def test_integers_and_text_are_not_joined(other, packaged, tmp_path):
+    images, labels = packaged[1]
+    write_parquet(tmp_path / "train-0.parquet", images, labels)
+    write_parquet(tmp_path / f"{other}.parquet", images, labels.astype(str))
+    with pytest.raises(UserError, match="labels of integers in some files and of text"):
+        load_dataset("parquet", folder=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["path", 3])
+def test_bytes_of_another_type_are_no_picture(content, packaged, tmp_path):
+    """A path in the place of bytes would open that file."""
+    picture = tmp_path / "secret.png"
+    Image.fromarray(packaged[1][0][0]).save(picture)
+    value = str(picture) if content == "path" else content
+    table = {"img": [{"bytes": value}] * 4, "label": [0, 1, 0, 1]}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="holds 0 columns of pictures among img, label"):
+        load_dataset("parquet", folder=tmp_path)
+
+
 def test_a_single_parquet_file_with_text_for_labels(packaged, tmp_path):
     images, labels = packaged[0]
     names = [NAMES[label] for label in labels]
@@ -351,7 +441,10 @@ def test_faults_of_parquet_are_one_line(packaged, tmp_path, monkeypatch, capsys)
     write_parquet(path, images, labels, extra=labels)
     assert "label_column: other is not allowed" in refused("--label-column", "other")
     pq.write_table(pa.table({"img": [b"x"] * 4, "label": [0, 1, 0, 1]}), path)
-    assert f"row 0 of {path} cannot be read as an image" in refused()
+    reason = "(its content is neither PNG nor JPEG)"
+    assert f"row 0 of {path} cannot be read as an image {reason}" in refused()
+    pq.write_table(pa.table({"img": [b"x"] * 2, "share": [0.5, 0.7]}), path)
+    assert "holds the columns img (binary), share (double); allowed is a" in refused()
     table = {"img": [{"bytes": None, "path": "a.png"}, {"bytes": b"x", "path": ""}]}
     pq.write_table(pa.table(table | {"label": [0, 1]}), path)
     assert "holds no bytes in row 0 of img" in refused()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_archives import cifar_records, noise
 
+from hsee_jax import cli
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import load_dataset
 
@@ -129,6 +130,106 @@ ATTACKS = {
     "getattr": b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.",
     "another codec": b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
 }
+
+
+class Call:
+    """Pickles as a call, with a state for the object that it makes."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        """Return the function, its arguments and the state."""
+        return self.parts
+
+
+def array_of(code, *state):
+    """An array of one row whose type has a state."""
+    kind = Call(np.dtype, (code, False, True), (3, "|", *state))
+    reconstruct, arguments, _ = np.zeros(0, np.uint8).__reduce__()
+    return Call(reconstruct, arguments, (1, (1,), kind, False, b"A" * 8))
+
+
+FIELDS = (None, ("f",), {"f": (np.dtype("u1"), 0)}, 8, 1, 0)
+CRASHES = {
+    "object": array_of("O", None, None, None, -1, -1, 63),
+    "fields": array_of("V8", *FIELDS),
+    "fields of bytes": array_of("u1", *FIELDS),
+    "an array by itself": Call(np.ndarray, ((1,), "O", b"A" * 8)),
+}
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_pickle_cannot_build_types_of_numpy(crash, tmp_path):
+    data = [noise(count, (32, 32, 3), 10, seed=count) for count in (10, 4)]
+    place = write_batches(tmp_path, data, of_python_2)
+    batch = {b"data": np.zeros((1, 3072), np.uint8), b"labels": CRASHES[crash]}
+    (place / "data_batch_2").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(UserError, match="data_batch_2 cannot be read") as error:
+        load_dataset("cifar10", folder=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"c_codecs\nencode\nN}U\x05helloK\x01s\x86b.", "it changes a function"),
+        (b"}N" + b"\x85" * 10**6 + b"Ns.", "it holds more than 20,000 tuples"),
+    ],
+    ids=["a function", "deep tuples"],
+)
+def test_a_pickle_that_harms_the_process(content, message, tmp_path):
+    data = [noise(count, (32, 32, 3), 10, seed=count) for count in (10, 4)]
+    place = write_batches(tmp_path, data, of_python_2)
+    (place / "test_batch").write_bytes(b"\x80\x02" + content)
+    with pytest.raises(UserError, match=message):
+        load_dataset("cifar10", folder=tmp_path)
+
+
+LABELS = {
+    "large": ([200, 1], "holds the label 200; allowed are 0..9"),
+    "negative": ([-1, 1], "holds the label -1; allowed are 0..9"),
+    "huge": ([2**70, 1], "holds labels of type object"),
+    "fractions": ([1.7, 1.0], "holds labels of type float64"),
+    "NaN": ([float("nan"), 1.0], "holds labels of type float64"),
+    "text": (["a", "b"], "holds the label a; allowed are 0..9"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_another_dataset(kind, tmp_path, capsys):
+    labels, message = LABELS[kind]
+    data = [noise(count, (32, 32, 3), 10, seed=count) for count in (10, 4)]
+    place = write_batches(tmp_path, data, of_python_3(2))
+    batch = {b"data": np.zeros((2, 3072), np.uint8), b"labels": labels}
+    (place / "data_batch_3").write_bytes(pickle.dumps(batch, 2))
+    assert cli.main(["data", "cifar10", "--data-dir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"data_batch_3 {message}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "label", "message"),
+    [
+        (3, 28, 26, "holds the label 26; allowed are 0..9"),
+        (3, 20, 1, "holds samples of [20, 20, 1]; allowed are [28, 28, 1]"),
+        (0, 28, 1, "holds 0 samples"),
+    ],
+)
+def test_idx_files_of_another_dataset(count, size, label, message, tmp_path):
+    place = tmp_path / "MNIST" / "raw"
+    place.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for file, array in (
+            ("images-idx3", np.zeros((count, size, size), np.uint8)),
+            ("labels-idx1", np.full(count, label, np.uint8)),
+        ):
+            (place / f"{split}-{file}-ubyte").write_bytes(idx(array))
+    with pytest.raises(UserError) as error:
+        load_dataset("mnist", folder=tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 FAULTS = {
     "cut short": lambda content: content[:-40],
     "text": lambda content: b"no pickle",

@@ -6,8 +6,11 @@ name, and the folder of the data as ``folder``; None means ``$TFDS_DATA_DIR`` or
 that variable is not set, ``~/tensorflow_datasets``.
 """
 
+import contextlib
+import errno
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ def dataset_info(name: str, *, folder: Folder = None, **options: Any) -> Dataset
         folder does not hold the data, or they are not valid.
     """
     form = _form(name, options)
-    return form.info or form.read(_absolute(folder), NO_LIMITS).info
+    return form.info or _read(form, _absolute(folder), NO_LIMITS).info
 
 
 def read_dataset(
@@ -54,7 +57,7 @@ def read_dataset(
     Raises:
       UserError: see `dataset_info`.
     """
-    data = _form(name, options).read(_absolute(folder), limits)
+    data = _read(_form(name, options), _absolute(folder), limits)
     if name != PACKAGED:
         _log.info(describe(name, data))
     return data
@@ -132,10 +135,10 @@ def prepare(
         valid.
     """
     form, place = _form(name, options), _absolute(folder)
-    there = form.fetch is None or form.is_there(place)
+    there = form.fetch is None or _is_there(form, place)
     if form.fetch is not None and not there:
         form.fetch(place, on_bytes)
-    line = describe(name, form.read(place, NO_LIMITS))
+    line = describe(name, _read(form, place, NO_LIMITS))
     return f"{'there already' if there else 'downloaded'}: {line}"
 
 
@@ -143,9 +146,10 @@ def is_there(name: str, folder: Folder = None, **options: Any) -> bool:
     """Return whether a folder holds a dataset; read no samples yet.
 
     Raises:
-      UserError: there is no dataset of that name, or an option is not allowed.
+      UserError: there is no dataset of that name, an option is not allowed, or the
+        folder cannot be read.
     """
-    return _form(name, options).is_there(_absolute(folder))
+    return _is_there(_form(name, options), _absolute(folder))
 
 
 def describe(name: str, data: Data) -> str:
@@ -175,6 +179,37 @@ def _form(name: str, options: dict[str, Any]) -> Form:
     return DATASETS.make(name, options=checked)
 
 
+def _read(form: Form, place: Path, limits: Limits) -> Data:
+    with _one_line(place):
+        return form.read(place, limits)
+
+
+def _is_there(form: Form, place: Path) -> bool:
+    with _one_line(place):
+        return form.is_there(place)
+
+
+@contextlib.contextmanager
+def _one_line(place: Path) -> Iterator[None]:
+    """Turn an error of the file system, such as a missing permission, into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        raise UserError(
+            f"data_dir: {place} cannot be read ({error}); allowed is a folder whose "
+            "files you may read"
+        ) from error
+
+
 def _absolute(folder: Folder) -> Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(folder or default).expanduser().absolute()
+    path = Path(folder or default)
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # no such user
+        raise UserError(
+            f"data_dir: {path} is not allowed ({error}); allowed is a path, with ~ for "
+            "your own home"
+        ) from error

@@ -1,12 +1,13 @@
 """Datasets as folders of PNG or JPEG files, one folder a class.
 
-A folder holds ``train/CLASS/`` and ``test/CLASS/`` (or ``val``, ``valid``,
-``validation``), or ``CLASS/`` alone; then a share of each class becomes the test set.
-The files of a class may lie in folders of its own. Hidden files and files of other
-types are passed over.
+A folder holds ``train/CLASS/`` and ``test/CLASS/``, or ``CLASS/`` alone; then a share
+of each class becomes the test set. The splits may have the other names in `split`, in
+capitals too. The files of a class may lie in folders of its own. Passed over are files
+of other types, and names that begin with ``.`` or ``__``.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,10 @@ from hsee_jax.data.arrays import Raw, convert
 from hsee_jax.data.info import Data
 from hsee_jax.data.labels import Place
 from hsee_jax.data.pictures import Picture, decode
-from hsee_jax.data.split import split_rows
+from hsee_jax.data.split import TEST_NAMES, TRAIN_NAMES, split_rows
 
 TYPES = (".png", ".jpg", ".jpeg")
-TEST_NAMES = ("test", "val", "valid", "validation")
+_HIDDEN = (".", "__")
 
 
 class _File(NamedTuple):
@@ -28,6 +29,14 @@ class _File(NamedTuple):
 
     path: Path
     label: str
+
+
+class _Splits(NamedTuple):
+    """The folders of the splits."""
+
+    train: Path
+    test: Path | None  # None where a share of the training set becomes the test set
+    unread: Sequence[str] = ()  # names of folders beside them
 
 
 def is_there(folder: Path) -> bool:
@@ -49,7 +58,7 @@ def read(
     Raises:
       UserError: the folder is not like that, or a picture is not valid.
     """
-    train_folder, test_folder = _split_folders(folder)
+    train_folder, test_folder, unread = _split_folders(folder)
     train = _files(train_folder)
     test = [] if test_folder is None else _files(test_folder)
     train_rows, test_rows, note = split_rows(
@@ -68,29 +77,57 @@ def read(
         Raw(images[:count], labels[:count], Place(str(train_folder))),
         Raw(images[count:], labels[count:], Place(str(test_folder or folder))),
     )
+    if unread:
+        note += f" ({', '.join(unread)} not read)"
     return data._replace(notes=(f"from {folder}", note, *notes, *data.notes))
 
 
-def _split_folders(folder: Path) -> tuple[Path, Path | None]:
-    """Return the folders of the training and of the test set, which may be missing."""
+def _split_folders(folder: Path) -> _Splits:
     if not is_there(folder):
         raise UserError(
             f"data_dir: {folder} is not allowed for imagefolder; allowed is a folder "
             "with train/CLASS/ and test/CLASS/, or CLASS/ alone, of PNG or JPEG files"
         )
-    train = folder / "train"
-    if not train.is_dir():
-        return folder, None
-    found = (folder / name for name in TEST_NAMES)
-    return train, next((path for path in found if path.is_dir()), None)
+    found = _folders(folder)
+    train, test = _named(found, TRAIN_NAMES), _named(found, TEST_NAMES)
+    if not train and test:
+        raise Place(str(folder)).refusal(
+            f"{test[0].name}, but no train",
+            "allowed are train/CLASS/ and test/CLASS/, or CLASS/ alone",
+        )
+    if len(train) > 1:
+        raise Place(str(folder)).refusal(
+            " and ".join(path.name for path in train), "allowed is one of them"
+        )
+    if not train:
+        return _Splits(folder, None)
+    read_here = (*train, *test[:1])
+    unread = [path.name for path in found if path not in read_here]
+    return _Splits(train[0], test[0] if test else None, unread)
+
+
+def _named(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """Return the folders with one of the names, in the order of the names."""
+    return [path for name in names for path in folders if path.name.lower() == name]
 
 
 def _folders(folder: Path) -> Sequence[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith((".", "__"))
+        if path.is_dir() and not path.name.startswith(_HIDDEN)
     )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its folders, without what is hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, names, files in os.walk(folder, onerror=refuse):
+        names[:] = [name for name in names if not name.startswith(_HIDDEN)]
+        yield from (Path(place, f) for f in files if not f.startswith(_HIDDEN))
 
 
 def _files(folder: Path) -> list[_File]:
@@ -99,8 +136,8 @@ def _files(folder: Path) -> list[_File]:
     for place in _folders(folder):
         own = [
             _File(path, place.name)
-            for path in sorted(place.rglob("*"))
-            if path.suffix.lower() in TYPES and not path.name.startswith(".")
+            for path in sorted(_walk(place))
+            if path.suffix.lower() in TYPES
         ]
         if not own:
             raise UserError(

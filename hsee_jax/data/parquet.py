@@ -1,11 +1,13 @@
 """Datasets of pictures in Parquet files, as the Hugging Face Hub stores them.
 
 The files lie in a folder or in its folder ``data``: ``train*.parquet`` and
-``test*.parquet`` (or ``val*``), or any others; then a share of each class becomes the
-test set. A column holds the encoded pictures, as bytes or as a struct with bytes; a
-column of integers or text holds the labels.
+``test*.parquet`` (or ``val*`` or ``dev*``), in capitals too, or files whose names say
+nothing of a split; then a share of each class becomes the test set. A column holds the
+encoded pictures, as bytes or as a struct with bytes; a column of integers or text holds
+the labels.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from hsee_jax.data.arrays import Raw, convert
 from hsee_jax.data.info import Data
 from hsee_jax.data.labels import Place
 from hsee_jax.data.pictures import Picture, decode
-from hsee_jax.data.split import split_rows
+from hsee_jax.data.split import TEST_NAMES, split_rows
 
 _LABEL_NAMES = ("label", "labels")
 
@@ -64,7 +66,7 @@ def read(
             f"data_dir: {folder} is not allowed for parquet; allowed is a folder with "
             "train*.parquet and test*.parquet, or with a folder data that has them"
         )
-    train_files, test_files = _split_files(files)
+    train_files, test_files = _split_files(place, files)
     train = _table(train_files, label_column)
     test = (
         _table(test_files, label_column) if test_files else _Table([], train.labels[:0])
@@ -79,14 +81,17 @@ def read(
     pictures = [*train.pictures, *test.pictures]
     rows = np.concatenate([train_rows, test_rows])
     images, notes = decode([pictures[row] for row in rows], image_size)
-    values = np.concatenate([train.labels, test.labels])[rows]
+    values = _joined([train.labels, test.labels], place)[rows]
     count = len(train_rows)
     data = convert(
         Raw(images[:count], values[:count], Place(f"the training set of {place}")),
         Raw(images[count:], values[count:], Place(f"the test set of {place}")),
         labels=labels,
     )
-    source = f"from {len(train_files) + len(test_files)} Parquet files in {place}"
+    read_here = (*train_files, *test_files)
+    source = f"from {len(read_here)} Parquet files in {place}"
+    if unread := [path.name for path in files if path not in read_here]:
+        source += f" ({', '.join(unread)} not read)"
     return data._replace(notes=(source, note, *notes, *data.notes))
 
 
@@ -98,14 +103,33 @@ def _place(folder: Path) -> tuple[Path, list[Path]]:
     return folder, []
 
 
-def _split_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+def _split_files(place: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the files of the training and of the test set, which may be none."""
+
     def starting(prefix: str) -> list[Path]:
-        return [path for path in files if path.name.startswith(prefix)]
+        return [path for path in files if path.name.lower().startswith(prefix)]
 
     train = starting("train")
-    if not train:
-        return list(files), []
-    return train, starting("test") or starting("val")
+    if train:
+        return train, starting("test") or starting("val") or starting("dev")
+    for path in files:
+        if not set(re.split("[^a-z]+", path.stem.lower())).isdisjoint(TEST_NAMES):
+            raise Place(str(place)).refusal(
+                f"{path.name}, but no train*.parquet",
+                "allowed are train*.parquet and test*.parquet, or files whose names "
+                "say nothing of a split",
+            )
+    return list(files), []
+
+
+def _joined(labels: Sequence[npt.NDArray[Any]], place: Path) -> npt.NDArray[Any]:
+    """Join labels of one kind; NumPy would turn integers beside text into text."""
+    if len({array.dtype.kind == "U" for array in labels}) > 1:
+        raise Place(str(place)).refusal(
+            "labels of integers in some files and of text in others",
+            "allowed is one kind",
+        )
+    return np.concatenate(labels)
 
 
 def _table(files: Sequence[Path], label_column: str | None) -> _Table:
@@ -147,7 +171,7 @@ def _table(files: Sequence[Path], label_column: str | None) -> _Table:
             labels.append(np.array(table[label].to_pylist()))
     if not labels:
         raise Place(str(files[0])).refusal("0 rows", "allowed are one or more")
-    return _Table(pictures, np.concatenate(labels))
+    return _Table(pictures, _joined(labels, files[0].parent))
 
 
 def _columns(schema: Any, label_column: str | None, path: Path) -> tuple[str, str]:
@@ -155,8 +179,8 @@ def _columns(schema: Any, label_column: str | None, path: Path) -> tuple[str, st
     import pyarrow.types as kinds
 
     def is_picture(kind: Any) -> bool:
-        if kinds.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
+        if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
         return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
     def is_label(kind: Any) -> bool:
@@ -178,6 +202,11 @@ def _columns(schema: Any, label_column: str | None, path: Path) -> tuple[str, st
         raise Place(str(path)).refusal(
             f"{len(images)} columns of pictures among {', '.join(schema.names)}",
             "allowed is one, of bytes or of a struct with bytes",
+        )
+    if not labels:
+        raise Place(str(path)).refusal(
+            "the columns " + ", ".join(f"{f.name} ({f.type})" for f in schema),
+            "allowed is a column of integers or text for the labels",
         )
     if len(chosen) != 1:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import at_least
@@ -21,6 +21,7 @@ from hsee_jax.core.options import at_least
 ImageSize = Annotated[
     int | None, "resize every image to this many pixels each way", at_least(1)
 ]
+_FORMATS = ("PNG", "JPEG")  # Pillow starts other programs for some of the others
 _GREY = ("1", "L", "LA", "La")
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "F")  # more than 8 bits
 
@@ -34,9 +35,8 @@ class Picture(NamedTuple):
     def open(self) -> Image.Image:
         """Read the header; the pixels are read when they are asked for."""
         content = self.content
-        return Image.open(
-            io.BytesIO(content) if isinstance(content, bytes) else content
-        )
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        return Image.open(file, formats=_FORMATS)
 
 
 class _Header(NamedTuple):
@@ -108,6 +108,8 @@ def _pixels(
 
 def _unreadable(picture: Picture, error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "its content is neither PNG nor JPEG"
     return UserError(
         f"data_dir: {picture.name} cannot be read as an image ({reason}); allowed are "
         "whole PNG and JPEG files"

@@ -17,6 +17,9 @@ TestShare = Annotated[
 SplitSeed = Annotated[
     int, "seed of the order of the samples and of their test set", at_least(0)
 ]
+# The names of folders and files that hold a split; of the test sets the first counts.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev")
 Rows = npt.NDArray[np.intp]
 
 _SHARE = 0.2
@@ -44,10 +47,16 @@ def split_rows(
       The training and the test rows in random order, and a clause on the test set.
 
     Raises:
-      UserError: there is a test set, and a share was given too.
+      UserError: there is a test set, and a share was given too; or there is none, and
+        no class has 2 samples.
     """
     if num_test == 0:
         share = _SHARE if share is None else share
+        if len(np.unique(labels)) == len(labels):
+            raise UserError(
+                "data_dir: no class has 2 samples, so that no test set can be set "
+                "apart; allowed are 2 or more of a class, or a test set of its own"
+            )
         note = f"{share:.0%} of each class set apart as the test set (seed {seed})"
         return *set_apart(labels, share, seed=seed), note
     if share is not None:

@@ -2,8 +2,8 @@
 
 CIFAR lies there as pickles, in ``cifar-10-batches-py`` and ``cifar-100-python``; MNIST
 and Fashion-MNIST as idx files, in ``MNIST/raw`` and ``FashionMNIST/raw``, packed by
-gzip or not. The unpickler admits nothing but arrays of NumPy and Python's own values,
-so that a file cannot run code.
+gzip or not. A file cannot run code, see `pickles`, and holds what `KNOWN` says of its
+dataset.
 """
 
 import gzip
@@ -13,13 +13,16 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.data.info import Source
+from hsee_jax.data import pickles
+from hsee_jax.data.arrays import Raw, as_known
+from hsee_jax.data.info import KNOWN, DatasetInfo, Source
+from hsee_jax.data.labels import Place
 
 _ERRORS = (
     OSError,
@@ -28,7 +31,9 @@ _ERRORS = (
     TypeError,
     LookupError,
     AttributeError,
+    ArithmeticError,
     MemoryError,
+    RecursionError,
     struct.error,
     zlib.error,
     pickle.UnpicklingError,
@@ -41,7 +46,7 @@ class _Layout(NamedTuple):
     folder: str
     train: tuple[str, ...]
     test: tuple[str, ...]
-    parse: Callable[[list[Path]], Dataset]
+    parse: Callable[[list[Path], DatasetInfo], Dataset]
 
 
 def find(dataset: str, folder: Path) -> Source | None:
@@ -56,7 +61,7 @@ def find(dataset: str, folder: Path) -> Source | None:
     def read(split: str, limit: int | None) -> Dataset:
         names = layout.train if split == "train" else layout.test
         paths = [_path(place / name) or place for name in names]
-        images, labels = layout.parse(paths)
+        images, labels = layout.parse(paths, KNOWN[dataset])
         return Dataset(images[:limit], labels[:limit])
 
     return Source(f"the files of torchvision in {place}", read)
@@ -81,68 +86,34 @@ def _refusal(path: Path, reason: object) -> UserError:
     )
 
 
-class _Unpickler(pickle.Unpickler):
-    """Finds only what pickled arrays and byte strings need."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return an admitted class or function; refuse any other."""
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _ADMITTED[module, name]
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Stand in for ``codecs.encode``, which writes the bytes of Python 3."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
-    return text.encode("latin1")
-
-
-# Arrays name these two functions of NumPy where they are pickled.
-_array = np.zeros(0, np.uint8)
-_reconstruct, _from_buffer = (
-    cast(tuple[Any, ...], reduced)[0]
-    for reduced in (_array.__reduce__(), _array.__reduce_ex__(5))
-)
-_ADMITTED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): _encode,
-}
-
-
-def _cifar(paths: list[Path], *, labels: str) -> Dataset:
+def _cifar(paths: list[Path], info: DatasetInfo, *, labels: str) -> Dataset:
     """Parse pickled dictionaries of rows, 3 colour planes of 32x32, and labels."""
     images, numbers = [], []
     for path in paths:
         try:
-            with path.open("rb") as file:
-                batch = _Unpickler(file, encoding="bytes").load()
-            batch = {_text(key): value for key, value in batch.items()}
+            batch = pickles.load(path.read_bytes())
+            batch = {pickles.text_of(key): value for key, value in batch.items()}
             planes = np.asarray(batch["data"]).reshape(-1, 3, 32, 32)
-            own = np.asarray(batch[labels]).astype(np.int32)
-            if planes.dtype != np.uint8 or own.shape != planes.shape[:1]:
-                raise ValueError(f"it holds {planes.dtype} {planes.shape} {own.shape}")
+            found = np.asarray(batch[labels])
+            if planes.dtype != np.uint8 or found.shape != planes.shape[:1]:
+                raise ValueError(
+                    f"it holds {planes.dtype} {planes.shape} {found.shape}"
+                )
         except _ERRORS as error:
             raise _refusal(path, error) from error
-        images.append(planes.transpose(0, 2, 3, 1))
-        numbers.append(own)
+        raw = Raw(planes.transpose(0, 2, 3, 1), found, Place(str(path)))
+        own = as_known(raw, info)
+        images.append(own.images)
+        numbers.append(own.labels)
     return Dataset(np.concatenate(images), np.concatenate(numbers))
 
 
-def _text(key: str | bytes) -> str:
-    return key.decode() if isinstance(key, bytes) else key
-
-
-def _idx(paths: list[Path]) -> Dataset:
+def _idx(paths: list[Path], info: DatasetInfo) -> Dataset:
     """Parse the images and the labels of MNIST's idx format."""
     images, labels = (_idx_array(path) for path in paths)
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise _refusal(paths[0], f"{images.shape} images with {labels.shape} labels")
-    return Dataset(images[..., None], labels.astype(np.int32))
+    return as_known(Raw(images, labels, Place(str(paths[0].parent))), info)
 
 
 def _idx_array(path: Path) -> Any:
