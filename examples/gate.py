@@ -63,13 +63,14 @@ def answer(folder: Path, offload: float) -> list[dict[str, float]]:
 def main(words: Sequence[str] | None = None) -> None:
     """Open a run, or train one, and print what the gates of its clients give."""
     parser = argparse.ArgumentParser(description="Answer at the exit or at the server.")
-    parser.add_argument("--run", type=Path, default=Path("runs/gate"))
-    parser.add_argument("--offload", type=float, default=0.3)
+    parser.add_argument("--run", type=Path, help="a trained run; without it, train one")
+    parser.add_argument("--offload", type=float, default=0.3, help="to the server")
     parser.add_argument("--rounds", type=int, default=4, help="of the training")
     given = parser.parse_args(words)
-    if not (given.run / "summary.json").exists():
-        hs.train(hs.override(hs.preset("demo"), rounds=given.rounds), given.run)
-    for row in answer(given.run, given.offload):
+    folder = given.run or Path("runs/gate")
+    if given.run is None and not (folder / "summary.json").exists():
+        hs.train(hs.override(hs.preset("demo"), rounds=given.rounds), folder)
+    for row in answer(folder, given.offload):
         print(
             "client {id}, cut {cut}: sent {sent:.1%}, {bytes:,.0f} bytes an image; "
             "accuracy {accuracy:.3f} (exit alone {exit:.3f}, server alone "

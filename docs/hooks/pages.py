@@ -13,6 +13,7 @@ from pathlib import Path
 from cells import flag
 from commands import actions, anchor, cli
 from configuration import configuration
+from devices import devices
 
 import hsee_jax
 from hsee_jax.cli.commands import COMMANDS
@@ -20,6 +21,7 @@ from hsee_jax.config import options
 
 DOCS = Path(__file__).parents[1]
 CLI, CONFIGURATION = "reference/cli.md", "reference/configuration.md"
+DEVICES = "reference/devices.md"
 # Pages whose source lies outside of docs/.
 SOURCES = {
     "changelog.md": "CHANGELOG.md",
@@ -30,7 +32,7 @@ SOURCES = {
 
 def generated() -> Mapping[str, str]:
     """Return the generated pages: the path below docs/, and the Markdown."""
-    own = {CLI: cli(), CONFIGURATION: configuration()}
+    own = {CLI: cli(), CONFIGURATION: configuration(), DEVICES: devices()}
     return own | {
         path: _api(package)
         for package, path in api_paths().items()

@@ -44,7 +44,12 @@ def config_parser(command: str, words: Sequence[str]) -> Parser:
       words: what is to be parsed; the plugins among it may add flags.
     """
     find_plugins(words)
-    parser = parser_of(command, argument_default=argparse.SUPPRESS)
+    parser = parser_of(
+        command,
+        argument_default=argparse.SUPPRESS,
+        epilog="[ours]: the paper leaves this choice open. (demo: X): the value of the "
+        "preset demo. (a, b): only these values of the option before read the flag.",
+    )
     parser.add_argument(
         "preset", nargs="?", help=f"{', '.join(PRESETS)}; demo by default"
     )

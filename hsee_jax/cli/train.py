@@ -85,7 +85,10 @@ def _parser(words: Sequence[str]) -> Parser:
         + entries.replace("%", "%%"),
     )
     parser.add_argument(
-        "--plan", type=Path, metavar="FILE", help="plan.json of hsee plan: sets --cuts"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="plan.json of hsee plan: sets --cuts and --num-clients",
     )
     parser.add_argument(
         "--devices",

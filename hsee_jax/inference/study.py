@@ -35,7 +35,7 @@ class Study(NamedTuple):
         """
         points = [client.points() for client in self.clients]
         return self.setting | {
-            "mean": [_mean(group) for group in zip(*points, strict=True)],
+            "mean": _relative([_mean(group) for group in zip(*points, strict=True)]),
             "clients": [
                 client.summary() | {"points": own}
                 for client, own in zip(self.clients, points, strict=True)
@@ -120,6 +120,17 @@ def study(
     }
     clients = measure_clients(experiment, state, criterion, size)
     return Study(setting, sorted(clients, key=lambda client: client.id))
+
+
+def _relative(means: list[Figures]) -> list[Figures]:
+    """Relate the mean seconds of each point to those of sending all samples."""
+    whole = means[0]["seconds"]
+    return [
+        point | {"relative_seconds": point["seconds"] / whole}
+        if point["seconds"] is not None and whole
+        else point
+        for point in means
+    ]
 
 
 def _mean(points: Sequence[Figures]) -> Figures:

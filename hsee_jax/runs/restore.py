@@ -38,6 +38,14 @@ class Restored(NamedTuple):
     strategy: Strategy
     state: RunState  # a slot for every client, in the order of its group
 
+    def __repr__(self) -> str:
+        """Name the strategy, the clients and the round, and not every weight."""
+        cuts = {group.cut: len(group.ids) for group in self.federation.groups}
+        return (
+            f"Restored(strategy={self.config.strategy.strategy}, "
+            f"clients by cut={cuts}, rounds={self.state.round})"
+        )
+
     def specs(self, i: int) -> tuple[BranchSpec, BranchSpec]:
         """Return the specs of client i and of the server behind it."""
         return self.federation.specs(_seat(self.federation, i)[0])
