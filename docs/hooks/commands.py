@@ -25,7 +25,7 @@ _STATUS = """
 | status | meaning |
 |---|---|
 | 0 | The command succeeded. |
-| 1 | Standard output cannot be written, for example on a full disk; or a run of `hsee sweep` failed. |
+| 1 | Standard output cannot be written, or a run of `hsee sweep` failed. |
 | 2 | You can correct the error; one line on standard error says how. |
 | 3 | The training diverged: no client has a finite loss any more. |
 | 130, 143 | Ctrl-C or SIGTERM stopped the command; `hsee train --resume` goes on. |

@@ -12,9 +12,9 @@ _INTRODUCTION = """\
 # Devices and links
 
 `hsee plan --devices FILE` and `hsee train --cuts auto --devices FILE` read a file of
-devices, see [plan the cuts](../how-to/plan-cuts.md). An entry starts from a device and a
-link of this catalogue, or gives all numbers itself. Most speeds are derived, not measured:
-the column *source* says which. `hsee profile` measures a machine of your own.
+devices, see [plan the cuts](../how-to/plan-cuts.md). An entry starts from a device and
+a link of this catalogue, or gives all numbers itself. Most speeds are derived, not
+measured: the column *source* says which. `hsee profile` measures a machine of your own.
 """
 _CSV = """\
 ## Forms of a file
