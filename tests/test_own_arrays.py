@@ -435,6 +435,8 @@ def test_figures_are_compared_where_there_is_no_digest(run, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(older))
     info = read_info(run)
     check_info(tmp_path, info)
+    with pytest.raises(UserError, match="^data_dir: the data found now, of num_classe"):
+        check_info(tmp_path, info._replace(num_classes=4))
     check_info(tmp_path, info._replace(mean=tuple(v * (1 + 1e-9) for v in info.mean)))
     with pytest.raises(UserError, match="^data_dir: the data found now, of mean"):
         check_info(tmp_path, info._replace(mean=tuple(v * 1.001 for v in info.mean)))

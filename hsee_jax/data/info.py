@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 from hsee_jax.core.types import Dataset
 
-
 Figures = tuple[float, ...]  # one of each entry of the last axis
 
 
