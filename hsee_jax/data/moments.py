@@ -30,7 +30,9 @@ def check_rounding(given: Samples, samples: Samples, place: Place) -> None:
     if np.can_cast(given.dtype, samples.dtype):
         return
     exact, rounded = (a.reshape(-1, a.shape[-1]) for a in (given, samples))
-    error = np.abs(exact - rounded.astype(np.float64)).max(0)
+    errors = rounded.astype(np.float64)
+    np.abs(np.subtract(exact, errors, out=errors), out=errors)
+    error = errors.max(0)
     deviation = exact.std(0, dtype=np.float64)
     lossy = (exact.min(0) != exact.max(0)) & (error > _MAX_ERROR * deviation)
     if lossy.any():
