@@ -1,26 +1,38 @@
 """Arrays of any kind: images, features and series, from files and from Python."""
 
+import io
 import json
 import logging
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import write_run
 from tiny_archives import noise
 
 import hsee_jax as hs
 from hsee_jax import cli
 from hsee_jax.core import Dataset, UserError
-from hsee_jax.data import DATASETS, normalize, read_arrays, read_dataset, write_npz
+from hsee_jax.data import (
+    DATASETS,
+    dataset_info,
+    normalize,
+    read_arrays,
+    read_dataset,
+    write_npz,
+)
 from hsee_jax.federation import forward
 from hsee_jax.inference import study
 from hsee_jax.inference.client_study import Target
 from hsee_jax.runs import evaluate, reopen
-from hsee_jax.runs.folder import read_info
+from hsee_jax.runs.folder import check_info, read_info
 
 NUMBERS = np.array([0, 1, 2] * 4)
 
@@ -292,7 +304,7 @@ def test_a_table_in_files(tmp_path, capsys, said):
     write_npz(tmp_path / "data", DATA)
     data = read_dataset("npz", folder=tmp_path / "data")
     same = read_arrays(DATA)
-    assert data.info == same.info._replace(digest=None)
+    assert data.info == same.info
     np.testing.assert_array_equal(data.train.images, same.train.images)
     words = [*NPZ, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     assert cli.main(["train", *words]) == 0
@@ -405,3 +417,218 @@ def test_uint8_arrays_are_images():
     experiment = hs.build(config, data=(x, y, x[:6], y[:6]))
     assert (experiment.info.dtype, experiment.info.input_shape) == ("uint8", (8, 8, 1))
     assert experiment.config.data.dataset == "arrays"
+
+
+def test_equal_arrays_in_another_order_are_the_same_data(run):
+    x, y, x_test, y_test = DATA
+    same = (np.asfortranarray(x), y, np.asfortranarray(x_test)[::-1][::-1], y_test)
+    assert read_arrays(same).info == read_arrays(DATA).info
+    assert evaluate(run, data=same)[0] == 4
+    read = read_arrays(DATA).info
+    figures = {"mean": tuple(v * (1 + 1e-9) for v in read.mean)}
+    check_info(run, read._replace(**figures))
+
+
+def test_figures_are_compared_where_there_is_no_digest(run, tmp_path):
+    """As in the folders of older runs."""
+    older = json.loads((run / "data.json").read_text()) | {"digest": None}
+    (tmp_path / "data.json").write_text(json.dumps(older))
+    info = read_info(run)
+    check_info(tmp_path, info)
+    with pytest.raises(UserError, match="^data_dir: the data found now, of num_classe"):
+        check_info(tmp_path, info._replace(num_classes=4))
+    check_info(tmp_path, info._replace(mean=tuple(v * (1 + 1e-9) for v in info.mean)))
+    with pytest.raises(UserError, match="^data_dir: the data found now, of mean"):
+        check_info(tmp_path, info._replace(mean=tuple(v * 1.001 for v in info.mean)))
+
+
+def test_files_that_were_replaced_are_refused(tmp_path, capsys):
+    """Also where only the test set is another; limits do not count."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    write_npz(data, DATA)
+    words = ["train", *NPZ, "--data-dir", str(data), "--out", str(folder)]
+    words += ["--max-train-samples", "200", "--max-test-samples", "60"]
+    assert cli.main(words) == 0
+    longer = [*words, "--resume", "--rounds", "2"]
+    assert cli.main(longer) == 0
+    assert cli.main(["eval", str(folder)]) == 0
+    write_npz(data, (*DATA[:2], DATA[2][::-1], DATA[3]))
+    capsys.readouterr()
+    for again in (
+        ["eval", str(folder)],
+        ["gate", str(folder), "--target-offload", "0.5"],
+        [*longer[:-1], "3"],
+    ):
+        assert cli.main(again) == 2
+        assert "data_dir: the data found now, of digest" in capsys.readouterr().err
+
+
+def test_pictures_have_a_digest(tmp_path):
+    for split in ("train", "test"):
+        for number, name in enumerate("ab"):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            Image.new("L", (4, 4), 50 * number).save(place / "0.png")
+    one = dataset_info("imagefolder", folder=tmp_path)
+    Image.new("L", (4, 4), 77).save(tmp_path / "test" / "a" / "0.png")
+    other = dataset_info("imagefolder", folder=tmp_path)
+    assert one.digest != other.digest
+    assert one == other._replace(digest=one.digest)
+
+
+def test_the_order_of_bytes_does_not_count():
+    x = samples((5, 4), np.uint16)
+    native = read_arrays((x, NUMBERS, x, NUMBERS)).info
+    swapped = x.astype(">u2")
+    assert native.input_shape == (5, 4, 1)
+    assert read_arrays((swapped, NUMBERS, x, NUMBERS)).info == native
+
+
+def with_column(values):
+    """Features, of which the column 1 is given."""
+    x = samples((3,), np.float64)
+    x[:, 1] = values
+    return x, NUMBERS, x, NUMBERS
+
+
+SECONDS = 1.7e9 + 0.25 * np.arange(12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (SECONDS, "deviation 0.863 in column 1, which float32 rounds.*offset"),
+        (1e12 + NUMBERS, "deviation 0.816 in column 1"),
+        (np.where(NUMBERS == 1, 3.3e38, -3.3e38), "3.3e.38 in column 1; .* range"),
+        (NUMBERS * 1e-42, "values from 0 to 2e-42 in column 1; .* deviation from"),
+    ],
+)
+def test_columns_that_float32_cannot_hold(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_arrays(with_column(values))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values", [SECONDS - 1.7e9, 0.1, 2**24 + NUMBERS * 2, 1.7e9 + 1e5 * np.arange(12)]
+)
+def test_columns_that_float32_can_hold(values):
+    read_arrays(with_column(values))
+
+
+def test_a_large_whole_number_is_checked_too():
+    x = (10**12 + np.arange(12))[:, None]
+    with pytest.raises(UserError, match="float32 rounds"):
+        read_arrays((x, NUMBERS, x, NUMBERS))
+
+
+class Unreadable:
+    """Stand for a tensor that NumPy cannot read."""
+
+    def __array__(self, dtype=None, copy=None):  # noqa: D105
+        raise RuntimeError("requires grad:\nuse detach()")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((np.ma.masked_less(X, 50), NUMBERS, X, NUMBERS), "masked values; .*a mask"),
+        ((X, np.ma.masked_equal(NUMBERS, 1), X, NUMBERS), "holds 4 masked values"),
+        ((X, np.eye(3)[[0] * 12], X, NUMBERS), "no label but 0; allowed are 2 classes"),
+        ((Unreadable(), NUMBERS, X, NUMBERS), "type Unreadable .* use detach"),
+        ((X, Unreadable(), X, NUMBERS), "type Unreadable that NumPy cannot read"),
+        (([[1, 2], [3]] * 6, NUMBERS, X, NUMBERS), "type list that NumPy cannot read"),
+        ((jax.random.split(jax.random.key(0), 12), NUMBERS, X, NUMBERS), "data: "),
+        (5, "data: int is not allowed; allowed are .x, y, x_test, y_test"),
+        (None, "data: NoneType is not allowed"),
+        ((X, NUMBERS, X), "data: 3 values are not allowed"),
+    ],
+)
+def test_what_is_no_data(data, message, tmp_path):
+    for use in (read_arrays, lambda data: write_npz(tmp_path / "data", data)):
+        with pytest.raises(UserError, match=message) as error:
+            use(data)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("result", [None, (X, NUMBERS, X)])
+def test_a_function_that_returns_no_data(result, tmp_path):
+    form = hs.data.from_arrays(lambda folder: result)
+    with pytest.raises(UserError, match="^dataset: .* not allowed as the result of"):
+        form.read(tmp_path, hs.data.Limits())
+
+
+def test_files_are_written_both_or_none(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^folder: .*file cannot be written to"):
+        write_npz(tmp_path / "file", DATA)
+    write_npz(tmp_path / "data", DATA)
+    before = (tmp_path / "data" / "train.npz").read_bytes()
+    (tmp_path / "data" / "test.npz").unlink()
+    (tmp_path / "data" / "test.npz").mkdir()
+    with pytest.raises(UserError, match=r"test\.npz is a folder"):
+        write_npz(tmp_path / "data", (DATA[0] + 1, *DATA[1:]))
+    assert (tmp_path / "data" / "train.npz").read_bytes() == before
+    names = sorted(path.name for path in (tmp_path / "data").iterdir())
+    assert names == ["test.npz", "train.npz"]
+
+
+def archive(x=b"", *, flags=0, method=0):
+    """Return an archive with a member x.npy, and change its headers."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        file.writestr("x.npy", x)
+        file.writestr("y.npy", x)
+    changed = bytearray(content.getvalue())
+    for mark, start in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        place = -1
+        while (place := changed.find(mark, place + 1)) >= 0:
+            changed[place + start] |= flags
+            changed[place + start + 2] |= method
+    return bytes(changed)
+
+
+def header(rows):
+    """Return the start of a .npy file of so many rows."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, 5), }}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def npy():
+    content = io.BytesIO()
+    np.save(content, X)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (archive(flags=1), "is encrypted"),
+        (archive(method=97), "compression method is not supported"),
+        (archive(header(10**22)), ""),
+        (archive(header(10**15)), "Unable to allocate"),
+        (npy(), "it holds one array without a name, as a .npy file does"),
+    ],
+)
+def test_archives_that_cannot_be_read(content, reason, tmp_path, capsys):
+    write_npz(tmp_path, DATA)
+    (tmp_path / "train.npz").write_bytes(content)
+    assert cli.main(["data", "npz", "--data-dir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'train.npz'} cannot be read: " in err and reason in err
+    assert "batch" not in err and err.count("\n") == 1
+
+
+def test_files_and_folders_are_overwritten_alike(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").touch()
+    for name in ("metrics.csv", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+        (folder / name / "kept").touch()
+    hs.train(hs.override(TABLE, rounds=1), folder, data=DATA, overwrite=True)
+    assert (folder / "summary.json").is_file()
+    assert (folder / "checkpoints").is_dir()
+    assert not (folder / "metrics.csv" / "kept").exists()

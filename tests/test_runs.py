@@ -120,14 +120,13 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 28, 28, 1), np.uint8)
     labels = np.arange(60) % 10
-    orders = (np.arange(60), rng.permutation(60), np.flatnonzero(labels < 8))
-    for name, order in zip(("one", "other", "fewer"), orders, strict=True):
-        (tmp_path / name).mkdir()
+    for name, order in (("one", np.arange(60)), ("other", rng.permutation(60))):
+        (tmp_path / name / "mnist").mkdir(parents=True)
         for split in ("train", "test"):
-            path = tmp_path / name / split
+            path = tmp_path / name / "mnist" / split
             np.savez(path, images=images[order], labels=labels[order])
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    config = override(SMALL, rounds=1, dataset="npz", data_dir=one)
+    config = override(SMALL, rounds=1, dataset="mnist", data_dir=one)
     config = override(config, max_test_samples=60)
     folder = tmp_path / "run"
     summary = runs.train(config, folder)
@@ -142,8 +141,6 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
     assert again.mean_server_accuracy == pytest.approx(
         summary.scores.mean_server_accuracy
     )
-    with pytest.raises(UserError, match="data_dir: the data found now, of num_classes"):
-        runs.evaluate(folder, data_dir=str(tmp_path / "fewer"))
 
 
 def test_a_batch_has_no_more_rows_than_a_shard(tmp_path):

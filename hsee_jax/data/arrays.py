@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
@@ -20,14 +19,14 @@ from hsee_jax.data.info import Data, DatasetInfo, Limits
 from hsee_jax.data.labels import (
     Classes,
     Place,
+    as_array,
     classes_of,
     numbers_of,
     read_labels,
 )
+from hsee_jax.data.moments import Samples, check_rounding, moments
 from hsee_jax.data.registry import Form
 
-Samples = npt.NDArray[Any]
-Figures = tuple[float, ...]
 # x, y, x_test, y_test: samples [M, ...] and labels [M] of both splits.
 Arrays = tuple[Any, Any, Any, Any]
 
@@ -62,7 +61,7 @@ def from_arrays(
 
     def read(folder: Path, limits: Limits) -> Data:
         try:
-            arrays = load(folder)
+            arrays = four(load(folder), "dataset", f" as the result of {_name(load)}")
         except OSError as error:
             raise UserError(
                 f"data_dir: {folder} cannot be read ({error}); allowed is a folder "
@@ -74,9 +73,42 @@ def from_arrays(
     return Form(read, is_there)
 
 
+def four(given: Any, field: str, role: str = "") -> Arrays:
+    """Return x, y, x_test and y_test.
+
+    Args:
+      given: these four, or the training and the test set as two `Dataset`.
+      field: what they were given as, for errors.
+      role: more words on that.
+
+    Raises:
+      UserError: they are not four.
+    """
+    try:
+        parts = tuple(given)
+    except TypeError as error:
+        raise _not_four(f"{type(given).__name__} is", field, role) from error
+    if len(parts) == 2 and all(isinstance(part, Dataset) for part in parts):
+        parts = (*parts[0], *parts[1])
+    if len(parts) != 4:
+        raise _not_four(f"{len(parts)} values are", field, role)
+    return parts
+
+
+def _not_four(found: str, field: str, role: str) -> UserError:
+    return UserError(
+        f"{field}: {found} not allowed{role}; allowed are (x, y, x_test, y_test), or "
+        "two Datasets"
+    )
+
+
+def _name(load: Callable[[Path], Arrays]) -> str:
+    return getattr(load, "__name__", "the function")
+
+
 def raw_of(arrays: Arrays, name: str, field: str = "data_dir") -> tuple[Raw, Raw]:
     """Name the splits of arrays for errors."""
-    x, y, x_test, y_test = arrays
+    x, y, x_test, y_test = four(arrays, field)
     return (
         Raw(x, y, Place(f"the training set of {name}", field)),
         Raw(x_test, y_test, Place(f"the test set of {name}", field)),
@@ -93,7 +125,8 @@ def convert(train: Raw, test: Raw, *, labels: str = "refuse") -> Data:
         them, or ``"remap"`` them to 0..K-1 in ascending order.
 
     Returns:
-      The dataset; its notes name every conversion.
+      The dataset, with a digest of all samples and labels in its `DatasetInfo`; its
+      notes name every conversion.
 
     Raises:
       UserError: the arrays are not valid, or the splits do not fit together.
@@ -103,7 +136,8 @@ def convert(train: Raw, test: Raw, *, labels: str = "refuse") -> Data:
     classes = classes_of(own, train.place, labels)
     if own.num_classes is not None:
         notes.append("a one-hot label becomes the place of its 1")
-    mean, std = _moments(samples)
+    check_rounding(np.asarray(train.samples), samples, train.place)
+    mean, std = moments(samples, train.place)
     info = DatasetInfo(
         samples.shape[1:],
         len(classes.values),
@@ -112,12 +146,13 @@ def convert(train: Raw, test: Raw, *, labels: str = "refuse") -> Data:
         None if classes.natural else classes.values,
         samples.dtype.name,
     )
-    return Data(
+    data = Data(
         Dataset(samples, numbers_of(own, classes, train.place)),
         _fitting(test, info, classes),
         info,
         tuple(notes),
     )
+    return data._replace(info=info._replace(digest=digest(data)))
 
 
 def as_known(raw: Raw, info: DatasetInfo) -> Dataset:
@@ -161,8 +196,11 @@ def _fitting(raw: Raw, info: DatasetInfo, classes: Classes) -> Dataset:
 
 
 def _samples(raw: Raw) -> tuple[Samples, list[str]]:
-    """Check and convert samples; return also what was done, in clauses."""
-    samples, notes = np.asarray(raw.samples), []
+    """Check and convert samples; return also what was done, in clauses.
+
+    They are in C order, so that equal samples have equal sums.
+    """
+    samples, notes = as_array(raw.samples, raw.place, _ALLOWED), []
     for valid, found in (
         (samples.dtype.kind in "biuf", f"samples of type {samples.dtype}"),
         (samples.ndim >= 2, f"samples of the shape {list(samples.shape)}"),
@@ -171,6 +209,7 @@ def _samples(raw: Raw) -> tuple[Samples, list[str]]:
     ):
         if not valid:
             raise raw.place.refusal(found, _ALLOWED)
+    samples = np.ascontiguousarray(samples, samples.dtype.newbyteorder("="))
     if samples.dtype in (np.uint8, np.uint16) and samples.ndim == 3:
         samples = samples[..., None]
         notes.append("grey images [M, H, W] get one channel")
@@ -189,22 +228,3 @@ def _samples(raw: Raw) -> tuple[Samples, list[str]]:
             "allowed are finite numbers",
         )
     return samples, notes
-
-
-def _moments(samples: Samples) -> tuple[Figures, Figures]:
-    """Return mean and deviation of each entry of the last axis.
-
-    The deviation of a constant is 1, so that no division is by zero.
-    """
-    flat = samples.reshape(-1, samples.shape[-1])
-    if samples.dtype != np.uint8:
-        mean = flat.mean(0, dtype=np.float64)
-        std = np.where(np.ptp(flat, 0) == 0, 1.0, flat.std(0, dtype=np.float64))
-        return tuple(mean.tolist()), tuple(std.tolist())
-    scale = np.arange(256) / 255
-    means, deviations = [], []
-    for pixels in flat.T:
-        shares = np.bincount(pixels, minlength=256) / len(pixels)
-        means.append(float(shares @ scale))
-        deviations.append(float(np.sqrt(shares @ (scale - means[-1]) ** 2)) or 1.0)
-    return tuple(means), tuple(deviations)

@@ -1,8 +1,11 @@
 """What is known of a dataset, and the types in which it is read."""
 
+import math
 from typing import NamedTuple, Protocol
 
 from hsee_jax.core.types import Dataset
+
+Figures = tuple[float, ...]  # one of each entry of the last axis
 
 
 class DatasetInfo(NamedTuple):
@@ -12,12 +15,39 @@ class DatasetInfo(NamedTuple):
     num_classes: int  # K
     # Of each entry of the last axis, over all training samples; images of uint8 are
     # scaled to 0..1 first.
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Figures
+    std: Figures
     # The original label of each class, ascending; None where the labels are 0..K-1.
     label_values: tuple[int, ...] | tuple[str, ...] | None = None
     dtype: str = "uint8"  # of the stored samples: uint8 for images, or float32
-    digest: str | None = None  # of all samples and labels, if they came from Python
+    digest: str | None = None  # of all samples and labels, if they are the user's own
+
+
+def difference(one: DatasetInfo, other: DatasetInfo) -> str | None:
+    """Return the name of the first property in which datasets differ, or None.
+
+    Digests tell equal data from others. Where one is missing, as in the runs of older
+    versions, mean and deviation do; they depend on the order of a sum in the last
+    digits.
+    """
+    by_digest = one.digest is not None and other.digest is not None
+    for name in one._fields:
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if name in ("mean", "std"):
+            same = by_digest or _are_close(ours, theirs, one.std)
+        else:
+            same = ours == theirs or (name == "digest" and not by_digest)
+        if not same:
+            return name
+    return None
+
+
+def _are_close(ours: Figures, theirs: Figures, deviations: Figures) -> bool:
+    """Compare figures of each column; a mean may be 0 but for its last digits."""
+    return len(ours) == len(theirs) and all(
+        math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6 * deviation)
+        for a, b, deviation in zip(ours, theirs, deviations, strict=True)
+    )
 
 
 PACKAGED = "fashion_mnist_small"

@@ -36,6 +36,26 @@ class Classes(NamedTuple):
     natural: bool  # whether they are 0..K-1
 
 
+def as_array(given: Any, place: Place, allowed: str) -> npt.NDArray[Any]:
+    """Return samples or labels as an array of NumPy.
+
+    Raises:
+      UserError: NumPy cannot read them, or a mask hides some of the values.
+    """
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise place.refusal(
+            f"{np.ma.count_masked(given):,} masked values",
+            "allowed are arrays without a mask, such as `x.filled(0)`",
+        )
+    try:
+        return np.asarray(given)
+    except Exception as error:  # each library raises types of its own
+        kind, reason = type(given).__name__, " ".join(str(error).split())
+        raise place.refusal(
+            f"a value of type {kind} that NumPy cannot read ({reason})", allowed
+        ) from error
+
+
 def read_labels(given: Any, count: int, place: Place) -> Labels:
     """Check labels, and bring them to one per sample.
 
@@ -47,7 +67,7 @@ def read_labels(given: Any, count: int, place: Place) -> Labels:
     Raises:
       UserError: the labels have another type or shape.
     """
-    labels = np.asarray(given)
+    labels = as_array(given, place, _ALLOWED)
     if labels.ndim == 2 and labels.shape[1:] == (1,):
         labels = labels[:, 0]
     if labels.dtype.kind == "O" and all(isinstance(v, str) for v in labels.flat):
@@ -81,13 +101,13 @@ def classes_of(labels: Labels, place: Place, rule: str) -> Classes:
     """
     if rule not in LABELS:
         raise unknown("labels", rule, LABELS)
-    if labels.num_classes is not None:
-        return Classes(tuple(range(labels.num_classes)), natural=True)
     values = tuple(np.unique(labels.values).tolist())
     if len(values) == 1:
         raise place.refusal(
             f"no label but {values[0]}", "allowed are 2 classes or more"
         )
+    if labels.num_classes is not None:
+        return Classes(tuple(range(labels.num_classes)), natural=True)
     natural = values == tuple(range(len(values)))
     if natural or rule == "remap" or isinstance(values[0], str):
         return Classes(values, natural)

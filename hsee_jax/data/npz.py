@@ -5,10 +5,10 @@ Each file holds samples as ``images`` or ``x``, and labels as ``labels`` or ``y`
 name of a key of `KNOWN`.
 """
 
+import contextlib
 import os
-import zipfile
-import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,44 +64,68 @@ def find(dataset: str, folder: Path) -> Source | None:
 
 
 def write_npz(folder: str | os.PathLike[str], data: Arrays) -> None:
-    """Write arrays as the files that ``--dataset npz`` reads.
+    """Write arrays as the files that ``--dataset npz`` reads, both or none.
 
     Args:
       folder: to write ``train.npz`` and ``test.npz`` to; it is made if it is missing.
       data: ``(x, y, x_test, y_test)``, see `arrays` for their types and shapes.
 
     Raises:
-      UserError: the arrays are not valid.
+      UserError: the arrays are not valid, or the files cannot be written.
     """
-    place = Path(folder)
     splits = raw_of(data, "the arrays", "data")
     convert(*splits, labels="remap")
-    place.mkdir(parents=True, exist_ok=True)
-    for name, split in zip(("train", "test"), splits, strict=True):
-        samples, labels = np.asarray(split.samples), np.asarray(split.labels)
-        if labels.dtype.kind == "O":  # text of another library
-            labels = labels.astype(np.str_)
-        np.savez(place / f"{name}.npz", x=samples, y=labels)
+    paths = [Path(folder) / f"{name}.npz" for name in ("train", "test")]
+    parts = [path.with_name(f"{path.name}.tmp") for path in paths]
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            if path.is_dir():
+                raise IsADirectoryError(f"{path.name} is a folder")
+        for part, split in zip(parts, splits, strict=True):
+            _write(part, split)
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"folder: {folder} cannot be written to: {error.strerror or error}; "
+            "allowed is a folder for train.npz and test.npz"
+        ) from error
+    finally:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def _write(path: Path, split: Raw) -> None:
+    samples, labels = np.asarray(split.samples), np.asarray(split.labels)
+    if labels.dtype.kind == "O":  # text of another library
+        labels = labels.astype(np.str_)
+    with path.open("wb") as file:
+        np.savez(file, x=samples, y=labels)
 
 
 def _load(path: Path) -> Raw:
     """Read the arrays of a file; nothing is unpickled."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            for names in _NAMES:
-                if all(name in arrays for name in names):
-                    samples, labels = (arrays[name] for name in names)
-                    return Raw(samples, labels, Place(str(path)))
-            found = ", ".join(arrays) or "nothing"
-    except (
-        OSError,
-        EOFError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"data_dir: {path} cannot be read: {error}; {_ALLOWED}") from (
+        with path.open("rb") as file:
+            return _pair(np.load(file, allow_pickle=False), path)
+    except UserError:
+        raise
+    except Exception as error:  # readers of archives raise many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data_dir: {path} cannot be read: {reason}; {_ALLOWED}") from (
             error
         )
-    raise Place(str(path)).refusal(found, _ALLOWED)
+
+
+def _pair(content: Any, path: Path) -> Raw:
+    """Read samples and labels of what NumPy found in a file."""
+    if isinstance(content, np.ndarray):
+        raise ValueError("it holds one array without a name, as a .npy file does")
+    with content as arrays:
+        for names in _NAMES:
+            if all(name in arrays for name in names):
+                samples, labels = (arrays[name] for name in names)
+                return Raw(samples, labels, Place(str(path)))
+        raise Place(str(path)).refusal(", ".join(arrays) or "nothing", _ALLOWED)

@@ -1,7 +1,7 @@
 """The data of a run: the dataset that its configuration names, or arrays of a program.
 
-A run on arrays has the dataset ``arrays``, and a digest of them in its `DatasetInfo`;
-whatever reopens it needs the same arrays.
+A run on arrays has the dataset ``arrays``. The user's own data, files and arrays alike,
+have a digest in their `DatasetInfo`; whatever reopens a run needs the same data.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from hsee_jax.data import (
     dataset_info,
     read_dataset,
 )
+from hsee_jax.data.arrays import four
 
 Splits = tuple[Dataset, Dataset]  # training and test set, on the host
 
@@ -67,13 +68,18 @@ def data_source(config: DataConfig, data: OwnData | None = None) -> DataSource:
                 f"data: arrays are not allowed here; the run is on the dataset {name}, "
                 "which is read from its folder"
             )
-        found = form.take(_arrays(data), limits)
+        found = form.take(four(data, "data"), limits)
         return DataSource(found.info, lambda: (found.train, found.test))
     read = partial(read_dataset, name, folder=config.data_dir, limits=limits, **options)
     if form.info is not None:
         return DataSource(form.info, lambda: read()[:2])
     found = read()
     return DataSource(found.info, lambda: (found.train, found.test))
+
+
+def own_field(config: DataConfig) -> str:
+    """Return the option that gave the data of a configuration, for errors."""
+    return "data" if config.dataset == "arrays" else "data_dir"
 
 
 def build_info(config: DataConfig) -> DatasetInfo:
@@ -90,16 +96,3 @@ def _options(config: DataConfig) -> dict[str, Any]:
     """Return the options that the dataset reads."""
     names = DATASETS.entry(config.dataset).options
     return {name: config.options[name] for name in names}
-
-
-def _arrays(data: Any) -> tuple[Any, Any, Any, Any]:
-    """Return x, y, x_test and y_test."""
-    parts = tuple(data)
-    if len(parts) == 2 and all(isinstance(part, Dataset) for part in parts):
-        parts = (*parts[0], *parts[1])
-    if len(parts) != 4:
-        raise UserError(
-            f"data: {len(parts)} values are not allowed; allowed are (x, y, x_test, "
-            "y_test), or two Datasets"
-        )
-    return parts

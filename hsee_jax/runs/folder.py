@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from hsee_jax.config.schema import BOOKKEEPING, Config
 from hsee_jax.config.values import flatten, from_dict
 from hsee_jax.core.errors import UserError
-from hsee_jax.data.info import DatasetInfo
+from hsee_jax.data.info import DatasetInfo, difference
 from hsee_jax.data.partition import Share
 from hsee_jax.parallel.processes import in_first
 
@@ -159,23 +159,27 @@ def check_same(config: Config, stored: Config) -> None:
             )
 
 
-def check_info(folder: Path, found: DatasetInfo) -> None:
-    """Refuse data whose shape, classes, labels or normalisation are not a run's.
+def check_info(folder: Path, found: DatasetInfo, field: str = "data_dir") -> None:
+    """Refuse data that are not a run's.
+
+    Args:
+      folder: of the run.
+      found: what is known of the data.
+      field: the option that the data were given with, for errors.
 
     Raises:
-      UserError: they are not.
+      UserError: the data are not those of the run.
     """
     try:
         stored = read_info(folder)
     except UserError:
         return  # it is lost, and `train` writes it anew
-    for name, theirs, value in zip(stored._fields, stored, found, strict=True):
-        if value != theirs:
-            field = "data_dir" if stored.digest is None else "data"
-            raise UserError(
-                f"{field}: the data found now, of {name} {value}, are not those of "
-                f"{folder}; allowed is {theirs}"
-            )
+    name = difference(stored, found)
+    if name is not None:
+        raise UserError(
+            f"{field}: the data found now, of {name} {getattr(found, name)}, are not "
+            f"those of {folder}; allowed is {getattr(stored, name)}"
+        )
 
 
 def check_partition(folder: Path, shares: Sequence[Share]) -> None:

@@ -7,7 +7,7 @@ from hsee_jax.config.values import override
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import load
-from hsee_jax.runs.data import OwnData, data_source
+from hsee_jax.runs.data import OwnData, data_source, own_field
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
 from hsee_jax.runs.records import Scores
@@ -41,7 +41,7 @@ def reopen(
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
     source = data_source(config.data, data)
-    check_info(folder, source.info)
+    check_info(folder, source.info, own_field(config.data))
     checkpoint = checkpoint_of(folder, which)
     experiment = build(config, source)
     return experiment, load(checkpoint, experiment.store.checkpoint_shapes())

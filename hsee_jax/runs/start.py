@@ -15,16 +15,18 @@ from hsee_jax.core.types import ExitMetrics, Metrics
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.runs.data import own_field
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import check_info, check_partition, replace_file
+from hsee_jax.runs.folder import check_info, check_partition, replace_file, writing
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.records import RoundRecord, dumps
 
 _log = logging.getLogger(__name__)
 
-# Folders that commands and trackers make of a run.
+# What training, commands and trackers make of a run.
 _DERIVED = (
     "checkpoints",
+    "metrics.csv",
     "report",
     "gate",
     "export",
@@ -61,7 +63,7 @@ def resume_from(experiment: Experiment, folder: Path) -> Start:
             f"rounds: {rounds} is not allowed with --resume; the run has done "
             f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
-    check_info(folder, experiment.info)
+    check_info(folder, experiment.info, own_field(experiment.config.data))
     check_partition(folder, experiment.manifest)
     state = load(checkpoint, experiment.store.checkpoint_shapes())
     records = read_records(folder, limit=checkpoint.rounds)
@@ -119,9 +121,8 @@ def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     """
     if start.checkpoint is None:
         for derived in _DERIVED:
-            shutil.rmtree(folder / derived, ignore_errors=True)
-        (folder / "metrics.csv").unlink(missing_ok=True)
-    (folder / "summary.json").unlink(missing_ok=True)
+            _remove(folder / derived)
+    _remove(folder / "summary.json")
     replace_file(folder / "config.json", to_json(experiment.config) + "\n")
     replace_file(folder / "data.json", dumps(experiment.info._asdict()))
     lines = [dumps(record.to_json(), lines=True) for record in start.records]
@@ -129,3 +130,12 @@ def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     shares = [share._asdict() for share in experiment.manifest]
     text = json.dumps(shares, separators=(",", ":"))
     replace_file(folder / "partition.json", text + "\n")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all it holds, if it is there."""
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
