@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.paths import expand_home
 from hsee_jax.core.types import Dataset
-from hsee_jax.data.arrays import Arrays, convert, digest, limited, raw_of
+from hsee_jax.data.arrays import Arrays, convert, limited, raw_of
 from hsee_jax.data.download import OnBytes
 from hsee_jax.data.info import NO_LIMITS, PACKAGED, Data, DatasetInfo, Limits
 from hsee_jax.data.registry import DATASETS, Form
@@ -105,9 +106,8 @@ def read_arrays(
       UserError: the arrays are not valid.
     """
     data = convert(*raw_of(arrays, "the arrays", "data"), labels=labels)
-    info = data.info._replace(digest=digest(data))
     notes = ("passed from Python", *data.notes)
-    data = limited(data._replace(info=info, notes=notes), limits)
+    data = limited(data._replace(notes=notes), limits)
     _log.info(describe("arrays", data))
     return data
 
@@ -205,11 +205,4 @@ def _one_line(place: Path) -> Iterator[None]:
 
 def _absolute(folder: Folder) -> Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    path = Path(folder or default)
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:  # no such user
-        raise UserError(
-            f"data_dir: {path} is not allowed ({error}); allowed is a path, with ~ for "
-            "your own home"
-        ) from error
+    return expand_home(folder or default, "data_dir").absolute()
