@@ -184,7 +184,7 @@ def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
         return found[0]
 
     monkeypatch.setattr(gate, "study", study)
-    gate.main(["--run", "run", "--rounds", "1", "--offload", "0.3"])
+    gate.main(["--rounds", "1", "--offload", "0.3"])
     lines = capsys.readouterr().out.splitlines()
     chosen = found[0].thresholds(Target("offload", 0.3))["clients"]
     for line, client in zip(lines, chosen, strict=True):
@@ -196,6 +196,8 @@ def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
         names = ("accuracy", "exit_accuracy", "server_accuracy")
         expected = [client[name] for name in names]
         assert accuracies == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(hs.UserError, match="run: nowhere is not a run"):
+        gate.main(["--run", "nowhere"])
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
