@@ -7,22 +7,20 @@ clients and server, is compared with the measured round. Rounds and profiles are
 in turns, so that a noisy machine disturbs both alike.
 Expected: predictions within 15 % of the measured medians on an idle machine.
 Cost: about 10 minutes on two CPU cores; --quick takes seconds and proves nothing.
-Command: python benchmarks/bench_timing.py [--out FILE]
+Command: python benchmarks/bench_timing.py [--out FOLDER]
 """
 
 import argparse
 import atexit
-import json
 import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench
 import jax
 import numpy as np
 
@@ -42,7 +40,6 @@ from hsee_jax.systems import (
 )
 from hsee_jax.systems.profile import profile
 
-OUT = Path(__file__).parent / "results"
 STRATEGIES = ("sequential", "averaging")
 MIXES: dict[str, tuple[str, ...]] = {
     "shallow": ("1", "2", "3"),
@@ -71,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests")
     parser.add_argument("--network", default="resnet18", help="resnet18 by default")
-    parser.add_argument("--out", type=Path, help="the file to write")
+    parser.add_argument("--out", type=Path, default=bench.RESULTS)
     given = parser.parse_args(arguments)
     size = QUICK if given.quick else Size()
     keep_programs()
@@ -83,15 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f" ({row['measured_low_s']:.3f}-{row['measured_high_s']:.3f})"
             f"  {row['error']:+.1%}"
         )
-    out = given.out or OUT / f"bench-timing-{jax.default_backend()}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "benchmark": "timing",
-        "machine": machine(),
-        "size": size._asdict() | {"network": given.network},
-        "rows": rows,
-    }
-    out.write_text(json.dumps(content, indent=2) + "\n")
+    bench.write("timing", rows, out=given.out)
 
 
 def keep_programs() -> None:
@@ -102,7 +91,7 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def measure(size: Size, network: str) -> list[dict[str, Any]]:
+def measure(size: Size, network: str) -> list[bench.Row]:
     """Return a row for each strategy and mix of cuts."""
     runs = {
         (strategy, mix): _experiment(size, network, strategy, cuts)
@@ -128,7 +117,7 @@ def measure(size: Size, network: str) -> list[dict[str, Any]]:
         "this", np.nan, np.nan, 1.0, 1.0, measured=_median(profiles)
     )
     return [
-        {"strategy": strategy, "mix": mix}
+        {"strategy": strategy, "mix": mix, "cuts": " ".join(_mixes(network)[mix])}
         | _compare(predict(experiment, costs, machine_device), seconds[strategy, mix])
         for (strategy, mix), experiment in runs.items()
     ]
@@ -213,20 +202,6 @@ def _noise(count: int) -> Dataset:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
     return Dataset(images, rng.integers(0, info.num_classes, count).astype(np.int32))
-
-
-def machine() -> dict[str, Any]:
-    """Return the hardware and the versions behind a result."""
-    return {
-        "backend": jax.default_backend(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {
-            name: metadata.version(name) for name in ("jax", "jaxlib", "flax")
-        },
-    }
 
 
 if __name__ == "__main__":

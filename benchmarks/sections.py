@@ -227,6 +227,28 @@ SECTIONS = (
         ),
     ),
     Section(
+        "timing",
+        "The device clock against this machine",
+        "`hsee profile` times the machine, and the clock of `hsee plan` predicts a round "
+        "of 6 clients at width 16. In the simulation one machine computes for all, so "
+        "the sum of all busy seconds is compared with the measured round.",
+        (
+            Part(
+                "",
+                {
+                    **_values("strategy", "cuts"),
+                    "predicted s": value("predicted_s"),
+                    "measured s": lambda row: (
+                        f"{figure(row['measured_s'])} ({figure(row['measured_low_s'])} "
+                        f"to {figure(row['measured_high_s'])})"
+                    ),
+                    "difference": lambda row: f"{row['error']:+.0%}",
+                },
+            ),
+        ),
+        {"cpu": []},
+    ),
+    Section(
         "conv",
         "Forms of one convolution",
         "Milliseconds of a pass. A convolution is named by its channels, its window, "

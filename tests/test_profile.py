@@ -124,9 +124,9 @@ def test_errors_come_before_the_measurement(
 def test_the_benchmark_writes_what_it_found(tmp_path):
     import bench_timing
 
-    out = tmp_path / "timing.json"
-    bench_timing.main(["--quick", "--network", "tiny", "--out", str(out)])
-    content = json.loads(out.read_text())
+    bench_timing.main(["--quick", "--network", "tiny", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("bench-timing-*.json")
+    content = json.loads(path.read_text())
     assert {"backend", "device", "cpu_cores", "versions"} <= set(content["machine"])
     rows = content["rows"]
     places = {(row["strategy"], row["mix"]) for row in rows}
