@@ -230,8 +230,8 @@ SECTIONS = (
         "timing",
         "The device clock against this machine",
         "`hsee profile` times the machine, and the clock of `hsee plan` predicts a "
-        "round of 6 clients at width 16. In the simulation one machine computes for all, so "
-        "the sum of all busy seconds is compared with the measured round.",
+        "round of 6 clients at width 16. In the simulation one machine computes for "
+        "all, so the sum of all busy seconds is compared with the measured round.",
         (
             Part(
                 "",
