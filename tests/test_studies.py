@@ -374,6 +374,7 @@ def test_the_files_of_a_study(write, tmp_path):
     assert list(studies.write(study, nothing, tmp_path)) == [text]
 
 
+@pytest.mark.slow
 def test_a_run_equals_a_run_trained_alone(write, tmp_path):
     """Bit for bit, although it was stopped and went on."""
     one, *_ = studies.runs(studies.load(write(STUDY, ("rounds = 3", "rounds = 2"))))
