@@ -6,6 +6,7 @@ are compiled once, through JAX's own cache.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -40,3 +42,13 @@ def pytest_collection_modifyitems(items):
     """Put the long files first, in this order; the order within a file stays."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What the package logs, also after a command line in the same process."""
+    log = logging.getLogger("hsee_jax")
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])
+    caplog.set_level(logging.INFO, "hsee_jax")
+    return lambda: [r.message for r in caplog.records if "datasets" in r.name]

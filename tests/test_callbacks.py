@@ -6,9 +6,9 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny import TINY
+from tiny import THREE_ROUNDS as CONFIG
 
-from hsee_jax import Stopped, override, preset, runs, train
+from hsee_jax import Stopped, runs, train
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.federation import RunState
@@ -23,19 +23,6 @@ from hsee_jax.runs.records import (
     dumps,
 )
 from hsee_jax.systems.traffic import Bytes
-
-CONFIG = override(
-    preset("demo"),
-    **TINY,
-    num_clients=2,
-    cuts=("1", "2"),
-    max_train_samples=40,
-    max_test_samples=10,
-    batch_size=6,
-    rounds=3,
-    eval_every=2,
-    checkpoint_every=2,
-)
 
 
 class Notebook(runs.Callback):

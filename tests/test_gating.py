@@ -195,6 +195,16 @@ def test_the_curve_is_that_of_21_targets(run, study):
     assert len(set(thresholds_of(study, Target("offload", 0.5)))) == 3
 
 
+def test_the_mean_time_is_relative_to_the_mean_time_of_sending_all(study):
+    """A mean of the clients' ratios would weigh slow and fast clients alike."""
+    mean = study.curve()["mean"]
+    timed = [point for point in mean if point["seconds"] is not None]
+    assert 1 < len(timed) < len(mean)
+    for point in timed:
+        ratio = point["seconds"] / timed[0]["seconds"]
+        assert point["relative_seconds"] == pytest.approx(ratio)
+
+
 def test_targets_are_met_on_the_held_out_samples(study):
     for offload in (0, 0.25, 0.99, 1):
         for client in study.thresholds(Target("offload", offload))["clients"]:

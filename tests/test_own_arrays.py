@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import shutil
 import struct
 import subprocess
@@ -35,16 +34,6 @@ from hsee_jax.runs import evaluate, reopen
 from hsee_jax.runs.folder import check_info, read_info
 
 NUMBERS = np.array([0, 1, 2] * 4)
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """What the package logs, also after a command line in the same process."""
-    log = logging.getLogger("hsee_jax")
-    monkeypatch.setattr(log, "propagate", True)
-    monkeypatch.setattr(log, "handlers", [])
-    caplog.set_level(logging.INFO, "hsee_jax")
-    return lambda: [r.message for r in caplog.records if "datasets" in r.name]
 
 
 def samples(shape, dtype, seed=0):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import shutil
 import sys
 from collections import Counter
@@ -48,16 +47,6 @@ def pairs(images, labels):
 
 def named(info, labels):
     return [info.label_values[label] for label in labels]
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """What the package logs, also after a command line in the same process."""
-    log = logging.getLogger("hsee_jax")
-    monkeypatch.setattr(log, "propagate", True)
-    monkeypatch.setattr(log, "handlers", [])
-    caplog.set_level(logging.INFO, "hsee_jax")
-    return lambda: [r.message for r in caplog.records if "datasets" in r.name]
 
 
 def test_folders_of_training_and_test(packaged, tmp_path, said):

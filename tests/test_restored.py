@@ -68,6 +68,11 @@ def test_branches_are_found_by_the_ids_of_clients(strategy, tmp_path):
             find(5)
 
 
+def test_a_restored_run_shows_its_clients_and_no_weights(folder):
+    text = repr(hsee_jax.restore(folder))
+    assert text.startswith("Restored(strategy=") and len(text) < 200
+
+
 def test_the_whole_network_of_a_client_answers_and_trains(folder):
     run = hsee_jax.restore(folder)
     network = run.network(3)

@@ -16,25 +16,14 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from tiny import TINY, AfterRound
+from tiny import THREE_ROUNDS as CONFIG
+from tiny import AfterRound
 
 import hsee_jax as hs
 from hsee_jax import cli, tracking
 from hsee_jax.runs.history import read_records
 from hsee_jax.tracking.bookmark import Bookmark, read_bookmark
 
-CONFIG = hs.override(
-    hs.preset("demo"),
-    **TINY,
-    num_clients=2,
-    cuts=("1", "2"),
-    max_train_samples=40,
-    max_test_samples=10,
-    batch_size=6,
-    rounds=3,
-    eval_every=2,
-    checkpoint_every=2,
-)
 WORDS = (
     "--network tiny --plugin tiny --num-clients 2 --cuts 1 --max-train-samples 40 "
     "--max-test-samples 10 --batch-size 20 --rounds 2"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.config import Config, override, to_json
+from hsee_jax.config import Config, override, preset, to_json
 from hsee_jax.core import Dataset, at_least
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation import Client, Federation, group_clients
@@ -168,3 +168,18 @@ def write_run(folder, config, rounds: int = 1, state=None):
     info = build_info(config.data)
     (folder / "data.json").write_text(json.dumps(info._asdict()))
     return state
+
+
+# A short run that is evaluated, and has a checkpoint, after rounds 2 and 3.
+THREE_ROUNDS = override(
+    preset("demo"),
+    **TINY,
+    num_clients=2,
+    cuts=("1", "2"),
+    max_train_samples=40,
+    max_test_samples=10,
+    batch_size=6,
+    rounds=3,
+    eval_every=2,
+    checkpoint_every=2,
+)

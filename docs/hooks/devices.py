@@ -1,12 +1,10 @@
 """Make the page of the catalogue of devices and of the fields of a file of devices."""
 
 import math
-import tomllib
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-from hsee_jax.systems.devices import catalogue, entry_fields
+from hsee_jax.systems.devices import catalogue, entry_fields, links
 
 _INTRODUCTION = """\
 # Devices and links
@@ -37,8 +35,6 @@ raspberry-pi-4,wifi,40
 
 def devices() -> str:
     """Return the page."""
-    file = resources.files("hsee_jax.systems") / "devices.toml"
-    links = tomllib.loads(file.read_text(encoding="utf-8"))["links"]
     parts = [
         _INTRODUCTION,
         _CSV,
@@ -63,7 +59,7 @@ def devices() -> str:
             ],
         ),
         "## Links\n",
-        _table(("link", "up MB/s", "down MB/s", "source"), map(_link, links.items())),
+        _table(("link", "up MB/s", "down MB/s", "source"), map(_link, links().items())),
     ]
     return "\n".join(parts)
 

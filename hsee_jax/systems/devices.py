@@ -89,6 +89,11 @@ def _shipped() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
+def links() -> Mapping[str, Mapping[str, Any]]:
+    """Return the fields of the links that the package knows, by name."""
+    return _shipped()["links"]
+
+
 def catalogue() -> dict[str, Device]:
     """Return the devices that the package knows, by name."""
     return {name: find_device(name) for name in _shipped()["devices"]}
