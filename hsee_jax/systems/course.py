@@ -23,7 +23,7 @@ class Setting(NamedTuple):
 
     @property
     def joint(self) -> bool:
-        """Whether a client waits for the gradient of each batch."""
+        """Return whether a client waits for the gradient of each batch."""
         return self.schedule.boundary == "joint"
 
 

@@ -51,7 +51,7 @@ class RoundTime(NamedTuple):
 
     @property
     def binds(self) -> tuple[str, ...]:
-        """The largest part of each client's round: compute, link, server or waiting."""
+        """Return the largest part of each client's round, of the four `Shares`."""
         names = [name.removesuffix("_s") for name in Shares._fields]
         return tuple(names[i] for i in np.argmax(np.stack(self.shares), axis=0))
 

@@ -16,9 +16,9 @@ from hsee_jax.tracking.tracker import Tracker
 Row = Mapping[str, float]
 
 
-@register
+@register(summary="a table in RUN/metrics.csv, with a row for each round")
 def csv(folder: str | os.PathLike[str]) -> Tracker:
-    """A table in RUN/metrics.csv, with a row for each round."""
+    """Write a table to RUN/metrics.csv, with a row for each round."""
     return CsvFile(folder)
 
 

@@ -81,9 +81,9 @@ class EventWriter:
         self._file.flush()
 
 
-@register
+@register(summary="event files in RUN/tensorboard, for tensorboard --logdir RUN")
 def tensorboard(folder: str | os.PathLike[str]) -> Tracker:
-    """Event files in RUN/tensorboard; show them with `tensorboard --logdir RUN`."""
+    """Write event files to RUN/tensorboard, for ``tensorboard --logdir RUN``."""
     check_library()
     return EventFiles(folder)
 

@@ -22,9 +22,11 @@ _log = logging.getLogger(__name__)
 _EXPERIMENT = "hsee-jax"
 
 
-@register
+@register(
+    summary="a run in MLFLOW_TRACKING_URI; without it in MLflow's database, or ./mlruns"
+)
 def mlflow(folder: str | os.PathLike[str]) -> Tracker:
-    """A run in MLFLOW_TRACKING_URI; without it in MLflow's database, or ./mlruns."""
+    """Log to MLFLOW_TRACKING_URI; without it to MLflow's database, or ./mlruns."""
     return MlflowRun(folder)
 
 

@@ -16,9 +16,11 @@ _log = logging.getLogger(__name__)
 _KILLED = 255  # the exit code by which W&B recognises a run that was interrupted
 
 
-@register
+@register(
+    summary="a run of Weights & Biases, with its files in RUN/wandb; see WANDB_MODE"
+)
 def wandb(folder: str | os.PathLike[str]) -> Tracker:
-    """A run of Weights & Biases, with its files in RUN/wandb; see WANDB_MODE."""
+    """Log to a run of Weights & Biases, with its files in RUN/wandb."""
     return WandbRun(folder)
 
 
