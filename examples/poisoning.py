@@ -7,6 +7,8 @@ the library. The script prints the mean accuracy of the nine honest clients, ove
 it takes a few minutes::
 
     python examples/poisoning.py --json examples/poisoning.json
+    python examples/poisoning.py --skew --factors 1 -10 \\
+        --json examples/poisoning-skew.json
 """
 
 import argparse
