@@ -1,4 +1,4 @@
-"""One of ten devices sends poisoned layers; the mean, a trimmed mean and the median.
+r"""One of ten devices sends poisoned layers; the mean, a trimmed mean and the median.
 
 After each round every layer is averaged over its holders. Client 1, one of the five
 with the deeper cut, multiplies its layers by a factor before it sends them: 1 is
@@ -7,7 +7,7 @@ the library. The script prints the mean accuracy of the nine honest clients, ove
 it takes a few minutes::
 
     python examples/poisoning.py --json examples/poisoning.json
-    python examples/poisoning.py --skew --factors 1 -10 \\
+    python examples/poisoning.py --skew --factors 1 -10 \
         --json examples/poisoning-skew.json
 """
 
