@@ -6,17 +6,20 @@ from typing import Any
 
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.arguments import config_parser
+from hsee_jax.cli.expectations import expected_problem, read_experience
 from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.config import Config
 from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.core.options import Option, positive
+from hsee_jax.core.options import Option, between, positive
 from hsee_jax.nn.cuts import parse_cut
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.report import plan as plan_report
+from hsee_jax.report.accuracy import leave_one_out_table, predicted
 from hsee_jax.report.tables import Table
+from hsee_jax.runs.accuracy import Experience
 from hsee_jax.runs.folder import check_writable
-from hsee_jax.runs.planning import Planning, Resources, planning, problem_of
+from hsee_jax.runs.planning import Planning, Resources, planning
 from hsee_jax.systems.comparison import Row, compare, other_choices
 from hsee_jax.systems.device_file import read_devices
 from hsee_jax.systems.planner import Limits, plan_cuts
@@ -51,7 +54,8 @@ def plan(words: Sequence[str]) -> None:
     use_cache(given)
     check_devices()
     known = planning(config, resources)
-    problem = problem_of(known)
+    experience = read_experience(given.get("accuracy_from", ()), known)
+    problem, expected = expected_problem(known, experience)
     limits = _limits(given, known.layer_names)
     answer = plan_cuts(problem, quantity, limits)
     document = {
@@ -59,9 +63,13 @@ def plan(words: Sequence[str]) -> None:
         "minimize": minimize,
         **plan_report.document(problem, answer, known.layer_names),
     }
-    tables = [plan_report.by_kind(document)]
+    tables = []
+    if expected is not None:
+        document["predicted"] = predicted(expected, answer.cuts)
+        tables.append(leave_one_out_table(expected))
+    tables.append(plan_report.by_kind(document))
     if given.get("compare", False):
-        rows = compare(_problems(known), quantity, limits)
+        rows = compare(_problems(known, experience), quantity, limits)
         tables.append(_strategies(known, rows))
         others = [Row("plan", answer), *other_choices(problem, quantity, limits)]
         title = f"other cuts under {config.strategy.strategy}, without limits of totals"
@@ -105,6 +113,21 @@ def _parser(words: Sequence[str]) -> Parser:
         )
     parser.add_argument("--min-cut", help="least cut, a number or a name")
     parser.add_argument(
+        "--accuracy-from",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="finished runs of the same network and dataset, or folders of studies "
+        "with their results: predict the accuracies of the plan from them",
+    )
+    parser.add_argument(
+        "--min-exit-accuracy",
+        type=float,
+        metavar="FLOAT",
+        help="least predicted accuracy of each client's exit, from 0 to 1; needs "
+        "--accuracy-from",
+    )
+    parser.add_argument(
         "--server-workers",
         type=int,
         help="clients that a server with replicas works for at once (1)",
@@ -143,15 +166,27 @@ def _limits(given: dict[str, Any], layer_names: Sequence[str]) -> Limits:
         joules=_number(given, "max_joules"),
         bytes=_number(given, "max_bytes"),
         server_bytes=_number(given, "max_server_memory"),
+        exit_accuracy=_least_accuracy(given),
     )
 
 
-def _problems(known: Planning) -> dict[str, Problem | UserError]:
+def _least_accuracy(given: dict[str, Any]) -> float | None:
+    if "min_exit_accuracy" not in given:
+        return None
+    if "accuracy_from" not in given:
+        raise UserError("accuracy_from: missing; min_exit_accuracy needs finished runs")
+    option = Option("min_exit_accuracy", float, None, rules=(between(0, 1),))
+    return option.checked(given["min_exit_accuracy"])
+
+
+def _problems(
+    known: Planning, experience: Experience | None
+) -> dict[str, Problem | UserError]:
     """Return the problem under every algorithm, or why there is none."""
     found: dict[str, Problem | UserError] = {}
     for name in ALGORITHMS:
         try:
-            found[name] = problem_of(known, name)
+            found[name], _ = expected_problem(known, experience, name)
         except UserError as error:
             found[name] = error
     return found

@@ -29,6 +29,8 @@ class Problem(NamedTuple):
     workers: int = 1  # of a server with replicas
     uplink_bytes_per_s: float = np.inf  # that all clients share
     one_cut: bool = False  # whether the algorithm needs the same cut for all clients
+    # Predicted accuracy of a client's exit at each cut, [L]; None if it is not known.
+    exit_accuracy: Floats | None = None
 
     @property
     def num_layers(self) -> int:
