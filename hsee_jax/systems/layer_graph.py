@@ -18,8 +18,8 @@ from hsee_jax.systems.cut_features import Inputs, Predict
 from hsee_jax.systems.quantities import Bools, Floats
 
 _WIDTH = 16
-_STEPS = 400
-_OPTIMIZER = optax.adamw(0.02, weight_decay=0.01)
+_STEPS = 200
+_OPTIMIZER = optax.adamw(0.03, weight_decay=0.01)
 
 
 class _Weights(NamedTuple):

@@ -28,13 +28,13 @@ def solve_ridge(rows: Floats, values: Floats, penalty: float) -> tuple[Floats, f
 def fit_ridge(inputs: Inputs, values: Floats, kept: Bools) -> Predict:
     """Fit a ridge regression; the penalty is that of the least leave-one-out error."""
     rows = _flat(inputs)[kept]
-    errors = [_left_out_error(rows, values[kept], one) for one in PENALTIES]
+    errors = [left_out_error(rows, values[kept], one) for one in PENALTIES]
     best = PENALTIES[int(np.argmin(errors))]
     weights, intercept = solve_ridge(rows, values[kept], best)
     return lambda inputs: _flat(inputs) @ weights + intercept
 
 
-def _left_out_error(rows: Floats, values: Floats, penalty: float) -> float:
+def left_out_error(rows: Floats, values: Floats, penalty: float) -> float:
     """Return the mean squared error of leave-one-out, by the closed form."""
     weights, intercept = solve_ridge(rows, values, penalty)
     inner = rows - rows.mean(axis=0)
