@@ -8,6 +8,7 @@ from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.expectations import expected_problem, read_experience
 from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.plan_pairs import check_flags, show_pairs
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.config import Config
 from hsee_jax.core.errors import UserError, unknown
@@ -22,6 +23,7 @@ from hsee_jax.runs.folder import check_writable
 from hsee_jax.runs.planning import Planning, Resources, planning
 from hsee_jax.systems.comparison import Row, compare, other_choices
 from hsee_jax.systems.device_file import read_devices
+from hsee_jax.systems.pairing import RULES
 from hsee_jax.systems.planner import Limits, plan_cuts
 from hsee_jax.systems.problem import Problem
 
@@ -41,25 +43,42 @@ _CHOSEN = ("cuts", "num_clients")  # by the plan
 def plan(words: Sequence[str]) -> None:
     """Choose the cuts of some devices; print and write the plan and its picture."""
     given = vars(_parser(words).parse(words))
-    for name in _CHOSEN:
-        if name in given:
-            raise UserError(f"{name}: is not allowed; the plan says it")
-    minimize = given.get("minimize", "time")
-    if minimize not in _MINIMIZE:
-        raise unknown("minimize", minimize, _MINIMIZE)
-    quantity, out = _MINIMIZE[minimize], given.get("out", Path("plan"))
+    _check(given)
+    out = given.get("out", Path("plan"))
     check_writable(out)
     config = config_from(given)
     resources = read_resources(given, config)
     use_cache(given)
     check_devices()
     known = planning(config, resources)
+    if "pairs" in given:
+        show_pairs(known, given["pairs"], _number(given, "max_memory"), out)
+    else:
+        _plan_cuts(known, given, out)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Refuse flags before anything is read."""
+    for name in _CHOSEN:
+        if name in given:
+            raise UserError(f"{name}: is not allowed; the plan says it")
+    if given.get("minimize", "time") not in _MINIMIZE:
+        raise unknown("minimize", given["minimize"], _MINIMIZE)
+    if "pairs" in given:
+        check_flags(given)
+    _least_accuracy(given)
+
+
+def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
+    """Plan, print the tables, and write the plan and its picture."""
+    minimize, strategy = given.get("minimize", "time"), known.config.strategy.strategy
+    quantity = _MINIMIZE[minimize]
+    limits = _limits(given, known.layer_names)
     experience = read_experience(given.get("accuracy_from", ()), known)
     problem, expected = expected_problem(known, experience)
-    limits = _limits(given, known.layer_names)
     answer = plan_cuts(problem, quantity, limits)
     document = {
-        "strategy": config.strategy.strategy,
+        "strategy": strategy,
         "minimize": minimize,
         **plan_report.document(problem, answer, known.layer_names),
     }
@@ -72,7 +91,7 @@ def plan(words: Sequence[str]) -> None:
         rows = compare(_problems(known, experience), quantity, limits)
         tables.append(_strategies(known, rows))
         others = [Row("plan", answer), *other_choices(problem, quantity, limits)]
-        title = f"other cuts under {config.strategy.strategy}, without limits of totals"
+        title = f"other cuts under {strategy}, without limits of totals"
         tables.append(plan_report.side_by_side(title, "choice", others))
     plan_report.write(document, problem, answer, out)
     for table in tables:
@@ -131,6 +150,12 @@ def _parser(words: Sequence[str]) -> Parser:
         "--server-workers",
         type=int,
         help="clients that a server with replicas works for at once (1)",
+    )
+    parser.add_argument(
+        "--pairs",
+        metavar="|".join(RULES),
+        help="pair the clients without a server: each trains a whole network, and the "
+        "partner computes a part of it; writes pairs.json",
     )
     parser.add_argument(
         "--compare",
