@@ -17,6 +17,7 @@ from hsee_jax.nn.cuts import parse_cut
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.report import plan as plan_report
 from hsee_jax.report.accuracy import leave_one_out_table, predicted
+from hsee_jax.report.clusters import cluster_entries, clusters_table
 from hsee_jax.report.tables import Table
 from hsee_jax.runs.accuracy import Experience
 from hsee_jax.runs.folder import check_writable
@@ -87,6 +88,9 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
         document["predicted"] = predicted(expected, answer.cuts)
         tables.append(leave_one_out_table(expected))
     tables.append(plan_report.by_kind(document))
+    if problem.clusters:
+        document["clusters"] = cluster_entries(problem, answer)
+        tables.append(clusters_table(document["clusters"]))
     if given.get("compare", False):
         rows = compare(_problems(known, experience), quantity, limits)
         tables.append(_strategies(known, rows))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hsee_jax.core.types import Array
+from hsee_jax.core.types import Array, PyTree
 from hsee_jax.systems.cut_features import Inputs, Predict
 from hsee_jax.systems.quantities import Bools, Floats
 
@@ -44,12 +44,12 @@ def fit_graph(inputs: Inputs, values: Floats, kept: Bools) -> Predict:
 
 def _arrays(inputs: Inputs) -> tuple[Array, Array]:
     """Return nodes and settings in float32, each with a constant feature."""
-    return tuple(
-        jnp.concatenate(
-            [jnp.asarray(part, jnp.float32), jnp.ones((*part.shape[:-1], 1))], axis=-1
-        )
-        for part in inputs
-    )
+    return _with_constant(inputs.layers), _with_constant(inputs.settings)
+
+
+def _with_constant(part: Floats) -> Array:
+    constant = np.ones((*part.shape[:-1], 1))
+    return jnp.asarray(np.concatenate([part, constant], axis=-1), jnp.float32)
 
 
 @jax.jit
@@ -57,14 +57,14 @@ def _train(nodes: Array, settings: Array, targets: Array, shares: Array) -> _Wei
     def loss(weights: _Weights) -> Array:
         return jnp.sum(shares * (_apply(weights, nodes, settings) - targets) ** 2)
 
-    def step(carry, _):
+    def step(_: int, carry: tuple[_Weights, PyTree]) -> tuple[_Weights, PyTree]:
         weights, state = carry
         updates, state = _OPTIMIZER.update(jax.grad(loss)(weights), state, weights)
-        return (optax.apply_updates(weights, updates), state), None
+        return optax.apply_updates(weights, updates), state
 
     weights = _init(nodes.shape[-1], settings.shape[-1])
     carry = (weights, _OPTIMIZER.init(weights))
-    return jax.lax.scan(step, carry, length=_STEPS)[0][0]
+    return jax.lax.fori_loop(0, _STEPS, step, carry)[0]
 
 
 def _init(features: int, settings: int) -> _Weights:

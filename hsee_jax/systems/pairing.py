@@ -6,6 +6,7 @@ with the deepest cut a client computes all of its network. The choice of the cut
 trying all is ours: FedPairing splits the layers in proportion to the speeds.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,8 +68,8 @@ def plan_pairs(
     if rule == "exact":
         seconds = np.full((count, count), np.inf)
         found = {}
-        for i, j in zip(*np.triu_indices(count, 1), strict=True):
-            pair = found[i, j] = _split(problem, costs, int(i), int(j), memory)
+        for i, j in itertools.combinations(range(count), 2):
+            pair = found[i, j] = _split(problem, costs, i, j, memory)
             seconds[i, j] = seconds[j, i] = pair.seconds
         pairs = [found[pair] for pair in exact_pairs(seconds)]
     else:
@@ -90,11 +91,14 @@ def _costs(problem: Problem) -> _Costs:
     hosted[:, -1] = 0.0
     sent = size * np.array([c.output_bytes for c in problem.costs[:layers]], float)
     sent[-1] = 0.0
-    options = {"batch_size": size, "slots": problem.slots}
-    own_bytes = client_memory(problem.costs, **options)
-    own_bytes[-1] = client_memory(problem.costs, **options, boundary="none")[-1]
+    slots = problem.slots
+    own_bytes, alone = (
+        client_memory(problem.costs, batch_size=size, slots=slots, boundary=boundary)
+        for boundary in ("detached", "none")
+    )
+    own_bytes[-1] = alone[-1]
     hosted_bytes = [
-        server_memory(problem.costs, [cut], **options, shared=True)
+        server_memory(problem.costs, [cut], batch_size=size, slots=slots, shared=True)
         for cut in range(1, layers)
     ]
     return _Costs(own, hosted, sent, own_bytes, np.array([*hosted_bytes, 0]))

@@ -148,6 +148,7 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
         names=[device.name for device in devices],
         choices=choices,
     )
+    allowed = _within_clusters(problem, limits, allowed)
     if limits.exit_accuracy is None:
         return allowed
     if problem.exit_accuracy is None:
@@ -158,6 +159,25 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
     return accurate_cuts(
         allowed, problem.exit_accuracy, limits.exit_accuracy, one_cut=problem.one_cut
     )
+
+
+def _within_clusters(problem: Problem, limits: Limits, allowed: Bools) -> Bools:
+    """Leave out the cuts whose layers the devices of a cluster cannot hold."""
+    if problem.clusters and limits.memory_bytes is not None:
+        raise UserError(
+            "max_memory: is not allowed with clusters; allowed is memory_bytes of the "
+            "devices"
+        )
+    allowed = allowed.copy()
+    for client, pipelines in problem.clusters.items():
+        allowed[client] &= [one is not None for one in pipelines.by_cut]
+        if not allowed[client].any():
+            raise UserError(
+                f"devices: cluster {problem.devices[client].name} (client {client}) "
+                "has too little memory for every cut; allowed are devices with more "
+                "memory_bytes"
+            )
+    return allowed
 
 
 def _shared_bytes(problem: Problem, cut: int) -> int:
