@@ -163,6 +163,19 @@ def test_runs_of_several_seeds_count_as_one():
         fit_accuracy(COSTS, alike)
 
 
+def test_twins_do_not_predict_each_other():
+    """Two settings give the same exits; a mean of the others never sees the twin."""
+    trained = [
+        Trained((cut,), (value,), value + 0.1 * on, (on,))
+        for cut, value in ((1, 0.0), (2, 0.3), (3, 0.6))
+        for on in (0.0, 1.0)
+    ]
+    predictor = fit_accuracy(COSTS, trained)
+    # The means of the others are 0.45, 0.3 and 0.15.
+    assert predictor.mean_exit.scores["mean"].mean_error == pytest.approx(0.3)
+    assert predictor.mixes == 6
+
+
 @pytest.fixture(scope="module")
 def known():
     """Four clients of the network `tiny`, two of them slow."""

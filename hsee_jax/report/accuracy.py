@@ -24,8 +24,8 @@ def leave_one_out_table(expected: Expectations) -> Table:
     estimates = _estimates(expected.predictor)
     rows = [(title, *_cells(one)) for title, one in estimates.items()]
     title = (
-        f"accuracy predicted from {expected.runs} runs: mean absolute error and "
-        "Kendall tau by leave-one-out"
+        f"accuracy predicted from {expected.runs} runs, {expected.predictor.mixes} "
+        "mixes of cuts and options; mean absolute error and Kendall tau by leave-one-out"
     )
     if expected.differences:
         title += f"\nthe plan has {', '.join(expected.differences)} in the runs"

@@ -55,6 +55,7 @@ class Predictor(NamedTuple):
     """Predictions of the accuracies of a network whose clients have some cuts."""
 
     costs: tuple[LayerCost, ...]
+    mixes: int  # number of different mixes of cuts and settings that it was fitted to
     server: Estimate  # mean server accuracy, from the cuts of all clients
     mean_exit: Estimate  # mean exit accuracy, from the cuts of all clients
     exit: Estimate  # exit accuracy of a client, from its own cut
@@ -75,7 +76,9 @@ def fit_accuracy(costs: Sequence[LayerCost], trained: Sequence[Trained]) -> Pred
     """Fit predictors of accuracy to finished runs.
 
     Runs with the same cuts and settings, such as those of several seeds, count as one
-    with their mean. Leave-one-out leaves out all of these runs at once.
+    mix with their mean. Leave-one-out leaves out a mix; for the exits it leaves out all
+    mixes whose exits are exactly equal, since strategies that differ only behind the
+    cut train the same exits.
 
     Args:
       costs: the costs of L layers, L exits and the final head.
@@ -94,9 +97,11 @@ def fit_accuracy(costs: Sequence[LayerCost], trained: Sequence[Trained]) -> Pred
             "more of cuts alone"
         )
     inputs = make_inputs(costs, cuts, [run.settings for run in runs])
-    groups = np.arange(len(runs))
+    mixes = np.arange(len(runs))
     servers = np.array([run.server_accuracy for run in runs])
     exits = np.array([np.mean(run.exit_accuracies) for run in runs])
+    twins = np.unique(exits, return_inverse=True)[1]
+    twins = twins if twins.any() else mixes
     by_cut = [(i, cut, v) for i, run in enumerate(runs) for cut, v in run.exits.items()]
     alone = make_inputs(
         costs,
@@ -106,9 +111,10 @@ def fit_accuracy(costs: Sequence[LayerCost], trained: Sequence[Trained]) -> Pred
     values = np.array([value for _, _, value in by_cut])
     return Predictor(
         tuple(costs),
-        _estimate(inputs, servers, groups),
-        _estimate(inputs, exits, groups),
-        _estimate(alone, values, np.array([i for i, _, _ in by_cut])),
+        len(runs),
+        _estimate(inputs, servers, mixes),
+        _estimate(inputs, exits, twins),
+        _estimate(alone, values, twins[[i for i, _, _ in by_cut]]),
     )
 
 
