@@ -25,7 +25,7 @@ def leave_one_out_table(expected: Expectations) -> Table:
     rows = [(title, *_cells(one)) for title, one in estimates.items()]
     title = (
         f"accuracy predicted from {expected.runs} runs, {expected.predictor.mixes} "
-        "mixes of cuts and options; mean absolute error and Kendall tau by leave-one-out"
+        "mixes of cuts and options; by leave-one-out: mean absolute error, Kendall tau"
     )
     if expected.differences:
         title += f"\nthe plan has {', '.join(expected.differences)} in the runs"
