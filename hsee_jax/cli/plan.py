@@ -92,7 +92,8 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
         document["clusters"] = cluster_entries(problem, answer)
         tables.append(clusters_table(document["clusters"]))
     if given.get("compare", False):
-        rows = compare(_problems(known, experience), quantity, limits)
+        needed = experience if limits.exit_accuracy is not None else None
+        rows = compare(_problems(known, needed), quantity, limits)
         tables.append(_strategies(known, rows))
         others = [Row("plan", answer), *other_choices(problem, quantity, limits)]
         title = f"other cuts under {strategy}, without limits of totals"

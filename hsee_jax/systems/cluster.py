@@ -141,7 +141,8 @@ def _fits(
 def _send_seconds(devices: tuple[Device, ...], sizes: Floats) -> Floats:
     """Return the seconds of a micro-batch's features and gradients, ``[K, cut]``.
 
-    Each device passes them to the next one, and the gradients come back.
+    Each device passes them to the next one, and the gradients come back. The rate is
+    that to the next device also where it holds no layer.
     """
     rows = np.zeros((len(devices), len(sizes)))
     for k, (one, after) in enumerate(zip(devices, devices[1:], strict=False)):
