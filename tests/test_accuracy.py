@@ -16,6 +16,7 @@ from hsee_jax.config import values as config_values
 from hsee_jax.core import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.evaluation import ClientResult
+from hsee_jax.report.accuracy import leave_one_out_table
 from hsee_jax.runs.accuracy import FinishedRun, expect, learn, read_finished
 from hsee_jax.runs.planning import Resources, planning, problem_of
 from hsee_jax.runs.records import LinkSummary, Scores, Summary
@@ -269,7 +270,7 @@ def test_options_that_differ_become_settings(known):
     """Averaging is 0.05 better here; the plan has more rounds than any run."""
     runs = [finished(cuts) for cuts in MIXES]
     runs += [finished(cuts, gain=0.05, strategy="averaging") for cuts in MIXES]
-    experience = learn(known.costs, runs)
+    experience = learn(SMALL, known.costs, runs)
     plans = {
         name: expect(experience, override(SMALL, strategy=name, rounds=99))
         for name in ("sequential", "averaging")
@@ -282,7 +283,20 @@ def test_options_that_differ_become_settings(known):
     with pytest.raises(UserError, match="no run has the strategy local of the plan"):
         expect(experience, override(SMALL, strategy="local"))
     with pytest.raises(UserError, match="no run has the network resnet18 of the plan"):
-        expect(experience, override(Config(), dataset=SMALL.data.dataset))
+        other = override(Config(), dataset=SMALL.data.dataset)
+        learn(other, known.costs, runs)
+
+
+@pytest.mark.usefixtures("ridge_alone")
+def test_the_table_names_cuts_of_no_run(known):
+    runs = [finished(cuts) for cuts in MIXES if 3 not in cuts]
+    runs += [finished(cuts, strategy="averaging") for cuts in MIXES if 3 not in cuts]
+    expected = expect(learn(SMALL, known.costs, runs), SMALL)
+    assert expected.predictor.tried == (1, 2)
+    table = leave_one_out_table(expected, np.array([1, 3, 3, 2]))
+    assert table.title.endswith("\nno run has a client of cut 3")
+    assert "graph error" not in table.header
+    assert "no run" not in leave_one_out_table(expected, np.array([1, 2])).title
 
 
 def test_runs_of_unlike_networks_or_data_are_refused(known):
@@ -292,7 +306,7 @@ def test_runs_of_unlike_networks_or_data_are_refused(known):
     ):
         runs = [finished(cuts) for cuts in MIXES[:4]]
         with pytest.raises(UserError, match=text) as refusal:
-            learn(known.costs, [*runs, finished(MIXES[4], **changes)])
+            learn(SMALL, known.costs, [*runs, finished(MIXES[4], **changes)])
         assert str(refusal.value).endswith(
             "allowed are runs of one network and one dataset"
         )
@@ -356,6 +370,7 @@ def test_a_plan_asks_for_an_accuracy(places, tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("ridge error", "graph tau", "winner", "exit accuracy"):
         assert text in shown
+    assert "no run has a client" not in shown
     free = json.loads((tmp_path / "free" / "plan.json").read_text())
     cuts = [client["cut"] for client in free["clients"]]
     assert min(cuts) == 1

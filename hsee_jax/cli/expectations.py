@@ -31,7 +31,7 @@ def read_experience(places: Sequence[Path], known: Planning) -> Experience | Non
     if not places:
         return None
     runs = [run for place in places for run in _read(place)]
-    return learn(known.costs, runs)
+    return learn(known.config, known.costs, runs)
 
 
 def expected_problem(

@@ -86,7 +86,7 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
     tables = []
     if expected is not None:
         document["predicted"] = predicted(expected, answer.cuts)
-        tables.append(leave_one_out_table(expected))
+        tables.append(leave_one_out_table(expected, answer.cuts))
     tables.append(plan_report.by_kind(document))
     if problem.clusters:
         document["clusters"] = cluster_entries(problem, answer)

@@ -16,8 +16,15 @@ _TITLES = {
 }
 
 
-def leave_one_out_table(expected: Expectations) -> Table:
-    """Make a table of the models' errors on runs that they were not fitted to."""
+def leave_one_out_table(expected: Expectations, cuts: Ints) -> Table:
+    """Make a table of the models' errors on runs that they were not fitted to.
+
+    The title names what the runs do not cover: options of the plan, and its cuts.
+
+    Args:
+      expected: of the plan.
+      cuts: of the plan, ``int64 [N]``.
+    """
     header = ["accuracy"]
     for model in MODELS:
         header += [f"{model} error", f"{model} tau"]
@@ -29,6 +36,9 @@ def leave_one_out_table(expected: Expectations) -> Table:
     )
     if expected.differences:
         title += f"\nthe plan has {', '.join(expected.differences)} in the runs"
+    untried = sorted({*cuts.tolist()} - {*expected.predictor.tried})
+    if untried:
+        title += f"\nno run has a client of cut {', '.join(map(str, untried))}"
     return Table(title, (*header, "error of the mean", "winner"), rows)
 
 

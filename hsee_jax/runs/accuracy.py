@@ -60,18 +60,22 @@ def read_finished(folder: Path) -> FinishedRun:
     return FinishedRun(str(folder), history.settings, history.summary.scores)
 
 
-def learn(costs: Sequence[LayerCost], runs: Sequence[FinishedRun]) -> Experience:
+def learn(
+    config: Config, costs: Sequence[LayerCost], runs: Sequence[FinishedRun]
+) -> Experience:
     """Fit predictors of accuracy to finished runs.
 
     Options that differ between the runs, other than seeds and cuts, become settings:
     one for each of their values.
 
     Args:
-      costs: of the runs' network.
+      config: of a plan for the same network.
+      costs: of this network.
       runs: at least one.
 
     Raises:
-      UserError: the runs differ in their network or data, or are too few.
+      UserError: the runs differ in their network or data, or the plan from them; or
+        they are too few.
     """
     known = [_plain(run.options) for run in runs]
     for name in (*_identity(), "data"):
@@ -82,6 +86,7 @@ def learn(costs: Sequence[LayerCost], runs: Sequence[FinishedRun]) -> Experience
                     f"{known[0].get(name)} in {runs[0].name}; allowed are runs of one "
                     "network and one dataset"
                 )
+    _check_plan(_identity(), known, _plain(settings(config)))
     columns = _columns(known)
     trained = [
         Trained(
@@ -104,18 +109,11 @@ def expect(experience: Experience, config: Config) -> Expectations:
     it, and `Expectations.differences` names it.
 
     Raises:
-      UserError: no run has its network, its dataset or its strategy.
+      UserError: no run has its strategy.
     """
     known = [_plain(run.options) for run in experience.runs]
     plan = _plain(settings(config))
-    for name in (*_identity(), "strategy"):
-        values = [own.get(name) for own in known]
-        if plan.get(name) not in values:
-            allowed = ", ".join(dict.fromkeys(map(str, values)))
-            raise UserError(
-                f"accuracy_from: no run has the {name} {plan.get(name)} of the plan; "
-                f"the runs have {allowed}"
-            )
+    _check_plan(["strategy"], known, plan)
     differences = _differences(known, plan)
     own = tuple(
         mean if name in differences else float(plan.get(name) == value)
@@ -125,6 +123,20 @@ def expect(experience: Experience, config: Config) -> Expectations:
     )
     texts = tuple(differences.values())
     return Expectations(experience.predictor, own, len(known), texts)
+
+
+def _check_plan(
+    names: Sequence[str], known: Sequence[_Options], plan: _Options
+) -> None:
+    """Refuse a plan with a value of some options that no run has."""
+    for name in names:
+        values = [own.get(name) for own in known]
+        if plan.get(name) not in values:
+            allowed = ", ".join(dict.fromkeys(map(str, values)))
+            raise UserError(
+                f"accuracy_from: no run has the {name} {plan.get(name)} of the plan; "
+                f"the runs have {allowed}"
+            )
 
 
 def _identity() -> list[str]:

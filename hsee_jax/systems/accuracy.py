@@ -56,6 +56,7 @@ class Predictor(NamedTuple):
 
     costs: tuple[LayerCost, ...]
     mixes: int  # number of different mixes of cuts and settings that it was fitted to
+    tried: tuple[int, ...]  # the cuts of the clients of these
     server: Estimate  # mean server accuracy, from the cuts of all clients
     mean_exit: Estimate  # mean exit accuracy, from the cuts of all clients
     exit: Estimate  # exit accuracy of a client, from its own cut
@@ -112,6 +113,7 @@ def fit_accuracy(costs: Sequence[LayerCost], trained: Sequence[Trained]) -> Pred
     return Predictor(
         tuple(costs),
         len(runs),
+        tuple(sorted({cut for run in runs for cut in run.cuts})),
         _estimate(inputs, servers, mixes),
         _estimate(inputs, exits, twins),
         _estimate(alone, values, twins[[i for i, _, _ in by_cut]]),
