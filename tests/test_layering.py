@@ -174,7 +174,7 @@ def test_each_library_has_one_home():
         "wandb": {"tracking.wandb_run"},
         "mlflow": {"tracking.mlflow_run"},
         "pooch": {"data.download"},
-        "scipy": {"systems.bandwidth", "systems.milp"},
+        "scipy": {"systems.accuracy", "systems.bandwidth", "systems.milp"},
         "tensorflow_datasets": {"data.prepared"},
         "pyarrow": {"data.parquet"},
         "PIL": {"data.pictures"},

@@ -20,9 +20,10 @@ from hsee_jax.algorithms import (
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.link import CODECS
-from hsee_jax.nn import NETWORKS
+from hsee_jax.nn import NETWORKS, layer_inputs, resnet18
 from hsee_jax.runs.build import build
-from hsee_jax.systems.traffic import averages_in, traffic_of
+from hsee_jax.systems.costs import layer_costs
+from hsee_jax.systems.traffic import averages_in, traffic_of, training_bytes
 
 
 @NETWORKS.register
@@ -190,3 +191,26 @@ def test_info_shows_what_crosses_at_every_cut(capsys):
     assert shown == {
         cut: [f"{count + 12:,}", f"{4 * count:,}"] for cut, count in codes.items()
     }
+
+
+def test_four_cuts_of_resnet18_are_not_dominated():
+    """Features halve at cuts 4, 6 and 8; a cut in between computes more for nothing."""
+    model = resnet18(num_classes=10, input_shape=(32, 32, 3), width=64)
+    costs = layer_costs(model)
+    forward = np.cumsum([cost.flops for cost in costs[:9]])
+    codec = CODECS.make("full")
+    sent = [
+        training_bytes(shape, codec, "detached").up_bytes
+        for shape in layer_inputs(model)[1:]
+    ]
+    device = [own + costs[9 + cut].flops for cut, own in enumerate(forward)]
+    pairs = list(zip(device, sent, strict=True))
+    best = [
+        cut
+        for cut, own in enumerate(pairs, start=1)
+        if not any(
+            other != own and other[0] <= own[0] and other[1] <= own[1]
+            for other in pairs
+        )
+    ]
+    assert best == [1, 4, 6, 8]

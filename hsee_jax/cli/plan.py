@@ -6,19 +6,25 @@ from typing import Any
 
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.arguments import config_parser
+from hsee_jax.cli.expectations import expected_problem, read_experience
 from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.plan_pairs import check_flags, show_pairs
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.config import Config
 from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.core.options import Option, positive
+from hsee_jax.core.options import Option, between, positive
 from hsee_jax.nn.cuts import parse_cut
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.report import plan as plan_report
+from hsee_jax.report.accuracy import leave_one_out_table, predicted
+from hsee_jax.report.clusters import cluster_entries, clusters_table
 from hsee_jax.report.tables import Table
+from hsee_jax.runs.accuracy import Experience
 from hsee_jax.runs.folder import check_writable
-from hsee_jax.runs.planning import Planning, Resources, planning, problem_of
+from hsee_jax.runs.planning import Planning, Resources, planning
 from hsee_jax.systems.comparison import Row, compare, other_choices
 from hsee_jax.systems.device_file import read_devices
+from hsee_jax.systems.pairing import RULES
 from hsee_jax.systems.planner import Limits, plan_cuts
 from hsee_jax.systems.problem import Problem
 
@@ -38,33 +44,59 @@ _CHOSEN = ("cuts", "num_clients")  # by the plan
 def plan(words: Sequence[str]) -> None:
     """Choose the cuts of some devices; print and write the plan and its picture."""
     given = vars(_parser(words).parse(words))
-    for name in _CHOSEN:
-        if name in given:
-            raise UserError(f"{name}: is not allowed; the plan says it")
-    minimize = given.get("minimize", "time")
-    if minimize not in _MINIMIZE:
-        raise unknown("minimize", minimize, _MINIMIZE)
-    quantity, out = _MINIMIZE[minimize], given.get("out", Path("plan"))
+    _check(given)
+    out = given.get("out", Path("plan"))
     check_writable(out)
     config = config_from(given)
     resources = read_resources(given, config)
     use_cache(given)
     check_devices()
     known = planning(config, resources)
-    problem = problem_of(known)
+    if "pairs" in given:
+        show_pairs(known, given["pairs"], _number(given, "max_memory"), out)
+    else:
+        _plan_cuts(known, given, out)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Refuse flags before anything is read."""
+    for name in _CHOSEN:
+        if name in given:
+            raise UserError(f"{name}: is not allowed; the plan says it")
+    if given.get("minimize", "time") not in _MINIMIZE:
+        raise unknown("minimize", given["minimize"], _MINIMIZE)
+    if "pairs" in given:
+        check_flags(given)
+    _least_accuracy(given)
+
+
+def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
+    """Plan, print the tables, and write the plan and its picture."""
+    minimize, strategy = given.get("minimize", "time"), known.config.strategy.strategy
+    quantity = _MINIMIZE[minimize]
     limits = _limits(given, known.layer_names)
+    experience = read_experience(given.get("accuracy_from", ()), known)
+    problem, expected = expected_problem(known, experience)
     answer = plan_cuts(problem, quantity, limits)
     document = {
-        "strategy": config.strategy.strategy,
+        "strategy": strategy,
         "minimize": minimize,
         **plan_report.document(problem, answer, known.layer_names),
     }
-    tables = [plan_report.by_kind(document)]
+    tables = []
+    if expected is not None:
+        document["predicted"] = predicted(expected, answer.cuts)
+        tables.append(leave_one_out_table(expected, answer.cuts))
+    tables.append(plan_report.by_kind(document))
+    if problem.clusters:
+        document["clusters"] = cluster_entries(problem, answer)
+        tables.append(clusters_table(document["clusters"]))
     if given.get("compare", False):
-        rows = compare(_problems(known), quantity, limits)
+        needed = experience if limits.exit_accuracy is not None else None
+        rows = compare(_problems(known, needed), quantity, limits)
         tables.append(_strategies(known, rows))
         others = [Row("plan", answer), *other_choices(problem, quantity, limits)]
-        title = f"other cuts under {config.strategy.strategy}, without limits of totals"
+        title = f"other cuts under {strategy}, without limits of totals"
         tables.append(plan_report.side_by_side(title, "choice", others))
     plan_report.write(document, problem, answer, out)
     for table in tables:
@@ -105,9 +137,30 @@ def _parser(words: Sequence[str]) -> Parser:
         )
     parser.add_argument("--min-cut", help="least cut, a number or a name")
     parser.add_argument(
+        "--accuracy-from",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="finished runs of the same network and dataset, or folders of studies "
+        "with their results: predict the accuracies of the plan from them",
+    )
+    parser.add_argument(
+        "--min-exit-accuracy",
+        type=float,
+        metavar="FLOAT",
+        help="least predicted accuracy of each client's exit, from 0 to 1; needs "
+        "--accuracy-from",
+    )
+    parser.add_argument(
         "--server-workers",
         type=int,
         help="clients that a server with replicas works for at once (1)",
+    )
+    parser.add_argument(
+        "--pairs",
+        metavar="|".join(RULES),
+        help="pair the clients without a server: each trains a whole network, and the "
+        "partner computes a part of it; writes pairs.json",
     )
     parser.add_argument(
         "--compare",
@@ -143,15 +196,27 @@ def _limits(given: dict[str, Any], layer_names: Sequence[str]) -> Limits:
         joules=_number(given, "max_joules"),
         bytes=_number(given, "max_bytes"),
         server_bytes=_number(given, "max_server_memory"),
+        exit_accuracy=_least_accuracy(given),
     )
 
 
-def _problems(known: Planning) -> dict[str, Problem | UserError]:
+def _least_accuracy(given: dict[str, Any]) -> float | None:
+    if "min_exit_accuracy" not in given:
+        return None
+    if "accuracy_from" not in given:
+        raise UserError("accuracy_from: missing; min_exit_accuracy needs finished runs")
+    option = Option("min_exit_accuracy", float, None, rules=(between(0, 1),))
+    return option.checked(given["min_exit_accuracy"])
+
+
+def _problems(
+    known: Planning, experience: Experience | None
+) -> dict[str, Problem | UserError]:
     """Return the problem under every algorithm, or why there is none."""
     found: dict[str, Problem | UserError] = {}
     for name in ALGORITHMS:
         try:
-            found[name] = problem_of(known, name)
+            found[name], _ = expected_problem(known, experience, name)
         except UserError as error:
             found[name] = error
     return found

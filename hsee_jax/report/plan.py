@@ -15,6 +15,8 @@ from hsee_jax.systems.outcome import Plan
 from hsee_jax.systems.problem import Problem
 
 Document = dict[str, Any]
+_PREDICTED = {"predicted_exit_accuracy": "exit accuracy"}
+_MEANS = ("mean_exit_accuracy", "mean_server_accuracy")
 
 
 def document(problem: Problem, plan: Plan, layers: Sequence[str]) -> Document:
@@ -33,6 +35,8 @@ def document(problem: Problem, plan: Plan, layers: Sequence[str]) -> Document:
         "up_bytes": time.up_bytes,
         "down_bytes": time.down_bytes,
     }
+    if problem.exit_accuracy is not None:
+        columns["predicted_exit_accuracy"] = problem.exit_accuracy[plan.cuts - 1]
     clients = [
         {"id": i, "device": device.name, "cut": int(plan.cuts[i])}
         | {name: _number(values[i]) for name, values in columns.items()}
@@ -70,6 +74,7 @@ def by_kind(plan: Document) -> Table:
     kinds: dict[tuple[str, int], list[Document]] = {}
     for client in plan["clients"]:
         kinds.setdefault((client["device"], client["cut"]), []).append(client)
+    shown = [name for name in _PREDICTED if name in plan["clients"][0]]
     rows = []
     for (device, cut), clients in sorted(kinds.items()):
         binds = [client["binds"] for client in clients]
@@ -84,6 +89,7 @@ def by_kind(plan: Document) -> Table:
                 f"{_mean(clients, 'up_bytes') / 1e6:,.2f}",
                 f"{_mean(clients, 'down_bytes') / 1e6:,.2f}",
                 max(dict.fromkeys(binds), key=binds.count),
+                *(f"{clients[0][name]:.3f}" for name in shown),
             )
         )
     server = plan["server"]
@@ -95,6 +101,9 @@ def by_kind(plan: Document) -> Table:
         f"{server['device']} busy {server['busy_share']:.0%}, "
         f"{server['memory_bytes'] / 1e6:,.0f} MB; a row is the mean of its clients"
     )
+    if "predicted" in plan:
+        exits, servers = (plan["predicted"][name] for name in _MEANS)
+        title += f"; predicted mean accuracy: exits {exits:.3f}, servers {servers:.3f}"
     header = (
         "device",
         "clients",
@@ -105,6 +114,7 @@ def by_kind(plan: Document) -> Table:
         "MB up",
         "MB down",
         "what binds",
+        *(_PREDICTED[name] for name in shown),
     )
     return Table(title, header, rows)
 

@@ -15,8 +15,10 @@ from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.runs.build import build_federation
 from hsee_jax.runs.data import build_data, build_info
+from hsee_jax.systems.cluster import Pipelines, best_pipelines, cluster_device
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.device_file import Fleet
+from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import optimizer_slots
 from hsee_jax.systems.problem import Problem
 from hsee_jax.systems.quantities import Ints
@@ -86,30 +88,68 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     config, (fleet, workers, uplink) = given.config, given.resources
     if strategy is not None:
         config = override(config, strategy=strategy)
-    devices, samples = fleet.clients, given.samples
+    samples = given.samples
     if config.strategy.strategy == "centralized":  # the server trains on all samples
-        devices, samples = (fleet.server,), samples.sum(keepdims=True)
+        fleet, samples = (
+            Fleet((fleet.server,), fleet.server),
+            samples.sum(keepdims=True),
+        )
     batch_size = min(config.run.batch_size, int(samples.max()))
     steps = -(-samples // batch_size)
     federation = given.federation._replace(
-        groups=group_clients(Client(i, 1) for i in range(len(devices)))
+        groups=group_clients(Client(i, 1) for i in range(len(fleet.clients)))
     )
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
     detached = some.boundary == "detached"
+    if fleet.clusters and not detached:
+        raise UserError(
+            f"devices: a cluster does not fit the strategy {config.strategy.strategy}; "
+            "allowed are those with a detached boundary"
+        )
+    slots = optimizer_slots(federation.optimizer)
+    clusters = _pipelines(fleet, given.costs, batch_size, slots)
     return Problem(
         costs=given.costs,
         traffic=traffic,
-        devices=devices,
+        devices=_devices(fleet, given.costs, clusters, batch_size),
         server=fleet.server,
         schedule=schedule_of(some, int(steps.max())),
         steps=steps,
         batch_size=batch_size,
-        slots=optimizer_slots(federation.optimizer),
+        slots=slots,
         micro_batches=config.run.micro_batches if detached else 1,
         workers=workers,
         uplink_bytes_per_s=uplink,
         one_cut=_needs_one_cut(config, federation, list(traffic)),
+        clusters=clusters,
+    )
+
+
+def _pipelines(
+    fleet: Fleet, costs: tuple[LayerCost, ...], batch_size: int, slots: int
+) -> dict[int, Pipelines]:
+    """Return the best pipelines of each client that is a cluster."""
+    return {
+        cluster.client: best_pipelines(
+            costs, cluster.devices, batch_size=batch_size, slots=slots
+        )
+        for cluster in fleet.clusters
+    }
+
+
+def _devices(
+    fleet: Fleet,
+    costs: tuple[LayerCost, ...],
+    clusters: dict[int, Pipelines],
+    batch_size: int,
+) -> tuple[Device, ...]:
+    """Return the device of each client, a cluster as one device."""
+    return tuple(
+        cluster_device(device.name, costs, clusters[client], batch_size=batch_size)
+        if client in clusters
+        else device
+        for client, device in enumerate(fleet.clients)
     )
 
 

@@ -1,17 +1,26 @@
 """The costs of a federation: FLOPs and bytes, devices, and the seconds of a round."""
 
+from hsee_jax.systems.accuracy import (
+    Estimate,
+    Predictor,
+    Score,
+    Trained,
+    fit_accuracy,
+)
 from hsee_jax.systems.bandwidth import Division, divide_uplink
 from hsee_jax.systems.bottleneck import fastest
 from hsee_jax.systems.choice import choose
+from hsee_jax.systems.cluster import Pipeline, Pipelines, best_pipelines
 from hsee_jax.systems.comparison import compare, other_choices
 from hsee_jax.systems.costs import LayerCost, layer_costs
-from hsee_jax.systems.device_file import Fleet, read_devices
+from hsee_jax.systems.device_file import Cluster, Fleet, read_devices
 from hsee_jax.systems.devices import Device, catalogue, find_device, make_device
 from hsee_jax.systems.energy import joules
 from hsee_jax.systems.intervals import Interval, Span, intervals
 from hsee_jax.systems.measured import Measured
 from hsee_jax.systems.memory import client_memory, optimizer_slots, server_memory
 from hsee_jax.systems.outcome import Plan, evaluate_cuts
+from hsee_jax.systems.pairing import Pair, plan_pairs
 from hsee_jax.systems.pairs import (
     exact_pairs,
     fold_pairs,
@@ -49,26 +58,35 @@ from hsee_jax.systems.workload import (
 
 __all__ = [
     "Bytes",
+    "Cluster",
     "CutCosts",
     "CutSeconds",
     "Device",
     "Division",
+    "Estimate",
     "Fleet",
     "Interval",
     "LayerCost",
     "Limits",
     "Measured",
+    "Pair",
+    "Pipeline",
+    "Pipelines",
     "Plan",
+    "Predictor",
     "Problem",
     "RoundTime",
     "Schedule",
+    "Score",
     "Shares",
     "Span",
     "Stages",
     "Totals",
     "Traffic",
+    "Trained",
     "Work",
     "best_micro_batches",
+    "best_pipelines",
     "bytes_by_cut",
     "catalogue",
     "choose",
@@ -81,6 +99,7 @@ __all__ = [
     "exact_pairs",
     "fastest",
     "find_device",
+    "fit_accuracy",
     "fold_pairs",
     "greedy_pairs",
     "ideal_micro_batches",
@@ -93,6 +112,7 @@ __all__ = [
     "pair_seconds",
     "pipeline_s",
     "plan_cuts",
+    "plan_pairs",
     "read_devices",
     "round_bytes",
     "round_time",

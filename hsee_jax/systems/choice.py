@@ -159,3 +159,31 @@ def allowed_cuts(
             f"{upward(memory_bytes[among].min())} or more"
         )
     return allowed
+
+
+def accurate_cuts(
+    allowed: Bools, accuracy: Floats, least: float, *, one_cut: bool = False
+) -> Bools:
+    """Return which of the allowed cuts reach a predicted accuracy, ``[N, L]``.
+
+    Args:
+      allowed: the cuts that each client may take otherwise, ``[N, L]``.
+      accuracy: predicted for a client of each cut, ``[L]``.
+      least: that is asked for.
+      one_cut: whether all clients have the same cut.
+
+    Raises:
+      UserError: a client has no cut left, or all clients have no cut in common.
+    """
+    possible = allowed & allowed.all(axis=0) if one_cut else allowed
+    if not possible.any():
+        return allowed  # `choose` refuses it
+    best = np.where(possible, accuracy[None, :], -np.inf).max(axis=1)
+    if best.min() < least:
+        nearest = math.floor(best.min() * 1e4) / 1e4
+        raise UserError(
+            f"min_exit_accuracy: {plain(least)} is not possible for client "
+            f"{int(best.argmin())}, by the predicted accuracies; allowed is "
+            f"{plain(nearest)} or less"
+        )
+    return possible & (accuracy >= least)[None, :]

@@ -37,14 +37,28 @@ from hsee_jax.systems.devices import (
 )
 
 DEFAULT_SERVER = "gpu-server"
-_ONCE = ("count", "compute_spread", "link_spread")  # what a server does not have
+_ONCE = (
+    "count",
+    "compute_spread",
+    "link_spread",
+    "cluster",
+)  # what a server does not have
+
+
+class Cluster(NamedTuple):
+    """A client that is made of several devices."""
+
+    client: int
+    devices: tuple[Device, ...]  # in the order of the layers
 
 
 class Fleet(NamedTuple):
     """The devices of a federation."""
 
-    clients: tuple[Device, ...]  # of client 0, 1, ...
+    # Of client 0, 1, ...; a cluster has its last device here, under its own name.
+    clients: tuple[Device, ...]
     server: Device
+    clusters: tuple[Cluster, ...] = ()
 
 
 def read_devices(path: str | Path, *, seed: int = 0) -> Fleet:
@@ -69,19 +83,35 @@ def read_devices(path: str | Path, *, seed: int = 0) -> Fleet:
         ) from error
     except UserError as error:
         raise UserError(f"devices: {path}: {error}") from error
-    clients: list[Device] = []
+    devices: list[tuple[str | None, Device]] = []  # with the cluster
     for where, values in content.entries:
         try:
-            clients += _expand(values, len(clients), seed)
+            own = _expand(values, len(devices), seed)
+            devices += [(values.get("cluster"), device) for device in own]
         except UserError as error:
             raise UserError(f"devices: {path}, {where}: {error}") from error
-    if not clients:
+    if not devices:
         raise UserError(f"devices: {path} has no entry; allowed is 1 or more")
     try:
         server = _server(content.server)
     except UserError as error:
         raise UserError(f"devices: {path}, server: {error}") from error
-    return Fleet(tuple(clients), server)
+    return _fleet(devices, server)
+
+
+def _fleet(devices: Iterable[tuple[str | None, Device]], server: Device) -> Fleet:
+    """Gather the devices of each cluster; a client's place is its first device's."""
+    members: dict[str | int, list[Device]] = {}
+    for number, (cluster, device) in enumerate(devices):
+        members.setdefault(number if cluster is None else cluster, []).append(device)
+    clients, clusters = [], []
+    for client, (key, own) in enumerate(members.items()):
+        if isinstance(key, str):
+            clients.append(dataclasses.replace(own[-1], name=key))
+            clusters.append(Cluster(client, tuple(own)))
+        else:
+            clients += own
+    return Fleet(tuple(clients), server, tuple(clusters))
 
 
 class _Content(NamedTuple):

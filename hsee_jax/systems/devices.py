@@ -75,6 +75,11 @@ class Entry:
     )
     idle_watts: Annotated[float | None, "draw while it waits", at_least(0)] = None
     source: Annotated[str | None, "where the numbers come from"] = None
+    cluster: Annotated[
+        str | None,
+        "name of a cluster: its devices form one client, in the order of the file; the "
+        "first has the data, the last sends to the server",
+    ] = None
 
 
 @functools.cache

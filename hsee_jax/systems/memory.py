@@ -51,7 +51,7 @@ def client_memory(
             [*own, *_behind(costs, cut)] for own, cut in zip(parts, cuts, strict=True)
         ]
     return np.array(
-        [_weights(own, slots) + batch_size * _activations(own) for own in parts],
+        [parts_memory(own, batch_size=batch_size, slots=slots) for own in parts],
         np.int64,
     )
 
@@ -80,6 +80,11 @@ def server_memory(
     weights = sum(_weights(_behind(costs, cut), slots) for cut in held)
     batches = sorted((_activations(_behind(costs, cut)) for cut in cuts), reverse=True)
     return weights + batch_size * sum(batches[: 1 if shared else workers])
+
+
+def parts_memory(parts: Sequence[LayerCost], *, batch_size: int, slots: int) -> int:
+    """Return the bytes that training some layers and heads together needs."""
+    return _weights(parts, slots) + batch_size * _activations(parts)
 
 
 def _behind(costs: Sequence[LayerCost], cut: int) -> list[LayerCost]:

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.systems.choice import LIMITS, allowed_cuts, choose, plain, upward
+from hsee_jax.systems.choice import (
+    LIMITS,
+    accurate_cuts,
+    allowed_cuts,
+    choose,
+    plain,
+    upward,
+)
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import server_memory
 from hsee_jax.systems.outcome import Plan, client_bytes, evaluate_cuts
@@ -31,6 +38,7 @@ class Limits(NamedTuple):
     joules: float | None = None  # of all clients in a round
     bytes: float | None = None  # on all links in a round
     server_bytes: float | None = None  # of the server's memory
+    exit_accuracy: float | None = None  # the least that is predicted for each client
 
     def totals(self) -> dict[str, float]:
         """Return the limits of totals, by `QUANTITIES`."""
@@ -134,12 +142,42 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
                 f"max_server_memory: {plain(limits.server_bytes)} is not possible; "
                 f"allowed is {upward(min(holds.values()))} or more"
             )
-    return allowed_cuts(
+    allowed = allowed_cuts(
         client_bytes(problem).astype(float),
         most,
         names=[device.name for device in devices],
         choices=choices,
     )
+    allowed = _within_clusters(problem, limits, allowed)
+    if limits.exit_accuracy is None:
+        return allowed
+    if problem.exit_accuracy is None:
+        raise UserError(
+            "min_exit_accuracy: needs predictions; allowed is together with "
+            "accuracy_from"
+        )
+    return accurate_cuts(
+        allowed, problem.exit_accuracy, limits.exit_accuracy, one_cut=problem.one_cut
+    )
+
+
+def _within_clusters(problem: Problem, limits: Limits, allowed: Bools) -> Bools:
+    """Leave out the cuts whose layers the devices of a cluster cannot hold."""
+    if problem.clusters and limits.memory_bytes is not None:
+        raise UserError(
+            "max_memory: is not allowed with clusters; allowed is memory_bytes of the "
+            "devices"
+        )
+    allowed = allowed.copy()
+    for client, pipelines in problem.clusters.items():
+        allowed[client] &= [one is not None for one in pipelines.by_cut]
+        if not allowed[client].any():
+            raise UserError(
+                f"devices: cluster {problem.devices[client].name} (client {client}) "
+                "has too little memory for every cut; allowed are devices with more "
+                "memory_bytes"
+            )
+    return allowed
 
 
 def _shared_bytes(problem: Problem, cut: int) -> int:

@@ -1,10 +1,12 @@
 """The planner's problem: who takes part, and what a round costs at each cut."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from hsee_jax.systems.cluster import Pipelines
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import server_memory
@@ -29,6 +31,9 @@ class Problem(NamedTuple):
     workers: int = 1  # of a server with replicas
     uplink_bytes_per_s: float = np.inf  # that all clients share
     one_cut: bool = False  # whether the algorithm needs the same cut for all clients
+    # Predicted accuracy of a client's exit at each cut, [L]; None if it is not known.
+    exit_accuracy: Floats | None = None
+    clusters: Mapping[int, Pipelines] = MappingProxyType({})  # by client
 
     @property
     def num_layers(self) -> int:

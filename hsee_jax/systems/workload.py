@@ -48,12 +48,35 @@ def cut_seconds(
     Raises:
       UserError: the device was measured with another network.
     """
+    seconds = _by_cut(*part_seconds(costs, device, batch_size))
+    measured = device.measured
+    if measured is None:
+        return seconds
+    scale = batch_size / measured.batch_size
+    client = _factor(measured.client_step_s, scale, seconds[:2])
+    server = _factor(measured.server_step_s, scale, seconds[2:])
+    factors = (client, client, server, server)
+    return CutSeconds(*(s * f for s, f in zip(seconds, factors, strict=True)))
+
+
+def part_seconds(
+    costs: Sequence[LayerCost], device: Device, batch_size: int
+) -> tuple[Floats, Floats]:
+    """Return the seconds of both passes of a batch in each part, ``[2 L + 1]`` each.
+
+    Args:
+      costs: the costs of L layers, L exits and the final head.
+      device: that computes.
+      batch_size: samples in a batch.
+
+    Raises:
+      UserError: the device was measured with another network.
+    """
     measured = device.measured
     if measured is None:
         flops = batch_size * np.array([cost.flops for cost in costs], float)
         forward = flops / device.forward_flops_per_s
-        backward = BACKWARD_FLOPS * flops / device.backward_flops_per_s
-        return _by_cut(forward, backward)
+        return forward, BACKWARD_FLOPS * flops / device.backward_flops_per_s
     names = tuple(cost.name for cost in costs)
     if measured.parts != names:
         raise UserError(
@@ -62,13 +85,10 @@ def cut_seconds(
             f"{', '.join(names)}"
         )
     scale = batch_size / measured.batch_size
-    seconds = _by_cut(
-        scale * np.array(measured.forward_s), scale * np.array(measured.backward_s)
+    return (
+        scale * np.array(measured.forward_s),
+        scale * np.array(measured.backward_s),
     )
-    client = _factor(measured.client_step_s, scale, seconds[:2])
-    server = _factor(measured.server_step_s, scale, seconds[2:])
-    factors = (client, client, server, server)
-    return CutSeconds(*(s * f for s, f in zip(seconds, factors, strict=True)))
 
 
 def _by_cut(forward: Floats, backward: Floats) -> CutSeconds:

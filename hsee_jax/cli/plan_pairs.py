@@ -1,0 +1,65 @@
+"""Pairs of clients without a server, for ``hsee plan --pairs``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hsee_jax.cli.terminal import show, text_table
+from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.report.pairs import pairs_document, pairs_table
+from hsee_jax.runs.folder import replace_file, writing
+from hsee_jax.runs.planning import Planning, problem_of
+from hsee_jax.systems.pairing import RULES, plan_pairs
+
+_NO_EFFECT = (
+    "minimize",
+    "max_joules",
+    "max_seconds",
+    "max_bytes",
+    "max_server_memory",
+    "bandwidth",
+    "min_cut",
+    "server_workers",
+    "accuracy_from",
+    "min_exit_accuracy",
+    "compare",
+)
+_TRAINED = "fedavg"  # by pairs: every client a whole network
+
+
+def check_flags(given: dict[str, Any]) -> None:
+    """Refuse an unknown rule, and flags that pairs do not read.
+
+    Raises:
+      UserError: such a flag is given.
+    """
+    if given["pairs"] not in RULES:
+        raise unknown("pairs", given["pairs"], RULES)
+    for name in _NO_EFFECT:
+        if name in given:
+            raise UserError(f"{name}: has no effect with pairs")
+
+
+def show_pairs(
+    known: Planning, rule: str, memory_bytes: float | None, out: Path
+) -> None:
+    """Pair the clients, print the pairs and write ``pairs.json``.
+
+    Args:
+      known: of the plan.
+      rule: one of `RULES`.
+      memory_bytes: of every device; None for its own.
+      out: the folder for the file.
+
+    Raises:
+      UserError: see `plan_pairs`.
+    """
+    problem = problem_of(known, _TRAINED)
+    pairs = plan_pairs(problem, rule, memory_bytes)
+    document = pairs_document(problem, pairs, known.layer_names)
+    path = out / "pairs.json"
+    with writing(path):
+        out.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(document, indent=2) + "\n")
+    show(text_table(*pairs_table(document)))
+    print(path)

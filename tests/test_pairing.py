@@ -1,0 +1,147 @@
+"""Pairs without a server: the split of layers against a closed form and brute force."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsee_jax import cli
+from hsee_jax.core import UserError
+from hsee_jax.systems import LayerCost, Problem, Schedule, make_device
+from hsee_jax.systems.pairing import plan_pairs
+from hsee_jax.systems.pairs import pair_seconds, slowest_pair_s
+
+SERVER = make_device({"name": "none", "forward_flops_per_s": 1, "up_bytes_per_s": 1})
+
+
+def device(speed, link=1e30, **fields):
+    values = {"name": "d", "forward_flops_per_s": speed, "up_bytes_per_s": link}
+    return make_device({**values, **fields})
+
+
+def problem(devices, flops, sizes=None, heads=0, steps=None):
+    """Batches of one sample in a network whose exits and head cost the same."""
+    layers = len(flops)
+    sizes = sizes or [1] * layers
+    costs = [LayerCost("", 2, f, b, b) for f, b in zip(flops, sizes, strict=True)]
+    costs += [LayerCost("", 1, heads, 1, 1)] * (layers + 1)
+    return Problem(
+        costs=tuple(costs),
+        traffic={},
+        devices=tuple(devices),
+        server=SERVER,
+        schedule=Schedule(shared=False, boundary="none"),
+        steps=np.array(steps or [1] * len(devices)),
+        batch_size=1,
+        slots=0,
+    )
+
+
+def test_fine_layers_come_to_the_closed_form():
+    """Without exchange a pair takes 2 F / (f_i + f_j), see `pair_seconds`."""
+    speeds = np.array([1.0, 3.0, 2.0, 2.0])
+    fine = problem([device(speed) for speed in speeds], [1] * 12)
+    seconds = pair_seconds(3 * 12.0, speeds)  # the backward pass counts twice
+    for rule in ("greedy", "exact"):
+        pairs = plan_pairs(fine, rule)
+        assert [pair.clients for pair in pairs] == [(0, 1), (2, 3)]
+        for pair in pairs:
+            assert pair.seconds == pytest.approx(seconds[pair.clients])
+            assert max(pair.busy_s) == pytest.approx(pair.seconds)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_exact_rule_equals_brute_force(seed):
+    """Four clients with unlike links and numbers of batches."""
+    rng = np.random.default_rng(seed)
+    flops, sizes = rng.integers(1, 9, 3).tolist(), rng.integers(1, 9, 3).tolist()
+    steps, heads = rng.integers(1, 4, 4).tolist(), int(rng.integers(0, 3))
+    devices = [
+        device(*rng.exponential(5.0, 2) + 0.5, message_overhead_s=rng.exponential())
+        for _ in range(4)
+    ]
+
+    def round_s(i, j):
+        """Try the cuts of both networks; a layer takes three times its FLOPs."""
+        found = []
+        for cuts in itertools.product((1, 2, 3), repeat=2):
+            busy, crossing = {i: 0.0, j: 0.0}, 0.0
+            for own, other, cut in ((i, j, cuts[0]), (j, i, cuts[1])):
+                below, above = sum(flops[:cut]) + heads, sum(flops[cut:]) + heads
+                host = own if cut == 3 else other
+                for who, work in ((own, below), (host, above)):
+                    speed = devices[who].forward_flops_per_s
+                    busy[who] += steps[own] * 3 * work / speed
+                if cut < 3:
+                    rate = min(devices[k].up_bytes_per_s for k in (i, j))
+                    spent = sum(devices[k].message_overhead_s for k in (i, j))
+                    crossing += steps[own] * 2 * (sizes[cut - 1] / rate + spent)
+            found.append(max(busy.values()) + crossing)
+        return min(found)
+
+    seconds = np.full((4, 4), np.inf)
+    for i, j in itertools.combinations(range(4), 2):
+        seconds[i, j] = round_s(i, j)
+    pairings = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
+    best = min(slowest_pair_s(seconds, pairs) for pairs in pairings)
+    asked = problem(devices, flops, sizes, heads, steps)
+    exact = plan_pairs(asked, "exact")
+    assert max(pair.seconds for pair in exact) == pytest.approx(best)
+    for pair in plan_pairs(asked, "greedy"):
+        assert pair.seconds == pytest.approx(seconds[pair.clients])
+
+
+def test_a_pair_keeps_to_its_memory():
+    """A layer has two parameters, 8 bytes each with its gradient, and one activation.
+
+    So a network of two layers takes 2 * 17 for the layers and 9 for the head, and 9 for
+    the exit: 52. Hosting the upper layer and the head takes 26, and so does holding the
+    lower layer and its exit.
+    """
+    weak, strong = device(1.0), device(9.0)
+    (free,) = plan_pairs(problem([weak, strong], [1, 1]))
+    assert free.cuts == (1, 2)
+    assert free.memory_bytes == (26, 52 + 26)
+    (small,) = plan_pairs(problem([weak, strong], [1, 1]), memory_bytes=60.0)
+    assert max(small.memory_bytes) <= 60
+    assert small.seconds > free.seconds
+    with pytest.raises(UserError) as refusal:
+        plan_pairs(problem([weak, strong], [1, 1]), memory_bytes=51.0)
+    assert str(refusal.value) == (
+        "max_memory: 51 bytes of client 0 (d) is too little for the pair of clients 0 "
+        "and 1; allowed is 52 or more for both"
+    )
+
+
+def test_the_command_shows_who_hosts_whom(tmp_path, capsys):
+    fleet = tmp_path / "fleet.csv"
+    text = "name,forward_flops_per_s,up_bytes_per_s,count\n"
+    text += "weak,1e6,1e9,{}\nstrong,1e8,1e9,2\n"
+    fleet.write_text(text.format(2))
+    flags = ["plan", "--network", "tiny", "--plugin", "tiny", "--batch-size", "8"]
+    flags += ["--devices", str(fleet), "--out", str(tmp_path / "plan")]
+    for rule in ("greedy", "exact"):
+        assert cli.main([*flags, "--pairs", rule]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "weak │ 2 │ 1 │ strong: 2..3 │ none" in shown
+        written = json.loads((tmp_path / "plan" / "pairs.json").read_text())
+        (first, second) = written["pairs"]
+        for pair in (first, second):
+            weak, strong = sorted(pair["clients"], key=lambda one: one["id"])
+            assert (weak["device"], weak["cut"]) == ("weak", 1)
+            assert (strong["device"], strong["cut"]) == ("strong", 3)
+        assert written["seconds"] == max(first["seconds"], second["seconds"])
+    fleet.write_text(text.format(1))
+    for words, message in (
+        (["exact"], "pairs: 3 clients do not form pairs; allowed are even numbers"),
+        (["fold"], "pairs: fold is unknown"),
+        (["exact", "--max-joules", "3"], "max_joules: has no effect with pairs"),
+    ):
+        assert cli.main([*flags, "--pairs", *words]) == 2
+        line = capsys.readouterr().err
+        assert message in line
+        assert line.count("\n") == 1
