@@ -203,10 +203,11 @@ class _Turns:
 
     def _compile(self) -> None:
         """Compile the turns of all groups at once, before the first is taken."""
-        slots = {g: n for n, g in enumerate(self._group_of) if g not in self._compiled}
-        self._compiled |= slots.keys()
+        slots = {self._group_of[n]: n for n in np.flatnonzero(self._inputs.plan.active)}
+        new = slots.keys() - self._compiled
+        self._compiled |= new
         compile_together(
-            self._turn.lower(*self._arguments(0, n), group=g) for g, n in slots.items()
+            self._turn.lower(*self._arguments(0, slots[g]), group=g) for g in new
         )
 
     def _members(self, stacks: Iterable[PyTree]) -> list[PyTree]:
