@@ -75,9 +75,9 @@ def _child(report: Path, begin: float, words: list[str]) -> None:
     """Run a command line, and write when its first step ended and what it compiled."""
     compiled: list[float] = []
 
-    def note(event: str, seconds: float, **more: str | int) -> None:
+    def note(event: str, duration_secs: float, **more: str | int) -> None:
         if event == COMPILED:
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     import hsee_jax.cli.train

@@ -203,11 +203,13 @@ class _Turns:
 
     def _compile(self) -> None:
         """Compile the turns of all groups at once, before the first is taken."""
-        slots = {self._group_of[n]: n for n in np.flatnonzero(self._inputs.plan.active)}
+        active = np.flatnonzero(self._inputs.plan.active).tolist()
+        slots = {self._group_of[n]: n for n in active}
         new = slots.keys() - self._compiled
         self._compiled |= new
         compile_together(
-            self._turn.lower(*self._arguments(0, slots[g]), group=g) for g in new
+            self._turn.lower(*self._arguments(0, slots[g]), group=g)
+            for g in sorted(new)
         )
 
     def _members(self, stacks: Iterable[PyTree]) -> list[PyTree]:
