@@ -1,6 +1,6 @@
 """A round as a loop on the host, with a compiled turn for each client and batch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, PyTree
+from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.engine.programs import compile_together, put, take
+from hsee_jax.engine.programs import compile_together, restack, unstack
 from hsee_jax.engine.round import (
     Floats,
     RoundFn,
@@ -151,24 +151,25 @@ class _Turns:
 
     def load(self, state: RunState) -> None:
         """See `Steps`."""
-        self._state = state
+        self._state, sizes = state, self._inputs.sizes
         if self._strategy.shared:
-            self._clients = self._members(state.clients)
+            self._clients = unstack(state.clients, sizes)
             self._servers = list(state.servers)
         else:
-            pairs = self._members(zip(state.clients, state.servers, strict=True))
+            pairs = unstack(zip(state.clients, state.servers, strict=True), sizes)
             self._clients = [client for client, _ in pairs]
             self._servers = [server for _, server in pairs]
         self._compile()
 
     def store(self) -> RunState:
         """See `Steps`."""
-        state = self._state
+        state, sizes = self._state, self._inputs.sizes
         if self._strategy.shared:
-            stacks = self._stacks(state.clients, self._clients)
+            stacks = restack(state.clients, sizes, self._clients)
             return state.replace(clients=tuple(stacks), servers=tuple(self._servers))
-        pairs = self._stacks(
+        pairs = restack(
             zip(state.clients, state.servers, strict=True),
+            sizes,
             zip(self._clients, self._servers, strict=True),
         )
         clients, servers = zip(*pairs, strict=True)
@@ -211,23 +212,6 @@ class _Turns:
             self._turn.lower(*self._arguments(0, slots[g]), group=g)
             for g in sorted(new)
         )
-
-    def _members(self, stacks: Iterable[PyTree]) -> list[PyTree]:
-        return [
-            take(stack, np.int32(m))
-            for stack, size in zip(stacks, self._inputs.sizes, strict=True)
-            for m in range(size)
-        ]
-
-    def _stacks(
-        self, stacks: Iterable[PyTree], members: Iterable[PyTree]
-    ) -> list[PyTree]:
-        """Write members into the buffers of their stacks."""
-        rows, filled = iter(members), list(stacks)
-        for g, size in enumerate(self._inputs.sizes):
-            for m in range(size):
-                filled[g] = put(filled[g], np.int32(m), next(rows))
-        return filled
 
 
 def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
