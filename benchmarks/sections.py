@@ -227,6 +227,26 @@ SECTIONS = (
         ),
     ),
     Section(
+        "start",
+        "From the command to the first step",
+        "The seconds from the start of `hsee train demo` to the end of its first step, "
+        "without compiled programs and with those of an earlier call "
+        "(`--compilation-cache`); and all programs that a run compiles, with the "
+        "seconds in which XLA compiles them, or reads them from the cache.",
+        (
+            Part(
+                "",
+                {
+                    "programs kept from before": value("programs kept"),
+                    "first step after s": both("first step s", "range"),
+                    "programs": value("programs"),
+                    "compilation s": value("compilation s"),
+                },
+            ),
+        ),
+        {"cpu": []},
+    ),
+    Section(
         "timing",
         "The device clock against this machine",
         "`hsee profile` times the machine, and the clock of `hsee plan` predicts a "

@@ -217,3 +217,13 @@ def test_scaling_writes_its_files(part, tmp_path):
     for row in rows:
         assert set(bench_scaling.COLUMNS[part]) - optional <= set(row)
         assert all(row[column] is not None for column in bench_scaling.COLUMNS[part])
+
+
+@pytest.mark.slow
+def test_start_writes_its_file(tmp_path):
+    done = run("bench_start.py", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    cold, warm = written(tmp_path, "start")
+    assert [cold["programs kept"], warm["programs kept"]] == ["no", "yes"]
+    assert 0 < cold["programs"] == warm["programs"] <= 30
+    assert cold["first step s"] > 0 < warm["first step s"]

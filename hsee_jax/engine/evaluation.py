@@ -4,25 +4,29 @@ An answer with a logit that is not finite counts as wrong.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh
 
-from hsee_jax.core.types import Array, Dataset, Metrics
+from hsee_jax.core.types import Dataset
 from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.engine.agreement import Agreement, count_agreement
-from hsee_jax.engine.plan import EMPTY
-from hsee_jax.engine.round import client_axis, layout
-from hsee_jax.federation.branch import Branch, decode, encode, forward
+from hsee_jax.engine.agreement import Agreement
+from hsee_jax.engine.likeness import References
+from hsee_jax.engine.plan import EMPTY, take_seats
+from hsee_jax.engine.round import client_axis
+from hsee_jax.engine.scoring import (
+    BothMetrics,
+    Rows,
+    Task,
+    make_loop,
+    make_map,
+    make_score,
+)
 from hsee_jax.federation.federation import Federation, Group
-from hsee_jax.federation.state import RunState
-from hsee_jax.federation.strategy import Strategy, server_of
-from hsee_jax.nn.losses import masked_cross_entropy
-from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
+from hsee_jax.federation.state import RunState, split_stacks, stack_sizes
+from hsee_jax.federation.strategy import Strategy
 
 
 class ClientResult(NamedTuple):
@@ -37,14 +41,6 @@ class ClientResult(NamedTuple):
     agreement: Agreement | None = None  # None where a file does not hold them
 
 
-class BothMetrics(NamedTuple):
-    """The sums over a client's two answers."""
-
-    exit: Metrics
-    server: Metrics
-    agreement: Array  # int32 [4, K], see `count_agreement`
-
-
 class EvaluateFn(Protocol):
     """A compiled evaluation."""
 
@@ -53,50 +49,24 @@ class EvaluateFn(Protocol):
         state: RunState,
         data: Dataset,
         ids: npt.NDArray[np.int32] | None = None,
+        references: References | None = None,
     ) -> list[ClientResult]:
         """Evaluate the clients in a state's slots.
+
+        Empty slots are not scored, and clients with the weights of another only once.
 
         Args:
           state: the state of these clients.
           data: the samples, the same on every device.
           ids: ``int32 [N]``, the id of the client in each slot, or `EMPTY`. With None
             each stack holds the members of its group, followed by empty slots.
+          references: to evaluate many clients in several calls, on the same data: a
+            dictionary for all of them, which is empty before the first. On accelerators
+            each call has references of its own.
 
         Returns:
           One result for each client, by ascending id.
         """
-
-
-class _ScoreFn(Protocol):
-    """Scores one client on one batch."""
-
-    def __call__(
-        self,
-        client: Branch,
-        server: Branch,
-        data: Dataset,
-        indices: Array,
-        mask: Array,
-        *,
-        group: int,
-    ) -> BothMetrics:
-        """Return the sums over the samples at ``int32 [B]`` with a true mask."""
-
-
-class _Rows(NamedTuple):
-    """The samples of T batches."""
-
-    indices: Any  # int32 [T, B]
-    mask: Any  # bool [T, B], false on padding
-
-
-class _ScoresFn(Protocol):
-    """Scores the clients of one group on every batch."""
-
-    def __call__(
-        self, state: RunState, data: Dataset, rows: _Rows, *, group: int
-    ) -> BothMetrics:
-        """Return sums ``[S, T, ...]`` for each slot and batch."""
 
 
 def means(results: Sequence[ClientResult]) -> tuple[float, float]:
@@ -125,137 +95,67 @@ def make_evaluation(
       axis: ``"loop"``, ``"vmap"`` (a program in which each device evaluates its clients
         one after another) or ``"auto"``.
     """
-    score = _make_score(federation, pipeline)
+    score = make_score(federation, pipeline)
     if client_axis(axis) == "loop":
-        scores_of = _make_loop(score, strategy)
+        scores_of = make_loop(score, strategy)
     else:
-        scores_of = _make_map(score, strategy, federation.mesh)
+        scores_of = make_map(score, strategy, federation.mesh)
 
     def evaluate(
         state: RunState,
         data: Dataset,
         ids: npt.NDArray[np.int32] | None = None,
+        references: References | None = None,
     ) -> list[ClientResult]:
-        count = len(data.labels)
-        rows = to_devices(_all_rows(count, batch_size), federation.mesh, SAME)
+        count, sizes = len(data.labels), stack_sizes(state)
+        rows = _all_rows(count, batch_size)
+        references = {} if references is None else references
+        if ids is None:
+            ids = take_seats(federation.groups, sizes, set())
         results: list[ClientResult] = []
-        first = 0
-        for g, group in enumerate(federation.groups):
-            scores = to_host(scores_of(state, data, rows, group=g))
-            slots = len(scores.exit.count)
-            seats = group.ids if ids is None else ids[first : first + slots].tolist()
-            first += slots
-            results += _results(group, seats, scores, count)
+        for g, seats in enumerate(split_stacks(ids, sizes)):
+            taken = seats != EMPTY
+            scores = scores_of(Task(g, state, taken, data, rows, references))
+            results += _results(federation.groups[g], seats.tolist(), scores, count)
         return sorted(results)
 
     return evaluate
 
 
-def _make_score(federation: Federation, pipeline: InputPipeline) -> _ScoreFn:
-    def score(
-        client: Branch,
-        server: Branch,
-        data: Dataset,
-        indices: Array,
-        mask: Array,
-        *,
-        group: int,
-    ) -> BothMetrics:
-        client_spec, server_spec = federation.specs(group)
-        batch = pipeline.evaluation(data, indices, mask)
-        features, exit_logits, _ = forward(
-            client_spec, client, batch.inputs, mask, train=False
-        )
-        message, _ = encode(client_spec, client, features, mask)
-        decoded = decode(server_spec, message)
-        _, logits, _ = forward(server_spec, server, decoded, mask, train=False)
-        return BothMetrics(
-            masked_cross_entropy(exit_logits, batch.labels, mask)[1],
-            masked_cross_entropy(logits, batch.labels, mask)[1],
-            count_agreement(exit_logits, logits, batch.labels, mask),
-        )
-
-    return score
-
-
-def _make_loop(score: _ScoreFn, strategy: Strategy) -> _ScoresFn:
-    """Call one program for every client and batch, from Python."""
-    score_one = jax.jit(score, static_argnames="group")
-
-    def loop(state: RunState, data: Dataset, rows: _Rows, *, group: int) -> BothMetrics:
-        def client(member: int) -> BothMetrics:
-            own = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
-            server = server_of(strategy, state, group, member)
-            batches = zip(*rows, strict=True)
-            sums = [score_one(own, server, data, *row, group=group) for row in batches]
-            return jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
-
-        slots = len(jax.tree.leaves(state.clients[group])[0])
-        return jax.tree.map(lambda *sums: np.stack(sums), *map(client, range(slots)))
-
-    return loop
-
-
-def _make_map(score: _ScoreFn, strategy: Strategy, mesh: Mesh | None) -> _ScoresFn:
-    """Compile a program for each group in which each device maps over its clients."""
-
-    @partial(jax.jit, static_argnames="group")
-    def clients_map(
-        state: RunState, data: Dataset, rows: _Rows, *, group: int
-    ) -> BothMetrics:
-        servers = state.servers[0 if strategy.shared else group]
-
-        def on_device(
-            clients: Branch, servers: Branch, data: Dataset, rows: _Rows
-        ) -> BothMetrics:
-            def client(pair: tuple[Branch, Branch | None]) -> BothMetrics:
-                own, server = pair
-                if server is None:
-                    server = strategy.part(servers, group)
-                return jax.lax.map(
-                    lambda row: score(own, server, data, *row, group=group), rows
-                )
-
-            return jax.lax.map(client, (clients, None if strategy.shared else servers))
-
-        specs = (SPREAD, layout(strategy).servers, SAME, SAME)
-        return on_devices(on_device, mesh, specs, SPREAD)(
-            state.clients[group], servers, data, rows
-        )
-
-    return clients_map
-
-
-def _all_rows(count: int, batch_size: int) -> _Rows:
+def _all_rows(count: int, batch_size: int) -> Rows:
     """Return every sample once; pad the last batch with the first samples."""
     numbers = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32)
-    return _Rows(
+    return Rows(
         (numbers % count).reshape(-1, batch_size),
         (numbers < count).reshape(-1, batch_size),
     )
 
 
 def _results(
-    group: Group, seats: Sequence[int], scores: BothMetrics, count: int
+    group: Group,
+    seats: Sequence[int],
+    scores: Sequence[BothMetrics | None],
+    count: int,
 ) -> Iterator[ClientResult]:
-    """Make the results of a group from the sums ``[S, T, ...]`` over its batches.
+    """Make the results of a group from the sums ``[T, ...]`` over its batches.
 
     Args:
       group: the group.
-      seats: the id of the client in each slot, or `EMPTY`; empty slots at the end may
-        be left out.
-      scores: the sums of each slot in each batch.
+      seats: the id of the client in each slot, or `EMPTY`.
+      scores: the sums of each slot.
       count: the number of samples.
     """
-    total = jax.tree.map(lambda a: np.sum(a, axis=1, dtype=np.float64), scores)
-    for slot, i in enumerate(seats):
+    for i, sums in zip(seats, scores, strict=True):
         if i != EMPTY:
+            total: Any = jax.tree.map(
+                lambda a: np.sum(a, axis=0, dtype=np.float64), sums
+            )
             yield ClientResult(
                 id=i,
                 cut=group.cut,
-                exit_accuracy=float(total.exit.correct[slot] / count),
-                server_accuracy=float(total.server.correct[slot] / count),
-                exit_loss=float(total.exit.loss_sum[slot] / count),
-                server_loss=float(total.server.loss_sum[slot] / count),
-                agreement=Agreement.of(total.agreement[slot].astype(np.int64)),
+                exit_accuracy=float(total.exit.correct / count),
+                server_accuracy=float(total.server.correct / count),
+                exit_loss=float(total.exit.loss_sum / count),
+                server_loss=float(total.server.loss_sum / count),
+                agreement=Agreement.of(total.agreement.astype(np.int64)),
             )

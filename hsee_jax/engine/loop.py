@@ -11,6 +11,7 @@ import numpy as np
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
+from hsee_jax.engine.programs import compile_together, restack, unstack
 from hsee_jax.engine.round import (
     Floats,
     RoundFn,
@@ -28,10 +29,8 @@ from hsee_jax.federation.state import (
     Means,
     RunState,
     positions,
-    put_member,
     split_stacks,
     stack_sizes,
-    take_member,
 )
 from hsee_jax.federation.strategy import Strategy
 
@@ -97,7 +96,7 @@ def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Ro
         if finished and due_after(strategy, "rounds", number + 1):
             state = average(state)
         totals = _added(totals, log)
-        state = state.replace(round=state.round + np.int32(finished))
+        state = state.replace(round=jax.device_put(np.int32(number + finished)))
         return state, means, RoundProgress(done, finished, totals)
 
     return run
@@ -135,33 +134,46 @@ def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
         batch = pipeline.training(step_key(key, who, step), data, *rows)
         return strategy.turn(client, server, batch, rate, group=group)
 
-    return partial(_Turns, strategy, turn)
+    return partial(_Turns, strategy, turn, set())
 
 
 class _Turns:
     """Takes steps turn by turn, with every client and every server by itself."""
 
-    def __init__(self, strategy: Strategy, turn: Callable, inputs: _Inputs) -> None:
+    def __init__(
+        self, strategy: Strategy, turn: Any, compiled: set[int], inputs: _Inputs
+    ) -> None:
         self._strategy, self._turn, self._inputs = strategy, turn, inputs
+        self._compiled = compiled  # groups whose turn is compiled, in any round
         self._group_of, _ = positions(inputs.sizes)
         sequence = turn_sequence(strategy, inputs.plan.order)
         self._sequence = list(zip(*sequence, strict=True))
 
     def load(self, state: RunState) -> None:
         """See `Steps`."""
-        self._state = state
-        self._clients = self._members(state.clients)
-        self._servers = list(state.servers)
-        if not self._strategy.shared:
-            self._servers = self._members(state.servers)
+        self._state, sizes = state, self._inputs.sizes
+        if self._strategy.shared:
+            self._clients = unstack(state.clients, sizes)
+            self._servers = list(state.servers)
+        else:
+            pairs = unstack(zip(state.clients, state.servers, strict=True), sizes)
+            self._clients = [client for client, _ in pairs]
+            self._servers = [server for _, server in pairs]
+        self._compile()
 
     def store(self) -> RunState:
         """See `Steps`."""
-        servers = tuple(self._servers)
-        if not self._strategy.shared:
-            servers = self._stacks(self._state.servers, self._servers)
-        clients = self._stacks(self._state.clients, self._clients)
-        return self._state.replace(clients=clients, servers=servers)
+        state, sizes = self._state, self._inputs.sizes
+        if self._strategy.shared:
+            stacks = restack(state.clients, sizes, self._clients)
+            return state.replace(clients=tuple(stacks), servers=tuple(self._servers))
+        pairs = restack(
+            zip(state.clients, state.servers, strict=True),
+            sizes,
+            zip(self._clients, self._servers, strict=True),
+        )
+        clients, servers = zip(*pairs, strict=True)
+        return state.replace(clients=clients, servers=servers)
 
     def take(self, t: int) -> Log:
         """See `Steps`."""
@@ -172,39 +184,34 @@ class _Turns:
                 continue
             s = 0 if self._strategy.shared else n
             self._clients[n], self._servers[s], metrics = self._turn(
-                self._clients[n],
-                self._servers[s],
-                inputs.data,
-                (plan.indices[step, n], plan.mask[step, n]),
-                plan.ids[n],
-                np.int32(inputs.first + step),
-                inputs.rates[step],
-                group=self._group_of[n],
+                *self._arguments(step, n), group=self._group_of[n]
             )
             log.append((n, metrics))
         return log
 
-    def _members(self, stacks: tuple[Branch, ...]) -> list[Branch]:
-        return [
-            _take(stack, np.int32(m))
-            for stack, size in zip(stacks, self._inputs.sizes, strict=True)
-            for m in range(size)
-        ]
+    def _arguments(self, step: int, n: int) -> tuple[Any, ...]:
+        """Return what the turn of slot ``n`` takes."""
+        inputs, plan = self._inputs, self._inputs.plan
+        return (
+            self._clients[n],
+            self._servers[0 if self._strategy.shared else n],
+            inputs.data,
+            (plan.indices[step, n], plan.mask[step, n]),
+            plan.ids[n],
+            np.int32(inputs.first + step),
+            inputs.rates[step],
+        )
 
-    def _stacks(
-        self, stacks: tuple[Branch, ...], members: list[Branch]
-    ) -> tuple[Branch, ...]:
-        """Write members into the buffers of their stacks."""
-        rows, filled = iter(members), list(stacks)
-        for g, size in enumerate(self._inputs.sizes):
-            for m in range(size):
-                filled[g] = _put(filled[g], np.int32(m), next(rows))
-        return tuple(filled)
-
-
-# A compiled call for a whole member is faster than a call for each of its many leaves.
-_take = jax.jit(take_member)
-_put = jax.jit(put_member, donate_argnums=0)
+    def _compile(self) -> None:
+        """Compile the turns of all groups at once, before the first is taken."""
+        active = np.flatnonzero(self._inputs.plan.active).tolist()
+        slots = {self._group_of[n]: n for n in active}
+        new = slots.keys() - self._compiled
+        self._compiled |= new
+        compile_together(
+            self._turn.lower(*self._arguments(0, slots[g]), group=g)
+            for g in sorted(new)
+        )
 
 
 def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:

@@ -1,11 +1,17 @@
 """The learning rate as a function of the global step: a warm-up, then a schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+import numpy.typing as npt
 import optax
 
 from hsee_jax.core.registry import Registry
+
+Floats = npt.NDArray[np.float32]
+RatesFn = Callable[[npt.ArrayLike], Floats]
 
 # Factories take the peak rate and the number of steps after the warm-up.
 SCHEDULES: Registry[optax.Schedule] = Registry("schedule")
@@ -31,7 +37,7 @@ def make_schedule(
     warmup_steps: int,
     total_steps: int,
     options: Mapping[str, Any] = {},
-) -> optax.Schedule:
+) -> RatesFn:
     """Build the learning rate of each global step.
 
     Args:
@@ -40,12 +46,25 @@ def make_schedule(
       warmup_steps: W; the rate rises linearly from peak / W to the peak.
       total_steps: the steps of the whole run, including the warm-up.
       options: the options of the schedule, by name.
+
+    Returns:
+      A function from steps, counted from 0, to their rates; both are ``float32 [...]``.
     """
     steps = total_steps - warmup_steps
     after = SCHEDULES.make(name, learning_rate, steps, options=options)
-    if warmup_steps == 0:
-        return after
-    rise = optax.linear_schedule(
-        learning_rate / warmup_steps, learning_rate, max(1, warmup_steps - 1)
-    )
-    return optax.join_schedules([rise, after], [warmup_steps])
+
+    def rates(counts: npt.ArrayLike) -> Floats:
+        counts = np.asarray(counts, np.float32)
+        left = counts - np.float32(warmup_steps)
+        later: Any = jax.vmap(after)(left.reshape(-1))
+        later = np.asarray(later, np.float32).reshape(counts.shape)
+        return np.where(left < 0, _rise(counts, learning_rate, warmup_steps), later)
+
+    return rates
+
+
+def _rise(counts: Floats, peak: float, steps: int) -> Floats:
+    """Rise from ``peak / steps`` at 0 to the peak at ``steps - 1``, on the host."""
+    low, last = peak / max(1, steps), np.float32(max(1, steps - 1))
+    left = np.float32(1) - np.clip(counts, 0, last) * (np.float32(1) / last)
+    return np.float32(low - peak) * left + np.float32(peak)

@@ -1,7 +1,6 @@
 """From a `Config` to the objects of a run; no other file makes objects of one."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -249,15 +248,14 @@ def _take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
 def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
     """Compute the rate of each step, ``float32 [rounds, T]``."""
     optim, rounds = config.optim, config.run.rounds
-    schedule = make_schedule(
+    rates = make_schedule(
         optim.schedule,
         learning_rate=optim.learning_rate,
         warmup_steps=round(optim.warmup_rounds * steps),
         total_steps=rounds * steps,
         options=optim.options,
     )
-    rates: Any = jax.vmap(schedule)(np.arange(rounds * steps, dtype=np.float32))
-    return np.asarray(rates, np.float32).reshape(-1, steps)
+    return rates(np.arange(rounds * steps)).reshape(-1, steps)
 
 
 def _store(

@@ -172,7 +172,7 @@ class Writer:
           state: arrays, copied before this returns.
           notes: values of JSON; the best checkpoint has the highest ``score``.
         """
-        copy = jax.tree.map(lambda leaf: leaf.copy(), _without_links(state))
+        copy = jax.tree.map(_copied, _without_links(state))
         self.seal()
         name = f"{rounds}-{steps}" if steps else str(rounds)
         folder = self._folder / f"{name}{UNFINISHED}"
@@ -234,6 +234,13 @@ class Writer:
             f"out: a checkpoint cannot be written to {self._folder}: {_reason(error)}; "
             "--resume continues from the last one"
         )
+
+
+def _copied(leaf: Any) -> Any:
+    """Copy an array where it is; ``jax.Array.copy`` compiles a program a shape."""
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf, leaf.sharding, may_alias=False)
+    return leaf.copy()
 
 
 class _Unlinked(struct.PyTreeNode):

@@ -14,6 +14,7 @@ from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.compilation import check_finite
 from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
+from hsee_jax.engine.likeness import References
 from hsee_jax.engine.placement import Shards
 from hsee_jax.engine.plan import (
     Absence,
@@ -209,8 +210,11 @@ class Experiment(NamedTuple):
 
     def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
         """Evaluate all clients on all of ``data``, a dataset on the devices."""
+        references: References = {}
         return sorted(
             result
             for ids in self.store.chunks()
-            for result in self.evaluate_fn(self.store.take(state, ids), data, ids)
+            for result in self.evaluate_fn(
+                self.store.take(state, ids), data, ids, references
+            )
         )

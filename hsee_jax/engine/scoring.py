@@ -1,0 +1,195 @@
+"""Scores of the clients of a group, each scored once for all that are like it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from hsee_jax.core.types import Array, Dataset, Metrics
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine.agreement import count_agreement
+from hsee_jax.engine.likeness import (
+    Reference,
+    References,
+    alike,
+    map_unlike,
+    weights_of,
+)
+from hsee_jax.engine.programs import take
+from hsee_jax.federation.branch import Branch, decode, encode, forward
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.strategy import Strategy
+from hsee_jax.nn.losses import masked_cross_entropy
+from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
+
+
+class BothMetrics(NamedTuple):
+    """The sums over a client's two answers."""
+
+    exit: Metrics
+    server: Metrics
+    agreement: Array  # int32 [4, K], see `count_agreement`
+
+
+class ScoreFn(Protocol):
+    """Scores one client on one batch."""
+
+    def __call__(
+        self,
+        pair: tuple[Branch, Branch],
+        data: Dataset,
+        indices: Array,
+        mask: Array,
+        *,
+        group: int,
+    ) -> BothMetrics:
+        """Return the sums over the samples at ``int32 [B]`` with a true mask.
+
+        ``pair`` is the client and the server behind it.
+        """
+
+
+class Rows(NamedTuple):
+    """The samples of T batches."""
+
+    indices: Any  # int32 [T, B]
+    mask: Any  # bool [T, B], false on padding
+
+
+class Task(NamedTuple):
+    """The clients of one group, and the batches on which they are scored."""
+
+    group: int
+    state: RunState
+    taken: npt.NDArray[np.bool_]  # [S], false for empty slots
+    data: Dataset
+    rows: Rows
+    references: References
+
+    def stacks(self, strategy: Strategy) -> tuple[Branch, ...]:
+        """Return the clients, and the servers if each client has its own."""
+        if strategy.shared:
+            return (self.state.clients[self.group],)
+        return self.state.clients[self.group], self.state.servers[self.group]
+
+
+# Return host sums [T, ...] over the batches for each slot; None for empty slots.
+ScoresFn = Callable[[Task], list[BothMetrics | None]]
+
+
+def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
+    """Make the scores of both answers of a pair, one after the other."""
+
+    def score(
+        pair: tuple[Branch, Branch],
+        data: Dataset,
+        indices: Array,
+        mask: Array,
+        *,
+        group: int,
+    ) -> BothMetrics:
+        client, server = pair
+        client_spec, server_spec = federation.specs(group)
+        batch = pipeline.evaluation(data, indices, mask)
+        features, exit_logits, _ = forward(
+            client_spec, client, batch.inputs, mask, train=False
+        )
+        message, _ = encode(client_spec, client, features, mask)
+        decoded = decode(server_spec, message)
+        _, logits, _ = forward(server_spec, server, decoded, mask, train=False)
+        return BothMetrics(
+            masked_cross_entropy(exit_logits, batch.labels, mask)[1],
+            masked_cross_entropy(logits, batch.labels, mask)[1],
+            count_agreement(exit_logits, logits, batch.labels, mask),
+        )
+
+    return score
+
+
+def make_loop(score: ScoreFn, strategy: Strategy) -> ScoresFn:
+    """Call one program for every client and batch, from Python."""
+    score_one = jax.jit(score, static_argnames="group")
+
+    def client(task: Task, slot: int) -> BothMetrics:
+        own = take(task.stacks(strategy), np.int32(slot))
+        weights = jax.device_get(weights_of(own))
+        known = task.references.get(task.group)
+        if known is not None and alike(weights, known.weights):
+            return known.scores
+        pair = _pair(strategy, own, task.state.servers, task.group)
+        batches = zip(*task.rows, strict=True)
+        sums = [score_one(pair, task.data, *row, group=task.group) for row in batches]
+        scores = jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
+        task.references.setdefault(task.group, Reference(weights, scores))
+        return scores
+
+    def loop(task: Task) -> list[BothMetrics | None]:
+        return [client(task, slot) if t else None for slot, t in enumerate(task.taken)]
+
+    return loop
+
+
+def make_map(score: ScoreFn, strategy: Strategy, mesh: Mesh | None) -> ScoresFn:
+    """Compile a program for each group in which each device maps over its clients.
+
+    A device scores the first of its clients, and those that are not like it.
+    """
+
+    @partial(jax.jit, static_argnames="group")
+    def clients_map(
+        stacks: tuple[Branch, ...],
+        shared: tuple[Branch, ...],
+        data: Dataset,
+        rows: Rows,
+        taken: Array,
+        *,
+        group: int,
+    ) -> BothMetrics:
+        def on_device(
+            stacks: tuple[Branch, ...],
+            shared: tuple[Branch, ...],
+            data: Dataset,
+            rows: Rows,
+            taken: Array,
+        ) -> BothMetrics:
+            def client(own: tuple[Branch, ...]) -> BothMetrics:
+                pair = _pair(strategy, own, shared, group)
+                return jax.lax.map(
+                    lambda row: score(pair, data, *row, group=group), rows
+                )
+
+            return map_unlike(client, stacks, weights_of(stacks), taken)
+
+        specs = (SPREAD, SAME, SAME, SAME, SPREAD)
+        return on_devices(on_device, mesh, specs, SPREAD)(
+            stacks, shared, data, rows, taken
+        )
+
+    def clients(task: Task) -> list[BothMetrics | None]:
+        shared = task.state.servers if strategy.shared else ()
+        rows, taken = to_devices((task.rows, task.taken), mesh, (SAME, SPREAD))
+        sums = to_host(
+            clients_map(
+                task.stacks(strategy), shared, task.data, rows, taken, group=task.group
+            )
+        )
+        slots = range(len(task.taken))
+        return [jax.tree.map(lambda leaf, s=s: leaf[s], sums) for s in slots]
+
+    return clients
+
+
+def _pair(
+    strategy: Strategy,
+    own: tuple[Branch, ...],
+    servers: tuple[Branch, ...],
+    group: int,
+) -> tuple[Branch, Branch]:
+    """Return a client and the server behind it, from a member of `Task.stacks`."""
+    client, *rest = own
+    return client, rest[0] if rest else strategy.part(servers[0], group)
