@@ -26,7 +26,7 @@ from hsee_jax.federation.step import (
     joint_step,
     server_step,
 )
-from hsee_jax.federation.strategy import Strategy, server_of
+from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
 
 __all__ = [
     "Branch",
@@ -35,9 +35,12 @@ __all__ = [
     "Federation",
     "ForwardPass",
     "Group",
+    "Halves",
     "LayerMean",
     "LayerState",
     "RunState",
+    "Sent",
+    "Served",
     "ServerStep",
     "Strategy",
     "branch_step",
