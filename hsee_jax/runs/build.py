@@ -182,7 +182,7 @@ def assemble(
         cadence=cadence,
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,
-        init_key=init_key(config),
+        init_key=_key(config.run.model_seed, _INIT),
         stop_on_nonfinite=config.clients.on_nonfinite == "stop",
         plain_model=build_model(config, info, plain=True),
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
@@ -211,14 +211,13 @@ def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) ->
     return batch_size
 
 
-def init_key(config: Config) -> Key:
-    """Return the root of the draws of a run's first state."""
-    return jax.random.fold_in(jax.random.key(config.run.model_seed), _INIT)
-
-
 def augment_key(config: Config) -> Key:
     """Return the root of the draws of a run's augmentation."""
-    return jax.random.fold_in(jax.random.key(config.run.data_seed), _AUGMENT)
+    return _key(config.run.data_seed, _AUGMENT)
+
+
+def _key(seed: int, stream: int) -> Key:
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def _attendance(config: Config) -> Attendance:

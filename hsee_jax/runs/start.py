@@ -33,6 +33,7 @@ _DERIVED = (
     "tracking",
     "tensorboard",
     "wandb",
+    "deployment",
 )
 
 
