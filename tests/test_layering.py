@@ -178,6 +178,8 @@ def test_each_library_has_one_home():
         "tensorflow_datasets": {"data.prepared"},
         "pyarrow": {"data.parquet"},
         "PIL": {"data.pictures"},
+        "grpc": {"deployment.credentials"},
+        "cryptography": {"deployment.certificates", "deployment.enroll"},
     }
     for library, allowed in homes.items():
         users = {
@@ -197,7 +199,8 @@ def test_import_is_light_and_fast():
         "import hsee_jax.cli.train, hsee_jax.cli.gate, hsee_jax.cli.export;"
         "import hsee_jax.cli.plan;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
-        "'tensorboardX', 'wandb', 'mlflow', 'safetensors', 'scipy.optimize'};"
+        "'tensorboardX', 'wandb', 'mlflow', 'safetensors', 'scipy.optimize', "
+        "'grpc', 'cryptography'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

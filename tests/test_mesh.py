@@ -21,6 +21,7 @@ STRATEGIES = {
     "sequential": (sequential, {}),
     "epoch": (sequential, {"turn": "epoch"}),
     "averaging": (averaging, {"average": "all_holders"}),
+    "median": (averaging, {"aggregate": "median", "weights": "uniform"}),
     "steps": (averaging, {"period": 2, "period_unit": "steps"}),
     "clients": (compose, {"shared": True, "average": "clients"}),
     "joint": (compose, JOINT),
@@ -124,6 +125,13 @@ def collectives(monkeypatch):
 def test_clients_talk_only_when_they_are_averaged(collectives):
     assert collectives(averaging, period=0) == set()
     assert collectives(averaging) == {"all-reduce"}
+
+
+@pytest.mark.slow
+def test_a_median_gathers_the_holders(collectives):
+    """And sums their weights, to learn whether there are any."""
+    median = {"aggregate": "median", "weights": "uniform"}
+    assert collectives(averaging, **median) == {"all-gather", "all-reduce"}
 
 
 def test_a_shared_server_takes_rows_and_sums(collectives):

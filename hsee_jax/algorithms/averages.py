@@ -13,6 +13,7 @@ from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.aggregation import layer_mean, message, receive
 from hsee_jax.federation.branch import LayerState, parts_of, with_parts
 from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.reduction import ReduceFn
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
 
@@ -34,6 +35,7 @@ class Averages:
 
     federation: Federation  # its optimizer has the rule for its state
     holders: Mapping[str, list[Place]]  # of each averaged layer, by its name
+    reduce: ReduceFn  # see `hsee_jax.federation.layer_mean`
     batch_norm: str  # see `hsee_jax.federation.receive`
     shared: bool  # whether all clients share one server
     together: bool  # whether a client holds the server's layers too
@@ -104,6 +106,7 @@ class Averages:
                 number=state.round + 1,
                 optimizer=self.federation.optimizer,
                 axis_name=CLIENTS if self.spread else None,
+                reduce=self.reduce,
             )
             for name, places in self.holders.items()
         }

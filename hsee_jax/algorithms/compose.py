@@ -39,6 +39,7 @@ from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.types import Array, Key
 from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.reduction import REDUCERS, ReduceFn
 from hsee_jax.federation.state import RunState, init_clients, init_servers
 from hsee_jax.federation.strategy import InitStateFn, StepFn, Strategy
 from hsee_jax.nn.model import init_network
@@ -63,6 +64,8 @@ class Properties(NamedTuple):
     period: int = 1  # how often to average, in units of ``period_unit``; 0 is never
     period_unit: str = "rounds"  # or "steps"
     weights: str = "samples"  # of the clients in a mean, or "uniform"
+    aggregate: str = "mean"  # of `hsee_jax.federation.REDUCERS`
+    trim_share: float = 0.0  # with a trimmed mean, the share to leave out at each end
     # See `receive`; "auto" keeps BatchNorm local where only servers are averaged,
     # because a replica sees only the features of its own client.
     batch_norm: str = "auto"
@@ -90,6 +93,26 @@ class Properties(NamedTuple):
                 f"exit_gradient: {self.exit_gradient} is not allowed with a detached "
                 "boundary; allowed is 0"
             )
+
+    def reduce_fn(self, num_clients: int) -> ReduceFn:
+        """Return how the holders of a layer are reduced to one.
+
+        Raises:
+          UserError: the reducer does not read the weights or the share to trim, or the
+            share is of less than one client.
+        """
+        reducer = REDUCERS.make(self.aggregate, self.trim_share)
+        if self.weights != "uniform" and not reducer.weighted:
+            raise UserError(
+                f"weights: {self.weights} is not allowed with aggregate "
+                f"{self.aggregate}, which counts each holder once; allowed is uniform"
+            )
+        if self.trim_share and int(self.trim_share * num_clients) == 0:
+            raise UserError(
+                f"trim_share: {self.trim_share} of {num_clients} clients is less than "
+                f"one; allowed is {1 / num_clients:.4g} or more, less than 0.5"
+            )
+        return reducer.reduce
 
     def makes_one_network(self, num_cuts: int) -> bool:
         """Return whether an average reaches all layers, of clients and of servers.
@@ -134,6 +157,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     averages = Averages(
         federation,
         find_holders(federation, properties.average),
+        properties.reduce_fn(sum(len(group.ids) for group in federation.groups)),
         batch_norm,
         shared=shared,
         together=boundary == "none",

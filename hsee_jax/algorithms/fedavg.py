@@ -6,7 +6,13 @@ there is a probe that changes nothing.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
-from hsee_jax.algorithms.options import BatchNorm, OptimizerState, Weights
+from hsee_jax.algorithms.options import (
+    Aggregate,
+    BatchNorm,
+    OptimizerState,
+    TrimShare,
+    Weights,
+)
 from hsee_jax.algorithms.registry import ALGORITHMS, cuts_of, require_full_link
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation.federation import Federation
@@ -18,6 +24,8 @@ def fedavg(
     federation: Federation,
     *,
     weights: Weights = "samples",
+    aggregate: Aggregate = "mean",
+    trim_share: TrimShare = 0.0,
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
@@ -36,6 +44,8 @@ def fedavg(
             average="all_holders",
             boundary="none",
             weights=weights,
+            aggregate=aggregate,
+            trim_share=trim_share,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,
         ),

@@ -13,6 +13,7 @@ The paper leaves the options below open; their defaults are our choices. With
 
 from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.algorithms.options import (
+    Aggregate,
     Average,
     BatchNorm,
     Boundary,
@@ -22,6 +23,7 @@ from hsee_jax.algorithms.options import (
     Period,
     PeriodUnit,
     ServerLrScale,
+    TrimShare,
     Turn,
     Weights,
 )
@@ -68,6 +70,8 @@ def averaging(
     period: Period = 1,
     period_unit: PeriodUnit = "rounds",
     weights: Weights = "samples",
+    aggregate: Aggregate = "mean",
+    trim_share: TrimShare = 0.0,
     boundary: Boundary = "detached",
     exit_gradient: ExitGradient = 0.0,
     batch_norm: BatchNorm = "auto",
@@ -88,6 +92,8 @@ def averaging(
             period=period,
             period_unit=period_unit,
             weights=weights,
+            aggregate=aggregate,
+            trim_share=trim_share,
             boundary=boundary,
             exit_gradient=exit_gradient,
             batch_norm=batch_norm,

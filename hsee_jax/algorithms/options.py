@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from hsee_jax.core.options import at_least, between, one_of, positive
+from hsee_jax.core.options import Rule, at_least, between, one_of, positive
+from hsee_jax.federation.reduction import REDUCERS
 from hsee_jax.optim.optimizers import MERGES
 
 BOUNDARIES = ("detached", "joint")
@@ -49,6 +50,19 @@ Weights = Annotated[
     "weights of the clients in a mean: their numbers of training samples, or uniform "
     "[ours]",
     one_of(WEIGHTS),
+]
+Aggregate = Annotated[
+    str,
+    "what an average takes of a layer's holders: the mean, or, number by number, the "
+    "trimmed mean or the median, which one poisoned holder cannot move far; both count "
+    "each holder once and need uniform weights [ours]",
+    one_of(REDUCERS),
+]
+TrimShare = Annotated[
+    float,
+    "share of a layer's holders that the trimmed mean leaves out at each end, rounded "
+    "down to whole holders [ours]",
+    Rule("0 or more, less than 0.5", lambda value: 0 <= value < 0.5),
 ]
 BatchNorm = Annotated[
     str,

@@ -9,7 +9,14 @@ batch of each client in turn; ``turn="epoch"`` is the order of the paper.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
-from hsee_jax.algorithms.options import BatchNorm, OptimizerState, Turn, Weights
+from hsee_jax.algorithms.options import (
+    Aggregate,
+    BatchNorm,
+    OptimizerState,
+    TrimShare,
+    Turn,
+    Weights,
+)
 from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy
@@ -20,6 +27,8 @@ def splitfed_v1(
     federation: Federation,
     *,
     weights: Weights = "samples",
+    aggregate: Aggregate = "mean",
+    trim_share: TrimShare = 0.0,
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
@@ -32,6 +41,8 @@ def splitfed_v1(
             average="all_holders",
             boundary="joint",
             weights=weights,
+            aggregate=aggregate,
+            trim_share=trim_share,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,
         ),
@@ -44,6 +55,8 @@ def splitfed_v2(
     *,
     turn: Turn = "batch",
     weights: Weights = "samples",
+    aggregate: Aggregate = "mean",
+    trim_share: TrimShare = 0.0,
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
@@ -57,6 +70,8 @@ def splitfed_v2(
             boundary="joint",
             turn=turn,
             weights=weights,
+            aggregate=aggregate,
+            trim_share=trim_share,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,
         ),

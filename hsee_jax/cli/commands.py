@@ -41,6 +41,9 @@ COMMANDS = {
     "export": Command(
         "export", "export", "Write a client's layers and exit as a portable folder."
     ),
+    "enroll": Command(
+        "enroll", "enroll", "Write certificates for a server and its clients."
+    ),
     "info": Command(
         "inspect", "info", "Show the costs of each layer of a configuration's network."
     ),

@@ -15,6 +15,7 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.step import (
     ForwardPass,
@@ -29,6 +30,7 @@ from hsee_jax.federation.step import (
 from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
 
 __all__ = [
+    "REDUCERS",
     "Branch",
     "BranchSpec",
     "Client",
@@ -38,6 +40,8 @@ __all__ = [
     "Halves",
     "LayerMean",
     "LayerState",
+    "ReduceFn",
+    "Reducer",
     "RunState",
     "Sent",
     "Served",

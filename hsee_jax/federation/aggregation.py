@@ -8,7 +8,6 @@ BatchNorm and optimizer state are our choices.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import chex
 import jax
@@ -18,6 +17,7 @@ from flax import struct
 
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.branch import LayerState
+from hsee_jax.federation.reduction import ReduceFn, weight_sum, weighted_mean
 from hsee_jax.optim.optimizers import OptimizerLike, as_optimizer
 
 
@@ -37,8 +37,9 @@ def layer_mean(
     number: Array,
     optimizer: OptimizerLike,
     axis_name: str | None = None,
+    reduce: ReduceFn = weighted_mean,
 ) -> LayerMean:
-    """Compute the weighted mean over the holders of one layer.
+    """Compute the mean over the holders of one layer.
 
     Args:
       holders: a state for each group, leaves ``[G, ...]``.
@@ -46,36 +47,16 @@ def layer_mean(
       number: ``int32 []``, the number of the round, from 1.
       optimizer: its rule chooses the leaves of its state that are averaged.
       axis_name: the mesh axis over which further holders are spread.
+      reduce: computes the mean of the parameters, the batch statistics and the shared
+        leaves of the optimizer's state; by default the mean by weight.
     """
     chex.assert_rank(list(weights), 1)
-    total = sum(map(jnp.sum, weights[1:]), jnp.sum(weights[0]))
-    if axis_name is not None:
-        total = jax.lax.psum(total, axis_name)
-    some = total > 0
-    shares = [weight / jnp.where(some, total, 1.0) for weight in weights]
-
-    def weighted_sum(*leaves: Array) -> Array:
-        # Accelerators would round the weights of a product to 8 or 10 bits.
-        dot = partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
-        parts = [
-            dot(share, _counted(leaf.astype(jnp.float32), share))
-            for share, leaf in zip(shares, leaves, strict=True)
-        ]
-        return sum(parts[1:], parts[0])
-
     averaged = [
         (h.params, h.batch_stats, shared_state(optimizer, h.opt_state)) for h in holders
     ]
-    means = jax.tree.map(weighted_sum, *averaged)
-    if axis_name is not None:
-        means = jax.lax.psum(means, axis_name)
-    params, batch_stats, opt_state = means
+    params, batch_stats, opt_state = reduce(averaged, weights, axis_name)
+    some = weight_sum(weights, axis_name) > 0
     return LayerMean(params, batch_stats, opt_state, jnp.where(some, number, 0))
-
-
-def _counted(leaf: Array, share: Array) -> Array:
-    """Set the rows without a share to 0; they may hold anything, even NaN."""
-    return jnp.where(share.reshape(-1, *(1,) * (leaf.ndim - 1)) > 0, leaf, 0.0)
 
 
 def shared_state(optimizer: OptimizerLike, opt_state: PyTree) -> PyTree:
