@@ -27,9 +27,9 @@ def start_device(service, i, data, folder, plugins, failures):
 
     def run():
         try:
-            run_id, part = join(call, len(data.labels), plugins)
+            values, part = join(call, len(data.labels), plugins)
             box = Box(folder)
-            box.claim(run_id, i)
+            box.claim(values["run"], i)
             Device(part, data, box, call).run(lambda: False)
         except BaseException as error:
             failures.append(error)

@@ -158,7 +158,7 @@ def test_each_library_has_one_home():
     homes = {
         "flax.linen": {"nn.mlp", "nn.resnet"},
         "orbax": {"runs.checkpoint"},
-        "safetensors": {"deployment.export"},
+        "safetensors": {"deployment.export", "deployment.protocol"},
         "matplotlib": {
             "report.agreement",
             "report.figures",
@@ -178,7 +178,7 @@ def test_each_library_has_one_home():
         "tensorflow_datasets": {"data.prepared"},
         "pyarrow": {"data.parquet"},
         "PIL": {"data.pictures"},
-        "grpc": {"deployment.credentials"},
+        "grpc": {"cli.serve", "deployment.credentials", "deployment.rpc"},
         "cryptography": {"deployment.certificates", "deployment.enroll"},
     }
     for library, allowed in homes.items():

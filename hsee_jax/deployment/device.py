@@ -68,20 +68,22 @@ class Programs(NamedTuple):
     receive: Callable[[Branch, Means, Any], Branch]
 
 
-def join(call: Call, samples: int, plugins: tuple[str, ...] = ()) -> tuple[Any, ...]:
+def join(
+    call: Call, samples: int, plugins: tuple[str, ...] = ()
+) -> tuple[Any, Participant]:
     """Join a run.
 
     Args:
       call: calls the server.
-      samples: how many this device has.
+      samples: how many this device has; -1 for its share of the run's dataset.
       plugins: see `build_participant`.
 
     Returns:
-      The id of the run, and the `Participant`.
+      What the server says of the run, and the `Participant`.
     """
     answer = call("join", pack({"samples": samples, "version": VERSION}))
     values = json.loads(answer)
-    return values["run"], build_participant(values, plugins)
+    return values, build_participant(values, plugins)
 
 
 def make_programs(part: Participant, data: Dataset) -> Programs:

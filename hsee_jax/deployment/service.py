@@ -56,6 +56,11 @@ class Service:
             forms = forms_of(federation, strategy, g, steps=steps)
             self._forms |= dict.fromkeys(group.ids, forms)
 
+    @property
+    def clients(self) -> int:
+        """Return the number of clients."""
+        return len(self._forms)
+
     def limit(self) -> int:
         """Return the bytes of the largest message of any device."""
         rows = self._experiment.batch_size
@@ -98,7 +103,8 @@ class Service:
         fields, _ = split(message, ("samples", "version"))
         known = len(self._experiment.shards[i])
         for name, allowed in (("version", VERSION), ("samples", known)):
-            if fields[name] != allowed:
+            share = name == "samples" and fields[name] == -1
+            if fields[name] != allowed and not share:
                 raise Refusal(f"{name}: {fields[name]}; allowed is {allowed}")
         return json.dumps({"run": self._run} | describe(self._experiment, i)).encode()
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from hsee_jax.config.schema import Config
@@ -18,6 +19,7 @@ from hsee_jax.data.partition import (
 )
 from hsee_jax.federation.federation import Group
 from hsee_jax.parallel.mesh import SAME, to_devices
+from hsee_jax.runs.data import data_source
 
 
 class Material(NamedTuple):
@@ -38,11 +40,11 @@ def deal(
     test: Dataset,
 ) -> Material:
     """Deal the training samples to groups of clients, and hold some out."""
-    parts, held = _deal(config, train)
+    parts, held = deal_parts(config, train)
     return Material(parts, _manifest(groups, parts, train, info), test, train, held)
 
 
-def _deal(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
+def deal_parts(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
     """Deal the training samples to the clients; return what was held out, too."""
     seed = config.run.partition_seed
     count, share = len(train.labels), config.data.validation_share
@@ -67,3 +69,14 @@ def _manifest(
 def take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
     """Return some samples, on the devices of a mesh."""
     return to_devices(Dataset(*(a[indices] for a in data)), mesh, SAME)
+
+
+def shares(config: Config) -> list[Dataset]:
+    """Read the dataset of a run, and return the training samples of each client.
+
+    Raises:
+      UserError: the data are missing, or not valid.
+    """
+    train, _ = data_source(config.data).read()
+    parts, _ = deal_parts(config, train)
+    return [Dataset(*(np.asarray(a)[part] for a in train)) for part in parts]

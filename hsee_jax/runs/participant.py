@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from hsee_jax.config.values import from_dict
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.types import Key
+from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation.federation import Client, Federation, group_clients
@@ -23,6 +23,7 @@ from hsee_jax.runs.build import (
     build_strategy,
 )
 from hsee_jax.runs.folder import checked_info
+from hsee_jax.runs.material import shares
 
 
 class Participant(NamedTuple):
@@ -84,3 +85,15 @@ def build_participant(
         values["batch_size"],
         config.run.data_seed,
     )
+
+
+def own_share(values: Mapping[str, Any]) -> Dataset:
+    """Read the dataset of a run, and keep only what it deals to one client.
+
+    Args:
+      values: see `build_participant`.
+
+    Raises:
+      UserError: the data are missing, or not valid.
+    """
+    return shares(from_dict(values["config"]))[values["client"]]

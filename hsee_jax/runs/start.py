@@ -34,6 +34,7 @@ _DERIVED = (
     "tensorboard",
     "wandb",
     "deployment",
+    "devices",
 )
 
 
