@@ -175,6 +175,51 @@ def test_an_algorithm_is_trained_from_a_script(demo, capsys):
     assert config["strategy"] == {"strategy": "elastic", "pull": 0.25}
 
 
+def test_one_client_sends_poisoned_layers():
+    """Its parameters count times the factor, in the mean of their layers alone."""
+    poisoned, factor = example("poisoning").poisoned, -10.0
+    federation = tiny_federation({0: 1, 1: 2, 2: 1})
+    strategy = poisoned(federation, factor=factor)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
+        jax.eval_shape(strategy.init, jax.random.key(0)),
+    )
+    weights = (jnp.ones(2), jnp.ones(1))
+    after, _ = jax.jit(strategy.aggregate)(state, weights)
+    first, second = state.clients
+
+    def kernel(layer):
+        return np.asarray(layer.params["Conv_0"]["kernel"])
+
+    rows = [*kernel(first.layers[0]), factor * kernel(second.layers[0])[0]]
+    for group in after.clients:
+        for found in kernel(group.layers[0]):
+            np.testing.assert_allclose(found, np.mean(rows, 0), rtol=1e-4, atol=1e-5)
+    stats = [*np.asarray(first.layers[0].batch_stats["BatchNorm_0"]["mean"])]
+    stats += [*np.asarray(second.layers[0].batch_stats["BatchNorm_0"]["mean"])]
+    found = after.clients[0].layers[0].batch_stats["BatchNorm_0"]["mean"][0]
+    np.testing.assert_allclose(found, np.mean(stats, 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_poisoning_scores_the_nine_honest_clients(demo, capsys):
+    poisoning = example("poisoning")
+    words = "--rounds 1 --aggregates median --factors -10 --seeds 0 --json a.json"
+    poisoning.main(words.split())
+    (row,) = json.loads(Path("a.json").read_text())
+    assert capsys.readouterr().out == poisoning.table([row]) + "\n"
+    run = json.loads(Path("runs/poisoning/median--10-0/summary.json").read_text())
+    exits = [one["exit_accuracy"] for one in run["clients"] if one["id"] != 1]
+    assert len(exits) == 9 and row["exit_accuracy"] == pytest.approx(np.mean(exits))
+
+
+def test_the_page_has_the_figures_of_the_poisoning():
+    rows = json.loads((EXAMPLES / "poisoning.json").read_text())
+    page = (ROOT / "docs/how-to/robust.md").read_text()
+    assert example("poisoning").table(rows) in page
+
+
 def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
     gate = example("gate")
     found = []
