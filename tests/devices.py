@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.device import Device, join
-from hsee_jax.deployment.serve import serve
+from hsee_jax.deployment.reception import serve
 from hsee_jax.runs.material import shares
 
 

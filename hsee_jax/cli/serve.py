@@ -19,7 +19,7 @@ from hsee_jax.runs.material import shares
 if TYPE_CHECKING:
     from hsee_jax.config import Config
     from hsee_jax.deployment.local import LocalDevices
-    from hsee_jax.deployment.serve import Doors
+    from hsee_jax.deployment.reception import Doors
     from hsee_jax.deployment.service import Service
 
 _LOCAL = "127.0.0.1:0"
@@ -63,7 +63,7 @@ def _run(
 ) -> Any:
     """Serve the run, and start its devices here if that is asked for."""
     from hsee_jax.deployment.local import LocalDevices
-    from hsee_jax.deployment.serve import serve as serve_run
+    from hsee_jax.deployment.reception import serve as serve_run
 
     devices = LocalDevices(folder) if "local" in given else None
 
