@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+from hsee_jax.core.errors import Stopped
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.device import Device, join
 from hsee_jax.deployment.reception import serve
@@ -41,7 +42,10 @@ class Network:
     def serve(self, **options):
         """Serve the run until it ends, or is killed."""
         run, stop = self._folder / "run", lambda: bool(self.failures)
-        return serve(self._config, run, self._doors, stop=stop, **options)
+        try:
+            return serve(self._config, run, self._doors, stop=stop, **options)
+        except Stopped:
+            raise self.failures[0] from None
 
     def join(self):
         """Wait for the end of all devices."""

@@ -10,9 +10,10 @@ import hsee_jax as hs
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import VERSION, Kind, Layers
-from hsee_jax.deployment.mailbox import Mailbox, Patience
+from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Refusal, named, pack, split, unpack
 from hsee_jax.deployment.service import Service
+from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
 

@@ -10,7 +10,8 @@ from devices import Killed, Network
 
 import hsee_jax as hs
 from hsee_jax.deployment import box, journal
-from hsee_jax.deployment.mailbox import Mailbox, Patience
+from hsee_jax.deployment.mailbox import Mailbox
+from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.history import read_records
 
 SMALL = hs.override(

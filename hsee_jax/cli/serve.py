@@ -108,7 +108,7 @@ def _doors(
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a server, and complete those of its run."""
-    from hsee_jax.deployment.mailbox import Patience
+    from hsee_jax.deployment.types import Patience
 
     if "local" in given:
         for name in ("listen", "keys", "samples"):
@@ -152,6 +152,11 @@ def _parser(words: Sequence[str]) -> Parser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the run in --out"
     )
+    _add_devices(parser)
+    return parser
+
+
+def _add_devices(parser: Parser) -> None:
     group = parser.add_argument_group("devices")
     group.add_argument(
         "--listen",
@@ -203,7 +208,6 @@ def _parser(words: Sequence[str]) -> Parser:
     group.add_argument(
         "--keep-layers-private",
         action="store_true",
-        help="never ask for the layers of a client; its figures in the run are then "
-        "those of the layers before the first round",
+        help="ask a client for no layers but those that an average reads; the run then "
+        "has the exits from before the first round",
     )
-    return parser

@@ -3,11 +3,11 @@
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.device import Device, join
 from hsee_jax.deployment.export import export_client
-from hsee_jax.deployment.mailbox import Patience
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.reception import serve
 from hsee_jax.deployment.service import Service
 from hsee_jax.deployment.take_part import take_part
+from hsee_jax.deployment.types import Patience
 
 __all__ = [
     "Box",

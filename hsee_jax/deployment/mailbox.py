@@ -9,42 +9,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 from hsee_jax.core.errors import Stopped, UserError
-from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.protocol import Closed, Refusal, Tensors
+from hsee_jax.deployment.refusals import Refusals
+from hsee_jax.deployment.types import Finished, Patience, Task
+from hsee_jax.federation.state import Means
 
 _AHEAD = 4  # messages of a device that wait here
 _POLL_S = 10.0  # that a device waits for the answer to `next`
 _TICK_S = 0.2  # between two looks at the clock and for a stop
 _log = logging.getLogger(__name__)
-
-
-class Patience(NamedTuple):
-    """How long a server waits for devices, and how much it takes from them."""
-
-    deadline_s: float | None = None  # of a round; None waits for every device
-    min_clients: int = 1  # that take part in a round, whatever the deadline
-    max_refusals: int = 3  # of a device, before it is left out
-
-
-class Finished(NamedTuple):
-    """What a device sends after a round."""
-
-    metrics: Metrics  # of its exit in each step, [T]
-    layers: Tensors  # by name; empty if none were asked for
-
-
-class Task(NamedTuple):
-    """What a device is asked to do."""
-
-    kind: Kind
-    round: int
-    layers: Layers
-    last: int  # the last round of the client that counts
-    means: Any  # of layers, see `Means`; the latest
 
 
 class Mailbox:
@@ -59,9 +35,9 @@ class Mailbox:
         """
         self._patience, self._stop = patience, stop
         self._change = threading.Condition()
-        self._refusals: dict[int, int] = {}
+        self._refusals = Refusals(patience.max_refusals)
         self._last: dict[int, int] = {}
-        self._means: Any = {}
+        self._means: Means = {}
         self._away: set[int] = set()  # were late, and have not called since
         self._told: set[int] = set()  # that the run has ended
         self._ended = False
@@ -88,7 +64,7 @@ class Mailbox:
         layers: Layers,
         *,
         last: Mapping[int, int],
-        means: Any,
+        means: Means,
     ) -> None:
         """Open a round.
 
@@ -143,7 +119,7 @@ class Mailbox:
             self._open = False
             return sorted(self._finished.keys() - self._late)
 
-    def end(self, *, last: Mapping[int, int], means: Any) -> None:
+    def end(self, *, last: Mapping[int, int], means: Means) -> None:
         """Tell all devices that call from now on that the run has ended."""
         with self._change:
             self._open, self._ended = False, True
@@ -153,8 +129,12 @@ class Mailbox:
     def wait_told(self, clients: Sequence[int], seconds: float) -> None:
         """Wait until these clients know that the run has ended."""
         with self._change:
+            awaited = set(clients) - self._refusals.left_out()
             self._change.wait_for(
-                lambda: self._stop() or self._told >= set(clients) - self._out(),
+                lambda: (
+                    self._stop()
+                    or self._told >= set(clients) - self._refusals.left_out()
+                ),
                 seconds,
             )
 
@@ -247,12 +227,9 @@ class Mailbox:
             return list(self._rows[i]), self._layers
 
     def refuse(self, i: int, refusal: Refusal) -> None:
-        """Count and log what was refused of a client."""
+        """Note what was refused of a client."""
         with self._change:
-            count = self._refusals[i] = self._refusals.get(i, 0) + 1
-            _log.warning("client %d: refused (%d): %s", i, count, refusal)
-            if i in self._out():
-                _log.warning("client %d is left out from now on", i)
+            self._refusals.note(i, refusal)
             self._change.notify_all()
 
     def check_welcome(self, i: int) -> None:
@@ -262,15 +239,9 @@ class Mailbox:
           Refusal: it is.
         """
         with self._change:
-            if i in self._out():
-                count = self._refusals[i]
-                raise Refusal(f"client: {i} is left out after {count} refusals")
+            self._refusals.check(i)
 
     # Under the lock
-
-    def _out(self) -> set[int]:
-        most = self._patience.max_refusals
-        return {i for i, count in self._refusals.items() if count > most}
 
     def _wanted(self, i: int) -> bool:
         return self._open and i in self._rows and i not in self._late
@@ -295,7 +266,7 @@ class Mailbox:
         while not ready():
             if i in self._late:
                 return False
-            if i in self._out():
+            if i in self._refusals.left_out():
                 self._be_late(i, "is left out")
             elif self._overdue() and self._spare():
                 self._be_late(i, "is late")

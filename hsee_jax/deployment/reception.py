@@ -5,20 +5,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hsee_jax.deployment.journal import CHECKPOINTS, Journal
-from hsee_jax.deployment.mailbox import Mailbox, Patience
+from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.server import over_network
 from hsee_jax.deployment.service import Service
+from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import Summary
 from hsee_jax.runs.served import build_served
 from hsee_jax.runs.train import train_built
-
-if TYPE_CHECKING:
-    from hsee_jax.config.schema import Config
 
 PATIENT = Patience()  # waits for every device
 _FAREWELL_S = 20.0  # to tell devices that the run has ended
@@ -28,7 +26,7 @@ Doors = Callable[[Service], AbstractContextManager[object]]
 
 
 def serve(
-    config: "Config",
+    config: Any,
     folder: str | os.PathLike[str],
     doors: Doors,
     *,
@@ -44,7 +42,7 @@ def serve(
     """Train a run to its end with clients that are devices, and write its folder.
 
     Args:
-      config: the run.
+      config: the run, an `hsee_jax.Config`.
       folder: see `hsee_jax.train`, like `resume`, `overwrite` and `callbacks`.
       doors: lets the calls of devices in.
       patience: how long to wait for devices.

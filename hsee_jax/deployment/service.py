@@ -8,7 +8,7 @@ import numpy as np
 
 from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import VERSION, Forms, forms_of
-from hsee_jax.deployment.mailbox import Finished, Mailbox
+from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import (
     Closed,
     Refusal,
@@ -23,6 +23,7 @@ from hsee_jax.deployment.protocol import (
     unpack,
     with_rows,
 )
+from hsee_jax.deployment.types import Finished
 from hsee_jax.federation.state import Means
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.restore import seat

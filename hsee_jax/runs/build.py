@@ -153,7 +153,7 @@ def assemble(
     Raises:
       UserError: see `build`.
     """
-    pipeline = build_pipeline(config, info)
+    pipeline, key = build_pipeline(config, info), augment_key(config)
     federation = build_federation(config, info, mesh)
     groups = federation.groups
     strategy = build_strategy(config, federation)
@@ -188,9 +188,7 @@ def assemble(
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
         store=store,
         learning_rates=build_rates(config, steps_per_round(shards, batch_size)),
-        round_fn=make_round(
-            strategy, pipeline, augment_key(config), axis=axis, mesh=mesh
-        ),
+        round_fn=make_round(strategy, pipeline, key, axis=axis, mesh=mesh),
         evaluate_fn=make_evaluation(
             federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
         ),
