@@ -131,11 +131,7 @@ class Mailbox:
         with self._change:
             awaited = set(clients) - self._refusals.left_out()
             self._change.wait_for(
-                lambda: (
-                    self._stop()
-                    or self._told >= set(clients) - self._refusals.left_out()
-                ),
-                seconds,
+                lambda: self._stop() or self._told >= awaited, timeout=seconds
             )
 
     # The calls of devices
