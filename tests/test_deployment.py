@@ -66,7 +66,6 @@ def test_a_run_on_devices_equals_the_simulation(tmp_path):
         dict(strategy="averaging", participation=0.5, num_clients=5, link="int8"),
         dict(strategy="sequential", participation=0.5, num_clients=5),
         dict(strategy="averaging", absences=("1:2-2",)),
-        dict(strategy="averaging", optimizer="adamw"),
         dict(strategy="averaging", optimizer_state="average", **TINY),
         dict(strategy="averaging", micro_batches=2, init="per_client"),
     ],

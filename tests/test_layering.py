@@ -197,10 +197,10 @@ def test_import_is_light_and_fast():
         "assert 'jax' not in sys.modules; hsee_jax.train;"
         "print(time.process_time() - start);"
         "import hsee_jax.cli.train, hsee_jax.cli.gate, hsee_jax.cli.export;"
-        "import hsee_jax.cli.plan;"
+        "import hsee_jax.cli.plan, hsee_jax.cli.join, hsee_jax.deployment.take_part;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
         "'tensorboardX', 'wandb', 'mlflow', 'safetensors', 'scipy.optimize', "
-        "'grpc', 'cryptography'};"
+        "'grpc', 'cryptography', 'orbax'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

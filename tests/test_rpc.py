@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import jax
@@ -185,10 +186,10 @@ def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
     enroll(tmp_path / "keys", clients=2)
     with open_port(Echo(), "127.0.0.1:0", None) as port:
         place = f"localhost:{port}"
-    python, log = sys.executable, (tmp_path / "log").open("w")
 
     def start(*words):
-        return subprocess.Popen([python, *words], stdout=log, stderr=log)
+        with (tmp_path / "log").open("a") as log:
+            return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
 
     def serve(*more):
         words = ["--listen", place, "--keys", f"{tmp_path}/keys/server"]
@@ -269,8 +270,6 @@ def test_devices_over_grpc_equal_devices_without(tmp_path):
     config = hs.override(hs.preset("demo"), num_clients=2, **SMALL | dict(rounds=1))
     network = Network(config, tmp_path)
     doors, calls = network._doors, {}
-
-    from contextlib import ExitStack, contextmanager
 
     @contextmanager
     def over_grpc(service):

@@ -10,6 +10,7 @@ from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show_log
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.core.paths import expand_home
+from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.folder import sole_writer
 
 
@@ -30,6 +31,7 @@ def join(words: Sequence[str]) -> int | None:
         ) from error
     from hsee_jax.deployment.take_part import take_part
 
+    check_devices()
     show_log()
     state = expand_home(given.state, "state")
     keys = None if given.keys is None else expand_home(given.keys, "keys")

@@ -12,7 +12,9 @@ from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
 from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.options import Option, positive
 from hsee_jax.core.paths import expand_home
+from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.folder import new_folder
 from hsee_jax.runs.material import shares
 
@@ -40,6 +42,7 @@ def serve(words: Sequence[str]) -> int | None:
         raise UserError("out: missing; --resume needs the folder of the run")
     config = config_from(given, stored=out if options["resume"] else None)
     use_cache(given)
+    check_devices()
     show_log()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_folder(out))
@@ -114,16 +117,22 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
         for name in ("listen", "keys", "samples"):
             if name in given:
                 raise UserError(f"{name}: is not allowed together with --local")
-        given |= {"listen": _LOCAL, "num_clients": given["local"]}
+        count = given["local"]
+        if given.get("num_clients", count) != count:
+            raise UserError(
+                f"num_clients: {given['num_clients']} is not allowed with --local "
+                f"{count}"
+            )
+        given |= {"listen": _LOCAL, "num_clients": count}
     if "listen" not in given:
         raise UserError(
             "listen: missing; allowed is HOST:PORT, or --local N for N devices here"
         )
     options = {name: given.pop(name) for name in _COMMON if name in given}
     options.setdefault("resume", False)
+    bound = Option("feature_bound", float, 1e4, rules=(positive,))
     return options | {
-        "private": given.get("keep_layers_private", False),
-        "bound": given.get("feature_bound", 1e4),
+        "bound": bound.checked(given.get("feature_bound", bound.default)),
         "patience": Patience(
             given.get("deadline"),
             given.get("min_clients", 1),
@@ -204,10 +213,4 @@ def _add_devices(parser: Parser) -> None:
         type=float,
         metavar="FLOAT",
         help="a message with a number larger than this is refused (10000)",
-    )
-    group.add_argument(
-        "--keep-layers-private",
-        action="store_true",
-        help="ask a client for no layers but those that an average reads; the run then "
-        "has the exits from before the first round",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hsee_jax.core.errors import DivergenceError
 from hsee_jax.deployment.journal import CHECKPOINTS, Journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.server import over_network
@@ -32,7 +33,6 @@ def serve(
     *,
     patience: Patience = PATIENT,
     bound: float = 1e4,
-    private: bool = False,
     samples: Sequence[int] = (),
     resume: bool = False,
     overwrite: bool = False,
@@ -47,7 +47,6 @@ def serve(
       doors: lets the calls of devices in.
       patience: how long to wait for devices.
       bound: the largest size of a float in a batch's message.
-      private: whether devices keep their layers.
       samples: see `build_served`.
       resume: go on after the last round that ended.
       overwrite: replace the run in the folder.
@@ -65,7 +64,9 @@ def serve(
 
     def build_run() -> Experiment:
         experiment = build_served(config, samples)
-        return over_network(experiment, mailbox, journal, private=private)
+        patience.check(config.clients.num_clients)
+        seldom = patience.deadline_s is not None
+        return over_network(experiment, mailbox, journal, seldom=seldom)
 
     reception = Reception(mailbox, journal, doors, bound)
     return train_built(
@@ -89,7 +90,7 @@ class Reception(Callback):
         """Keep the doors closed."""
         self._mailbox, self._journal = mailbox, journal
         self._doors, self._bound = doors, bound
-        self._stack = ExitStack()
+        self._stack, self._ended = ExitStack(), False
 
     def __exit__(
         self,
@@ -99,7 +100,9 @@ class Reception(Callback):
     ) -> None:
         """Wait until the devices know of the end, if there is one; close the doors."""
         with self._stack:
-            if error is None:
+            if isinstance(error, DivergenceError):
+                self._end()
+            if self._ended:
                 took_part = [i for i, last in self._journal.last.items() if last]
                 self._mailbox.wait_told(took_part, _FAREWELL_S)
 
@@ -113,4 +116,8 @@ class Reception(Callback):
     def on_end(self, summary: Summary) -> None:
         """Tell devices that the run has ended."""
         self._journal.recall(summary.rounds)
+        self._end()
+
+    def _end(self) -> None:
+        self._ended = True
         self._mailbox.end(last=self._journal.last, means=self._journal.means)

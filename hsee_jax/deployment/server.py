@@ -30,7 +30,11 @@ Serve = Callable[..., Served]
 
 
 def over_network(
-    experiment: Experiment, mailbox: Mailbox, journal: Journal, *, private: bool
+    experiment: Experiment,
+    mailbox: Mailbox,
+    journal: Journal,
+    *,
+    seldom: bool,
 ) -> Experiment:
     """Return a run whose clients are devices.
 
@@ -38,11 +42,15 @@ def over_network(
       experiment: the run, see `hsee_jax.runs.served.build_served`.
       mailbox: what devices send arrives there.
       journal: what the server knows of the devices after each round.
-      private: whether devices keep their layers.
+      seldom: whether a client may be absent in a round, so that in each round those
+        that take part send their layers.
     """
     strategy = experiment.strategy
     assert strategy.halves is not None
     serve = jax.jit(strategy.halves.serve, static_argnames="group")
+    attendance = experiment.attendance
+    seldom |= attendance.participation < 1 or attendance.dropout > 0
+    seldom |= bool(attendance.absences)
     take_turns = loop_round(strategy, partial(RemoteTurns, experiment, mailbox, serve))
 
     def run(
@@ -60,7 +68,7 @@ def over_network(
         mailbox.open(
             number,
             _rows(plan),
-            _layers(experiment, number, private=private),
+            _layers(experiment, number, seldom=seldom),
             last=journal.last,
             means=journal.means,
         )
@@ -180,16 +188,14 @@ def _rows(plan: RoundPlan) -> dict[int, list[int]]:
     }
 
 
-def _layers(experiment: Experiment, number: int, *, private: bool) -> Layers:
+def _layers(experiment: Experiment, number: int, *, seldom: bool) -> Layers:
     """Return which layers the devices send after a round."""
-    cadence, attendance = experiment.cadence, experiment.attendance
-    strategy = experiment.strategy
-    seldom = attendance.participation < 1 or attendance.dropout or attendance.absences
+    cadence = experiment.cadence
     due = number == cadence.rounds or any(
         number % every == 0 for every in (cadence.checkpoint_every, cadence.eval_every)
     )
-    if not private and (due or seldom):
+    if due or seldom:
         return Layers.ALL
-    if due_after(strategy, "rounds", number):
+    if due_after(experiment.strategy, "rounds", number):
         return Layers.MEAN
     return Layers.NONE

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from hsee_jax.core.options import Option, at_least, between, positive
 from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.protocol import Tensors
@@ -14,6 +15,20 @@ class Patience(NamedTuple):
     deadline_s: float | None = None  # of a round; None waits for every device
     min_clients: int = 1  # that take part in a round, whatever the deadline
     max_refusals: int = 3  # of a device, before it is left out
+
+    def check(self, num_clients: int) -> None:
+        """Refuse values that make no sense for so many clients.
+
+        Raises:
+          UserError: there is one.
+        """
+        for name, value, rule in (
+            ("deadline", self.deadline_s, positive),
+            ("min_clients", self.min_clients, between(1, num_clients)),
+            ("max_refusals", self.max_refusals, at_least(0)),
+        ):
+            if value is not None:
+                Option(name, float, None, rules=(rule,)).checked(value)
 
 
 class Finished(NamedTuple):
