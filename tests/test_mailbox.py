@@ -102,8 +102,13 @@ def test_a_round_that_begins_again_closes_what_is_ahead_of_it():
 
 
 def test_a_stop_ends_the_wait():
+    stop = threading.Event()
+    mailbox = mailbox_of(0, number=7, stop=stop.is_set)
+    stop.set()
     with pytest.raises(Stopped, match="stopped after round 6"):
-        mailbox_of(0, number=7, stop=lambda: True).take(0, 0)
+        mailbox.take(0, 0)
+    with pytest.raises(Stopped, match="stopped after round 7"):
+        reopen(mailbox, 0, number=8)
 
 
 def test_all_are_told_of_the_end():

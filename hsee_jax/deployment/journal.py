@@ -1,8 +1,8 @@
 """What a server must know to go on after any round: its checkpoints, and the devices.
 
 A checkpoint is written after every round, before the next round opens; devices keep the
-messages of their last round, so nothing more can be lost. The layers of clients in it
-are those that the server has last seen.
+messages of their last round, so nothing more can be lost. In rounds without a checkpoint
+of the run it is written here, with the layers of clients that the server has last seen.
 """
 
 import uuid
@@ -128,8 +128,9 @@ class Journal(Callback):
         fields = {"round": number, "means": bool(self.means)}
         tensors = named(self.means, "means") | {"last": last}
         write(self._path(number), pack(fields, tensors))
-        self._writer.save(number, 0, moment.state(), {"score": None})
-        self._writer.seal()
+        if not moment.due:
+            self._writer.save(number, 0, moment.state(), {"score": None})
+            self._writer.seal()
         self._path(number - _KEPT).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:

@@ -74,8 +74,13 @@ class Mailbox:
           layers: what each of them sends at its end.
           last: the last round of each client that counts.
           means: the latest, for the clients.
+
+        Raises:
+          Stopped: the training is to stop.
         """
         with self._change:
+            if self._stop():
+                raise Stopped(number - 1, 0)
             self._last, self._means = dict(last), means
             self._clear(number, rows, layers)
             for i in sorted(self._away & rows.keys()):

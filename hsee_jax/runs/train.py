@@ -106,7 +106,7 @@ def train_built(
       callbacks: called after every round.
       stop: asked between steps.
       journal: the folder, in that of the run, of further checkpoints from which it may
-        go on.
+        go on; each checkpoint is then complete before the next round.
 
     Returns:
       The content of ``summary.json``.
@@ -130,6 +130,7 @@ def train_built(
                 folder,
                 keep=experiment.cadence.keep_checkpoints,
                 after=start.checkpoint,
+                at_once=journal is not None,
             ),
         )
         for callback in everything:
