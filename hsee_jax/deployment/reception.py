@@ -99,12 +99,14 @@ class Reception(Callback):
         traceback: TracebackType | None,
     ) -> None:
         """Wait until the devices know of the end, if there is one; close the doors."""
-        with self._stack:
+        try:
             if isinstance(error, DivergenceError):
                 self._end()
             if self._ended:
                 took_part = [i for i, last in self._journal.last.items() if last]
                 self._mailbox.wait_told(took_part, _FAREWELL_S)
+        finally:
+            self._stack.__exit__(kind, error, traceback)
 
     def on_start(self, experiment: Experiment) -> None:
         """Open the doors."""
