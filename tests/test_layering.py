@@ -158,7 +158,7 @@ def test_each_library_has_one_home():
     homes = {
         "flax.linen": {"nn.mlp", "nn.resnet"},
         "orbax": {"runs.checkpoint"},
-        "safetensors": {"deployment.export"},
+        "safetensors": {"deployment.export", "deployment.protocol"},
         "matplotlib": {
             "report.agreement",
             "report.figures",
@@ -178,7 +178,7 @@ def test_each_library_has_one_home():
         "tensorflow_datasets": {"data.prepared"},
         "pyarrow": {"data.parquet"},
         "PIL": {"data.pictures"},
-        "grpc": {"deployment.credentials"},
+        "grpc": {"cli.serve", "deployment.credentials", "deployment.rpc"},
         "cryptography": {"deployment.certificates", "deployment.enroll"},
     }
     for library, allowed in homes.items():
@@ -197,10 +197,10 @@ def test_import_is_light_and_fast():
         "assert 'jax' not in sys.modules; hsee_jax.train;"
         "print(time.process_time() - start);"
         "import hsee_jax.cli.train, hsee_jax.cli.gate, hsee_jax.cli.export;"
-        "import hsee_jax.cli.plan;"
+        "import hsee_jax.cli.plan, hsee_jax.cli.join, hsee_jax.deployment.take_part;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'pooch', 'matplotlib', "
         "'tensorboardX', 'wandb', 'mlflow', 'safetensors', 'scipy.optimize', "
-        "'grpc', 'cryptography'};"
+        "'grpc', 'cryptography', 'orbax'};"
         "print(heavy & set(sys.modules))"
     )
     times = []

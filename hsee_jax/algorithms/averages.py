@@ -56,17 +56,28 @@ class Averages:
     def receive(
         self, state: RunState, means: Means, since: tuple[Array, ...]
     ) -> RunState:
-        """Give means to slots, from the rounds ``int32 [S]`` of their states."""
+        """Give means to slots, from the rounds ``int32 [S]`` of their states.
+
+        A state of clients alone, without servers, needs only `client_means`.
+        """
         layers = _layers_of(state)
         take = partial(
             receive, optimizer=self.federation.optimizer, batch_norm=self.batch_norm
         )
         for name, places in self.holders.items():
-            for side, g, i in places:
+            for side, g, i in (place for place in places if place[:2] in layers):
                 layers[side, g][i] = jax.vmap(take, (0, None, 0))(
                     layers[side, g][i], means[name], since[g]
                 )
         return _with_layers(state, layers)
+
+    def client_means(self, group: int) -> tuple[str, ...]:
+        """Return the names of the means of layers that a group's clients hold."""
+        return tuple(
+            name
+            for name, places in self.holders.items()
+            if any(place[:2] == ("client", group) for place in places)
+        )
 
     def messages(self, state: RunState) -> tuple[PyTree, ...]:
         """Return the arrays that clients send for a mean, ``[S, ...]`` for a group."""

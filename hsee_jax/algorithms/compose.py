@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from hsee_jax.algorithms import options
 from hsee_jax.algorithms.averages import Averages, find_holders
+from hsee_jax.algorithms.halves import make_halves
 from hsee_jax.algorithms.steps import (
     Rates,
     clients_then_server,
@@ -177,6 +178,14 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         boundary=boundary,
         weights=properties.weights,
         one_network=properties.makes_one_network(len(federation.groups)),
+        halves=make_halves(
+            federation,
+            parts,
+            rates,
+            boundary=boundary,
+            exit_gradient=properties.exit_gradient,
+            means=averages.client_means,
+        ),
     )
 
 

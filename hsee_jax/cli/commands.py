@@ -41,6 +41,18 @@ COMMANDS = {
     "export": Command(
         "export", "export", "Write a client's layers and exit as a portable folder."
     ),
+    "serve": Command(
+        "serve",
+        "serve",
+        "Train a run with clients that are devices on a network.",
+        "--resume continues after the last round that ended",
+    ),
+    "join": Command(
+        "join",
+        "join",
+        "Take part in a served run as one of its devices.",
+        "the same command goes on",
+    ),
     "enroll": Command(
         "enroll", "enroll", "Write certificates for a server and its clients."
     ),

@@ -43,7 +43,7 @@ def read(folder: Path, *, labels: str) -> Data:
             "train.npz and test.npz, each with the arrays `x` and `y`"
         )
     data = convert(
-        *(_load(folder / f"{s}.npz") for s in ("train", "test")), labels=labels
+        *(read_split(folder / f"{s}.npz") for s in ("train", "test")), labels=labels
     )
     return data._replace(
         notes=(f"from train.npz and test.npz in {folder}", *data.notes)
@@ -56,11 +56,11 @@ def find(dataset: str, folder: Path) -> Source | None:
     if not is_there(place):
         return None
 
-    def read_split(split: str, limit: int | None) -> Dataset:
-        images, labels = as_known(_load(place / f"{split}.npz"), KNOWN[dataset])
+    def take(split: str, limit: int | None) -> Dataset:
+        images, labels = as_known(read_split(place / f"{split}.npz"), KNOWN[dataset])
         return Dataset(images[:limit], labels[:limit])
 
-    return Source(f"train.npz and test.npz in {place}", read_split)
+    return Source(f"train.npz and test.npz in {place}", take)
 
 
 def write_npz(folder: str | os.PathLike[str], data: Arrays) -> None:
@@ -83,7 +83,7 @@ def write_npz(folder: str | os.PathLike[str], data: Arrays) -> None:
             if path.is_dir():
                 raise IsADirectoryError(f"{path.name} is a folder")
         for part, split in zip(parts, splits, strict=True):
-            _write(part, split)
+            _write_split(part, split)
         for part, path in zip(parts, paths, strict=True):
             part.replace(path)
     except OSError as error:
@@ -97,7 +97,22 @@ def write_npz(folder: str | os.PathLike[str], data: Arrays) -> None:
                 part.unlink()
 
 
-def _write(path: Path, split: Raw) -> None:
+def write_shard(path: Path, data: Dataset) -> None:
+    """Write the samples of one client as a file that `read_split` reads.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_split(path, Raw(data.images, data.labels, Place(str(path))))
+    except OSError as error:
+        raise UserError(
+            f"out: {path} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _write_split(path: Path, split: Raw) -> None:
     samples, labels = np.asarray(split.samples), np.asarray(split.labels)
     if labels.dtype.kind == "O":  # text of another library
         labels = labels.astype(np.str_)
@@ -105,8 +120,12 @@ def _write(path: Path, split: Raw) -> None:
         np.savez(file, x=samples, y=labels)
 
 
-def _load(path: Path) -> Raw:
-    """Read the arrays of a file; nothing is unpickled."""
+def read_split(path: Path) -> Raw:
+    """Read the samples and labels of a file; nothing is unpickled.
+
+    Raises:
+      UserError: it cannot be read, or lacks them.
+    """
     try:
         with path.open("rb") as file:
             return _pair(np.load(file, allow_pickle=False), path)

@@ -1,5 +1,22 @@
-"""Export trained clients for use without this package."""
+"""Clients on devices of their own, and trained clients for use without this package."""
 
+from hsee_jax.deployment.box import Box
+from hsee_jax.deployment.device import Device, join
 from hsee_jax.deployment.export import export_client
+from hsee_jax.deployment.protocol import Refusal
+from hsee_jax.deployment.reception import serve
+from hsee_jax.deployment.service import Service
+from hsee_jax.deployment.take_part import take_part
+from hsee_jax.deployment.types import Patience
 
-__all__ = ["export_client"]
+__all__ = [
+    "Box",
+    "Device",
+    "Patience",
+    "Refusal",
+    "Service",
+    "export_client",
+    "join",
+    "serve",
+    "take_part",
+]

@@ -1,17 +1,14 @@
 """A round as a loop on the host, with a compiled turn for each client and batch."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
+from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.engine.programs import compile_together, restack, unstack
 from hsee_jax.engine.round import (
     Floats,
     RoundFn,
@@ -20,41 +17,32 @@ from hsee_jax.engine.round import (
     check_indices,
     due_after,
     nothing_done,
-    step_key,
-    turn_sequence,
 )
+from hsee_jax.engine.turns import Begin, Inputs, Log, Steps, all_at_once, by_turns
 from hsee_jax.federation.aggregation import newest
-from hsee_jax.federation.branch import Branch
-from hsee_jax.federation.state import (
-    Means,
-    RunState,
-    positions,
-    split_stacks,
-    stack_sizes,
-)
+from hsee_jax.federation.state import Means, RunState, split_stacks, stack_sizes
 from hsee_jax.federation.strategy import Strategy
-
-Log = list[tuple[int, ExitMetrics]]  # slots, with the metrics of their turns
-
-
-class Steps(Protocol):
-    """Takes the steps of a round, and keeps the state in the form that they need."""
-
-    def load(self, state: RunState) -> None:
-        """Take over a state and donate its buffers."""
-
-    def store(self) -> RunState:
-        """Return the state."""
-
-    def take(self, t: int) -> Log:
-        """Take step ``t`` of the round, counted from 0."""
 
 
 def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
     """Compile the loop, see `hsee_jax.engine.make_round`."""
-    begin = _by_turns(strategy, pipeline, key)
-    if strategy.turn is None:
-        begin = _all_at_once(strategy, pipeline, key)
+    compiled = by_turns if strategy.turn is not None else all_at_once
+    start = compiled(strategy, pipeline, key)
+
+    def begin(inputs: Inputs) -> Steps:
+        check_indices(inputs.plan, len(inputs.data.labels))
+        return start(inputs)
+
+    return loop_round(strategy, begin)
+
+
+def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
+    """Make a round of steps that something else takes, and average when it is due.
+
+    Args:
+      strategy: the algorithm.
+      begin: makes the steps of a round.
+    """
     aggregate = jax.jit(strategy.aggregate, donate_argnums=0)
     newer = jax.jit(newest)
 
@@ -67,12 +55,12 @@ def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Ro
         begun: RoundProgress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[RunState, Means, RoundProgress]:
-        check_indices(plan, len(data.labels))
         sizes, num_steps = stack_sizes(state), len(plan.order)
         number, first = int(state.round), int(state.round) * num_steps
-        done, _, totals = begun or nothing_done(plan)
+        progress = begun or nothing_done(plan)
+        done, totals = progress.steps, progress.metrics
         means: Means = {}
-        steps = begin(_Inputs(data, plan, learning_rates, first, sizes))
+        steps = begin(Inputs(data, plan, learning_rates, first, sizes))
         steps.load(jax.device_put(state))
         log: Log = []
 
@@ -81,6 +69,7 @@ def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Ro
             totals = _added(totals, log)
             log.clear()
             counted = np.where(all_finite(totals), weights, np.float32(0))
+            counted[list(steps.late())] = 0
             state, new = aggregate(state, split_stacks(counted, sizes))
             means = newer(means, new) if means else new
             return state
@@ -97,179 +86,9 @@ def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Ro
             state = average(state)
         totals = _added(totals, log)
         state = state.replace(round=jax.device_put(np.int32(number + finished)))
-        return state, means, RoundProgress(done, finished, totals)
+        return state, means, RoundProgress(done, finished, totals, steps.late())
 
     return run
-
-
-class _Inputs(NamedTuple):
-    """What stays the same in a round."""
-
-    data: Dataset
-    plan: RoundPlan
-    rates: Floats  # [T]
-    first: int  # the round's first step, counted over the whole run
-    sizes: list[int]  # of each stack
-
-
-Begin = Callable[[_Inputs], Steps]
-
-
-def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
-    """Compile a turn, and make steps that take the turns of all clients one by one."""
-
-    @partial(jax.jit, static_argnames="group", donate_argnums=(0, 1))
-    def turn(
-        client: Branch,
-        server: Branch,
-        data: Dataset,
-        rows: tuple[Array, Array],
-        who: Array,
-        step: Array,
-        rate: Array,
-        *,
-        group: int,
-    ) -> tuple[Branch, Branch, ExitMetrics]:
-        assert strategy.turn is not None
-        batch = pipeline.training(step_key(key, who, step), data, *rows)
-        return strategy.turn(client, server, batch, rate, group=group)
-
-    return partial(_Turns, strategy, turn, set())
-
-
-class _Turns:
-    """Takes steps turn by turn, with every client and every server by itself."""
-
-    def __init__(
-        self, strategy: Strategy, turn: Any, compiled: set[int], inputs: _Inputs
-    ) -> None:
-        self._strategy, self._turn, self._inputs = strategy, turn, inputs
-        self._compiled = compiled  # groups whose turn is compiled, in any round
-        self._group_of, _ = positions(inputs.sizes)
-        sequence = turn_sequence(strategy, inputs.plan.order)
-        self._sequence = list(zip(*sequence, strict=True))
-
-    def load(self, state: RunState) -> None:
-        """See `Steps`."""
-        self._state, sizes = state, self._inputs.sizes
-        if self._strategy.shared:
-            self._clients = unstack(state.clients, sizes)
-            self._servers = list(state.servers)
-        else:
-            pairs = unstack(zip(state.clients, state.servers, strict=True), sizes)
-            self._clients = [client for client, _ in pairs]
-            self._servers = [server for _, server in pairs]
-        self._compile()
-
-    def store(self) -> RunState:
-        """See `Steps`."""
-        state, sizes = self._state, self._inputs.sizes
-        if self._strategy.shared:
-            stacks = restack(state.clients, sizes, self._clients)
-            return state.replace(clients=tuple(stacks), servers=tuple(self._servers))
-        pairs = restack(
-            zip(state.clients, state.servers, strict=True),
-            sizes,
-            zip(self._clients, self._servers, strict=True),
-        )
-        clients, servers = zip(*pairs, strict=True)
-        return state.replace(clients=clients, servers=servers)
-
-    def take(self, t: int) -> Log:
-        """See `Steps`."""
-        inputs, log = self._inputs, []
-        plan, turns = inputs.plan, inputs.plan.order.shape[1]
-        for step, n in self._sequence[t * turns : (t + 1) * turns]:
-            if not plan.mask[step, n].any():
-                continue
-            s = 0 if self._strategy.shared else n
-            self._clients[n], self._servers[s], metrics = self._turn(
-                *self._arguments(step, n), group=self._group_of[n]
-            )
-            log.append((n, metrics))
-        return log
-
-    def _arguments(self, step: int, n: int) -> tuple[Any, ...]:
-        """Return what the turn of slot ``n`` takes."""
-        inputs, plan = self._inputs, self._inputs.plan
-        return (
-            self._clients[n],
-            self._servers[0 if self._strategy.shared else n],
-            inputs.data,
-            (plan.indices[step, n], plan.mask[step, n]),
-            plan.ids[n],
-            np.int32(inputs.first + step),
-            inputs.rates[step],
-        )
-
-    def _compile(self) -> None:
-        """Compile the turns of all groups at once, before the first is taken."""
-        active = np.flatnonzero(self._inputs.plan.active).tolist()
-        slots = {self._group_of[n]: n for n in active}
-        new = slots.keys() - self._compiled
-        self._compiled |= new
-        compile_together(
-            self._turn.lower(*self._arguments(0, slots[g]), group=g)
-            for g in sorted(new)
-        )
-
-
-def _all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
-    """Compile a step of all clients for a strategy without turns."""
-
-    def fetch_batch(
-        who: Array, step: Array, data: Dataset, rows: Array, mask: Array
-    ) -> Batch:
-        return pipeline.training(step_key(key, who, step), data, rows, mask)
-
-    @partial(jax.jit, donate_argnums=0)
-    def step(
-        state: RunState,
-        data: Dataset,
-        groups: tuple[tuple[Array, Array, Array], ...],
-        order: Array,
-        number: Array,
-        rate: Array,
-    ) -> tuple[RunState, ExitMetrics]:
-        assert strategy.step is not None
-        fetch = jax.vmap(fetch_batch, (0, None, None, 0, 0))
-        batches = tuple(fetch(ids, number, data, *rows) for ids, *rows in groups)
-        state, metrics = strategy.step(state, batches, order, rate)
-        return state, jax.tree.map(lambda *m: jnp.concatenate(m), *metrics)
-
-    return partial(_Stacked, step)
-
-
-class _Stacked:
-    """Takes the steps of all clients at once, on their stacks."""
-
-    def __init__(self, step: Callable, inputs: _Inputs) -> None:
-        self._step, self._inputs = step, inputs
-
-    def load(self, state: RunState) -> None:
-        """See `Steps`."""
-        self._state = state
-
-    def store(self) -> RunState:
-        """See `Steps`."""
-        return self._state
-
-    def take(self, t: int) -> Log:
-        """See `Steps`."""
-        inputs, plan = self._inputs, self._inputs.plan
-        rows = (plan.ids, plan.indices[t], plan.mask[t])
-        stacks = (split_stacks(row, inputs.sizes) for row in rows)
-        groups = tuple(zip(*stacks, strict=True))
-        self._state, metrics = self._step(
-            self._state,
-            inputs.data,
-            groups,
-            plan.order[t],
-            np.int32(inputs.first + t),
-            inputs.rates[t],
-        )
-        slots = range(len(plan.ids))
-        return [(n, jax.tree.map(lambda m, n=n: m[n], metrics)) for n in slots]
 
 
 def _added(totals: ExitMetrics, log: Log) -> ExitMetrics:

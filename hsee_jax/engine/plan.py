@@ -156,27 +156,54 @@ def plan_round(
     slots = [len(group.ids) for group in groups] if slots is None else slots
     ids = take_seats(groups, slots, who)
     steps = steps_per_round(shards, batch_size)
-    indices = np.zeros((len(ids), steps * batch_size), np.int32)
+    indices = np.zeros((len(ids), steps, batch_size), np.int32)
     mask = np.zeros(indices.shape, np.bool_)
     active = np.isin(ids, list(who - set(missing)))
     (seats,) = np.nonzero(np.isin(ids, list(who)))
     turns = np.zeros((len(seats), steps))
     for k, n in enumerate(seats):
         i = int(ids[n])
-        count = len(shards[i])
-        indices[n, :count] = _rng(seed, _BATCHES, i, number).permutation(shards[i])
-        mask[n, :count] = active[n]
+        indices[n], own = own_batches(
+            shards[i], indices[n].shape, seed=seed, client=i, number=number
+        )
+        mask[n] = own & active[n]
         turns[k] = _rng(seed, _TURNS, i, number).random(steps)
     if turn == "epoch":
         turns[:] = turns[:, :1]
-    by_step = (len(ids), steps, batch_size)
     return RoundPlan(
         ids,
         active,
-        indices.reshape(by_step).swapaxes(0, 1),
-        mask.reshape(by_step).swapaxes(0, 1),
+        indices.swapaxes(0, 1),
+        mask.swapaxes(0, 1),
         seats[np.argsort(turns, axis=0)].T.astype(np.int32),
     )
+
+
+def own_batches(
+    shard: npt.NDArray[np.int32],
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    client: int,
+    number: int,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Draw one client's batches of a round; they depend on its own shard alone.
+
+    Args:
+      shard: the client's samples, ``int32 [M_i]``.
+      shape: ``(T, B)``, with room for all of them.
+      seed: see `plan_round`.
+      client: the id of the client.
+      number: see `plan_round`.
+
+    Returns:
+      Samples, ``int32 [T, B]``, and their mask, false on padding at the end.
+    """
+    steps, batch_size = shape
+    indices = np.zeros(steps * batch_size, np.int32)
+    indices[: len(shard)] = _rng(seed, _BATCHES, client, number).permutation(shard)
+    mask = np.arange(steps * batch_size) < len(shard)
+    return indices.reshape(shape), mask.reshape(shape)
 
 
 def _rng(seed: int, stream: int, client: int, number: int) -> np.random.Generator:

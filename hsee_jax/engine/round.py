@@ -33,6 +33,8 @@ class RoundProgress(NamedTuple):
     steps: int  # finished steps
     finished: bool
     metrics: ExitMetrics  # sums over the finished steps, numpy [N, ...]
+    # Slots of clients on a network that were to take part and did not in time.
+    late: tuple[int, ...] = ()
 
 
 def nothing_done(plan: RoundPlan) -> RoundProgress:

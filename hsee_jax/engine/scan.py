@@ -103,7 +103,8 @@ def make_scan_round(
     ) -> tuple[RunState, Means, RoundProgress]:
         check_indices(plan, len(data.labels) // blocks)
         sizes, num_steps = stack_sizes(state), len(plan.order)
-        done, _, before = begun or nothing_done(plan)
+        progress = begun or nothing_done(plan)
+        done, before = progress.steps, progress.metrics
         groups = map(
             _GroupPlan,
             split_stacks(plan.ids, sizes),

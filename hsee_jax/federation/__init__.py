@@ -27,7 +27,7 @@ from hsee_jax.federation.step import (
     joint_step,
     server_step,
 )
-from hsee_jax.federation.strategy import Strategy, server_of
+from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
 
 __all__ = [
     "REDUCERS",
@@ -37,11 +37,14 @@ __all__ = [
     "Federation",
     "ForwardPass",
     "Group",
+    "Halves",
     "LayerMean",
     "LayerState",
     "ReduceFn",
     "Reducer",
     "RunState",
+    "Sent",
+    "Served",
     "ServerStep",
     "Strategy",
     "branch_step",

@@ -5,9 +5,11 @@ from typing import NamedTuple, Protocol
 
 import jax
 
-from hsee_jax.core.types import Array, Batch, ExitMetrics, Key, PyTree
+from hsee_jax.core.types import Array, Batch, ExitMetrics, Key, Metrics, PyTree
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means, RunState
+from hsee_jax.federation.step import ForwardPass
+from hsee_jax.link.codecs import Message
 
 
 class TurnFn(Protocol):
@@ -70,6 +72,37 @@ class InitStateFn(Protocol):
         """
 
 
+class Sent(NamedTuple):
+    """What a client has when its features are on the way."""
+
+    client: Branch  # after its step; with a joint boundary, still before it
+    message: Message  # the encoded features, [B, ...]
+    metrics: Metrics  # of the exit, before the update
+    passed: ForwardPass | None  # what `Halves.finish` needs; None if detached
+
+
+class Served(NamedTuple):
+    """What a server has after its half of a turn."""
+
+    server: Branch
+    metrics: Metrics  # of the final head, before the update
+    gradient: Array | None  # of the features, [B, ...]; None if detached
+    link: Array  # int32 [2, 2]: bytes up and down, see `hsee_jax.link.pack_bytes`
+
+
+class Halves(NamedTuple):
+    """A turn as the halves of a client and of a server with a network between them."""
+
+    # (client, batch, learning rate, *, group) -> Sent
+    send: Callable[..., Sent]
+    # (server, batch of encoded inputs, learning rate, *, group) -> Served
+    serve: Callable[..., Served]
+    # With a joint boundary: (client, passed, gradient, learning rate, *, group).
+    finish: Callable[..., tuple[Branch, Metrics]] | None
+    # Group -> the names of the means that its clients receive.
+    means: Callable[[int], tuple[str, ...]]
+
+
 class Strategy(NamedTuple):
     """An algorithm, as pure functions over `RunState`.
 
@@ -94,6 +127,9 @@ class Strategy(NamedTuple):
     weights: str = "samples"  # of the clients in a mean; or "uniform"
     # Whether an average gives the same network to all clients and their servers.
     one_network: bool = False
+    # For clients and server in processes of their own; None if nothing can cross a
+    # network between them.
+    halves: Halves | None = None
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

@@ -1,6 +1,6 @@
 """From a `Config` to the objects of a run; no other file makes objects of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -13,14 +13,7 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
-from hsee_jax.data.partition import (
-    PARTITIONS,
-    Indices,
-    Share,
-    hold_out,
-    manifest,
-    partition,
-)
+from hsee_jax.data.partition import Indices
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
 from hsee_jax.engine.compilation import client_axis, make_round
 from hsee_jax.engine.evaluation import make_evaluation
@@ -45,6 +38,7 @@ from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
+from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -130,27 +124,56 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     config = config_for(config, data)
     axis = _axis(config)
     info, read = data_source(config.data, data)
-    pipeline = _pipeline(config, info)
-    federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
-    groups, mesh = federation.groups, federation.mesh
+    mesh = make_mesh() if axis == "vmap" else None
+
+    def material(groups: Sequence[Group]) -> Material:
+        return deal(config, info, groups, *read())
+
+    return assemble(config, info, material, axis=axis, mesh=mesh)
+
+
+def assemble(
+    config: Config,
+    info: DatasetInfo,
+    material: Callable[[Sequence[Group]], Material],
+    *,
+    axis: str,
+    mesh: Mesh | None = None,
+) -> Experiment:
+    """Build a run from its configuration and its samples.
+
+    Args:
+      config: the run.
+      info: on its data.
+      material: reads the samples, and deals them to groups of clients.
+      axis: see `hsee_jax.engine.make_round`.
+      mesh: of the devices that share the clients.
+
+    Raises:
+      UserError: see `build`.
+    """
+    pipeline, key = build_pipeline(config, info), augment_key(config)
+    federation = build_federation(config, info, mesh)
+    groups = federation.groups
     strategy = build_strategy(config, federation)
     attendance, cadence = _attendance(config), _cadence(config)
     attendance.check(groups, cadence.rounds)
-    train, test = read()
-    parts, held = _deal(config, train)
+    parts, shares, test, train, held = material(groups)
     shards: Shards = dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = _store(config, federation, strategy)
-    placed, placed_shards = place_data(federation, strategy, slots, train, shards)
+    placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
+    if train is not None:
+        placed, placed_shards = place_data(federation, strategy, slots, train, shards)
     return Experiment(
         config=config,
         info=info,
         federation=federation,
         strategy=strategy,
-        manifest=_manifest(groups, parts, train, info),
+        manifest=shares,
         test=to_devices(test, mesh, SAME),
-        validation=_take(train, held, mesh) if len(held) else None,
+        validation=take(train, held, mesh) if train and len(held) else None,
         train=placed,
         shards=placed_shards,
         slots=slots,
@@ -163,14 +186,8 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
         plain_model=build_model(config, info, plain=True),
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
         store=store,
-        learning_rates=_learning_rates(config, steps_per_round(shards, batch_size)),
-        round_fn=make_round(
-            strategy,
-            pipeline,
-            _key(config.run.data_seed, _AUGMENT),
-            axis=axis,
-            mesh=mesh,
-        ),
+        learning_rates=build_rates(config, steps_per_round(shards, batch_size)),
+        round_fn=make_round(strategy, pipeline, key, axis=axis, mesh=mesh),
         evaluate_fn=make_evaluation(
             federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
         ),
@@ -189,6 +206,11 @@ def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) ->
     batch_size = min(config.run.batch_size, max(map(len, parts)))
     check_micro_batches(config.run.micro_batches, batch_size, strategy.boundary)
     return batch_size
+
+
+def augment_key(config: Config) -> Key:
+    """Return the root of the draws of a run's augmentation."""
+    return _key(config.run.data_seed, _AUGMENT)
 
 
 def _key(seed: int, stream: int) -> Key:
@@ -212,40 +234,15 @@ def _cadence(config: Config) -> Cadence:
     )
 
 
-def _pipeline(config: Config, info: DatasetInfo) -> InputPipeline:
+def build_pipeline(config: Config, info: DatasetInfo) -> InputPipeline:
+    """Build what makes batches of samples, and refuse samples that it cannot take."""
     augment = AUGMENTATIONS.make(config.data.augment, options=config.data.options)
     pipeline = InputPipeline(info.mean, info.std, augment)
     pipeline.check(info.input_shape)
     return pipeline
 
 
-def _deal(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
-    """Deal the training samples to the clients; return what was held out, too."""
-    seed = config.run.partition_seed
-    count, share = len(train.labels), config.data.validation_share
-    kept, held = hold_out(count, share, seed=seed)
-    deal = PARTITIONS.make(config.data.partition, options=config.data.options)
-    parts = partition(train.labels[kept], config.clients.num_clients, deal, seed=seed)
-    return [kept[part] for part in parts], held
-
-
-def _manifest(
-    groups: Sequence[Group], parts: list[Indices], train: Dataset, info: DatasetInfo
-) -> list[Share]:
-    cuts = {i: group.cut for group in groups for i in group.ids}
-    return manifest(
-        parts,
-        train.labels,
-        cuts=[cuts[i] for i in range(len(cuts))],
-        num_classes=info.num_classes,
-    )
-
-
-def _take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
-    return to_devices(Dataset(*(a[indices] for a in data)), mesh, SAME)
-
-
-def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
+def build_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
     """Compute the rate of each step, ``float32 [rounds, T]``."""
     optim, rounds = config.optim, config.run.rounds
     rates = make_schedule(

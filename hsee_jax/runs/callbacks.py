@@ -78,8 +78,23 @@ class MetricsLog(Callback):
 class Checkpoints(Callback):
     """Writes checkpoints when they are due, and when a training stops."""
 
-    def __init__(self, folder: Path, *, keep: int, after: Checkpoint | None) -> None:
-        """Choose the run's folder; see `Writer`."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        after: Checkpoint | None,
+        at_once: bool = False,
+    ) -> None:
+        """Choose the run's folder; see `Writer`.
+
+        Args:
+          folder: of the run.
+          keep: see `Writer`.
+          after: see `Writer`.
+          at_once: whether a checkpoint is complete before the next round.
+        """
+        self._at_once = at_once
         self._writer = Writer(folder / "checkpoints", keep=keep, after=after)
 
     def __enter__(self) -> "Checkpoints":
@@ -111,3 +126,5 @@ class Checkpoints(Callback):
 
     def _save(self, moment: Moment) -> None:
         self._writer.save(moment.rounds, moment.steps, moment.state(), moment.notes)
+        if self._at_once:
+            self._writer.seal()

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax; only this file uses Orbax.
+"""Checkpoints with Orbax; only this file uses Orbax, and only where it needs it.
 
 A checkpoint is a folder with the ``state`` as Orbax writes it, ``notes.json`` and
 ``digests.json``, the sha256 of every other file: Orbax itself reads changed bytes as if
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import struct
-from orbax.checkpoint import v1 as ocp
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import PyTree
@@ -102,6 +101,8 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
     Raises:
       UserError: the checkpoint cannot be read, or holds other leaves.
     """
+    from orbax.checkpoint import v1 as ocp
+
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def placed(leaf: Any) -> Any:
@@ -172,6 +173,8 @@ class Writer:
           state: arrays, copied before this returns.
           notes: values of JSON; the best checkpoint has the highest ``score``.
         """
+        from orbax.checkpoint import v1 as ocp
+
         copy = jax.tree.map(_copied, _without_links(state))
         self.seal()
         name = f"{rounds}-{steps}" if steps else str(rounds)

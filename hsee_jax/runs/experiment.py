@@ -168,6 +168,10 @@ class Experiment(NamedTuple):
             begun,
             stop,
         )
+        if progress.late:
+            active = plan.active.copy()
+            active[list(progress.late)] = False
+            plan = plan._replace(active=active)
         midway = not progress.finished
         if not midway:
             check_finite(

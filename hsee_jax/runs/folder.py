@@ -61,7 +61,7 @@ def read_info(folder: Path) -> DatasetInfo:
     """
     path = folder / "data.json"
     try:
-        return _checked_info(json.loads(path.read_text(encoding="utf-8")))
+        return checked_info(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(
             f"run: {path} is missing or damaged; `hsee train --resume --out {folder}` "
@@ -69,7 +69,7 @@ def read_info(folder: Path) -> DatasetInfo:
         ) from error
 
 
-def _checked_info(values: Mapping[str, Any]) -> DatasetInfo:
+def checked_info(values: Mapping[str, Any]) -> DatasetInfo:
     """Read the content of ``data.json``; raise an error if it is damaged."""
     stored = DatasetInfo(**values)
     shape, classes = tuple(map(int, stored.input_shape)), int(stored.num_classes)

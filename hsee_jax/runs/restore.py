@@ -48,16 +48,16 @@ class Restored(NamedTuple):
 
     def specs(self, i: int) -> tuple[BranchSpec, BranchSpec]:
         """Return the specs of client i and of the server behind it."""
-        return self.federation.specs(_seat(self.federation, i)[0])
+        return self.federation.specs(seat(self.federation, i)[0])
 
     def client(self, i: int) -> Branch:
         """Return the layers of client i and its exit head."""
-        group, member = _seat(self.federation, i)
+        group, member = seat(self.federation, i)
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
     def server(self, i: int) -> Branch:
         """Return the layers behind client i and the final head."""
-        return server_of(self.strategy, self.state, *_seat(self.federation, i))
+        return server_of(self.strategy, self.state, *seat(self.federation, i))
 
     def network(self, i: int) -> Branch:
         """Return the layers of client i, the layers behind it, and the final head.
@@ -92,7 +92,7 @@ def restore(
     strategy = build_strategy(config, federation)
     like = jax.eval_shape(strategy.init, jax.random.key(0))
     if only is not None:
-        like = _of_group(like, _seat(federation, only)[0])
+        like = _of_group(like, seat(federation, only)[0])
     state = load(checkpoint_of(folder, which), like)
     return Restored(config, info, federation, strategy, state)
 
@@ -132,7 +132,7 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
     return checkpoint
 
 
-def _seat(federation: Federation, i: int) -> tuple[int, int]:
+def seat(federation: Federation, i: int) -> tuple[int, int]:
     """Return group and member of a client."""
     for g, group in enumerate(federation.groups):
         if i in group.ids:

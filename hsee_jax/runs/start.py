@@ -33,6 +33,8 @@ _DERIVED = (
     "tracking",
     "tensorboard",
     "wandb",
+    "deployment",
+    "devices",
 )
 
 
@@ -47,13 +49,24 @@ class Start(NamedTuple):
     checkpoint: Checkpoint | None = None
 
 
-def resume_from(experiment: Experiment, folder: Path) -> Start:
+def resume_from(
+    experiment: Experiment, folder: Path, journal: str | None = None
+) -> Start:
     """Read where a run goes on.
+
+    Args:
+      experiment: the run.
+      folder: of the run.
+      journal: see `hsee_jax.runs.train.train_built`.
 
     Raises:
       UserError: its files are damaged, or its data are others.
     """
     checkpoint = find(folder / "checkpoints", midway=True)
+    if journal is not None:
+        later = find(folder / journal)
+        if later and (checkpoint is None or later.rounds > checkpoint.rounds):
+            checkpoint = later
     if checkpoint is None:
         _log.warning("%s has no checkpoint; the run begins anew", folder)
         return Start(experiment.init())

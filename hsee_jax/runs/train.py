@@ -73,17 +73,55 @@ def train(
       DivergenceError: see `Experiment.run_round`; the last checkpoint is a good one.
       Stopped: by ``stop``.
     """
+    return train_built(
+        lambda: build(config, data),
+        config_for(config, data),
+        folder,
+        resume=resume,
+        overwrite=overwrite,
+        callbacks=callbacks,
+        stop=stop,
+    )
+
+
+def train_built(
+    build_run: Callable[[], Experiment],
+    config: Config,
+    folder: str | os.PathLike[str],
+    *,
+    resume: bool,
+    overwrite: bool,
+    callbacks: Sequence[Callback],
+    stop: Callable[[], bool],
+    journal: str | None = None,
+) -> Summary:
+    """Train a run that a function builds to its end; see `train` for what it raises.
+
+    Args:
+      build_run: builds the run, once the folder is known to allow it.
+      config: its configuration.
+      folder: see `train`, like all arguments but the last.
+      resume: go on from the last checkpoint.
+      overwrite: replace the run in the folder.
+      callbacks: called after every round.
+      stop: asked between steps.
+      journal: the folder, in that of the run, of further checkpoints from which it may
+        go on; each checkpoint is then complete before the next round.
+
+    Returns:
+      The content of ``summary.json``.
+    """
     begin, folder = time.perf_counter(), Path(folder)
     check = partial(check_start, folder, resume=resume, overwrite=overwrite)
     in_first(check)
     if resume:
-        check_same(config_for(config, data), read_config(folder))
-    experiment = build(config, data)
+        check_same(config, read_config(folder))
+    experiment = build_run()
     with locked(folder), ExitStack() as stack:
         in_first(check)
         start = Start(experiment.init())
         if resume:
-            start = resume_from(experiment, folder)
+            start = resume_from(experiment, folder, journal)
         in_first(partial(prepare_folder, folder, experiment, start))
         everything = (
             MetricsLog(folder),
@@ -92,6 +130,7 @@ def train(
                 folder,
                 keep=experiment.cadence.keep_checkpoints,
                 after=start.checkpoint,
+                at_once=journal is not None,
             ),
         )
         for callback in everything:

@@ -1,0 +1,92 @@
+"""The command ``hsee join``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hsee_jax.cli.arguments import parser_of
+from hsee_jax.cli.flags import Parser, add_cache, find_plugins, use_cache
+from hsee_jax.cli.signals import StopSignals
+from hsee_jax.cli.terminal import show_log
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.paths import expand_home
+from hsee_jax.parallel.processes import check_devices
+from hsee_jax.runs.folder import sole_writer
+
+
+def join(words: Sequence[str]) -> int | None:
+    """Take part in a run as a device; return the status of a stop by a signal."""
+    given = _parser(words).parse(words)
+    use_cache({name: v for name, v in vars(given).items() if v is not None})
+    if (given.keys is None) == (given.client is None):
+        raise UserError(
+            "client: is needed without --keys, and not allowed with it: the client is "
+            "then the one of its certificate"
+        )
+    try:
+        from hsee_jax.deployment.rpc import connect
+    except ImportError as error:
+        raise UserError(
+            "join: needs a package; `pip install 'hsee-jax[grpc]'`"
+        ) from error
+    from hsee_jax.deployment.take_part import take_part
+
+    check_devices()
+    show_log()
+    state = expand_home(given.state, "state")
+    keys = None if given.keys is None else expand_home(given.keys, "keys")
+    data = None if given.data is None else expand_home(given.data, "data")
+    with StopSignals() as signals, sole_writer(state):
+        try:
+            with connect(
+                given.server,
+                keys,
+                given.client,
+                patience_s=given.patience,
+                stop=signals,
+            ) as call:
+                ended = take_part(call, state, data, given.plugin, signals)
+        except Stopped:
+            ended = False
+    if ended:
+        return None
+    print("hsee: stopped; the same command goes on", file=sys.stderr)
+    return 128 + signals.received
+
+
+def _parser(words: Sequence[str]) -> Parser:
+    find_plugins(words)
+    parser = parser_of("join")
+    parser.add_argument("server", metavar="HOST:PORT", help="address of the server")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where the device keeps its layers; the same command goes on from there",
+    )
+    parser.add_argument(
+        "--keys", type=Path, metavar="FOLDER", help="keys/client-ID of hsee enroll"
+    )
+    parser.add_argument(
+        "--client", type=int, metavar="ID", help="id of the client, without --keys"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="the device's own samples: an npz with x and y, labels 0..K-1; without "
+        "it, the device reads the run's dataset and takes its share",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to call a server that does not answer (600)",
+    )
+    parser.add_argument(
+        "--plugin", nargs="+", default=(), help="modules that the run may need"
+    )
+    add_cache(parser)
+    return parser

@@ -1,0 +1,216 @@
+"""The command ``hsee serve``."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsee_jax.cli.arguments import config_parser, print_figures
+from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.signals import StopSignals
+from hsee_jax.cli.terminal import ProgressBar, show_log
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.options import Option, positive
+from hsee_jax.core.paths import expand_home
+from hsee_jax.parallel.processes import check_devices
+from hsee_jax.runs.folder import new_folder
+from hsee_jax.runs.material import shares
+
+if TYPE_CHECKING:
+    from hsee_jax.config import Config
+    from hsee_jax.deployment.local import LocalDevices
+    from hsee_jax.deployment.reception import Doors
+    from hsee_jax.deployment.service import Service
+
+_LOCAL = "127.0.0.1:0"
+_COMMON = ("resume", "overwrite", "samples")  # of the command and of `serve`
+
+
+def serve(words: Sequence[str]) -> int | None:
+    """Serve a run to devices; return the exit status of a stop by a signal."""
+    given = vars(_parser(words).parse(words))
+    try:
+        import grpc  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "serve: needs a package; `pip install 'hsee-jax[grpc]'`"
+        ) from error
+    out, options = given.pop("out", None), _options(given)
+    if options["resume"] and out is None:
+        raise UserError("out: missing; --resume needs the folder of the run")
+    config = config_from(given, stored=out if options["resume"] else None)
+    use_cache(given)
+    check_devices()
+    show_log()
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_folder(out))
+        signals = stack.enter_context(StopSignals())
+        try:
+            summary = _run(config, folder, given, options, signals)
+        except Stopped as stopped:
+            line = f"hsee: {stopped}; --resume --out {folder} continues it"
+            print(line, file=sys.stderr)
+            return 128 + signals.received
+    print_figures(summary.rounds, summary.scores, folder, as_json=False)
+    return None
+
+
+def _run(
+    config: "Config",
+    folder: Path,
+    given: dict[str, Any],
+    options: dict[str, Any],
+    signals: StopSignals,
+) -> Any:
+    """Serve the run, and start its devices here if that is asked for."""
+    from hsee_jax.deployment.local import LocalDevices
+    from hsee_jax.deployment.reception import serve as serve_run
+
+    devices = LocalDevices(folder) if "local" in given else None
+
+    def stop() -> bool:
+        if devices is not None:
+            devices.check()
+        return signals()
+
+    return serve_run(
+        config,
+        folder,
+        _doors(config, given, devices),
+        callbacks=[ProgressBar(config.run.rounds)],
+        stop=stop,
+        **options,
+    )
+
+
+def _doors(
+    config: "Config", given: dict[str, Any], devices: "LocalDevices | None"
+) -> "Doors":
+    """Return what lets the calls of devices in."""
+    from hsee_jax.deployment.rpc import open_port
+
+    keys = given.get("keys")
+    keys = None if keys is None else expand_home(keys, "keys")
+
+    @contextlib.contextmanager
+    def doors(service: "Service") -> Iterator[None]:
+        with open_port(service, given["listen"], keys) as port:
+            if devices is None:
+                yield
+                return
+            words = ["--plugin", *config.run.plugin] if config.run.plugin else []
+            if "compilation_cache" in given:
+                words += ["--compilation-cache", given["compilation_cache"]]
+            with devices.started(port, shares(config), words):
+                yield
+
+    return doors
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a server, and complete those of its run."""
+    from hsee_jax.deployment.types import Patience
+
+    if "local" in given:
+        for name in ("listen", "keys", "samples"):
+            if name in given:
+                raise UserError(f"{name}: is not allowed together with --local")
+        count = given["local"]
+        if given.get("num_clients", count) != count:
+            raise UserError(
+                f"num_clients: {given['num_clients']} is not allowed with --local "
+                f"{count}"
+            )
+        given |= {"listen": _LOCAL, "num_clients": count}
+    if "listen" not in given:
+        raise UserError(
+            "listen: missing; allowed is HOST:PORT, or --local N for N devices here"
+        )
+    options = {name: given.pop(name) for name in _COMMON if name in given}
+    options.setdefault("resume", False)
+    bound = Option("feature_bound", float, 1e4, rules=(positive,))
+    return options | {
+        "bound": bound.checked(given.get("feature_bound", bound.default)),
+        "patience": Patience(
+            given.get("deadline"),
+            given.get("min_clients", 1),
+            given.get("max_refusals", 3),
+        ),
+    }
+
+
+def _folder(out: Path | None) -> contextlib.AbstractContextManager[Path]:
+    if out is not None:
+        return contextlib.nullcontext(out)
+    return new_folder(Path("runs"), f"serve-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _parser(words: Sequence[str]) -> Parser:
+    parser = config_parser("serve", words)
+    parser.add_argument(
+        "--config", type=Path, help="config.json to start from, instead of a preset"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the run (runs/serve-DATE)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out after the last round that ended",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run in --out"
+    )
+    _add_devices(parser)
+    return parser
+
+
+def _add_devices(parser: Parser) -> None:
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="where devices call; without --keys a host of this machine",
+    )
+    group.add_argument(
+        "--keys", type=Path, metavar="FOLDER", help="keys/server of hsee enroll"
+    )
+    group.add_argument(
+        "--local",
+        type=int,
+        metavar="N",
+        help="start N devices on this machine; sets --num-clients",
+    )
+    group.add_argument(
+        "--samples",
+        type=int,
+        nargs="+",
+        metavar="INT",
+        help="how many samples each client has, if they are its own; without it, "
+        "devices have the shares that --partition deals them",
+    )
+    group.add_argument(
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="a client that has not sent all of a round by then is absent in it; "
+        "without it, a round waits for every client",
+    )
+    group.add_argument(
+        "--min-clients",
+        type=int,
+        metavar="INT",
+        help="clients that a round waits for whatever the deadline (1)",
+    )
+    group.add_argument(
+        "--max-refusals",
+        type=int,
+        metavar="INT",
+        help="messages refused of a client before it is left out (3)",
+    )
+    group.add_argument(
+        "--feature-bound",
+        type=float,
+        metavar="FLOAT",
+        help="a message with a number larger than this is refused (10000)",
+    )

@@ -1,0 +1,176 @@
+"""A device's folder: the state of its client, and the messages of its last round.
+
+Every file is written completely or not at all, and begins with its digest. The
+messages of a round are there before the state after it, so that a device that a server
+asks again for this round answers again, and does not train again.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.deployment.protocol import (
+    Refusal,
+    form_of,
+    named,
+    pack,
+    size_limit,
+    split,
+    tree_from,
+    unpack,
+)
+from hsee_jax.federation.branch import Branch
+
+_RUN, _STATE, _OUTBOX, _FINISH = "run", "state-", "outbox", "finish"
+
+
+class DeviceState(NamedTuple):
+    """The state of a device between two rounds."""
+
+    client: Branch
+    round: int  # the last round that it trained; 0 at the beginning
+    since: int  # the last round whose means it has received
+
+
+class Box:
+    """Keeps the files of a device."""
+
+    def __init__(self, folder: Path) -> None:
+        """Choose the folder; it is made when something is written."""
+        self._folder = folder
+
+    def claim(self, run: str, client: int) -> None:
+        """Note whose state is kept here, or refuse that of another run or client.
+
+        Raises:
+          UserError: the folder belongs to another run or client, or cannot be written.
+        """
+        path, own = self._folder / _RUN, f"client {client} of {run}".encode()
+        if not path.exists():
+            write(path, own)
+        elif read(path) != own:
+            raise UserError(
+                f"state: {self._folder} holds the state of another run or client; "
+                "allowed is a new folder"
+            )
+
+    def rounds(self) -> list[int]:
+        """Return the rounds after which a state is kept, the latest last."""
+        found = self._folder.glob(f"{_STATE}*")
+        numbers = (path.name.removeprefix(_STATE) for path in found)
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def load(self, like: Branch, number: int) -> DeviceState:
+        """Read the state after a round.
+
+        Raises:
+          UserError: the file is missing or damaged.
+        """
+        path, form = self._folder / f"{_STATE}{number}", form_of(like)
+        try:
+            fields, data = split(read(path), ("round", "since"), limit=size_limit(form))
+            client = tree_from(unpack(data, form), like)
+        except Refusal as error:
+            raise UserError(f"state: {path} cannot be read: {error}") from error
+        return DeviceState(client, fields["round"], fields["since"])
+
+    def save(self, state: DeviceState) -> None:
+        """Write a state; what was sent before is on the disk then, too."""
+        for path in self._outbox(state.round).glob("*"):
+            _sync(path)
+        fields = {"round": state.round, "since": state.since}
+        data = pack(fields, named(jax.device_get(state.client)))
+        write(self._folder / f"{_STATE}{state.round}", data)
+
+    def forget(self, number: int) -> None:
+        """Remove what is of no use once a round is trained: all but it and the last."""
+        for old in self.rounds()[:-2]:
+            (self._folder / f"{_STATE}{old}").unlink(missing_ok=True)
+        for outbox in (self._folder / _OUTBOX).glob("*"):
+            if outbox.name != str(number):
+                shutil.rmtree(outbox, ignore_errors=True)
+
+    def drop(self, number: int) -> None:
+        """Remove the states after a round; the later rounds went on without them."""
+        for later in self.rounds():
+            if later > number:
+                (self._folder / f"{_STATE}{later}").unlink(missing_ok=True)
+
+    def put(self, number: int, step: int | None, message: bytes) -> None:
+        """Keep a message of a round; without a step, the last one."""
+        name = _FINISH if step is None else f"{step:08}"
+        write(self._outbox(number) / name, message, sync=False)
+
+    def messages(self, number: int) -> Iterator[bytes]:
+        """Yield the messages of the steps of a round, in order."""
+        for path in sorted(self._outbox(number).glob("0*")):
+            if path.suffix != ".tmp":
+                yield read(path)
+
+    def finish(self, number: int) -> bytes:
+        """Return the last message of a round."""
+        return read(self._outbox(number) / _FINISH)
+
+    def _outbox(self, number: int) -> Path:
+        return self._folder / _OUTBOX / str(number)
+
+
+def write(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file with its digest, completely or not at all.
+
+    Args:
+      path: of the file; its folder is made.
+      content: what it holds.
+      sync: whether it is on the disk when this returns.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(hashlib.sha256(content).digest() + content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if sync:
+            _sync(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"state: {path} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def read(path: Path) -> bytes:
+    """Read what `write` wrote.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    try:
+        whole = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"state: {path} cannot be read: {error.strerror or error}"
+        ) from error
+    digest, content = whole[:32], whole[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise UserError(f"state: {path} is damaged; allowed is a new folder")
+    return content
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,183 @@
+"""A device: one client of a run, with its own samples and no others.
+
+It asks the server what to do (``next``), trains a round on batches that it plans from
+its own shard, sends a message for each batch (``push``) and at the end what it measured
+and the layers that are asked for (``finish``). All calls go from the device to the
+server, through a function of bytes; this file knows no network.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
+from hsee_jax.deployment.box import Box, DeviceState
+from hsee_jax.deployment.forms import VERSION, Kind, Layers, forms_of
+from hsee_jax.deployment.protocol import (
+    Closed,
+    Tensors,
+    form_of,
+    named,
+    pack,
+    size_limit,
+    split,
+    tree_from,
+    unpack,
+    with_rows,
+)
+from hsee_jax.deployment.training import make_programs, train_round
+from hsee_jax.runs.participant import Participant, build_participant
+
+# (method, message) -> the server's answer
+Call = Callable[[str, bytes], bytes]
+
+
+def join(
+    call: Call, samples: int, plugins: tuple[str, ...] = ()
+) -> tuple[Any, Participant]:
+    """Join a run.
+
+    Args:
+      call: calls the server.
+      samples: how many this device has; -1 for its share of the run's dataset.
+      plugins: see `build_participant`.
+
+    Returns:
+      What the server says of the run, and the `Participant`.
+    """
+    answer = call("join", pack({"samples": samples, "version": VERSION}))
+    values = json.loads(answer)
+    return values, build_participant(values, plugins)
+
+
+class Device:
+    """Takes part in a run until it ends; it keeps its state in a `Box`.
+
+    Attributes:
+      state: of its client.
+    """
+
+    def __init__(self, part: Participant, data: Dataset, box: Box, call: Call) -> None:
+        """Prepare the device, and read where it goes on.
+
+        Args:
+          part: the client.
+          data: its samples, on the host.
+          box: the device's files.
+          call: calls the server; raises `Refusal` if it refuses what it got.
+
+        Raises:
+          UserError: the files are damaged.
+        """
+        self._part, self._box, self._call = part, box, call
+        self._labels = np.asarray(data.labels, np.int32)
+        self._programs = make_programs(part, data)
+        steps = part.learning_rates.shape[1]
+        self._forms = forms_of(part.federation, part.strategy, 0, steps=steps)
+        self.state = self._load()
+
+    def run(self, stop: Callable[[], bool]) -> bool:
+        """Take part until the run ends; return False if ``stop`` was true before.
+
+        Raises:
+          UserError: the server asks for what this device no longer has.
+        """
+        while not stop():
+            kind, number, layers = self._next()
+            if kind == Kind.END:
+                self._box.save(self.state)
+                return True
+            if kind == Kind.TRAIN:
+                try:
+                    self._take_part(number, layers)
+                except Closed:  # the next answer says what counts
+                    continue
+        return False
+
+    def _load(self) -> DeviceState:
+        rounds = self._box.rounds()
+        if not rounds:
+            form = self._forms.layers[Layers.ALL]
+            answer = self._call("begin", pack({}))
+            _, data = split(answer, (), limit=size_limit(form))
+            client = tree_from(unpack(data, form), self._forms.client, "client")
+            return DeviceState(jax.device_put(client), 0, 0)
+        return self._box.load(self._forms.client, rounds[-1])
+
+    def _next(self) -> tuple[Kind, int, Layers]:
+        """Ask what to do, and receive the means that come with the answer."""
+        state, forms = self.state, self._forms
+        form = form_of(forms.means, "means")
+        fields, data = split(
+            self._call("next", pack({"round": state.round, "since": state.since})),
+            ("kind", "round", "layers", "last", "means"),
+            limit=size_limit(form),
+        )
+        kind, number = Kind(fields["kind"]), fields["round"]
+        again = kind == Kind.TRAIN and number == state.round
+        if fields["last"] < state.round and kind != Kind.WAIT and not again:
+            self._box.drop(fields["last"])
+            self.state = self._load()
+            return self._next()
+        if fields["means"] > state.since:
+            means = tree_from(unpack(data, form), forms.means, "means")
+            client = self._programs.receive(state.client, means, np.int32(state.since))
+            self.state = DeviceState(client, state.round, fields["means"])
+        return kind, number, Layers(fields["layers"])
+
+    def _take_part(self, number: int, layers: Layers) -> None:
+        """Train a round, or answer again with what it was answered with."""
+        box = self._box
+        if number < self.state.round:
+            raise UserError(
+                f"state: the server is at round {number}, and this device has trained "
+                f"round {self.state.round}; allowed is a server that goes on with its "
+                "run, or a new folder"
+            )
+        if number == self.state.round:
+            for message in box.messages(number):
+                self._answer("push", message)
+            self._answer("finish", box.finish(number))
+            return
+
+        def exchange(step: int, tensors: Tensors) -> npt.NDArray | None:
+            message = pack({"round": number, "step": step}, tensors)
+            box.put(number, step, message)
+            rows = len(tensors["labels"])
+            form = with_rows(self._forms.gradient, rows)
+            found = unpack(self._answer("push", message, size_limit(form)), form)
+            return found.get("gradient")
+
+        client, metrics = train_round(
+            self._part,
+            self._programs,
+            self._labels,
+            self.state.client,
+            number,
+            exchange,
+        )
+        leaves = named(jax.device_get(client), "client")
+        kept = {name: leaves[name] for name in self._forms.layers[layers]}
+        fields = {"round": number, "layers": layers}
+        message = pack(fields, named(metrics, "exit") | kept)
+        box.put(number, None, message)
+        self.state = DeviceState(client, number, self.state.since)
+        box.save(self.state)
+        box.forget(number)
+        self._answer("finish", message)
+
+    def _answer(self, method: str, message: bytes, limit: int = 0) -> bytes:
+        """Call the server, and return the tensors of its answer.
+
+        Raises:
+          Closed: the round goes on without this device.
+        """
+        fields, data = split(self._call(method, message), ("closed",), limit=limit)
+        if fields["closed"]:
+            raise Closed
+        return data

@@ -1,0 +1,298 @@
+"""What arrives from devices, until the server's round takes it.
+
+The threads of the calls put messages in, the thread of the training takes them out in
+the order of the round. A device waits while a few of its messages lie here, so that the
+server's memory does not depend on the slowest.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.deployment.forms import Kind, Layers
+from hsee_jax.deployment.protocol import Closed, Refusal, Tensors
+from hsee_jax.deployment.refusals import Refusals
+from hsee_jax.deployment.types import Finished, Patience, Task
+from hsee_jax.federation.state import Means
+
+_AHEAD = 4  # messages of a device that wait here
+_POLL_S = 10.0  # that a device waits for the answer to `next`
+_TICK_S = 0.2  # between two looks at the clock and for a stop
+_log = logging.getLogger(__name__)
+
+
+class Mailbox:
+    """Keeps what arrives in a round; all methods may be called in any thread."""
+
+    def __init__(self, patience: Patience, stop: Callable[[], bool]) -> None:
+        """Start closed.
+
+        Args:
+          patience: of the server.
+          stop: asked while the training waits; true ends the wait with `Stopped`.
+        """
+        self._patience, self._stop = patience, stop
+        self._change = threading.Condition()
+        self._refusals = Refusals(patience.max_refusals)
+        self._last: dict[int, int] = {}
+        self._means: Means = {}
+        self._away: set[int] = set()  # were late, and have not called since
+        self._told: set[int] = set()  # that the run has ended
+        self._ended = False
+        self._clear(0, {}, Layers.NONE)
+
+    def _clear(
+        self, number: int, rows: Mapping[int, Sequence[int]], layers: Layers
+    ) -> None:
+        self._open = bool(rows)
+        self._number, self._rows, self._layers = number, dict(rows), layers
+        self._taken = dict.fromkeys(rows, 0)  # steps
+        self._waiting: dict[int, dict[int, Tensors]] = {i: {} for i in rows}
+        self._answers: dict[tuple[int, int], Tensors] = {}
+        self._finished: dict[int, Finished] = {}
+        self._late: set[int] = set()
+        self._begin = time.monotonic()
+
+    # The training
+
+    def open(
+        self,
+        number: int,
+        rows: Mapping[int, Sequence[int]],
+        layers: Layers,
+        *,
+        last: Mapping[int, int],
+        means: Means,
+    ) -> None:
+        """Open a round.
+
+        Args:
+          number: its number, from 1.
+          rows: of each client that is to take part, the rows of its batches.
+          layers: what each of them sends at its end.
+          last: the last round of each client that counts.
+          means: the latest, for the clients.
+
+        Raises:
+          Stopped: the training is to stop.
+        """
+        with self._change:
+            if self._stop():
+                raise Stopped(number - 1, 0)
+            self._last, self._means = dict(last), means
+            self._clear(number, rows, layers)
+            for i in sorted(self._away & rows.keys()):
+                if self._spare():
+                    self._be_late(i, "has not called since")
+            self._change.notify_all()
+
+    def take(self, i: int, step: int) -> Tensors | None:
+        """Wait for the message of a client's step; return None if the client is late.
+
+        Raises:
+          Stopped, UserError: see `finish`.
+        """
+        with self._change:
+            if not self._wait(i, lambda: step in self._waiting[i]):
+                return None
+            self._taken[i] = step + 1
+            self._change.notify_all()
+            return self._waiting[i].pop(step)
+
+    def answer(self, i: int, step: int, tensors: Tensors) -> None:
+        """Answer a client's step."""
+        with self._change:
+            self._answers[i, step] = tensors
+            self._change.notify_all()
+
+    def finish(self, i: int) -> Finished | None:
+        """Wait for the end of a client's round; return None if the client is late.
+
+        Raises:
+          Stopped: the training is to stop.
+          UserError: no client is left.
+        """
+        with self._change:
+            done = self._wait(i, lambda: i in self._finished)
+            return self._finished[i] if done else None
+
+    def close(self) -> list[int]:
+        """Close the round; return the clients that took part in all of it."""
+        with self._change:
+            self._open = False
+            return sorted(self._finished.keys() - self._late)
+
+    def end(self, *, last: Mapping[int, int], means: Means) -> None:
+        """Tell all devices that call from now on that the run has ended."""
+        with self._change:
+            self._open, self._ended = False, True
+            self._last, self._means = dict(last), means
+            self._change.notify_all()
+
+    def wait_told(self, clients: Sequence[int], seconds: float) -> None:
+        """Wait until these clients know that the run has ended."""
+        with self._change:
+            awaited = set(clients) - self._refusals.left_out()
+            self._change.wait_for(
+                lambda: self._stop() or self._told >= awaited, timeout=seconds
+            )
+
+    # The calls of devices
+
+    def task(self, i: int, alive: Callable[[], bool]) -> Task:
+        """Wait for something that a client can do; after a while, return `WAIT`."""
+        end = time.monotonic() + _POLL_S
+        with self._change:
+            self._away.discard(i)
+            while alive():
+                if self._ended:
+                    self._told.add(i)
+                    self._change.notify_all()
+                    return self._task(i, Kind.END)
+                if self._wanted(i) and i not in self._finished:
+                    return self._task(i, Kind.TRAIN)
+                if time.monotonic() >= end:
+                    break
+                self._change.wait(_TICK_S)
+            return self._task(i, Kind.WAIT)
+
+    def put(
+        self,
+        i: int,
+        number: int,
+        step: int,
+        tensors: Tensors,
+        *,
+        joint: bool,
+        alive: Callable[[], bool],
+    ) -> Tensors:
+        """Put a client's message in, once there is room, and return the answer to it.
+
+        What was put in before is answered as it was answered then.
+
+        Raises:
+          Closed: the round goes on without this message.
+        """
+        with self._change:
+            while True:
+                self._check_open(i, number)
+                mine, first = self._waiting[i], self._taken[i]
+                if step < first or step in mine:
+                    break
+                if step != first + len(mine):
+                    raise Closed  # the server has begun the round again
+                if len(mine) < _AHEAD:
+                    mine[step] = tensors
+                    self._change.notify_all()
+                    break
+                self._pause(alive)
+            while joint and (i, step) not in self._answers:
+                self._check_open(i, number)
+                self._pause(alive)
+            return self._answers.get((i, step), {})
+
+    def put_finish(self, i: int, number: int, finished: Finished) -> None:
+        """Put in what a client sends at the end of a round.
+
+        Raises:
+          Closed: the round goes on without it.
+        """
+        with self._change:
+            self._check_open(i, number)
+            count = sum(rows > 0 for rows in self._rows[i])
+            if self._taken[i] + len(self._waiting[i]) < count:
+                raise Closed
+            self._finished.setdefault(i, finished)
+            self._change.notify_all()
+
+    def rows(self, i: int, number: int, step: int) -> int:
+        """Return the rows of a client's batch.
+
+        Raises:
+          Closed: the round goes on without the client.
+          Refusal: it has no such batch.
+        """
+        with self._change:
+            self._check_open(i, number)
+            found = self._rows[i]
+            if not 0 <= step < len(found) or found[step] == 0:
+                raise Refusal(f"step: {step} has no batch")
+            return found[step]
+
+    def all_rows(self, i: int, number: int) -> tuple[list[int], Layers]:
+        """Return the rows of a client's batches, and the layers that it sends."""
+        with self._change:
+            self._check_open(i, number)
+            return list(self._rows[i]), self._layers
+
+    def refuse(self, i: int, refusal: Refusal) -> None:
+        """Note what was refused of a client."""
+        with self._change:
+            self._refusals.note(i, refusal)
+            self._change.notify_all()
+
+    def check_welcome(self, i: int) -> None:
+        """Refuse a client that is left out.
+
+        Raises:
+          Refusal: it is.
+        """
+        with self._change:
+            self._refusals.check(i)
+
+    # Under the lock
+
+    def _wanted(self, i: int) -> bool:
+        return self._open and i in self._rows and i not in self._late
+
+    def _task(self, i: int, kind: Kind) -> Task:
+        if kind == Kind.WAIT:
+            return Task(kind, 0, Layers.NONE, 0, {})
+        last = self._last.get(i, 0)
+        return Task(kind, self._number, self._layers, last, self._means)
+
+    def _check_open(self, i: int, number: int) -> None:
+        if number != self._number or not self._wanted(i):
+            raise Closed
+
+    def _pause(self, alive: Callable[[], bool]) -> None:
+        if not alive():
+            raise Closed
+        self._change.wait(_TICK_S)
+
+    def _wait(self, i: int, ready: Callable[[], bool]) -> bool:
+        """Wait for a client; return False if it is late."""
+        while not ready():
+            if i in self._late:
+                return False
+            if i in self._refusals.left_out():
+                self._be_late(i, "is left out")
+            elif self._overdue() and self._spare():
+                self._be_late(i, "is late")
+            elif self._stop():
+                raise Stopped(self._number - 1, 0)
+            else:
+                self._change.wait(_TICK_S)
+        return i not in self._late
+
+    def _overdue(self) -> bool:
+        limit = self._patience.deadline_s
+        return limit is not None and time.monotonic() - self._begin > limit
+
+    def _spare(self) -> bool:
+        """Return whether enough clients are left if one more is late."""
+        left = len(self._rows) - len(self._late) - 1
+        return left >= max(1, self._patience.min_clients)
+
+    def _be_late(self, i: int, why: str) -> None:
+        _log.warning("client %d %s; round %d goes on", i, why, self._number)
+        self._late.add(i)
+        self._away.add(i)
+        self._change.notify_all()
+        if len(self._late) == len(self._rows):
+            raise UserError(
+                f"max_refusals: no client is left in round {self._number}; all were "
+                "left out"
+            )

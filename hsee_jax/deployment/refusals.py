@@ -1,0 +1,41 @@
+"""What was refused of each client, until there is too much of it."""
+
+import logging
+
+from hsee_jax.deployment.protocol import Refusal
+
+_log = logging.getLogger(__name__)
+
+
+class Refusals:
+    """Counts and logs what is refused; a client with too much of it is left out."""
+
+    def __init__(self, most: int) -> None:
+        """Start without any.
+
+        Args:
+          most: refusals of a client that do not yet leave it out.
+        """
+        self._most = most
+        self._counts: dict[int, int] = {}
+
+    def note(self, i: int, refusal: Refusal) -> None:
+        """Count and log what was refused of a client."""
+        count = self._counts[i] = self._counts.get(i, 0) + 1
+        _log.warning("client %d: refused (%d): %s", i, count, refusal)
+        if count == self._most + 1:
+            _log.warning("client %d is left out from now on", i)
+
+    def left_out(self) -> set[int]:
+        """Return the clients that are left out."""
+        return {i for i, count in self._counts.items() if count > self._most}
+
+    def check(self, i: int) -> None:
+        """Refuse a client that is left out.
+
+        Raises:
+          Refusal: it is.
+        """
+        if i in self.left_out():
+            count = self._counts[i]
+            raise Refusal(f"client: {i} is left out after {count} refusals")

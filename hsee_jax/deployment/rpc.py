@@ -1,0 +1,217 @@
+"""The calls of devices over gRPC: generic methods with bytes in and bytes out.
+
+All calls go from device to server, so only the server needs an open port. A call that
+fails because the network or the server is away is repeated with the same bytes, which
+changes nothing that has arrived; an error in the server is not repeated for ever.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.deployment.credentials import (
+    channel_credentials,
+    client_id,
+    server_credentials,
+)
+from hsee_jax.deployment.device import Call
+from hsee_jax.deployment.protocol import Refusal
+from hsee_jax.deployment.service import METHODS, Service
+
+_SERVICE = "hsee_jax.Server"
+_CLIENT = "client-id"  # metadata of a call without certificates
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_ROOM = 1 << 16  # bytes of a message beside its tensors
+_CALL_S = 60.0  # until a call without an answer is repeated
+_PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
+_FAULTS = 3  # errors in the server, one after another, before a device gives up
+_GRACE_S = 1.0  # for calls in progress when a server ends
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int]:
+    """Answer calls at an address, and yield its port.
+
+    Args:
+      service: answers the calls.
+      address: ``host:port``; port 0 takes one that is free.
+      keys: the server's folder of `hsee enroll`; None only for an address of this
+        machine, where clients say themselves who they are.
+
+    Raises:
+      UserError: the address is not allowed or not free, or the keys are not valid.
+    """
+    check_address(address, "listen", keys)
+    server = grpc.server(
+        futures.ThreadPoolExecutor(2 * service.clients + 8),
+        handlers=[_handler(service, keys is not None)],
+        options=[
+            *_sizes(service.limit() + _ROOM),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    try:
+        if keys is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, server_credentials(keys))
+    except RuntimeError as error:
+        raise UserError(f"listen: {address} is not free, or not an address") from error
+    server.start()
+    _log.info("listening at %s", address.rpartition(":")[0] + f":{port}")
+    try:
+        yield port
+    finally:
+        server.stop(_GRACE_S).wait()
+
+
+@contextlib.contextmanager
+def connect(
+    address: str,
+    keys: Path | None,
+    client: int | None,
+    *,
+    patience_s: float,
+    stop: Callable[[], bool],
+) -> Iterator[Call]:
+    """Yield a function that calls a server.
+
+    Args:
+      address: ``host:port``.
+      keys: the client's folder of `hsee enroll`; None for a server on this machine.
+      client: the id of the client, if there are no keys.
+      patience_s: how long to call again when nobody answers.
+      stop: true ends a call with `Stopped`.
+
+    Raises:
+      UserError: the address is not allowed, or the keys are not valid; the function
+        raises it if the server refuses a message or does not answer.
+    """
+    check_address(address, "server", keys)
+    options = [*_sizes(-1), ("grpc.max_reconnect_backoff_ms", 2000)]
+    if keys is None:
+        channel = grpc.insecure_channel(address, options)
+    else:
+        channel = grpc.secure_channel(address, channel_credentials(keys), options)
+    metadata = None if keys is not None else ((_CLIENT, str(client)),)
+    with channel:
+        yield _Caller(channel, address, metadata, patience_s, stop)
+
+
+def check_address(address: str, field: str, keys: Path | None) -> None:
+    """Refuse what is no address, and without keys all but those of this machine.
+
+    Raises:
+      UserError: it is refused.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"{field}: {address} is not allowed; allowed is HOST:PORT")
+    if keys is None and host not in _LOOPBACK:
+        raise UserError(
+            f"{field}: {address} is not allowed without --keys, as nothing would be "
+            f"encrypted; allowed are --keys, and the hosts {', '.join(_LOOPBACK)}"
+        )
+
+
+class _Caller:
+    """Calls a server, again where the network or the server was away."""
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        address: str,
+        metadata: Any,
+        patience_s: float,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._channel, self._address = channel, address
+        self._metadata, self._patience_s, self._stop = metadata, patience_s, stop
+
+    def __call__(self, method: str, message: bytes) -> bytes:
+        begin, faults, pauses = time.monotonic(), 0, iter(_PAUSES_S)
+        while True:
+            try:
+                return self._call(method, message)
+            except grpc.RpcError as error:
+                code, details = error.code(), error.details()
+            if code not in _AWAY:
+                faults += 1
+                if code != grpc.StatusCode.UNKNOWN or faults == _FAULTS:
+                    raise UserError(f"server: {self._address} refuses: {details}")
+            if time.monotonic() - begin > self._patience_s:
+                raise UserError(
+                    f"server: {self._address} does not answer ({details}); the same "
+                    "command goes on when it does"
+                )
+            _log.info("%s does not answer; calls again", self._address)
+            self._sleep(next(pauses, _PAUSES_S[-1]))
+
+    def _call(self, method: str, message: bytes) -> bytes:
+        """Call once; a stop ends the wait for the answer."""
+        function = self._channel.unary_unary(f"/{_SERVICE}/{method}")
+        future = function.future(message, timeout=_CALL_S, metadata=self._metadata)
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        while not done.wait(0.2):
+            if self._stop():
+                future.cancel()
+                raise Stopped(0, 0)
+        return future.result()
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._stop():
+                raise Stopped(0, 0)
+            time.sleep(0.05)
+
+
+def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
+    def method(name: str) -> grpc.RpcMethodHandler:
+        def answer(message: bytes, context: grpc.ServicerContext) -> bytes:
+            try:
+                i = _caller(context, secure)
+                return service.call(name, i, message, context.is_active)
+            except PermissionError as error:
+                context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+            except Refusal as refusal:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
+            raise AssertionError("abort raises")
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    return grpc.method_handlers_generic_handler(
+        _SERVICE, {name: method(name) for name in METHODS}
+    )
+
+
+def _caller(context: grpc.ServicerContext, secure: bool) -> int:
+    """Return the id of the client that calls.
+
+    Raises:
+      PermissionError: it has none.
+    """
+    if secure:
+        return client_id(context.auth_context())
+    found = str(dict(context.invocation_metadata()).get(_CLIENT))
+    if not found.isdecimal() or len(found) > 9:
+        raise PermissionError("the call names no client")
+    return int(found)
+
+
+def _sizes(limit: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", -1),
+    ]

@@ -1,0 +1,201 @@
+"""The rounds of a server: those of the simulation, with what arrives from devices.
+
+Order, averages, evaluation and the folder of the run are those of `hsee_jax.train`; a
+turn takes the client's half from a `Mailbox` instead of computing it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from hsee_jax.core.types import Batch, Dataset, ExitMetrics, Metrics
+from hsee_jax.deployment.forms import Layers, message_of
+from hsee_jax.deployment.journal import Journal
+from hsee_jax.deployment.mailbox import Mailbox
+from hsee_jax.deployment.protocol import Tensors, named, tree_from
+from hsee_jax.engine.loop import loop_round
+from hsee_jax.engine.plan import EMPTY, RoundPlan
+from hsee_jax.engine.round import Floats, RoundProgress, due_after
+from hsee_jax.engine.turns import Inputs, Log, Turns
+from hsee_jax.federation.branch import Branch
+from hsee_jax.federation.state import Means, RunState
+from hsee_jax.federation.strategy import Served
+from hsee_jax.link.codecs import Message
+from hsee_jax.runs.experiment import Experiment
+
+Serve = Callable[..., Served]
+
+
+def over_network(
+    experiment: Experiment,
+    mailbox: Mailbox,
+    journal: Journal,
+    *,
+    seldom: bool,
+) -> Experiment:
+    """Return a run whose clients are devices.
+
+    Args:
+      experiment: the run, see `hsee_jax.runs.served.build_served`.
+      mailbox: what devices send arrives there.
+      journal: what the server knows of the devices after each round.
+      seldom: whether a client may be absent in a round, so that in each round those
+        that take part send their layers.
+    """
+    strategy = experiment.strategy
+    assert strategy.halves is not None
+    serve = jax.jit(strategy.halves.serve, static_argnames="group")
+    attendance = experiment.attendance
+    seldom |= attendance.participation < 1 or attendance.dropout > 0
+    seldom |= bool(attendance.absences)
+    take_turns = loop_round(strategy, partial(RemoteTurns, experiment, mailbox, serve))
+
+    def run(
+        state: RunState,
+        data: Dataset,
+        plan: RoundPlan,
+        learning_rates: Floats,
+        weights: Floats,
+        begun: RoundProgress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[RunState, Means, RoundProgress]:
+        del begun, stop  # a round begins at its first step, and the mailbox stops it
+        number = int(state.round) + 1
+        journal.recall(number - 1)
+        mailbox.open(
+            number,
+            _rows(plan),
+            _layers(experiment, number, seldom=seldom),
+            last=journal.last,
+            means=journal.means,
+        )
+        state, means, progress = take_turns(state, data, plan, learning_rates, weights)
+        journal.note(number, mailbox.close(), jax.device_get(means))
+        return state, means, progress
+
+    return experiment._replace(round_fn=run)
+
+
+class RemoteTurns:
+    """Takes the steps of a round with what arrives from devices; see `Steps`."""
+
+    def __init__(
+        self, experiment: Experiment, mailbox: Mailbox, serve: Serve, inputs: Inputs
+    ) -> None:
+        """Prepare a round."""
+        self._mailbox, self._serve, self._inputs = mailbox, serve, inputs
+        strategy, federation = experiment.strategy, experiment.federation
+        self._joint = strategy.boundary == "joint"
+        self._messages = [
+            message_of(federation, group) for group in range(len(federation.groups))
+        ]
+        self._turns = Turns(strategy, self._turn, None, inputs)
+        self._slots = {
+            int(i): n
+            for n, i in enumerate(inputs.plan.ids)
+            if i != EMPTY and inputs.plan.mask[:, n].any()
+        }
+        self._late: set[int] = set()
+        self._layers: dict[int, Tensors] = {}
+
+    def load(self, state: RunState) -> None:
+        """See `Steps`."""
+        self._turns.load(state)
+
+    def store(self) -> RunState:
+        """Return the state, with the layers that devices sent."""
+        for n, tensors in self._layers.items():
+            if not tensors:
+                continue
+            own = self._turns.clients[n]
+            leaves = named(own, "client") | tensors
+            self._turns.clients[n] = tree_from(leaves, own, "client")
+        return self._turns.store()
+
+    def take(self, t: int) -> Log:
+        """See `Steps`; after the last step, wait for the end of all clients' rounds."""
+        log = self._turns.take(t)
+        return log if t + 1 < len(self._inputs.plan.order) else log + self._finish()
+
+    def late(self) -> tuple[int, ...]:
+        """See `Steps`."""
+        return tuple(sorted(self._late))
+
+    def _turn(
+        self,
+        client: Branch,
+        server: Branch,
+        data: Dataset,
+        rows: tuple[Any, Any],
+        who: Any,
+        step: Any,
+        rate: Any,
+        *,
+        group: int,
+    ) -> tuple[Branch, Branch, ExitMetrics]:
+        del data
+        i, t, mask = int(who), int(step) - self._inputs.first, rows[1]
+        tensors = self._mailbox.take(i, t)
+        if tensors is None:
+            self._late.add(self._slots[i])
+            return client, server, _NOTHING
+        batch = _batch(tensors, self._messages[group], mask)
+        served = self._serve(server, batch, rate, group=group)
+        if self._joint:
+            gradient = np.asarray(served.gradient)[: int(mask.sum())]
+            self._mailbox.answer(i, t, {"gradient": gradient})
+        metrics = ExitMetrics(_NO_ROWS, served.metrics, served.link)
+        return client, served.server, metrics
+
+    def _finish(self) -> Log:
+        """Return the metrics of the exits, and keep the layers that arrived."""
+        log: Log = []
+        for i, n in self._slots.items():
+            finished = self._mailbox.finish(i)
+            if finished is None:
+                self._late.add(n)
+                continue
+            self._layers[n] = finished.layers
+            for own in zip(*finished.metrics, strict=True):
+                log.append((n, _NOTHING._replace(exit=Metrics(*own))))
+        return log
+
+
+_NO_ROWS: Any = Metrics(np.float32(0), np.int32(0), np.int32(0))  # type: ignore
+_NOTHING = ExitMetrics(_NO_ROWS, _NO_ROWS, np.zeros((2, 2), np.int32))  # type: ignore
+
+
+def _batch(tensors: Tensors, like: Message, mask: Any) -> Batch:
+    """Return a message as a batch of encoded inputs, padded to the rows of a mask."""
+
+    def padded(rows: Any) -> Any:
+        return np.pad(rows, [(0, len(mask) - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+    inputs = jax.tree.map(padded, tree_from(tensors, like, "inputs"))
+    return Batch(inputs, padded(tensors["labels"]), mask)
+
+
+def _rows(plan: RoundPlan) -> dict[int, list[int]]:
+    """Return the rows of the batches of each client that is to take part."""
+    rows = plan.mask.sum(axis=-1)
+    return {
+        int(i): rows[:, n].tolist()
+        for n, i in enumerate(plan.ids)
+        if i != EMPTY and plan.active[n] and rows[:, n].any()
+    }
+
+
+def _layers(experiment: Experiment, number: int, *, seldom: bool) -> Layers:
+    """Return which layers the devices send after a round."""
+    cadence = experiment.cadence
+    due = number == cadence.rounds or any(
+        number % every == 0 for every in (cadence.checkpoint_every, cadence.eval_every)
+    )
+    if due or seldom:
+        return Layers.ALL
+    if due_after(experiment.strategy, "rounds", number):
+        return Layers.MEAN
+    return Layers.NONE

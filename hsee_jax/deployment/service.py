@@ -1,0 +1,184 @@
+"""The calls of devices: bytes in, checked; bytes out. No network is in here."""
+
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from hsee_jax.core.types import Metrics
+from hsee_jax.deployment.forms import VERSION, Forms, forms_of
+from hsee_jax.deployment.mailbox import Mailbox
+from hsee_jax.deployment.protocol import (
+    Closed,
+    Refusal,
+    check_finite,
+    check_labels,
+    form_of,
+    named,
+    pack,
+    size_limit,
+    split,
+    tree_from,
+    unpack,
+    with_rows,
+)
+from hsee_jax.deployment.types import Finished
+from hsee_jax.federation.state import Means
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.restore import seat
+from hsee_jax.runs.served import describe
+
+METHODS = ("join", "begin", "next", "push", "finish")
+Alive = Callable[[], bool]
+
+
+class Service:
+    """Answers the calls of devices, and refuses what the protocol does not allow."""
+
+    def __init__(
+        self, experiment: Experiment, mailbox: Mailbox, run: str, *, bound: float
+    ) -> None:
+        """Prepare the forms of all messages.
+
+        Args:
+          experiment: the run.
+          mailbox: what arrives is put in there.
+          run: the id of the run.
+          bound: the largest size of a float in a batch's message.
+        """
+        self._experiment, self._mailbox = experiment, mailbox
+        self._run, self._bound = run, bound
+        federation, strategy = experiment.federation, experiment.strategy
+        self._joint = strategy.boundary == "joint"
+        steps = experiment.learning_rates.shape[1]
+        self._forms: dict[int, Forms] = {}
+        for g, group in enumerate(federation.groups):
+            forms = forms_of(federation, strategy, g, steps=steps)
+            self._forms |= dict.fromkeys(group.ids, forms)
+
+    @property
+    def clients(self) -> int:
+        """Return the number of clients."""
+        return len(self._forms)
+
+    def limit(self) -> int:
+        """Return the bytes of the largest message of any device."""
+        rows = self._experiment.batch_size
+        return max(
+            size_limit(form)
+            for forms in self._forms.values()
+            for form in (
+                with_rows(forms.batch, rows),
+                forms.metrics | max(forms.layers.values(), key=len),
+                form_of(forms.means),
+            )
+        )
+
+    def call(self, method: str, i: int, message: bytes, alive: Alive) -> bytes:
+        """Answer a call.
+
+        Args:
+          method: one of `METHODS`.
+          i: the client that calls, as its certificate says; nothing that it sends can
+            change this.
+          message: what it sends.
+          alive: whether it still waits for the answer.
+
+        Raises:
+          Refusal: the message is not allowed; it is counted and logged.
+        """
+        self._mailbox.check_welcome(i)
+        try:
+            if i not in self._forms:
+                raise Refusal(f"client: {i} is not one of this run")
+            return getattr(self, f"_{method}")(i, message, alive)
+        except Closed:
+            return pack({"closed": 1})
+        except Refusal as refusal:
+            self._mailbox.refuse(i, refusal)
+            raise
+
+    def _join(self, i: int, message: bytes, alive: Alive) -> bytes:
+        del alive
+        fields, _ = split(message, ("samples", "version"))
+        known = len(self._experiment.shards[i])
+        for name, allowed in (("version", VERSION), ("samples", known)):
+            share = name == "samples" and fields[name] == -1
+            if fields[name] != allowed and not share:
+                raise Refusal(f"{name}: {fields[name]}; allowed is {allowed}")
+        return json.dumps({"run": self._run} | describe(self._experiment, i)).encode()
+
+    def _begin(self, i: int, message: bytes, alive: Alive) -> bytes:
+        """Return the client's layers before the first round, drawn as in a simulation.
+
+        To draw them on the device would be another program, which may round otherwise.
+        """
+        del alive
+        split(message, ())
+        experiment = self._experiment
+        state = experiment.store.to_checkpoint(experiment.init())
+        g, m = seat(experiment.federation, i)
+        own = jax.tree.map(lambda leaf: np.asarray(leaf[m]), state.clients[g])
+        return pack({}, named(own, "client"))
+
+    def _next(self, i: int, message: bytes, alive: Alive) -> bytes:
+        fields, _ = split(message, ("round", "since"))
+        task = self._mailbox.task(i, alive)
+        own: Means = {n: task.means[n] for n in self._forms[i].means if task.means}
+        newest = max((int(mean.round) for mean in own.values()), default=0)
+        sent = own if newest > fields["since"] else {}
+        return pack(
+            {
+                "kind": task.kind,
+                "round": task.round,
+                "layers": task.layers,
+                "last": task.last,
+                "means": newest if sent else 0,
+            },
+            named(sent, "means"),
+        )
+
+    def _push(self, i: int, message: bytes, alive: Alive) -> bytes:
+        forms, mailbox = self._forms[i], self._mailbox
+        batch_limit = size_limit(with_rows(forms.batch, self._experiment.batch_size))
+        fields, data = split(message, ("round", "step"), limit=batch_limit)
+        number, step = fields["round"], fields["step"]
+        rows = mailbox.rows(i, number, step)
+        tensors = unpack(data, with_rows(forms.batch, rows))
+        check_labels(tensors["labels"], num_classes=self._experiment.info.num_classes)
+        check_finite(tensors, bound=self._bound)
+        answer = mailbox.put(i, number, step, tensors, joint=self._joint, alive=alive)
+        return pack({"closed": 0}, answer)
+
+    def _finish(self, i: int, message: bytes, alive: Alive) -> bytes:
+        del alive
+        forms = self._forms[i]
+        most = max(size_limit(forms.metrics | form) for form in forms.layers.values())
+        fields, data = split(message, ("round", "layers"), limit=most)
+        rows, layers = self._mailbox.all_rows(i, fields["round"])
+        if fields["layers"] != layers:
+            raise Refusal(f"layers: {fields['layers']}; allowed is {layers}")
+        tensors = unpack(data, forms.metrics | forms.layers[layers])
+        like = Metrics(*(jax.ShapeDtypeStruct((), np.int32),) * 3)  # type: ignore
+        metrics = tree_from(tensors, like, "exit")
+        _check_metrics(metrics, rows)
+        kept = {name: tensors[name] for name in forms.layers[layers]}
+        check_finite(kept)
+        self._mailbox.put_finish(i, fields["round"], Finished(metrics, kept))
+        return pack({"closed": 0})
+
+
+def _check_metrics(metrics: Metrics, rows: list[int]) -> None:
+    """Refuse metrics that no batches of so many rows can have.
+
+    A loss that is NaN says that the device refused a step.
+    """
+    losses, correct, counts = map(np.asarray, metrics)
+    fine = np.isnan(losses) | ((losses >= 0) & np.isfinite(losses))
+    if not (
+        np.array_equal(counts, rows)
+        and np.all((correct >= 0) & (correct <= counts))
+        and np.all(fine)
+    ):
+        raise Refusal("exit: the metrics are not of these batches")

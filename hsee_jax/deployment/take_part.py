@@ -1,0 +1,42 @@
+"""A device from its files: take part in a run, from its start or from where it was."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hsee_jax.data.arrays import as_known
+from hsee_jax.data.npz import read_split
+from hsee_jax.deployment.box import Box
+from hsee_jax.deployment.device import Call, Device, join
+from hsee_jax.runs.participant import own_share
+
+
+def take_part(
+    call: Call,
+    state: Path,
+    data: Path | None,
+    plugins: Sequence[str],
+    stop: Callable[[], bool],
+) -> bool:
+    """Take part in a run until it ends.
+
+    Args:
+      call: calls the server.
+      state: the folder of the device.
+      data: the file of its samples; None for its share of the run's dataset.
+      plugins: modules that the run may need.
+      stop: true ends it before.
+
+    Returns:
+      Whether the run has ended.
+
+    Raises:
+      UserError: the samples or the files of the device are not valid or not those of
+        this run, or the server refuses the device.
+    """
+    raw = None if data is None else read_split(data)
+    samples = -1 if raw is None else len(raw.labels)
+    values, part = join(call, samples, tuple(plugins))
+    box = Box(state)
+    box.claim(values["run"], part.client)
+    own = own_share(values) if raw is None else as_known(raw, part.info)
+    return Device(part, own, box, call).run(stop)

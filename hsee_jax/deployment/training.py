@@ -1,0 +1,141 @@
+"""A client's part of a round: its own batches, up to the link and back from it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.core.types import Array, Dataset, Metrics
+from hsee_jax.deployment.protocol import Tensors, named
+from hsee_jax.engine.plan import own_batches
+from hsee_jax.engine.round import step_key
+from hsee_jax.federation.branch import Branch
+from hsee_jax.federation.state import Means, RunState
+from hsee_jax.federation.strategy import Sent
+from hsee_jax.runs.participant import Participant
+
+
+class Exchange(Protocol):
+    """Sends the message of a step."""
+
+    def __call__(self, step: int, tensors: Tensors) -> npt.NDArray | None:
+        """Return the gradient of the features that comes back, ``[rows, ...]``.
+
+        Args:
+          step: the step of the round, from 0.
+          tensors: of the message, without padding.
+
+        Returns:
+          The gradient; None with a detached boundary.
+        """
+
+
+class Programs(NamedTuple):
+    """A client's part of a run, compiled."""
+
+    # client, (rows, mask), step in the run, learning rate
+    send: Callable[[Branch, tuple[Any, Any], Any, Any], Sent]
+    # client, what `Halves.finish` needs, gradient, learning rate
+    finish: Callable[[Branch, Any, Any, Any], tuple[Branch, Metrics]]
+    # client, means, the round of the last means that it received
+    receive: Callable[[Branch, Means, Any], Branch]
+
+
+def make_programs(part: Participant, data: Dataset) -> Programs:
+    """Compile a client's part of a run.
+
+    Args:
+      part: the client.
+      data: its samples, on the host.
+    """
+    here = jax.device_put(data)
+    who = np.int32(part.client)
+    halves, strategy = part.halves, part.strategy
+
+    @jax.jit
+    def send(
+        client: Branch, data: Dataset, rows: Any, who: Array, step: Array, rate: Array
+    ) -> Sent:
+        key = step_key(part.augment_key, who, step)
+        batch = part.pipeline.training(key, data, *rows)
+        return halves.send(client, batch, rate, group=0)
+
+    @jax.jit
+    def receive(client: Branch, means: Means, since: Array) -> Branch:
+        stack = jax.tree.map(lambda leaf: leaf[None], client)
+        state = RunState(since, (stack,), ())
+        return _member(strategy.receive(state, means, (since[None],)).clients[0])
+
+    finish = partial(halves.finish, group=0) if halves.finish else _no_finish
+    return Programs(
+        send=lambda client, rows, step, rate: send(client, here, rows, who, step, rate),
+        finish=jax.jit(finish),
+        receive=receive,
+    )
+
+
+def train_round(
+    part: Participant,
+    programs: Programs,
+    labels: npt.NDArray[np.int32],
+    client: Branch,
+    number: int,
+    exchange: Exchange,
+) -> tuple[Branch, Metrics]:
+    """Train the client's part of a round.
+
+    Args:
+      part: the client.
+      programs: see `make_programs`.
+      labels: of its samples, ``int32 [M]``.
+      client: its state before the round.
+      number: the number of the round, from 1.
+      exchange: sends the message of a step.
+
+    Returns:
+      The state after the round, and the metrics of the exit in each step, ``[T]``.
+    """
+    rates = part.learning_rates[number - 1]
+    steps = len(rates)
+    indices, mask = own_batches(
+        np.arange(len(labels), dtype=np.int32),
+        (steps, part.batch_size),
+        seed=part.seed,
+        client=part.client,
+        number=number - 1,
+    )
+    columns: Any = (np.zeros(steps, d) for d in (np.float32, np.int32, np.int32))
+    metrics: Any = Metrics(*columns)
+    for t in range(steps):
+        rows = int(mask[t].sum())
+        if rows == 0:
+            continue
+        step = np.int32((number - 1) * steps + t)
+        sent = programs.send(client, (indices[t], mask[t]), step, rates[t])
+        message = jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], sent.message)
+        tensors = named(message, "inputs") | {"labels": labels[indices[t][:rows]]}
+        gradient = exchange(t, tensors)
+        client, own = sent.client, sent.metrics
+        if sent.passed is not None:
+            assert gradient is not None
+            padded = _padded(gradient, part.batch_size)
+            client, own = programs.finish(client, sent.passed, padded, rates[t])
+        for total, value in zip(metrics, own, strict=True):
+            total[t] = value
+    return client, metrics
+
+
+def _member(stack: Branch) -> Branch:
+    return jax.tree.map(lambda leaf: leaf[0], stack)
+
+
+def _padded(rows: npt.NDArray, count: int) -> npt.NDArray:
+    """Return rows followed by zeros, ``[count, ...]``."""
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+
+def _no_finish(*_: Any) -> Any:
+    raise AssertionError("a detached boundary has nothing to finish")

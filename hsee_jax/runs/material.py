@@ -1,0 +1,82 @@
+"""The samples of a run: what each client has, what nobody has, and the test set."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from hsee_jax.config.schema import Config
+from hsee_jax.core.types import Dataset
+from hsee_jax.data import DatasetInfo
+from hsee_jax.data.partition import (
+    PARTITIONS,
+    Indices,
+    Share,
+    hold_out,
+    manifest,
+    partition,
+)
+from hsee_jax.federation.federation import Group
+from hsee_jax.parallel.mesh import SAME, to_devices
+from hsee_jax.runs.data import data_source
+
+
+class Material(NamedTuple):
+    """The samples of a run."""
+
+    parts: Sequence[Indices]  # the training samples of each client
+    manifest: list[Share]
+    test: Dataset
+    train: Dataset | None  # None if only the clients have them, elsewhere
+    held: Indices  # training samples that no client gets
+
+
+def deal(
+    config: Config,
+    info: DatasetInfo,
+    groups: Sequence[Group],
+    train: Dataset,
+    test: Dataset,
+) -> Material:
+    """Deal the training samples to groups of clients, and hold some out."""
+    parts, held = deal_parts(config, train)
+    return Material(parts, _manifest(groups, parts, train, info), test, train, held)
+
+
+def deal_parts(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
+    """Deal the training samples to the clients; return what was held out, too."""
+    seed = config.run.partition_seed
+    count, share = len(train.labels), config.data.validation_share
+    kept, held = hold_out(count, share, seed=seed)
+    deal = PARTITIONS.make(config.data.partition, options=config.data.options)
+    parts = partition(train.labels[kept], config.clients.num_clients, deal, seed=seed)
+    return [kept[part] for part in parts], held
+
+
+def _manifest(
+    groups: Sequence[Group], parts: list[Indices], train: Dataset, info: DatasetInfo
+) -> list[Share]:
+    cuts = {i: group.cut for group in groups for i in group.ids}
+    return manifest(
+        parts,
+        train.labels,
+        cuts=[cuts[i] for i in range(len(cuts))],
+        num_classes=info.num_classes,
+    )
+
+
+def take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
+    """Return some samples, on the devices of a mesh."""
+    return to_devices(Dataset(*(a[indices] for a in data)), mesh, SAME)
+
+
+def shares(config: Config) -> list[Dataset]:
+    """Read the dataset of a run, and return the training samples of each client.
+
+    Raises:
+      UserError: the data are missing, or not valid.
+    """
+    train, _ = data_source(config.data).read()
+    parts, _ = deal_parts(config, train)
+    return [Dataset(*(np.asarray(a)[part] for a in train)) for part in parts]

@@ -1,0 +1,99 @@
+"""A run as one of its devices knows it: its own client, and nothing of the others."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hsee_jax.config.values import from_dict
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset, Key
+from hsee_jax.data import DatasetInfo
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.federation.strategy import Halves, Strategy
+from hsee_jax.link.codecs import CODECS
+from hsee_jax.runs.build import (
+    augment_key,
+    build_model,
+    build_optimizer,
+    build_pipeline,
+    build_rates,
+    build_strategy,
+)
+from hsee_jax.runs.folder import checked_info
+from hsee_jax.runs.material import shares
+
+
+class Participant(NamedTuple):
+    """All that a device needs to take part in a run."""
+
+    client: int
+    info: DatasetInfo
+    federation: Federation  # of this client alone
+    strategy: Strategy
+    pipeline: InputPipeline
+    augment_key: Key
+    learning_rates: npt.NDArray[np.float32]  # [rounds, T]
+    batch_size: int
+    seed: int  # of the order of the data
+
+    @property
+    def halves(self) -> Halves:
+        """Return the halves of a turn."""
+        assert self.strategy.halves is not None
+        return self.strategy.halves
+
+
+def build_participant(
+    values: Mapping[str, Any], plugins: Collection[str] = ()
+) -> Participant:
+    """Build what a device needs from what the server says of the run.
+
+    Args:
+      values: ``client``, ``cut``, ``batch_size``, ``steps`` (of a round), and as JSON
+        ``config`` and ``info``.
+      plugins: modules that the device's own user named; the server cannot make it
+        import others.
+
+    Raises:
+      UserError: the configuration needs another plugin, or this version cannot read it.
+    """
+    asked = values["config"].get("run", {}).get("plugin", ())
+    if not set(asked) <= set(plugins):
+        raise UserError(
+            f"plugin: the server's run needs {', '.join(map(str, asked))}; a device "
+            "imports only what its own --plugin names"
+        )
+    config, info = from_dict(values["config"]), checked_info(values["info"])
+    federation = Federation(
+        build_model(config, info),
+        group_clients([Client(values["client"], values["cut"])]),
+        build_optimizer(config),
+        codec=CODECS.make(config.clients.link, options=config.clients.options),
+        micro_batches=config.run.micro_batches,
+    )
+    return Participant(
+        values["client"],
+        info,
+        federation,
+        build_strategy(config, federation),
+        build_pipeline(config, info),
+        augment_key(config),
+        build_rates(config, values["steps"]),
+        values["batch_size"],
+        config.run.data_seed,
+    )
+
+
+def own_share(values: Mapping[str, Any]) -> Dataset:
+    """Read the dataset of a run, and keep only what it deals to one client.
+
+    Args:
+      values: see `build_participant`.
+
+    Raises:
+      UserError: the data are missing, or not valid.
+    """
+    return shares(from_dict(values["config"]))[values["client"]]

@@ -1,0 +1,78 @@
+"""A run whose clients are devices of their own: built without their samples."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import to_json
+from hsee_jax.core.errors import UserError
+from hsee_jax.data.partition import Share
+from hsee_jax.engine.round import client_axis
+from hsee_jax.federation.federation import Group
+from hsee_jax.runs.build import assemble
+from hsee_jax.runs.data import data_source
+from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.material import Material, deal
+
+
+def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
+    """Build a run for a server: it has the test set, and its clients have their shares.
+
+    Args:
+      config: the run.
+      samples: how many samples each client has, by id. Without them, the clients have
+        the shares that the configuration deals them, as `hsee_jax.build` does.
+
+    Raises:
+      UserError: the configuration does not allow it.
+    """
+    info, read = data_source(config.data)
+
+    def material(groups: Sequence[Group]) -> Material:
+        train, test = read()
+        if not samples:
+            return deal(config, info, groups, train, test)._replace(train=None)
+        ends = np.cumsum(samples)
+        parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
+        cuts = {i: group.cut for group in groups for i in group.ids}
+        unknown = [0] * info.num_classes
+        shares = [
+            Share(i, cuts[i], len(part), unknown, []) for i, part in enumerate(parts)
+        ]
+        return Material(parts, shares, test, None, np.zeros(0, np.int32))
+
+    if samples and (len(samples) != config.clients.num_clients or min(samples) < 1):
+        raise UserError(
+            f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
+            f"number from 1 for each of the {config.clients.num_clients} clients"
+        )
+    axis = client_axis(config.run.client_axis)
+    experiment = assemble(config, info, material, axis=axis)
+    strategy = experiment.strategy
+    if strategy.halves is None:
+        raise UserError(
+            f"strategy: {config.strategy.strategy} is not allowed with clients on a "
+            "network; allowed is a strategy whose features cross a link"
+        )
+    if strategy.period and strategy.period_unit != "rounds":
+        raise UserError(
+            f"period_unit: {strategy.period_unit} is not allowed with clients on a "
+            "network; allowed is rounds"
+        )
+    return experiment
+
+
+def describe(experiment: Experiment, i: int) -> dict[str, Any]:
+    """Return what client i of a run needs to know, see `build_participant`."""
+    cut = next(g.cut for g in experiment.federation.groups if i in g.ids)
+    return {
+        "client": i,
+        "cut": cut,
+        "batch_size": experiment.batch_size,
+        "steps": experiment.learning_rates.shape[1],
+        "config": json.loads(to_json(experiment.config)),
+        "info": experiment.info._asdict(),
+    }

@@ -1,0 +1,100 @@
+"""Runs on devices without a network: each device is a thread that calls a function."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+from hsee_jax.core.errors import Stopped
+from hsee_jax.deployment.box import Box
+from hsee_jax.deployment.device import Device, join
+from hsee_jax.deployment.reception import serve
+from hsee_jax.runs.material import shares
+
+
+class Killed(BaseException):
+    """A process is killed: nothing catches this, and nothing is cleaned up."""
+
+
+class Network:
+    """Devices in threads, and a server that may be away.
+
+    Attributes:
+      failures: the errors of devices.
+      lives: how often each device was started.
+    """
+
+    def __init__(self, config, folder):
+        self._config, self._folder = config, folder
+        self._data = dict(enumerate(shares(config)))
+        self._service, self._threads = None, []
+        self.failures, self.lives = [], dict.fromkeys(self._data, 0)
+
+    def start(self, i):
+        """Start a device; one that is killed is started again."""
+        thread = threading.Thread(target=self._live, args=[i], daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def start_all(self):
+        for i in self._data:
+            self.start(i)
+
+    def serve(self, **options):
+        """Serve the run until it ends, or is killed."""
+        run, stop = self._folder / "run", lambda: bool(self.failures)
+        try:
+            return serve(self._config, run, self._doors, stop=stop, **options)
+        except Stopped:
+            raise self.failures[0] from None
+
+    def join(self):
+        """Wait for the end of all devices."""
+        for thread in self._threads:
+            thread.join(30)
+        assert not self.failures
+
+    def call(self, i, method, message):
+        """Call the server as gRPC does: again, until the same server has answered."""
+        while not self.failures:
+            service = self._service
+            if service is None:
+                time.sleep(0.01)
+                continue
+            alive = lambda s=service: self._service is s and not self.failures  # noqa: E731
+            answer = service.call(method, i, message, alive)
+            if self._service is service:
+                return answer
+        raise ConnectionError
+
+    @contextmanager
+    def _doors(self, service):
+        self._service = service
+        try:
+            yield
+        finally:
+            self._service = None
+
+    def _live(self, i):
+        data, folder = self._data[i], self._folder / f"device-{i}"
+        while not self.failures:
+            self.lives[i] += 1
+            try:
+                call = lambda method, message: self.call(i, method, message)  # noqa: E731
+                values, part = join(call, len(data.labels), self._config.run.plugin)
+                box = Box(folder)
+                box.claim(values["run"], i)
+                Device(part, data, box, call).run(lambda: bool(self.failures))
+                return
+            except Killed:
+                continue
+            except BaseException as error:
+                self.failures.append(error)
+
+
+def serve_in_process(config, folder, **options):
+    """Serve a run to devices that are threads; returns its summary."""
+    network = Network(config, folder)
+    network.start_all()
+    summary = network.serve(**options)
+    network.join()
+    return summary

@@ -1,0 +1,121 @@
+"""Clients and server that share nothing but messages, and equal the simulation."""
+
+import jax
+import numpy as np
+import pytest
+from devices import serve_in_process
+from tiny import TINY
+
+import hsee_jax as hs
+from hsee_jax.cli import main
+from hsee_jax.core.errors import UserError
+from hsee_jax.runs.history import read_records
+from hsee_jax.runs.served import build_served
+
+SMALL = hs.override(
+    hs.preset("demo"),
+    network="mlp",
+    depth=3,
+    hidden=8,
+    num_clients=3,
+    cuts=("1", "2"),
+    max_train_samples=50,
+    max_test_samples=20,
+    batch_size=6,
+    rounds=3,
+    eval_every=2,
+    checkpoint_every=2,
+    partition="quantity",
+)
+
+
+def both(config, tmp_path):
+    """The states and the records of a run on devices, and of the simulation."""
+    serve_in_process(config, tmp_path)
+    hs.train(config, tmp_path / "simulated")
+    for name in ("run", "simulated"):
+        records = read_records(tmp_path / name)
+        plain = [r._replace(seconds=0, wall_seconds=0) for r in records]
+        yield hs.restore(tmp_path / name).state, plain
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def assert_equal_runs(config, tmp_path):
+    served, simulated = both(config, tmp_path)
+    assert_same(served[0], simulated[0])
+    assert served[1] == simulated[1]
+
+
+def test_a_run_on_devices_equals_the_simulation(tmp_path):
+    assert_equal_runs(hs.override(SMALL, link="int8"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(strategy="sequential", link="float16"),
+        dict(strategy="sequential", turn="epoch", link="int8"),
+        dict(strategy="averaging", average="servers", period=2),
+        dict(strategy="averaging", average="servers", link="float16"),
+        dict(strategy="averaging", link="full", augment="crop"),
+        dict(strategy="local"),
+        dict(strategy="averaging", participation=0.5, num_clients=5, link="int8"),
+        dict(strategy="sequential", participation=0.5, num_clients=5),
+        dict(strategy="averaging", absences=("1:2-2",)),
+        dict(strategy="averaging", optimizer_state="average", **TINY),
+        dict(strategy="averaging", micro_batches=2, init="per_client"),
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_detached_strategy_equals_the_simulation(changes, tmp_path):
+    assert_equal_runs(hs.override(SMALL, **changes), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(strategy="splitfed_v1", cuts=("2",), link="float16"),
+        dict(strategy="splitfed_v2", cuts=("2",)),
+        dict(strategy="sequential", boundary="joint", exit_gradient=0.5, turn="epoch"),
+        dict(strategy="averaging", boundary="joint", participation=0.5),
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_joint_boundary_equals_the_simulation_up_to_rounding(changes, tmp_path):
+    """The client's step is two programs there, with the link between them."""
+    served, simulated = both(hs.override(SMALL, **changes), tmp_path)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        served[0],
+        simulated[0],
+    )
+    for own, other in zip(served[1], simulated[1], strict=True):
+        assert (own.images, own.link) == (other.images, other.link)
+        np.testing.assert_allclose(own.train, other.train, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        (dict(strategy="fedavg", cuts=("3",)), "strategy: fedavg is not allowed"),
+        (dict(strategy="averaging", period_unit="steps"), "period_unit: steps"),
+    ],
+)
+def test_what_devices_cannot_do_is_refused(changes, error):
+    with pytest.raises(UserError, match=error):
+        build_served(hs.override(SMALL, **changes))
+
+
+def test_samples_of_their_own_are_counted(capsys):
+    experiment = build_served(SMALL, (4, 9, 2))
+    assert [len(experiment.shards[i]) for i in range(3)] == [4, 9, 2]
+    assert experiment.learning_rates.shape == (3, 2)
+    with pytest.raises(UserError, match="samples: 4 9 is not allowed"):
+        build_served(SMALL, (4, 9))
+    assert main(["serve", "--samples", "4", "--out", "x"]) == 2
+    assert "listen: missing" in capsys.readouterr().err

@@ -1,0 +1,201 @@
+"""What devices send is checked, and a client whose messages are refused is left out."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import hsee_jax as hs
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Metrics
+from hsee_jax.deployment.forms import VERSION, Kind, Layers
+from hsee_jax.deployment.mailbox import Mailbox
+from hsee_jax.deployment.protocol import Refusal, named, pack, split, unpack
+from hsee_jax.deployment.service import Service
+from hsee_jax.deployment.types import Patience
+from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.served import build_served, describe
+
+CONFIG = hs.override(
+    hs.preset("demo"),
+    network="mlp",
+    depth=2,
+    hidden=4,
+    num_clients=2,
+    cuts=("1",),
+    max_train_samples=20,
+    max_test_samples=10,
+    batch_size=4,
+    rounds=3,
+    link="int8",
+)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return build_served(CONFIG)
+
+
+@pytest.fixture
+def mailbox():
+    mailbox = Mailbox(Patience(max_refusals=2), lambda: False)
+    rows = {0: [4, 4, 2], 1: [4, 4, 2]}
+    mailbox.open(1, rows, Layers.NONE, last={}, means={})
+    return mailbox
+
+
+@pytest.fixture
+def call(experiment, mailbox):
+    service = Service(experiment, mailbox, "a run", bound=1e4)
+    return lambda method, i, message: service.call(method, i, message, lambda: True)
+
+
+def batch(rows=4, **changes):
+    """The tensors of a good message, with changes."""
+    good = {
+        "inputs.codes": np.zeros((rows, 4), np.int8),
+        "inputs.offset": np.zeros((rows, 1), np.float32),
+        "inputs.step": np.full((rows, 1), 0.01, np.float32),
+        "labels": np.zeros(rows, np.int32),
+    }
+    return good | {name.replace("_", "."): value for name, value in changes.items()}
+
+
+def push(step, tensors, number=1):
+    return pack({"round": number, "step": step}, tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        (batch(labels=np.full(4, -1, np.int32)), "labels: from -1 to -1; allowed are"),
+        (batch(labels=np.full(4, 10, np.int32)), "labels: from 10 to 10"),
+        (batch(inputs_step=np.full((4, 1), 1e6, np.float32)), "a value of 1e+06"),
+        (batch(inputs_step=np.full((4, 1), np.nan, np.float32)), "a value of nan"),
+        (batch(inputs_codes=np.zeros((4, 5), np.int8)), "allowed is int8[4, 4]"),
+        (batch(inputs_codes=np.zeros((4, 4), np.uint8)), "inputs.codes: uint8"),
+        (batch(rows=3), "allowed is int8[4, 4]"),
+        (batch(client=np.zeros(1, np.int32)), "client is missing or one too many"),
+    ],
+)
+def test_hostile_batches_are_refused(call, mailbox, tensors, reason):
+    with pytest.raises(Refusal) as refusal:
+        call("push", 0, push(0, tensors))
+    assert reason in str(refusal.value)
+    call("push", 0, push(0, batch()))  # the good one is taken
+    assert mailbox.take(0, 0)["labels"].tolist() == [0, 0, 0, 0]
+
+
+def test_there_is_one_message_for_a_batch(call, mailbox):
+    call("push", 0, push(0, batch()))
+    call("push", 0, push(0, batch(labels=np.ones(4, np.int32))))
+    assert mailbox.take(0, 0)["labels"].tolist() == [0, 0, 0, 0]
+    call("push", 0, push(0, batch(labels=np.ones(4, np.int32))))
+    call("push", 0, push(1, batch()))
+    assert mailbox.take(0, 1) is not None
+    with pytest.raises(Refusal, match="step: 3 has no batch"):
+        call("push", 0, push(3, batch()))
+
+
+def test_what_is_out_of_turn_is_closed(call):
+    for message in (push(1, batch()), push(0, batch(), number=2)):
+        assert call("push", 0, message) == pack({"closed": 1})
+
+
+def test_a_client_is_left_out_after_too_many_refusals(call, mailbox, caplog):
+    bad = push(0, batch(labels=np.full(4, -1, np.int32)))
+    for count in (1, 2, 3):
+        with pytest.raises(Refusal, match="labels"):
+            call("push", 0, bad)
+        assert f"client 0: refused ({count}): labels" in caplog.text
+    with pytest.raises(Refusal, match="client: 0 is left out after 3 refusals"):
+        call("push", 0, push(0, batch()))
+    assert mailbox.take(0, 0) is None  # it is late, and the round goes on
+    call("push", 1, push(0, batch()))
+    assert mailbox.take(1, 0) is not None
+    for _ in range(3):
+        with pytest.raises(Refusal, match="labels"):
+            call("push", 1, push(1, batch(labels=np.full(4, -1, np.int32))))
+    with pytest.raises(UserError, match="no client is left in round 1"):
+        mailbox.take(1, 1)
+
+
+def finish(losses=(1.0, 1.0, 0.5), correct=(1, 0, 0), counts=(4, 4, 2), layers=0):
+    metrics = Metrics(
+        np.array(losses, np.float32),
+        np.array(correct, np.int32),
+        np.array(counts, np.int32),
+    )
+    return pack({"round": 1, "layers": layers}, named(metrics, "exit"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(counts=(4, 4, 4)),
+        dict(correct=(5, 0, 0)),
+        dict(correct=(-1, 0, 0)),
+        dict(losses=(-1.0, 1.0, 1.0)),
+        dict(losses=(np.inf, 1.0, 1.0)),
+        dict(layers=1),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused(call, changes):
+    with pytest.raises(Refusal):
+        call("finish", 0, finish(**changes))
+
+
+def test_a_round_ends_after_its_batches(call, mailbox):
+    assert call("finish", 0, finish()) == pack({"closed": 1})
+    for step, rows in enumerate((4, 4, 2)):
+        call("push", 0, push(step, batch(rows)))
+    assert call("finish", 0, finish(losses=(np.nan, 1, 1))) == pack({"closed": 0})
+    assert mailbox.finish(0).metrics.count.tolist() == [4, 4, 2]
+
+
+def test_who_joins_is_told_of_the_run_and_has_its_samples(call, experiment):
+    samples = len(experiment.shards[1])
+    hello = {"samples": samples, "version": VERSION}
+    values = json.loads(call("join", 1, pack(hello)))
+    assert values == json.loads(json.dumps({"run": "a run"} | describe(experiment, 1)))
+    part = build_participant(values)
+    assert (part.client, part.batch_size) == (1, 4)
+    for change in (dict(samples=samples + 1), dict(version=VERSION + 1)):
+        with pytest.raises(Refusal):
+            call("join", 1, pack(hello | change))
+    with pytest.raises(Refusal, match="client: 2 is not one of this run"):
+        call("join", 2, pack(hello))
+
+
+def test_a_device_imports_only_plugins_that_its_user_names(experiment):
+    values = describe(experiment, 0)
+    values["config"]["run"]["plugin"] = ["antigravity"]
+    with pytest.raises(UserError, match="plugin: the server's run needs antigravity"):
+        build_participant(values)
+
+
+def test_the_first_layers_are_those_of_the_simulation(call, experiment):
+    _, data = split(call("begin", 1, pack({})), (), limit=10**6)
+    state = experiment.init()
+    own = jax.tree.map(lambda leaf: leaf[1], state.clients[0])
+    form = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in named(own, "client").items()
+    }
+    for name, array in unpack(data, form).items():
+        np.testing.assert_array_equal(array, named(own, "client")[name])
+
+
+def test_a_client_waits_for_its_round(call, mailbox):
+    fields, _ = split(
+        call("next", 0, pack({"round": 0, "since": 0})),
+        ("kind", "round", "layers", "last", "means"),
+    )
+    assert (fields["kind"], fields["round"]) == (Kind.TRAIN, 1)
+    mailbox.end(last={0: 1}, means={})
+    fields, _ = split(
+        call("next", 0, pack({"round": 1, "since": 0})),
+        ("kind", "round", "layers", "last", "means"),
+    )
+    assert (fields["kind"], fields["last"]) == (Kind.END, 1)

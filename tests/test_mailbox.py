@@ -1,0 +1,136 @@
+"""What arrives from devices: in turn, in time, and not too much of it."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.types import Metrics
+from hsee_jax.deployment.forms import Kind, Layers
+from hsee_jax.deployment.mailbox import Mailbox
+from hsee_jax.deployment.protocol import Closed
+from hsee_jax.deployment.types import Finished, Patience
+
+DONE = Finished(Metrics(np.zeros(2), np.zeros(2), np.zeros(2)), {})
+
+
+def mailbox_of(*clients, number=1, stop=lambda: False, steps=2, **patience):
+    mailbox = Mailbox(Patience(**patience), stop)
+    reopen(mailbox, *clients, number=number, steps=steps)
+    return mailbox
+
+
+def reopen(mailbox, *clients, number, steps=2):
+    rows = dict.fromkeys(clients, [4] * steps)
+    mailbox.open(number, rows, Layers.NONE, last={}, means={})
+
+
+def put(mailbox, i, step, number=1, joint=False, tensors=None, alive=lambda: True):
+    return mailbox.put(i, number, step, tensors or {}, joint=joint, alive=alive)
+
+
+def test_a_client_that_is_late_is_absent_in_the_round():
+    mailbox = mailbox_of(0, 1, deadline_s=0.05)
+    put(mailbox, 0, 0)
+    assert mailbox.take(0, 0) == {}
+    assert mailbox.take(1, 0) is None
+    with pytest.raises(Closed):
+        put(mailbox, 1, 0)
+    put(mailbox, 0, 1)
+    mailbox.put_finish(0, 1, DONE)
+    assert mailbox.take(0, 1) == {} and mailbox.finish(0) is DONE
+    assert mailbox.close() == [0]
+
+
+def test_a_late_client_is_not_waited_for_until_it_calls():
+    mailbox = mailbox_of(0, 1, deadline_s=0.05)
+    assert mailbox.take(1, 0) is None
+    reopen(mailbox, 0, 1, number=2)
+    with pytest.raises(Closed):
+        put(mailbox, 1, 0, number=2)
+    assert mailbox.task(1, lambda: False).kind == Kind.WAIT  # it calls
+    reopen(mailbox, 0, 1, number=3)
+    put(mailbox, 1, 0, number=3)
+    assert mailbox.take(1, 0) == {}
+
+
+def test_the_least_number_of_clients_is_waited_for_whatever_the_deadline():
+    mailbox = mailbox_of(0, 1, 2, deadline_s=0.02, min_clients=2)
+    assert mailbox.take(0, 0) is None
+    later = threading.Timer(0.2, lambda: put(mailbox, 1, 0))
+    later.start()
+    assert mailbox.take(1, 0) == {}
+    later.join()
+
+
+def test_a_device_waits_until_there_is_room():
+    mailbox = mailbox_of(0, steps=9)
+    for step in range(4):
+        put(mailbox, 0, step, tensors={"step": step})
+    thread = threading.Thread(target=lambda: put(mailbox, 0, 4))
+    thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive()
+    assert mailbox.take(0, 0) == {"step": 0}
+    thread.join(5)
+    assert not thread.is_alive()
+    with pytest.raises(Closed):  # a caller that has gone does not wait
+        put(mailbox, 0, 5, alive=lambda: False)
+
+
+def test_an_answer_is_given_again():
+    mailbox = mailbox_of(0)
+    answers = []
+    ask = lambda: answers.append(put(mailbox, 0, 0, joint=True))  # noqa: E731
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert mailbox.take(0, 0) == {}
+    mailbox.answer(0, 0, {"gradient": 3})
+    thread.join(5)
+    ask()
+    assert answers == [{"gradient": 3}] * 2
+
+
+def test_a_round_that_begins_again_closes_what_is_ahead_of_it():
+    mailbox = mailbox_of(0)
+    with pytest.raises(Closed):
+        put(mailbox, 0, 1)
+    with pytest.raises(Closed):
+        mailbox.put_finish(0, 1, DONE)
+
+
+def test_a_stop_ends_the_wait():
+    stop = threading.Event()
+    mailbox = mailbox_of(0, number=7, stop=stop.is_set)
+    stop.set()
+    with pytest.raises(Stopped, match="stopped after round 6"):
+        mailbox.take(0, 0)
+    with pytest.raises(Stopped, match="stopped after round 7"):
+        reopen(mailbox, 0, number=8)
+
+
+def test_all_are_told_of_the_end():
+    mailbox = mailbox_of(0, 1)
+    mailbox.end(last={0: 5}, means={})
+    for i, last in ((0, 5), (1, 0)):
+        task = mailbox.task(i, lambda: True)
+        assert (task.kind, task.last) == (Kind.END, last)
+    mailbox.wait_told([0, 1], 60)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (dict(deadline_s=0), "deadline: 0"),
+        (dict(deadline_s=float("nan")), "deadline: nan"),
+        (dict(min_clients=0), "min_clients: 0"),
+        (dict(min_clients=4), "min_clients: 4"),
+        (dict(max_refusals=-1), "max_refusals: -1"),
+    ],
+)
+def test_patience_that_makes_no_sense_is_refused(values, error):
+    Patience(1.5, 3, 0).check(3)
+    with pytest.raises(UserError, match=error):
+        Patience(**values).check(3)

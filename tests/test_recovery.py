@@ -1,0 +1,152 @@
+"""Devices and servers that are killed wherever they write, and end as if they were not.
+
+The network, the certificates and the proxy have their own tests.
+"""
+
+import jax
+import numpy as np
+import pytest
+from devices import Killed, Network
+
+import hsee_jax as hs
+from hsee_jax.deployment import box, journal
+from hsee_jax.deployment.mailbox import Mailbox
+from hsee_jax.deployment.types import Patience
+from hsee_jax.runs.history import read_records
+
+SMALL = hs.override(
+    hs.preset("demo"),
+    network="mlp",
+    depth=2,
+    hidden=4,
+    num_clients=2,
+    cuts=("1",),
+    max_train_samples=20,
+    max_test_samples=10,
+    batch_size=4,
+    rounds=3,
+    eval_every=3,
+    checkpoint_every=3,
+    link="int8",
+)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """The state of a run that nobody disturbs, by strategy."""
+    states = {}
+
+    def state(config):
+        if config not in states:
+            folder = tmp_path_factory.mktemp("simulated") / "run"
+            hs.train(config, folder)
+            states[config] = hs.restore(folder).state
+        return states[config]
+
+    return state
+
+
+def assert_undisturbed(simulated, config, folder):
+    state = hs.restore(folder / "run").state
+    jax.tree.map(np.testing.assert_array_equal, state, simulated(config))
+    assert [record.missed for record in read_records(folder / "run")] == [[], [], []]
+
+
+def killer(function, network, moment):
+    """Kill device 1 at its n-th write in its n-th life, before or after the write."""
+    writes = {}
+
+    def write(path, content, **options):
+        if "device-1" not in str(path):
+            return function(path, content, **options)
+        life = network.lives[1]
+        writes[life] = writes.get(life, 0) + 1
+        if moment == "before" and writes[life] == life:
+            raise Killed
+        function(path, content, **options)
+        if moment == "after" and writes[life] == life:
+            raise Killed
+        return None
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_device_may_be_killed_at_any_write(
+    moment, strategy, simulated, tmp_path, monkeypatch
+):
+    """In a life it dies at its first write, in the next at its second, and so on."""
+    config = hs.override(SMALL, strategy=strategy)
+    network = Network(config, tmp_path)
+    monkeypatch.setattr(box, "write", killer(box.write, network, moment))
+    network.start_all()
+    network.serve()
+    network.join()
+    # A round has five writes: three messages, the end, and the state. A life redoes
+    # the round that the last had not completed, so the seventh is behind all of them.
+    assert network.lives[0] == 1 and network.lives[1] >= 7
+    assert_undisturbed(simulated, config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+def test_a_server_may_be_killed_at_any_moment(
+    strategy, simulated, tmp_path, monkeypatch
+):
+    """Between two messages, and before and after each of its writes."""
+    config = hs.override(SMALL, strategy=strategy)
+    network, counts = Network(config, tmp_path), dict(life=0, moment=0)
+
+    def dies(function):
+        def mortal(*arguments, **options):
+            counts["moment"] += 1
+            if counts["moment"] == counts["life"]:
+                raise Killed
+            result = function(*arguments, **options)
+            counts["moment"] += 1
+            if counts["moment"] == counts["life"]:
+                raise Killed
+            return result
+
+        return mortal
+
+    monkeypatch.setattr(journal, "write", dies(journal.write))
+    for name in ("take", "finish", "open"):
+        monkeypatch.setattr(Mailbox, name, dies(getattr(Mailbox, name)))
+    monkeypatch.setattr(journal.Writer, "seal", dies(journal.Writer.seal))
+    network.start_all()
+    while True:
+        counts["life"] += 3  # every third moment
+        counts["moment"] = 0
+        try:
+            network.serve(resume=(tmp_path / "run" / "config.json").exists())
+            break
+        except Killed:
+            continue
+    network.join()
+    assert counts["life"] > 12 and set(network.lives.values()) == {1}
+    assert_undisturbed(simulated, config, tmp_path)
+
+
+def test_a_client_that_is_late_is_absent(tmp_path):
+    """It comes in the second round, and the first went on without it."""
+    network = Network(hs.override(SMALL, rounds=2, eval_every=2), tmp_path)
+    network.start(0)
+    first = Mailbox.close
+
+    def close(self):
+        network.start(1)
+        Mailbox.close = first
+        return first(self)
+
+    Mailbox.close = close
+    try:
+        network.serve(patience=Patience(deadline_s=3))
+    finally:
+        Mailbox.close = first
+    network.join()
+    records = read_records(tmp_path / "run")
+    assert records[0].missed == [1]
+    assert len(records) == 2

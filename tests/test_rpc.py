@@ -1,0 +1,294 @@
+"""The calls of devices over gRPC: who calls, how large, how often."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import grpc
+import jax
+import numpy as np
+import pytest
+from devices import Network
+
+import hsee_jax as hs
+from hsee_jax.cli import main
+from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.deployment.enroll import enroll
+from hsee_jax.deployment.protocol import Refusal
+from hsee_jax.deployment.rpc import check_address, connect, open_port
+
+SMALL = dict(
+    network="mlp",
+    depth=2,
+    hidden=4,
+    cuts=("1",),
+    max_train_samples=20,
+    max_test_samples=10,
+    batch_size=4,
+    rounds=3,
+    eval_every=3,
+    checkpoint_every=3,
+    link="int8",
+)
+
+
+class Echo:
+    """A service that answers with who called what."""
+
+    clients = 2
+
+    def __init__(self):
+        self.calls = []
+
+    def limit(self):
+        return 8 << 20
+
+    def call(self, method, i, message, alive):
+        self.calls.append(method)
+        if message == b"bad":
+            raise Refusal("labels: from -1 to 3")
+        if message == b"bug":
+            raise ZeroDivisionError
+        return f"{method} {i} ".encode() + message
+
+
+def never():
+    return False
+
+
+@pytest.fixture
+def echo():
+    return Echo()
+
+
+def test_a_call_has_bytes_in_and_out_of_any_allowed_size(echo):
+    large = bytes(6 << 20)  # gRPC's own limit is 4 MiB
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        place = f"127.0.0.1:{port}"
+        with connect(place, None, 1, patience_s=5, stop=never) as call:
+            assert call("push", b"x") == b"push 1 x"
+            assert call("finish", large) == b"finish 1 " + large
+            with pytest.raises(UserError, match="refuses: .*larger than max"):
+                call("push", bytes(9 << 20))
+
+
+def test_a_refusal_and_an_error_in_the_server_end_the_calls(echo):
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        place = f"127.0.0.1:{port}"
+        with connect(place, None, 0, patience_s=60, stop=never) as call:
+            with pytest.raises(UserError, match="refuses: labels: from -1 to 3"):
+                call("push", b"bad")
+            assert len(echo.calls) == 1
+            with pytest.raises(UserError, match="refuses: Exception calling"):
+                call("push", b"bug")
+            assert len(echo.calls) == 4
+
+
+def test_a_call_waits_for_a_server_that_is_away(echo):
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        place = f"127.0.0.1:{port}"
+    with connect(place, None, 0, patience_s=0.3, stop=never) as call:
+        with pytest.raises(UserError, match="does not answer .* the same command"):
+            call("next", b"")
+    with connect(place, None, 0, patience_s=60, stop=never) as call:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(call("next", b"y")))
+        thread.start()
+        time.sleep(0.3)
+        with open_port(echo, place, None):
+            thread.join(20)
+            assert answers == [b"next 0 y"]
+    with connect(place, None, 0, patience_s=60, stop=lambda: True) as call:
+        with pytest.raises(Stopped):
+            call("next", b"")
+
+
+def test_the_certificate_says_who_calls(echo, tmp_path):
+    """Whatever the metadata of the call says."""
+    enroll(tmp_path, clients=2)
+    with open_port(echo, "localhost:0", tmp_path / "server") as port:
+        place = f"localhost:{port}"
+        for i in range(2):
+            with connect(
+                place, tmp_path / f"client-{i}", None, patience_s=5, stop=never
+            ) as call:
+                assert call("next", b"") == f"next {i} ".encode()
+                claim = (("client-id", "0"),)
+                function = call._channel.unary_unary("/hsee_jax.Server/next")
+                answer = function(b"", metadata=claim, timeout=5)
+                assert answer == f"next {i} ".encode()
+        with grpc.insecure_channel(place) as channel:
+            with pytest.raises(grpc.RpcError):
+                channel.unary_unary("/hsee_jax.Server/next")(b"", timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("address", "error"),
+    [
+        ("localhost", "listen: localhost is not allowed; allowed is HOST:PORT"),
+        ("localhost:70000", "allowed is HOST:PORT"),
+        (":80", "allowed is HOST:PORT"),
+        ("0.0.0.0:80", "without --keys"),
+        ("example.org:80", "without --keys"),
+    ],
+)
+def test_without_keys_only_this_machine_is_allowed(address, error):
+    with pytest.raises(UserError, match=error):
+        check_address(address, "listen", None)
+
+
+def test_a_port_that_is_taken_is_named(echo):
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        with pytest.raises(UserError, match=f"listen: 127.0.0.1:{port} is not free"):
+            with open_port(echo, f"127.0.0.1:{port}", None):
+                pass
+
+
+def test_who_joins_says_who_it_is_once(tmp_path, capsys):
+    words = ["join", "127.0.0.1:1", "--state", str(tmp_path)]
+    assert main(words) == 2
+    assert main([*words, "--client", "0", "--keys", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("client: is needed without --keys") == 2
+
+
+def flags(**options):
+    for name, value in options.items():
+        yield f"--{name.replace('_', '-')}"
+        yield from map(str, value) if isinstance(value, tuple) else [str(value)]
+
+
+DIES = """
+import os, signal, sys
+from hsee_jax.deployment import box
+from hsee_jax.cli import main
+
+write, left = box.write, [int(sys.argv[1])]
+
+def mortal(path, content, **options):
+    write(path, content, **options)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+box.write = mortal
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
+    """With certificates: a device is killed at some writes, and the server twice."""
+    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL)
+    hs.train(config, tmp_path / "simulated")
+    enroll(tmp_path / "keys", clients=2)
+    with open_port(Echo(), "127.0.0.1:0", None) as port:
+        place = f"localhost:{port}"
+
+    def start(*words):
+        with (tmp_path / "log").open("a") as log:
+            return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
+
+    def serve(*more):
+        words = ["--listen", place, "--keys", f"{tmp_path}/keys/server"]
+        words += ["--out", f"{tmp_path}/run", *more]
+        return start("-m", "hsee_jax", "serve", *words)
+
+    def join(i, dies):
+        words = ["--keys", f"{tmp_path}/keys/client-{i}"]
+        words += ["--state", f"{tmp_path}/device-{i}"]
+        return start("-c", DIES, str(dies), "join", place, *words)
+
+    server = serve("demo", "--num-clients", "2", *flags(**SMALL))
+    steady = join(0, -1)
+    for dies in (3, 6):
+        assert join(1, dies).wait(120) == -signal.SIGKILL
+    server.kill()
+    server.wait()
+    last = join(1, -1)
+    server = serve("--resume")
+    rounds = tmp_path / "run" / "deployment" / "rounds"
+    while not (rounds / "2").exists() and server.poll() is None:
+        time.sleep(0.05)
+    server.kill()
+    server.wait()
+    assert serve("--resume").wait(120) == 0
+    assert steady.wait(60) == last.wait(60) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hs.restore(tmp_path / "run").state,
+        hs.restore(tmp_path / "simulated").state,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_on_local_processes_is_an_ordinary_one(tmp_path, capsys):
+    out, words = str(tmp_path / "run"), [*flags(**SMALL)]
+    assert main(["serve", "demo", "--local", "2", *words, "--out", out]) == 0
+    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL)
+    summary = hs.train(config, tmp_path / "simulated")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hs.restore(out).state,
+        hs.restore(tmp_path / "simulated").state,
+    )
+    capsys.readouterr()
+    assert main(["eval", out, "--json"]) == 0
+    assert str(summary.scores.mean_exit_accuracy) in capsys.readouterr().out
+    for command in (["report"], ["export", "--client", "1"], ["gate"]):
+        assert main([command[0], out, *command[1:]]) == 0
+    words = ["serve", "--local", "2", "--resume", "--out", out, "--rounds", "4"]
+    assert main(words) == 0
+    assert hs.restore(out).state.round == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_server_and_devices(number, tmp_path):
+    words = ["serve", "demo", "--local", "2", *flags(**SMALL | dict(rounds=500))]
+    out = tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "hsee_jax", *words, "--out", str(out)], stderr=log
+        )
+        metrics = out / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            time.sleep(0.1)
+        server.send_signal(number)
+        assert server.wait(60) == 128 + number
+    said = (tmp_path / "log").read_text()
+    assert "--resume --out" in said and "Traceback" not in said
+    for i in range(2):
+        said = (out / "devices" / f"client-{i}" / "log.txt").read_text()
+        assert said.endswith("hsee: stopped; the same command goes on\n")
+
+
+def test_devices_over_grpc_equal_devices_without(tmp_path):
+    """The service is the same, so the bytes are the same."""
+    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL | dict(rounds=1))
+    network = Network(config, tmp_path)
+    doors, calls = network._doors, {}
+
+    @contextmanager
+    def over_grpc(service):
+        with open_port(service, "127.0.0.1:0", None) as port, ExitStack() as stack:
+            for i in network.lives:
+                calls[i] = stack.enter_context(
+                    connect(f"127.0.0.1:{port}", None, i, patience_s=20, stop=never)
+                )
+            with doors(service):
+                network.call = lambda i, method, message: calls[i](method, message)
+                network.start_all()
+                yield
+
+    network._doors = over_grpc
+    network.serve()
+    network.join()
+    hs.train(config, tmp_path / "simulated")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hs.restore(tmp_path / "run").state,
+        hs.restore(tmp_path / "simulated").state,
+    )
