@@ -1,6 +1,7 @@
 """From a `Config` to the objects of a run; no other file makes objects of one."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from hsee_jax.federation.federation import (
     Group,
     group_clients,
 )
+from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
@@ -44,6 +46,7 @@ from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.systems.traffic import traffic_of
@@ -133,8 +136,10 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     info, read = data_source(config.data, data)
     pipeline = _pipeline(config, info)
     federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
+    schedule = schedule_of(config, federation.model.layer_names)
     groups, mesh = federation.groups, federation.mesh
     strategy = build_strategy(config, federation)
+    _check_schedule(config, federation, schedule)
     attendance, cadence = _attendance(config), _cadence(config)
     attendance.check(groups, cadence.rounds)
     train, test = read()
@@ -142,8 +147,13 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     shards: Shards = dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
-    slots, store = _store(config, federation, strategy)
+    slots, store = make_store(config, federation, strategy)
     placed, placed_shards = place_data(federation, strategy, slots, train, shards)
+    key = _key(config.run.data_seed, _AUGMENT)
+    make = partial(make_round, pipeline=pipeline, key=key, axis=axis, mesh=mesh)
+    evaluation = partial(
+        make_evaluation, pipeline=pipeline, batch_size=eval_batch_size, axis=axis
+    )
     return Experiment(
         config=config,
         info=info,
@@ -165,16 +175,11 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
         store=store,
         learning_rates=_learning_rates(config, steps_per_round(shards, batch_size)),
-        round_fn=make_round(
-            strategy,
-            pipeline,
-            _key(config.run.data_seed, _AUGMENT),
-            axis=axis,
-            mesh=mesh,
-        ),
-        evaluate_fn=make_evaluation(
-            federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
-        ),
+        round_fn=make(strategy),
+        evaluate_fn=evaluation(federation, strategy),
+        schedule=schedule,
+        make_round=make,
+        make_evaluation=evaluation,
     )
 
 
@@ -183,6 +188,16 @@ def _axis(config: Config) -> str:
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
     return axis
+
+
+def _check_schedule(
+    config: Config, federation: Federation, schedule: CutSchedule
+) -> None:
+    """Refuse changes of the cuts that the algorithm or the processes do not allow."""
+    if len(schedule.cuts) > 1 and jax.process_count() > 1:
+        raise UserError("recuts: not allowed with several processes")
+    for cuts in schedule.cuts[1:]:
+        build_strategy(config, federation.with_cuts(cuts))
 
 
 def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
@@ -260,7 +275,7 @@ def _learning_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
     return np.asarray(rates, np.float32).reshape(-1, steps)
 
 
-def _store(
+def make_store(
     config: Config, federation: Federation, strategy: Strategy
 ) -> tuple[tuple[int, ...], Store]:
     """Choose where the clients' state is kept; return the slots of a round, too."""

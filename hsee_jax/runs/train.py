@@ -29,6 +29,7 @@ from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.data import OwnData, config_for
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
+from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import (
     Scores,
     Summary,
@@ -79,11 +80,12 @@ def train(
     if resume:
         check_same(config_for(config, data), read_config(folder))
     experiment = build(config, data)
+    phases = Phases(experiment)
     with locked(folder), ExitStack() as stack:
         in_first(check)
         start = Start(experiment.init())
         if resume:
-            start = resume_from(experiment, folder)
+            start = resume_from(phases, folder)
         in_first(partial(prepare_folder, folder, experiment, start))
         everything = (
             MetricsLog(folder),
@@ -96,7 +98,7 @@ def train(
         )
         for callback in everything:
             stack.enter_context(callback)
-        loop = _Loop(experiment, start, everything, stop, begin - start.wall_seconds)
+        loop = _Loop(phases, start, everything, stop, begin - start.wall_seconds)
         return loop.run()
 
 
@@ -105,18 +107,20 @@ class _Loop:
 
     def __init__(
         self,
-        experiment: Experiment,
+        phases: Phases,
         start: Start,
         callbacks: Sequence[Callback],
         stop: Callable[[], bool],
         begin: float,
     ) -> None:
-        self._experiment, self._callbacks, self._stop = experiment, callbacks, stop
+        number = 1 if start.checkpoint is None else start.checkpoint.number
+        self._phases, self._callbacks, self._stop = phases, callbacks, stop
+        self._experiment, self._shelf = phases.at(number), start.shelf
         self._state, self._begun, self._before = start.state, start.begun, start.seconds
         self._records = list(start.records)
         self._begin = begin  # when the round began, on the clock of `perf_counter`
         self._results: list[ClientResult] | None = None  # of the last evaluation
-        self._config = json.loads(to_json(experiment.config))
+        self._config = json.loads(to_json(self._experiment.config))
 
     def run(self) -> Summary:
         """Train to the end."""
@@ -139,7 +143,7 @@ class _Loop:
         Raises:
           Stopped: it was asked for.
         """
-        experiment, start = self._experiment, time.perf_counter()
+        start, experiment = time.perf_counter(), self._enter(len(self._records) + 1)
         self._state, plan, progress = experiment.run_round(
             self._state, self._begun, self._stop
         )
@@ -176,6 +180,16 @@ class _Loop:
         if stopped:
             raise Stopped(number, 0)
 
+    def _enter(self, number: int) -> Experiment:
+        """Return the experiment of a round; move the layers if it has other cuts."""
+        before, after = self._experiment, self._phases.at(number)
+        if after is not before:
+            self._state, self._shelf = self._phases.move(
+                self._state, self._shelf, before, after
+            )
+            self._experiment = after
+        return after
+
     def _pause(self, plan: RoundPlan, progress: RoundProgress, seconds: float) -> None:
         wall_seconds = time.perf_counter() - self._begin
         notes = midway_notes(plan, progress, seconds, wall_seconds)
@@ -191,6 +205,7 @@ class _Loop:
             due,
             partial(self._experiment.store.to_checkpoint, self._state),
             {"config": self._config} | notes,
+            self._shelf,
         )
 
 
