@@ -153,6 +153,10 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         boundary=boundary,
         weights=properties.weights,
         one_network=properties.makes_one_network(len(federation.groups)),
+        turn_kinds=tuple(
+            (group.cut, federation.groups[0].cut if shared else None)
+            for group in federation.groups
+        ),
     )
 
 

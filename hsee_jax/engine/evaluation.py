@@ -16,7 +16,7 @@ from hsee_jax.core.types import Array, Dataset, Metrics
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import Agreement, count_agreement
 from hsee_jax.engine.plan import EMPTY
-from hsee_jax.engine.round import client_axis, layout
+from hsee_jax.engine.round import Programs, client_axis, layout
 from hsee_jax.federation.branch import Branch, decode, encode, forward
 from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.state import RunState
@@ -114,6 +114,7 @@ def make_evaluation(
     *,
     batch_size: int,
     axis: str = "auto",
+    programs: Programs | None = None,
 ) -> EvaluateFn:
     """Compile the evaluation of all clients, once for each cut.
 
@@ -124,10 +125,15 @@ def make_evaluation(
       batch_size: samples in a batch; the last batch is padded, no sample is dropped.
       axis: ``"loop"``, ``"vmap"`` (a program in which each device evaluates its clients
         one after another) or ``"auto"``.
+      programs: compiled functions of other evaluations with the same network and
+        arguments, to use and to add to; only ``loop`` does.
     """
     score = _make_score(federation, pipeline)
     if client_axis(axis) == "loop":
-        scores_of = _make_loop(score, strategy)
+        cuts = [group.cut for group in federation.groups]
+        scores_of = _make_loop(
+            score, strategy, cuts, {} if programs is None else programs
+        )
     else:
         scores_of = _make_map(score, strategy, federation.mesh)
 
@@ -178,16 +184,21 @@ def _make_score(federation: Federation, pipeline: InputPipeline) -> _ScoreFn:
     return score
 
 
-def _make_loop(score: _ScoreFn, strategy: Strategy) -> _ScoresFn:
+def _make_loop(
+    score: _ScoreFn, strategy: Strategy, cuts: Sequence[int], programs: Programs
+) -> _ScoresFn:
     """Call one program for every client and batch, from Python."""
-    score_one = jax.jit(score, static_argnames="group")
 
     def loop(state: RunState, data: Dataset, rows: _Rows, *, group: int) -> BothMetrics:
+        if cuts[group] not in programs:
+            programs[cuts[group]] = jax.jit(partial(score, group=group))
+        score_one = programs[cuts[group]]
+
         def client(member: int) -> BothMetrics:
             own = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
             server = server_of(strategy, state, group, member)
             batches = zip(*rows, strict=True)
-            sums = [score_one(own, server, data, *row, group=group) for row in batches]
+            sums = [score_one(own, server, data, *row) for row in batches]
             return jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
 
         slots = len(jax.tree.leaves(state.clients[group])[0])

@@ -13,6 +13,7 @@ from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import (
     Floats,
+    Programs,
     RoundFn,
     RoundProgress,
     all_finite,
@@ -51,9 +52,15 @@ class Steps(Protocol):
         """Take step ``t`` of the round, counted from 0."""
 
 
-def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
+def make_loop_round(
+    strategy: Strategy,
+    pipeline: InputPipeline,
+    key: Key,
+    programs: Programs | None = None,
+) -> RoundFn:
     """Compile the loop, see `hsee_jax.engine.make_round`."""
-    begin = _by_turns(strategy, pipeline, key)
+    known = {} if programs is None or not strategy.turn_kinds else programs
+    begin = _by_turns(strategy, pipeline, key, known)
     if strategy.turn is None:
         begin = _all_at_once(strategy, pipeline, key)
     aggregate = jax.jit(strategy.aggregate, donate_argnums=0)
@@ -116,11 +123,13 @@ class _Inputs(NamedTuple):
 Begin = Callable[[_Inputs], Steps]
 
 
-def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
+def _by_turns(
+    strategy: Strategy, pipeline: InputPipeline, key: Key, programs: Programs
+) -> Begin:
     """Compile a turn, and make steps that take the turns of all clients one by one."""
 
-    @partial(jax.jit, static_argnames="group", donate_argnums=(0, 1))
     def turn(
+        group: int,
         client: Branch,
         server: Branch,
         data: Dataset,
@@ -128,22 +137,28 @@ def _by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
         who: Array,
         step: Array,
         rate: Array,
-        *,
-        group: int,
     ) -> tuple[Branch, Branch, ExitMetrics]:
         assert strategy.turn is not None
         batch = pipeline.training(step_key(key, who, step), data, *rows)
         return strategy.turn(client, server, batch, rate, group=group)
 
-    return partial(_Turns, strategy, turn)
+    def compiled(group: int) -> Callable:
+        kind = strategy.turn_kinds[group] if strategy.turn_kinds else group
+        if kind not in programs:
+            programs[kind] = jax.jit(partial(turn, group), donate_argnums=(0, 1))
+        return programs[kind]
+
+    return partial(_Turns, strategy, compiled)
 
 
 class _Turns:
     """Takes steps turn by turn, with every client and every server by itself."""
 
-    def __init__(self, strategy: Strategy, turn: Callable, inputs: _Inputs) -> None:
-        self._strategy, self._turn, self._inputs = strategy, turn, inputs
-        self._group_of, _ = positions(inputs.sizes)
+    def __init__(
+        self, strategy: Strategy, compiled: Callable[[int], Callable], inputs: _Inputs
+    ) -> None:
+        self._strategy, self._inputs = strategy, inputs
+        self._turn_of = [compiled(group) for group in positions(inputs.sizes)[0]]
         sequence = turn_sequence(strategy, inputs.plan.order)
         self._sequence = list(zip(*sequence, strict=True))
 
@@ -171,7 +186,7 @@ class _Turns:
             if not plan.mask[step, n].any():
                 continue
             s = 0 if self._strategy.shared else n
-            self._clients[n], self._servers[s], metrics = self._turn(
+            self._clients[n], self._servers[s], metrics = self._turn_of[n](
                 self._clients[n],
                 self._servers[s],
                 inputs.data,
@@ -179,7 +194,6 @@ class _Turns:
                 plan.ids[n],
                 np.int32(inputs.first + step),
                 inputs.rates[step],
-                group=self._group_of[n],
             )
             log.append((n, metrics))
         return log

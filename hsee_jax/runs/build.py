@@ -1,7 +1,6 @@
 """From a `Config` to the objects of a run; no other file makes objects of one."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,11 +23,10 @@ from hsee_jax.data.partition import (
     partition,
 )
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
-from hsee_jax.engine.compilation import client_axis, make_round
-from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import Shards, place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
+from hsee_jax.engine.round import client_axis
 from hsee_jax.engine.store import DeviceStore, Store
 from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.federation.federation import (
@@ -46,6 +44,7 @@ from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
@@ -136,10 +135,11 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     info, read = data_source(config.data, data)
     pipeline = _pipeline(config, info)
     federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
-    schedule = schedule_of(config, federation.model.layer_names)
     groups, mesh = federation.groups, federation.mesh
-    strategy = build_strategy(config, federation)
-    _check_schedule(config, federation, schedule)
+    strategy, schedule = (
+        build_strategy(config, federation),
+        _schedule(config, federation),
+    )
     attendance, cadence = _attendance(config), _cadence(config)
     attendance.check(groups, cadence.rounds)
     train, test = read()
@@ -149,10 +149,12 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = make_store(config, federation, strategy)
     placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    key = _key(config.run.data_seed, _AUGMENT)
-    make = partial(make_round, pipeline=pipeline, key=key, axis=axis, mesh=mesh)
-    evaluation = partial(
-        make_evaluation, pipeline=pipeline, batch_size=eval_batch_size, axis=axis
+    compilers = make_compilers(
+        pipeline,
+        _key(config.run.data_seed, _AUGMENT),
+        axis=axis,
+        mesh=mesh,
+        eval_batch_size=eval_batch_size,
     )
     return Experiment(
         config=config,
@@ -175,11 +177,10 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
         store=store,
         learning_rates=_learning_rates(config, steps_per_round(shards, batch_size)),
-        round_fn=make(strategy),
-        evaluate_fn=evaluation(federation, strategy),
+        round_fn=compilers.make_round(strategy),
+        evaluate_fn=compilers.make_evaluation(federation, strategy),
         schedule=schedule,
-        make_round=make,
-        make_evaluation=evaluation,
+        compilers=compilers,
     )
 
 
@@ -190,14 +191,14 @@ def _axis(config: Config) -> str:
     return axis
 
 
-def _check_schedule(
-    config: Config, federation: Federation, schedule: CutSchedule
-) -> None:
-    """Refuse changes of the cuts that the algorithm or the processes do not allow."""
+def _schedule(config: Config, federation: Federation) -> CutSchedule:
+    """Return the cuts in every round; refuse those that the algorithm does not take."""
+    schedule = schedule_of(config, federation.model.layer_names)
     if len(schedule.cuts) > 1 and jax.process_count() > 1:
         raise UserError("recuts: not allowed with several processes")
     for cuts in schedule.cuts[1:]:
         build_strategy(config, federation.with_cuts(cuts))
+    return schedule
 
 
 def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:

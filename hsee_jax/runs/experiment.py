@@ -28,6 +28,7 @@ from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.nn.model import Model
+from hsee_jax.runs.compilers import Compilers
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.traffic import (
     Bytes,
@@ -113,8 +114,7 @@ class Experiment(NamedTuple):
     round_fn: RoundFn
     evaluate_fn: EvaluateFn
     schedule: CutSchedule  # this experiment has the cuts of one of its phases
-    make_round: Callable[[Strategy], RoundFn]
-    make_evaluation: Callable[[Federation, Strategy], EvaluateFn]
+    compilers: Compilers
 
     @property
     def options(self) -> dict[str, Any]:

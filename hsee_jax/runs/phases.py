@@ -83,8 +83,8 @@ def _with_cuts(experiment: Experiment, cuts: Cuts) -> Experiment:
         slots=slots,
         store=store,
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
-        round_fn=experiment.make_round(strategy),
-        evaluate_fn=experiment.make_evaluation(federation, strategy),
+        round_fn=experiment.compilers.make_round(strategy),
+        evaluate_fn=experiment.compilers.make_evaluation(federation, strategy),
     )
 
 
