@@ -71,9 +71,7 @@ def move_by_hand(reference, model, network, cuts, exits, weights):
                 shares = [weights[i] / total for i in givers]
                 trees = [getattr(layer, name) for layer in held]
                 mean = jax.tree.map(
-                    lambda *a, s=shares: sum(
-                        x * y for x, y in zip(s, a, strict=True)
-                    ),
+                    lambda *a, s=shares: sum(x * y for x, y in zip(s, a, strict=True)),
                     *trees,
                 )
                 setattr(server[j], name, mean)

@@ -140,7 +140,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
         build_strategy(config, federation),
         _schedule(config, federation),
     )
-    attendance, cadence = _attendance(config), _cadence(config)
+    attendance, cadence = attendance_of(config), _cadence(config)
     attendance.check(groups, cadence.rounds)
     train, test = read()
     parts, held = _deal(config, train)
@@ -212,7 +212,8 @@ def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-def _attendance(config: Config) -> Attendance:
+def attendance_of(config: Config) -> Attendance:
+    """Return the rules for who takes part in a round of a run."""
     clients = config.clients
     return Attendance(
         clients.participation,

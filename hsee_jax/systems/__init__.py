@@ -30,6 +30,11 @@ from hsee_jax.systems.pipeline import (
 from hsee_jax.systems.planner import Limits, plan_cuts
 from hsee_jax.systems.problem import Problem, cut_costs
 from hsee_jax.systems.quantities import CutCosts, Totals, totals
+from hsee_jax.systems.replanning import (
+    RoundsPlan,
+    device_in_round,
+    plan_rounds,
+)
 from hsee_jax.systems.timing import RoundTime, Shares, round_time
 from hsee_jax.systems.traffic import (
     Bytes,
@@ -61,6 +66,7 @@ __all__ = [
     "Plan",
     "Problem",
     "RoundTime",
+    "RoundsPlan",
     "Schedule",
     "Shares",
     "Span",
@@ -76,6 +82,7 @@ __all__ = [
     "compare",
     "cut_costs",
     "cut_seconds",
+    "device_in_round",
     "divide_uplink",
     "evaluate_cuts",
     "exact_pairs",
@@ -93,6 +100,7 @@ __all__ = [
     "pair_seconds",
     "pipeline_s",
     "plan_cuts",
+    "plan_rounds",
     "read_devices",
     "round_bytes",
     "round_time",
