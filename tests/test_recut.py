@@ -193,7 +193,7 @@ def there_and_back(make, cuts, others):
 CUTS = st.lists(st.integers(1, 3), min_size=3, max_size=3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(CUTS, CUTS)
 def test_with_own_servers_there_and_back_is_the_same(cuts, others):
     """Bit for bit, all layers, heads and their optimizer state; and the shelf."""
@@ -210,7 +210,7 @@ def test_with_own_servers_there_and_back_is_the_same(cuts, others):
     assert {(i, int(c)) for c, e in rest.items() for i in e.ids.tolist()} == new
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(CUTS, CUTS)
 def test_a_shared_server_is_the_same_after_there_and_back(cuts, others):
     """And so are exits, the layers that clients keep, and a layer with one holder."""

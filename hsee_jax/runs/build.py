@@ -150,11 +150,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     slots, store = make_store(config, federation, strategy)
     placed, placed_shards = place_data(federation, strategy, slots, train, shards)
     compilers = make_compilers(
-        pipeline,
-        _key(config.run.data_seed, _AUGMENT),
-        axis=axis,
-        mesh=mesh,
-        eval_batch_size=eval_batch_size,
+        pipeline, _key(config.run.data_seed, _AUGMENT), axis, mesh, eval_batch_size
     )
     return Experiment(
         config=config,

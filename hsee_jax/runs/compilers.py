@@ -25,7 +25,6 @@ class Compilers(NamedTuple):
 def make_compilers(
     pipeline: InputPipeline,
     key: Key,
-    *,
     axis: str,
     mesh: Mesh | None,
     eval_batch_size: int,

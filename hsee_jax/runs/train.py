@@ -87,14 +87,11 @@ def train(
         if resume:
             start = resume_from(phases, folder)
         in_first(partial(prepare_folder, folder, experiment, start))
+        keep = experiment.cadence.keep_checkpoints
         everything = (
             MetricsLog(folder),
             *callbacks,
-            Checkpoints(
-                folder,
-                keep=experiment.cadence.keep_checkpoints,
-                after=start.checkpoint,
-            ),
+            Checkpoints(folder, keep=keep, after=start.checkpoint),
         )
         for callback in everything:
             stack.enter_context(callback)
