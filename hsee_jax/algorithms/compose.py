@@ -186,6 +186,10 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
             exit_gradient=properties.exit_gradient,
             means=averages.client_means,
         ),
+        turn_kinds=tuple(
+            (group.cut, federation.groups[0].cut if shared else None)
+            for group in federation.groups
+        ),
     )
 
 

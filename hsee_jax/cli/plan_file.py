@@ -8,7 +8,12 @@ from hsee_jax.cli.flags import config_from
 from hsee_jax.config import Config, override
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.build import build_model
-from hsee_jax.runs.planning import Resources, planning, problem_of
+from hsee_jax.runs.planning import (
+    Resources,
+    config_with_plans,
+    planning,
+    problem_of,
+)
 from hsee_jax.systems.device_file import read_devices
 from hsee_jax.systems.planner import plan_cuts
 
@@ -62,26 +67,41 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
     if given.get("cuts") == AUTO:
         if "devices" not in given:
             raise UserError("devices: missing; --cuts auto needs a file of devices")
-        _refuse(given, ("num_clients",), f"the devices of {given['devices']}")
+        taken = ("num_clients", "recuts")
+        _refuse(given, taken, f"the devices of {given['devices']}")
         given = {name: value for name, value in given.items() if name != "cuts"}
-    elif "devices" in given:
-        raise UserError("devices: has no effect; it is read with --cuts auto")
+    else:
+        for name in ("devices", "replan_every"):
+            if name in given:
+                raise UserError(f"{name}: has no effect; it is read with --cuts auto")
     return config_from(given, stored=stored)
 
 
-def plan_now(config: Config, devices: Path) -> Config:
+def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
     """Return a configuration with the fastest cuts for a file of devices.
 
+    Args:
+      config: of the run.
+      devices: the file.
+      every: the rounds after which the cuts are planned again; None for never.
+
     Raises:
-      UserError: the file is not allowed, or a device fits no cut.
+      UserError: a value is not allowed, or a device fits no cut.
     """
     fleet = read_devices(devices, seed=config.run.partition_seed)
+    if every is not None:
+        if every < 1:
+            raise UserError(
+                f"replan_every: {every} is not allowed; allowed is 1 or more"
+            )
+        return config_with_plans(config, Resources(fleet), every)
     answer = plan_cuts(problem_of(planning(config, Resources(fleet))))
     return _with_cuts(config, tuple(map(str, answer.cuts.tolist())))
 
 
 def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config:
-    _refuse(given, ("cuts", "num_clients", "devices"), f"plan {path}")
+    taken = ("cuts", "num_clients", "devices", "replan_every")
+    _refuse(given, taken, f"plan {path}")
     plan = read_cuts(path)
     config = _with_cuts(config_from(given, stored=stored), plan.cuts)
     layers = build_model(config).layer_names

@@ -34,7 +34,7 @@ def train(words: Sequence[str]) -> int | None:
     processes.check_devices()
     use_cache(given)
     if given.get("cuts") == AUTO:
-        config = plan_now(config, given["devices"])
+        config = plan_now(config, given["devices"], given.get("replan_every"))
     is_first = processes.is_first()
     if is_first:
         show_log()
@@ -95,6 +95,13 @@ def _parser(words: Sequence[str]) -> Parser:
         type=Path,
         metavar="FILE",
         help="with --cuts auto: devices for which the fastest cuts are planned",
+    )
+    parser.add_argument(
+        "--replan-every",
+        type=int,
+        metavar="ROUNDS",
+        help="with --cuts auto: plan again every so many rounds, for devices that "
+        "change or have a battery",
     )
     several = parser.add_argument_group(
         "several processes", "set automatically on TPU pods and in Slurm steps"

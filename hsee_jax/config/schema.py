@@ -106,6 +106,12 @@ class ClientsConfig(Section):
         tuple[str, ...],
         "cut layers, numbers or names; the clients get them in turn: 3 5 7 3 5 7 ...",
     ] = ("3", "5", "7")
+    recuts: Annotated[
+        tuple[str, ...],
+        "cuts that change during the training, as ROUND:CUT,CUT,...: from this round "
+        "on, counted from 1, the clients get these cuts in turn [ours: the paper's "
+        "cuts are fixed]",
+    ] = ()
     link: Annotated[
         str,
         "form in which features leave a client, in training and after it: as computed, "
@@ -137,11 +143,35 @@ class ClientsConfig(Section):
     ] = "leave_out"
 
     def check(self) -> None:
-        """Refuse an absence that does not fit the number of clients."""
+        """Refuse an absence or a change of cuts that does not fit the rest."""
         for absence in self.absences:
             client, first, last = parse_absence(absence)
             if not (0 <= client < self.num_clients and 1 <= first <= last):
                 raise _not_an_absence(absence)
+        last = 1
+        for text in self.recuts:
+            number, cuts = parse_recut(text)
+            if number <= last or len(cuts) > self.num_clients:
+                raise UserError(
+                    f"recuts: {text} is not allowed; allowed are ascending rounds from "
+                    f"2, and at most {self.num_clients} cuts, one for each client"
+                )
+            last = number
+
+
+def parse_recut(text: str) -> tuple[int, tuple[str, ...]]:
+    """Return round and cuts of an entry of `recuts`.
+
+    Raises:
+      UserError: the entry has another form.
+    """
+    found = re.fullmatch(r"(\d{1,9}):([^,:]+(?:,[^,:]+)*)", text)
+    if found is None:
+        raise UserError(
+            f"recuts: {text} is not allowed; allowed is ROUND:CUT,CUT,... such as "
+            "10:3,5"
+        )
+    return int(found[1]), tuple(found[2].split(","))
 
 
 def parse_absence(text: str) -> tuple[int, int, int]:

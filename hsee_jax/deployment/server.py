@@ -92,7 +92,9 @@ class RemoteTurns:
         self._messages = [
             message_of(federation, group) for group in range(len(federation.groups))
         ]
-        self._turns = Turns(strategy, self._turn, None, inputs)
+        self._turns = Turns(
+            strategy, lambda group: partial(self._turn, group=group), set(), inputs
+        )
         self._slots = {
             int(i): n
             for n, i in enumerate(inputs.plan.ids)

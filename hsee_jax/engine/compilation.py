@@ -15,7 +15,7 @@ from hsee_jax.core.types import ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.loop import make_loop_round
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.engine.round import RoundFn, all_finite, client_axis
+from hsee_jax.engine.round import Programs, RoundFn, all_finite, client_axis
 from hsee_jax.engine.scan import make_scan_round
 from hsee_jax.federation.strategy import Strategy
 
@@ -27,6 +27,7 @@ def make_round(
     *,
     axis: str = "auto",
     mesh: Mesh | None = None,
+    programs: Programs | None = None,
 ) -> RoundFn:
     """Compile the rounds of a strategy, once for each cut.
 
@@ -36,9 +37,11 @@ def make_round(
       key: the root of the augmentation's randomness.
       axis: ``"loop"``, ``"vmap"`` or ``"auto"``.
       mesh: the mesh of the strategy's federation; only ``vmap`` uses it.
+      programs: compiled turns of other rounds with the same algorithm, network and
+        arguments, to use and to add to; only ``loop`` does.
     """
     if client_axis(axis) == "loop":
-        return make_loop_round(strategy, pipeline, key)
+        return make_loop_round(strategy, pipeline, key, programs)
     return make_scan_round(strategy, pipeline, key, mesh)
 
 

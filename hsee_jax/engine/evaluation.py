@@ -15,7 +15,7 @@ from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.likeness import References
 from hsee_jax.engine.plan import EMPTY, take_seats
-from hsee_jax.engine.round import client_axis
+from hsee_jax.engine.round import Programs, client_axis
 from hsee_jax.engine.scoring import (
     BothMetrics,
     Rows,
@@ -84,6 +84,7 @@ def make_evaluation(
     *,
     batch_size: int,
     axis: str = "auto",
+    programs: Programs | None = None,
 ) -> EvaluateFn:
     """Compile the evaluation of all clients, once for each cut.
 
@@ -94,10 +95,14 @@ def make_evaluation(
       batch_size: samples in a batch; the last batch is padded, no sample is dropped.
       axis: ``"loop"``, ``"vmap"`` (a program in which each device evaluates its clients
         one after another) or ``"auto"``.
+      programs: compiled functions of other evaluations with the same network and
+        arguments, to use and to add to; only ``loop`` does.
     """
     score = make_score(federation, pipeline)
     if client_axis(axis) == "loop":
-        scores_of = make_loop(score, strategy)
+        cuts = [group.cut for group in federation.groups]
+        known = {} if programs is None else programs
+        scores_of = make_loop(score, strategy, cuts, known)
     else:
         scores_of = make_map(score, strategy, federation.mesh)
 

@@ -11,6 +11,7 @@ from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import (
     Floats,
+    Programs,
     RoundFn,
     RoundProgress,
     all_finite,
@@ -18,22 +19,34 @@ from hsee_jax.engine.round import (
     due_after,
     nothing_done,
 )
-from hsee_jax.engine.turns import Begin, Inputs, Log, Steps, all_at_once, by_turns
+from hsee_jax.engine.turns import Begin, Inputs, Log, all_at_once, by_turns
 from hsee_jax.federation.aggregation import newest
 from hsee_jax.federation.state import Means, RunState, split_stacks, stack_sizes
 from hsee_jax.federation.strategy import Strategy
 
 
-def make_loop_round(strategy: Strategy, pipeline: InputPipeline, key: Key) -> RoundFn:
+def make_loop_round(
+    strategy: Strategy,
+    pipeline: InputPipeline,
+    key: Key,
+    programs: Programs | None = None,
+) -> RoundFn:
     """Compile the loop, see `hsee_jax.engine.make_round`."""
-    compiled = by_turns if strategy.turn is not None else all_at_once
-    start = compiled(strategy, pipeline, key)
+    if strategy.turn is None:
+        start = all_at_once(strategy, pipeline, key)
+    else:
+        known = {} if programs is None or not strategy.turn_kinds else programs
+        start = by_turns(strategy, pipeline, key, known)
 
-    def begin(inputs: Inputs) -> Steps:
-        check_indices(inputs.plan, len(inputs.data.labels))
-        return start(inputs)
+    run = loop_round(strategy, start)
 
-    return loop_round(strategy, begin)
+    def check_and_run(
+        state: RunState, data: Dataset, plan: RoundPlan, *rest: Any, **named: Any
+    ) -> tuple[RunState, Means, RoundProgress]:
+        check_indices(plan, len(data.labels))
+        return run(state, data, plan, *rest, **named)
+
+    return check_and_run
 
 
 def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:

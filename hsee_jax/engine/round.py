@@ -1,6 +1,6 @@
 """Types and rules that both forms of a round share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import SAME, SPREAD
 
 Floats = npt.NDArray[np.float32]
+Programs = dict[Hashable, Callable]  # compiled functions by what they depend on
 
 
 def client_axis(choice: str) -> str:

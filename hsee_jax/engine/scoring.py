@@ -1,6 +1,6 @@
 """Scores of the clients of a group, each scored once for all that are like it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from hsee_jax.engine.likeness import (
     weights_of,
 )
 from hsee_jax.engine.programs import take
+from hsee_jax.engine.round import Programs
 from hsee_jax.federation.branch import Branch, decode, encode, forward
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
@@ -111,9 +112,17 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
     return score
 
 
-def make_loop(score: ScoreFn, strategy: Strategy) -> ScoresFn:
-    """Call one program for every client and batch, from Python."""
-    score_one = jax.jit(score, static_argnames="group")
+def make_loop(
+    score: ScoreFn, strategy: Strategy, cuts: Sequence[int], programs: Programs
+) -> ScoresFn:
+    """Call one program for every client and batch, from Python.
+
+    Args:
+      score: see `make_score`.
+      strategy: the algorithm.
+      cuts: of each group.
+      programs: by cut, to use and to add to.
+    """
 
     def client(task: Task, slot: int) -> BothMetrics:
         own = take(task.stacks(strategy), np.int32(slot))
@@ -122,8 +131,11 @@ def make_loop(score: ScoreFn, strategy: Strategy) -> ScoresFn:
         if known is not None and alike(weights, known.weights):
             return known.scores
         pair = _pair(strategy, own, task.state.servers, task.group)
+        cut = cuts[task.group]
+        if cut not in programs:
+            programs[cut] = jax.jit(partial(score, group=task.group))
         batches = zip(*task.rows, strict=True)
-        sums = [score_one(pair, task.data, *row, group=task.group) for row in batches]
+        sums = [programs[cut](pair, task.data, *row) for row in batches]
         scores = jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
         task.references.setdefault(task.group, Reference(weights, scores))
         return scores

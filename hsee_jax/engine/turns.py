@@ -12,7 +12,7 @@ from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.programs import compile_together, restack, unstack
-from hsee_jax.engine.round import Floats, step_key, turn_sequence
+from hsee_jax.engine.round import Floats, Programs, step_key, turn_sequence
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import RunState, positions, split_stacks
 from hsee_jax.federation.strategy import Strategy
@@ -49,10 +49,11 @@ class Inputs(NamedTuple):
 Begin = Callable[[Inputs], Steps]
 
 
-def by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
+def by_turns(
+    strategy: Strategy, pipeline: InputPipeline, key: Key, programs: Programs
+) -> Begin:
     """Compile a turn, and make steps that take the turns of all clients one by one."""
 
-    @partial(jax.jit, static_argnames="group", donate_argnums=(0, 1))
     def turn(
         client: Branch,
         server: Branch,
@@ -68,7 +69,16 @@ def by_turns(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
         batch = pipeline.training(step_key(key, who, step), data, *rows)
         return strategy.turn(client, server, batch, rate, group=group)
 
-    return partial(Turns, strategy, turn, set())
+    new: set[Callable] = set()
+
+    def turn_of(group: int) -> Callable:
+        kind = strategy.turn_kinds[group] if strategy.turn_kinds else group
+        if kind not in programs:
+            programs[kind] = jax.jit(partial(turn, group=group), donate_argnums=(0, 1))
+            new.add(programs[kind])
+        return programs[kind]
+
+    return partial(Turns, strategy, turn_of, new)
 
 
 class Turns:
@@ -81,23 +91,24 @@ class Turns:
     def __init__(
         self,
         strategy: Strategy,
-        turn: Any,
-        compiled: set[int] | None,
+        turn_of: Callable[[int], Callable],
+        new: set[Any],
         inputs: Inputs,
     ) -> None:
         """Prepare a round.
 
         Args:
           strategy: the algorithm.
-          turn: takes a turn: of a client, its server, the data, its rows and their
-            mask, its id, the step in the run and the learning rate.
-          compiled: the groups whose turn is compiled, in any round; None where there is
-            nothing to compile before the first step.
+          turn_of: returns what takes a turn of a group's client: a function of the
+            client, its server, the data, its rows and their mask, its id, the step in
+            the run and the learning rate.
+          new: the functions that have yet to be compiled; the round takes them out.
           inputs: of the round.
         """
-        self._strategy, self._turn, self._inputs = strategy, turn, inputs
-        self._compiled = compiled
-        self._group_of, _ = positions(inputs.sizes)
+        self._strategy, self._new, self._inputs = strategy, new, inputs
+        self._turn_of: list[Any] = [
+            turn_of(group) for group in positions(inputs.sizes)[0]
+        ]
         sequence = turn_sequence(strategy, inputs.plan.order)
         self._sequence = list(zip(*sequence, strict=True))
 
@@ -111,8 +122,7 @@ class Turns:
             pairs = unstack(zip(state.clients, state.servers, strict=True), sizes)
             self.clients = [client for client, _ in pairs]
             self._servers = [server for _, server in pairs]
-        if self._compiled is not None:
-            self._compile(self._compiled)
+        self._compile()
 
     def store(self) -> RunState:
         """See `Steps`."""
@@ -136,8 +146,8 @@ class Turns:
             if not plan.mask[step, n].any():
                 continue
             s = 0 if self._strategy.shared else n
-            self.clients[n], self._servers[s], metrics = self._turn(
-                *self._arguments(step, n), group=self._group_of[n]
+            self.clients[n], self._servers[s], metrics = self._turn_of[n](
+                *self._arguments(step, n)
             )
             log.append((n, metrics))
         return log
@@ -159,15 +169,13 @@ class Turns:
             inputs.rates[step],
         )
 
-    def _compile(self, compiled: set[int]) -> None:
+    def _compile(self) -> None:
         """Compile the turns of all groups at once, before the first is taken."""
         active = np.flatnonzero(self._inputs.plan.active).tolist()
-        slots = {self._group_of[n]: n for n in active}
-        new = slots.keys() - compiled
-        compiled |= new
+        slots = {self._turn_of[n]: n for n in active if self._turn_of[n] in self._new}
+        self._new.difference_update(slots)
         compile_together(
-            self._turn.lower(*self._arguments(0, slots[g]), group=g)
-            for g in sorted(new)
+            turn.lower(*self._arguments(0, n)) for turn, n in slots.items()
         )
 
 

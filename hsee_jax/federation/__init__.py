@@ -15,7 +15,9 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.recut import Exits, recut
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
+from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.step import (
     ForwardPass,
@@ -34,6 +36,8 @@ __all__ = [
     "Branch",
     "BranchSpec",
     "Client",
+    "CutSchedule",
+    "Exits",
     "Federation",
     "ForwardPass",
     "Group",
@@ -62,6 +66,7 @@ __all__ = [
     "layer_mean",
     "message_bytes",
     "receive",
+    "recut",
     "server_of",
     "server_spec",
     "server_step",

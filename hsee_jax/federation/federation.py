@@ -47,6 +47,11 @@ class Federation(NamedTuple):
     codec: Codec = FULL  # of the links from clients to servers
     micro_batches: int = 1  # in which a client takes a batch, if no gradient returns
 
+    def with_cuts(self, cuts: Iterable[int]) -> "Federation":
+        """Return the same federation of clients 0, 1, ... with these cuts."""
+        clients = (Client(i, cut) for i, cut in enumerate(cuts))
+        return self._replace(groups=group_clients(clients))
+
     def specs(self, group: int) -> tuple[BranchSpec, BranchSpec]:
         """Describe a group's clients, and the servers behind them."""
         cut = self.groups[group].cut

@@ -1,6 +1,6 @@
 """The type of a training algorithm: pure functions over the state of a federation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -130,6 +130,9 @@ class Strategy(NamedTuple):
     # For clients and server in processes of their own; None if nothing can cross a
     # network between them.
     halves: Halves | None = None
+    # What the turn of each group depends on, beside the algorithm, its options and the
+    # network: where it is equal, so is the compiled turn. Empty where nobody says.
+    turn_kinds: tuple[Hashable, ...] = ()
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

@@ -51,8 +51,10 @@ class Curve(NamedTuple):
 
     @property
     def cuts(self) -> npt.NDArray[np.int64]:
-        """Return the cut of each client, ``[N]``."""
-        return np.array([share.cut for share in self.runs[0].partition])
+        """Return the cut of each client in the last evaluated round, ``[N]``."""
+        test = self.runs[0].records[self.rounds[-1] - 1].test
+        assert test is not None
+        return np.array([client.cut for client in test.clients])
 
     @property
     def losses(self) -> Values:

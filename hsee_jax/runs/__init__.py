@@ -2,6 +2,7 @@
 
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import DataSource
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
@@ -29,4 +30,5 @@ __all__ = [
     "restore",
     "restore_client",
     "train",
+    "with_schedule",
 ]

@@ -15,11 +15,10 @@ from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import Indices
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
-from hsee_jax.engine.compilation import client_axis, make_round
-from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import Shards, place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
+from hsee_jax.engine.round import client_axis
 from hsee_jax.engine.store import DeviceStore, Store
 from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.federation.federation import (
@@ -28,6 +27,7 @@ from hsee_jax.federation.federation import (
     Group,
     group_clients,
 )
+from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
@@ -36,6 +36,8 @@ from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.runs.compilers import make_compilers
+from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
@@ -154,18 +156,18 @@ def assemble(
     """
     pipeline, key = build_pipeline(config, info), augment_key(config)
     federation = build_federation(config, info, mesh)
-    groups = federation.groups
     strategy = build_strategy(config, federation)
-    attendance, cadence = _attendance(config), _cadence(config)
-    attendance.check(groups, cadence.rounds)
-    parts, shares, test, train, held = material(groups)
+    attendance, cadence = attendance_of(config), _cadence(config)
+    attendance.check(federation.groups, cadence.rounds)
+    parts, shares, test, train, held = material(federation.groups)
     shards: Shards = dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
-    slots, store = _store(config, federation, strategy)
+    slots, store = make_store(config, federation, strategy)
     placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
     if train is not None:
         placed, placed_shards = place_data(federation, strategy, slots, train, shards)
+    compilers = make_compilers(pipeline, key, axis, mesh, eval_batch_size)
     return Experiment(
         config=config,
         info=info,
@@ -187,10 +189,10 @@ def assemble(
         traffic=traffic_of(federation, strategy, store.checkpoint_shapes()),
         store=store,
         learning_rates=build_rates(config, steps_per_round(shards, batch_size)),
-        round_fn=make_round(strategy, pipeline, key, axis=axis, mesh=mesh),
-        evaluate_fn=make_evaluation(
-            federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
-        ),
+        round_fn=compilers.make_round(strategy),
+        evaluate_fn=compilers.make_evaluation(federation, strategy),
+        schedule=_schedule(config, federation),
+        compilers=compilers,
     )
 
 
@@ -199,6 +201,16 @@ def _axis(config: Config) -> str:
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
     return axis
+
+
+def _schedule(config: Config, federation: Federation) -> CutSchedule:
+    """Return the cuts in every round; refuse those that the algorithm does not take."""
+    schedule = schedule_of(config, federation.model.layer_names)
+    if len(schedule.cuts) > 1 and jax.process_count() > 1:
+        raise UserError("recuts: not allowed with several processes")
+    for cuts in schedule.cuts[1:]:
+        build_strategy(config, federation.with_cuts(cuts))
+    return schedule
 
 
 def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
@@ -217,7 +229,8 @@ def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-def _attendance(config: Config) -> Attendance:
+def attendance_of(config: Config) -> Attendance:
+    """Return the rules for who takes part in a round of a run."""
     clients = config.clients
     return Attendance(
         clients.participation,
@@ -255,7 +268,7 @@ def build_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
     return rates(np.arange(rounds * steps)).reshape(-1, steps)
 
 
-def _store(
+def make_store(
     config: Config, federation: Federation, strategy: Strategy
 ) -> tuple[tuple[int, ...], Store]:
     """Choose where the clients' state is kept; return the slots of a round, too."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from hsee_jax.federation.recut import Shelf
 from hsee_jax.federation.state import RunState
 from hsee_jax.parallel.processes import is_first
 from hsee_jax.runs.checkpoint import Checkpoint, Writer
@@ -24,6 +25,7 @@ class Moment(NamedTuple):
     # its buffers, so copy the arrays that you keep.
     state: Callable[[], RunState]
     notes: Mapping[str, Any]  # the values that `train` needs to continue from here
+    shelf: Shelf = {}  # the exits of cuts that clients have left, see `recut`
 
 
 class Callback(AbstractContextManager["Callback"]):
@@ -125,6 +127,8 @@ class Checkpoints(Callback):
         self._writer.seal()
 
     def _save(self, moment: Moment) -> None:
-        self._writer.save(moment.rounds, moment.steps, moment.state(), moment.notes)
+        self._writer.save(
+            moment.rounds, moment.steps, moment.state(), moment.notes, moment.shelf
+        )
         if self._at_once:
             self._writer.seal()

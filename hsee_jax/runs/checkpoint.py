@@ -17,11 +17,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-from flax import struct
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import PyTree
-from hsee_jax.federation.branch import Branch
 from hsee_jax.parallel.processes import in_first, is_first
 from hsee_jax.runs.checkpoint_folder import (
     DIGESTS,
@@ -33,7 +31,9 @@ from hsee_jax.runs.checkpoint_folder import (
     remove,
     verify,
 )
+from hsee_jax.runs.stored_links import with_links, without_links
 
+_SHELF = "shelf"
 _DAMAGED = ".damaged"  # suffix of the name of a damaged checkpoint
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ class Checkpoint(NamedTuple):
     rounds: int  # finished rounds
     steps: int  # finished steps of the next round
     notes: Mapping[str, Any]  # the notes of `Writer.save`
+
+    @property
+    def number(self) -> int:
+        """Return the number of the last round that has a part in it, at least 1."""
+        return max(self.rounds + (self.steps > 0), 1)
 
 
 def find(
@@ -101,6 +106,28 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
     Raises:
       UserError: the checkpoint cannot be read, or holds other leaves.
     """
+    return with_links(_load(checkpoint, "state", without_links(like)), like)
+
+
+def load_shelf(checkpoint: Checkpoint, like: PyTree) -> PyTree:
+    """Read what waits on the shelf of a checkpoint, see `hsee_jax.federation.recut`.
+
+    Args:
+      checkpoint: see `find`.
+      like: see `load`; a shelf without leaves was not stored.
+
+    Returns:
+      The shelf, in numpy arrays.
+
+    Raises:
+      UserError: the shelf cannot be read, or holds other leaves.
+    """
+    if not jax.tree.leaves(like):
+        return like
+    return jax.device_get(_load(checkpoint, _SHELF, like))
+
+
+def _load(checkpoint: Checkpoint, name: str, like: PyTree) -> PyTree:
     from orbax.checkpoint import v1 as ocp
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -116,9 +143,8 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
     any_slots.array.loading.enable_padding_and_truncation = True
     try:
         with any_slots:
-            shapes = _without_links(jax.tree.map(placed, like))
-            stored = ocp.load((checkpoint.folder / "state").absolute(), shapes)
-            return _with_links(stored, like)
+            shapes = jax.tree.map(placed, like)
+            return ocp.load((checkpoint.folder / name).absolute(), shapes)
     except Exception as error:
         raise UserError(
             f"run: {checkpoint.folder} cannot be read: {_reason(error)}"
@@ -162,7 +188,12 @@ class Writer:
         self.seal()
 
     def save(
-        self, rounds: int, steps: int, state: PyTree, notes: Mapping[str, Any]
+        self,
+        rounds: int,
+        steps: int,
+        state: PyTree,
+        notes: Mapping[str, Any],
+        shelf: PyTree = None,
     ) -> None:
         """Start to write a checkpoint; training may continue, and donate ``state``.
 
@@ -172,15 +203,18 @@ class Writer:
             the next checkpoint.
           state: arrays, copied before this returns.
           notes: values of JSON; the best checkpoint has the highest ``score``.
+          shelf: arrays on the host, see `load_shelf`; empty or None for none.
         """
         from orbax.checkpoint import v1 as ocp
 
-        copy = jax.tree.map(_copied, _without_links(state))
+        copy = jax.tree.map(_copied, without_links(state))
         self.seal()
         name = f"{rounds}-{steps}" if steps else str(rounds)
         folder = self._folder / f"{name}{UNFINISHED}"
         in_first(partial(self._make, folder))
         try:
+            if shelf:
+                ocp.save((folder / _SHELF).absolute(), shelf)
             response = ocp.save_async((folder / "state").absolute(), copy)
         except Exception as error:
             raise self._unwritten(folder, error) from error
@@ -244,41 +278,6 @@ def _copied(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, leaf.sharding, may_alias=False)
     return leaf.copy()
-
-
-class _Unlinked(struct.PyTreeNode):
-    """The stored form of a branch if its codec keeps no state."""
-
-    layers: PyTree
-    head: PyTree
-
-
-def _without_links(tree: PyTree) -> PyTree:
-    """Remove link states without arrays from a tree, as version 0.1 stored none."""
-
-    def take(branch: Branch) -> Branch | _Unlinked:
-        if jax.tree.leaves(branch.link):
-            return branch
-        return _Unlinked(branch.layers, branch.head)
-
-    return jax.tree.map(
-        lambda node: take(node) if isinstance(node, Branch) else node,
-        tree,
-        is_leaf=lambda node: isinstance(node, Branch),
-    )
-
-
-def _with_links(stored: PyTree, like: PyTree) -> PyTree:
-    """Put link states back; invert `_without_links`."""
-
-    def put(own: Any, other: Any) -> Any:
-        if not isinstance(other, _Unlinked):
-            return other
-        return Branch(other.layers, other.head, own.link)
-
-    return jax.tree.map(
-        put, like, stored, is_leaf=lambda node: isinstance(node, Branch)
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -26,8 +26,10 @@ from hsee_jax.engine.plan import (
 from hsee_jax.engine.round import RoundFn, RoundProgress
 from hsee_jax.engine.store import Store
 from hsee_jax.federation.federation import Federation, Group
+from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.nn.model import Model
+from hsee_jax.runs.compilers import Compilers
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.traffic import (
     Bytes,
@@ -112,6 +114,8 @@ class Experiment(NamedTuple):
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     round_fn: RoundFn
     evaluate_fn: EvaluateFn
+    schedule: CutSchedule  # this experiment has the cuts of one of its phases
+    compilers: Compilers
 
     @property
     def options(self) -> dict[str, Any]:
@@ -185,12 +189,13 @@ class Experiment(NamedTuple):
 
     def weights(self, plan: RoundPlan) -> npt.NDArray[np.float32]:
         """Return the weight of each slot in the averages, ``float32 [N]``."""
+        return np.where(plan.active, self.client_weights()[plan.ids], np.float32(0))
+
+    def client_weights(self) -> npt.NDArray[np.float32]:
+        """Return the weight of each client in a mean, ``float32 [N]`` by its id."""
+        sizes = [len(self.shards[i]) for i in range(len(self.shards))]
         uniform = self.strategy.weights == "uniform"
-        weights = [
-            float(active and (uniform or len(self.shards[i])))
-            for i, active in zip(plan.ids.tolist(), plan.active, strict=True)
-        ]
-        return np.array(weights, np.float32)
+        return np.array([1 if uniform else size for size in sizes], np.float32)
 
     def round_bytes(self, number: int, metrics: ExitMetrics) -> Bytes:
         """Return the bytes on all links in a round; rounds count from 1."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.cut_schedule import config_in_round
 from hsee_jax.runs.folder import read_config, read_info
 from hsee_jax.runs.records import Scores
 
@@ -31,6 +32,7 @@ def is_one_network(folder: Path, scores: Scores) -> bool:
         return False
     try:
         config = read_config(folder)
+        config = config_in_round(config, config.run.rounds)
         federation = build_federation(config, read_info(folder))
         return build_strategy(config, federation).one_network
     except UserError:

@@ -1,6 +1,7 @@
 """The planner's problem from a `Config` and a file of devices."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,12 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import TRAIN_SAMPLES
 from hsee_jax.data.partition import PARTITIONS, hold_out, partition
-from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.engine.plan import participants
+from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.runs.build import build_federation
+from hsee_jax.runs.build import attendance_of, build_federation
+from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import build_data, build_info
 from hsee_jax.systems.cluster import Pipelines, best_pipelines, cluster_device
 from hsee_jax.systems.costs import LayerCost, layer_costs
@@ -21,7 +25,8 @@ from hsee_jax.systems.device_file import Fleet
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import optimizer_slots
 from hsee_jax.systems.problem import Problem
-from hsee_jax.systems.quantities import Ints
+from hsee_jax.systems.quantities import Bools, Ints
+from hsee_jax.systems.replanning import plan_rounds
 from hsee_jax.systems.traffic import Traffic
 from hsee_jax.systems.work import schedule_of
 from hsee_jax.systems.workload import traffic_by_cut
@@ -151,6 +156,49 @@ def _devices(
         else device
         for client, device in enumerate(fleet.clients)
     )
+
+
+def config_with_plans(config: Config, resources: Resources, every: int) -> Config:
+    """Return a configuration with cuts that are planned again every few rounds.
+
+    Clients whose batteries are empty are absent from then on.
+
+    Args:
+      config: of the run; the devices set its number of clients.
+      resources: a device for each client, and the server.
+      every: the rounds for which a plan holds.
+
+    Raises:
+      UserError: see `plan_rounds`.
+    """
+    problem = problem_of(planning(config, resources))
+    count, rounds = len(problem.devices), config.run.rounds
+    config = override(config, cuts=("1",), num_clients=count)
+    plan = plan_rounds(
+        problem, rounds=rounds, every=every, present=partial(_present, config)
+    )
+    cuts = dict(zip(plan.starts, plan.cuts.tolist(), strict=True))
+    config = with_schedule(config, CutSchedule.of(cuts))
+    absent = tuple(
+        f"{i}:{last + 1}-{rounds}"
+        for i, last in enumerate(plan.last_round.tolist())
+        if last < rounds
+    )
+    return override(config, absences=(*config.clients.absences, *absent))
+
+
+def _present(config: Config, number: int) -> Bools:
+    """Return which clients take part in a round, ``bool [N]``; rounds count from 1."""
+    groups = (Group(1, tuple(range(config.clients.num_clients))),)
+    attendance = attendance_of(config)
+    who = participants(
+        groups,
+        participation=attendance.participation,
+        seed=attendance.seed,
+        number=number - 1,
+    )
+    who -= attendance.missing(groups, number - 1)
+    return np.isin(groups[0].ids, list(who))
 
 
 def _make(config: Config, federation: Federation) -> Strategy:

@@ -7,6 +7,7 @@ from hsee_jax.config.values import override
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import load
+from hsee_jax.runs.cut_schedule import config_in_round
 from hsee_jax.runs.data import OwnData, data_source, own_field
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
@@ -30,7 +31,8 @@ def reopen(
       data: the arrays of a run that was trained on arrays, see `build`.
 
     Returns:
-      The experiment, and the state as a checkpoint holds it.
+      The experiment, with the cuts of the checkpoint's last round, and the state as a
+      checkpoint holds it.
 
     Raises:
       UserError: there is no such run, it has no checkpoint, or its data are missing, or
@@ -43,7 +45,7 @@ def reopen(
     source = data_source(config.data, data)
     check_info(folder, source.info, own_field(config.data))
     checkpoint = checkpoint_of(folder, which)
-    experiment = build(config, source)
+    experiment = build(config_in_round(config, checkpoint.number), source)
     return experiment, load(checkpoint, experiment.store.checkpoint_shapes())
 
 

@@ -21,6 +21,7 @@ from hsee_jax.federation.strategy import Strategy, server_of
 from hsee_jax.nn.model import Model
 from hsee_jax.runs.build import build_federation, build_model, build_strategy
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.runs.cut_schedule import config_in_round
 from hsee_jax.runs.folder import read_config, read_info
 
 
@@ -32,7 +33,7 @@ class Restored(NamedTuple):
     ``info``.
     """
 
-    config: Config
+    config: Config  # with the cuts of the checkpoint's last round
     info: DatasetInfo
     federation: Federation  # without a mesh
     strategy: Strategy
@@ -88,12 +89,14 @@ def restore(
     """
     folder = Path(path)
     config, info = read_config(folder), read_info(folder)
+    checkpoint = checkpoint_of(folder, which)
+    config = config_in_round(config, checkpoint.number)
     federation = build_federation(config, info)
     strategy = build_strategy(config, federation)
     like = jax.eval_shape(strategy.init, jax.random.key(0))
     if only is not None:
         like = _of_group(like, seat(federation, only)[0])
-    state = load(checkpoint_of(folder, which), like)
+    state = load(checkpoint, like)
     return Restored(config, info, federation, strategy, state)
 
 

@@ -14,11 +14,13 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import ExitMetrics, Metrics
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
-from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.federation.recut import Shelf
+from hsee_jax.runs.checkpoint import Checkpoint, find, load, load_shelf
 from hsee_jax.runs.data import own_field
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, check_partition, replace_file, writing
 from hsee_jax.runs.history import read_records
+from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import RoundRecord, dumps
 
 _log = logging.getLogger(__name__)
@@ -47,15 +49,14 @@ class Start(NamedTuple):
     seconds: float = 0.0  # that the next round has taken in training
     wall_seconds: float = 0.0  # and in all
     checkpoint: Checkpoint | None = None
+    shelf: Shelf = {}  # see `recut`
 
 
-def resume_from(
-    experiment: Experiment, folder: Path, journal: str | None = None
-) -> Start:
+def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Start:
     """Read where a run goes on.
 
     Args:
-      experiment: the run.
+      phases: of the run.
       folder: of the run.
       journal: see `hsee_jax.runs.train.train_built`.
 
@@ -67,6 +68,7 @@ def resume_from(
         later = find(folder / journal)
         if later and (checkpoint is None or later.rounds > checkpoint.rounds):
             checkpoint = later
+    experiment = phases.at(1)
     if checkpoint is None:
         _log.warning("%s has no checkpoint; the run begins anew", folder)
         return Start(experiment.init())
@@ -78,7 +80,9 @@ def resume_from(
         )
     check_info(folder, experiment.info, own_field(experiment.config.data))
     check_partition(folder, experiment.manifest)
+    experiment = phases.at(checkpoint.number)
     state = load(checkpoint, experiment.store.checkpoint_shapes())
+    shelf = load_shelf(checkpoint, phases.shelf_shapes(checkpoint.number))
     records = read_records(folder, limit=checkpoint.rounds)
     if len(records) < checkpoint.rounds:
         raise UserError(
@@ -86,7 +90,7 @@ def resume_from(
             f"{checkpoint.rounds} rounds"
         )
     state = experiment.store.from_checkpoint(state)
-    start = Start(state, tuple(records), checkpoint=checkpoint)
+    start = Start(state, tuple(records), checkpoint=checkpoint, shelf=shelf)
     if checkpoint.steps == 0:
         return start
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))

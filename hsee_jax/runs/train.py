@@ -29,6 +29,7 @@ from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.data import OwnData, config_for
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
+from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import (
     Scores,
     Summary,
@@ -117,25 +118,27 @@ def train_built(
     if resume:
         check_same(config, read_config(folder))
     experiment = build_run()
+    phases = Phases(experiment)
     with locked(folder), ExitStack() as stack:
         in_first(check)
         start = Start(experiment.init())
         if resume:
-            start = resume_from(experiment, folder, journal)
+            start = resume_from(phases, folder, journal)
         in_first(partial(prepare_folder, folder, experiment, start))
+        keep = experiment.cadence.keep_checkpoints
         everything = (
             MetricsLog(folder),
             *callbacks,
             Checkpoints(
                 folder,
-                keep=experiment.cadence.keep_checkpoints,
+                keep=keep,
                 after=start.checkpoint,
                 at_once=journal is not None,
             ),
         )
         for callback in everything:
             stack.enter_context(callback)
-        loop = _Loop(experiment, start, everything, stop, begin - start.wall_seconds)
+        loop = _Loop(phases, start, everything, stop, begin - start.wall_seconds)
         return loop.run()
 
 
@@ -144,18 +147,20 @@ class _Loop:
 
     def __init__(
         self,
-        experiment: Experiment,
+        phases: Phases,
         start: Start,
         callbacks: Sequence[Callback],
         stop: Callable[[], bool],
         begin: float,
     ) -> None:
-        self._experiment, self._callbacks, self._stop = experiment, callbacks, stop
+        number = 1 if start.checkpoint is None else start.checkpoint.number
+        self._phases, self._callbacks, self._stop = phases, callbacks, stop
+        self._experiment, self._shelf = phases.at(number), start.shelf
         self._state, self._begun, self._before = start.state, start.begun, start.seconds
         self._records = list(start.records)
         self._begin = begin  # when the round began, on the clock of `perf_counter`
         self._results: list[ClientResult] | None = None  # of the last evaluation
-        self._config = json.loads(to_json(experiment.config))
+        self._config = json.loads(to_json(self._experiment.config))
 
     def run(self) -> Summary:
         """Train to the end."""
@@ -178,7 +183,7 @@ class _Loop:
         Raises:
           Stopped: it was asked for.
         """
-        experiment, start = self._experiment, time.perf_counter()
+        start, experiment = time.perf_counter(), self._enter(len(self._records) + 1)
         self._state, plan, progress = experiment.run_round(
             self._state, self._begun, self._stop
         )
@@ -215,6 +220,16 @@ class _Loop:
         if stopped:
             raise Stopped(number, 0)
 
+    def _enter(self, number: int) -> Experiment:
+        """Return the experiment of a round; move the layers if it has other cuts."""
+        before, after = self._experiment, self._phases.at(number)
+        if after is not before:
+            self._state, self._shelf = self._phases.move(
+                self._state, self._shelf, before, after
+            )
+            self._experiment = after
+        return after
+
     def _pause(self, plan: RoundPlan, progress: RoundProgress, seconds: float) -> None:
         wall_seconds = time.perf_counter() - self._begin
         notes = midway_notes(plan, progress, seconds, wall_seconds)
@@ -230,6 +245,7 @@ class _Loop:
             due,
             partial(self._experiment.store.to_checkpoint, self._state),
             {"config": self._config} | notes,
+            self._shelf,
         )
 
 

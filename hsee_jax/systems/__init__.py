@@ -39,6 +39,11 @@ from hsee_jax.systems.pipeline import (
 from hsee_jax.systems.planner import Limits, plan_cuts
 from hsee_jax.systems.problem import Problem, cut_costs
 from hsee_jax.systems.quantities import CutCosts, Totals, totals
+from hsee_jax.systems.replanning import (
+    RoundsPlan,
+    device_in_round,
+    plan_rounds,
+)
 from hsee_jax.systems.timing import RoundTime, Shares, round_time
 from hsee_jax.systems.traffic import (
     Bytes,
@@ -76,6 +81,7 @@ __all__ = [
     "Predictor",
     "Problem",
     "RoundTime",
+    "RoundsPlan",
     "Schedule",
     "Score",
     "Shares",
@@ -94,6 +100,7 @@ __all__ = [
     "compare",
     "cut_costs",
     "cut_seconds",
+    "device_in_round",
     "divide_uplink",
     "evaluate_cuts",
     "exact_pairs",
@@ -113,6 +120,7 @@ __all__ = [
     "pipeline_s",
     "plan_cuts",
     "plan_pairs",
+    "plan_rounds",
     "read_devices",
     "round_bytes",
     "round_time",

@@ -37,12 +37,9 @@ from hsee_jax.systems.devices import (
 )
 
 DEFAULT_SERVER = "gpu-server"
-_ONCE = (
-    "count",
-    "compute_spread",
-    "link_spread",
-    "cluster",
-)  # what a server does not have
+# What a server does not have.
+_ONCE = ("count", "compute_spread", "link_spread", "cluster")
+_CHANGES = ("battery_joules", "change_round", "compute_change", "link_change")
 
 
 class Cluster(NamedTuple):
@@ -201,4 +198,7 @@ def _server(values: Mapping[str, Any]) -> Device:
     for name in _ONCE:
         if name in values:
             raise UserError(f"{name}: not allowed; there is one server")
+    for name in _CHANGES:
+        if name in values:
+            raise UserError(f"{name}: not allowed; a server does not change")
     return make_device({"link": "ethernet", **values})

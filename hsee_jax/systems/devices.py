@@ -33,6 +33,10 @@ class Device:
     sending_watts: float = math.nan
     receiving_watts: float = math.nan
     idle_watts: float = math.nan
+    battery_joules: float = math.inf  # at the start of a run
+    change_round: int | None = None  # from which the next two hold; counted from 1
+    compute_change: float = 1.0  # the device computes so many times as fast
+    link_change: float = 1.0  # and so does its link
     measured: Measured | None = None  # wins over the FLOP/s
     source: str = ""  # of the numbers, for the reader
 
@@ -74,6 +78,18 @@ class Entry:
         None
     )
     idle_watts: Annotated[float | None, "draw while it waits", at_least(0)] = None
+    battery_joules: Annotated[
+        float | None, "energy at the start of a run; without it no end", positive
+    ] = None
+    change_round: Annotated[
+        int | None, "round of a run from which the device changes", at_least(2)
+    ] = None
+    compute_change: Annotated[
+        float | None, "so many times as fast it computes from change_round on", positive
+    ] = None
+    link_change: Annotated[
+        float | None, "so many times as fast its link is from change_round on", positive
+    ] = None
     source: Annotated[str | None, "where the numbers come from"] = None
     cluster: Annotated[
         str | None,
@@ -142,6 +158,10 @@ def make_device(values: Mapping[str, Any]) -> Device:
     measured = read_measured(values["measured"]) if "measured" in values else None
     if measured is not None:  # it wins, so a rate may be missing
         found.setdefault("forward_flops_per_s", math.nan)
+    if "change_round" not in own:
+        for name in ("compute_change", "link_change"):
+            if name in own:
+                raise UserError(f"{name}: has no effect without change_round")
     for name in ("name", "forward_flops_per_s", "up_bytes_per_s"):
         if name not in found:
             raise UserError(f"{name}: missing; {_INSTEAD[name]}")

@@ -4,7 +4,7 @@ The choice is exact for a bound of the round's seconds (see `CutCosts`); the sec
 the plan are those of `round_time`, which follows every batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Limits(NamedTuple):
     bytes: float | None = None  # on all links in a round
     server_bytes: float | None = None  # of the server's memory
     exit_accuracy: float | None = None  # the least that is predicted for each client
+    cuts: Bools | None = None  # [N, L]: which cuts each client may take, if it has room
 
     def totals(self) -> dict[str, float]:
         """Return the limits of totals, by `QUANTITIES`."""
@@ -64,7 +65,7 @@ def plan_cuts(
     limits = limits or Limits()
     most = limits.totals()
     if "joules" in (minimize, *most):
-        _require_watts(problem.devices)
+        require_watts(problem.devices)
     costs = cut_costs(problem, possible_cuts(problem, limits))
     aims = dict(most)
     if problem.schedule.shared:  # `possible_cuts` sees to it
@@ -149,6 +150,8 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
         choices=choices,
     )
     allowed = _within_clusters(problem, limits, allowed)
+    if limits.cuts is not None:
+        allowed = allowed & limits.cuts
     if limits.exit_accuracy is None:
         return allowed
     if problem.exit_accuracy is None:
@@ -199,11 +202,20 @@ def _batch_bytes(problem: Problem, allowed: Bools) -> float:
     return problem.workers * float(_shared_bytes(problem, cut) - weights)
 
 
-def _require_watts(devices: tuple[Device, ...]) -> None:
-    for i, device in enumerate(devices):
+def require_watts(devices: Sequence[Device], clients: Sequence[int] = ()) -> None:
+    """Refuse devices that do not know their watts.
+
+    Args:
+      devices: of the clients.
+      clients: who needs to know them; empty for all.
+
+    Raises:
+      UserError: one does not.
+    """
+    for i in clients or range(len(devices)):
         for name in _WATTS:
-            if np.isnan(getattr(device, f"{name}_watts")):
+            if np.isnan(getattr(devices[i], f"{name}_watts")):
                 raise UserError(
-                    f"devices: client {i} ({device.name}) has no {name}_watts, which "
-                    "energy needs; allowed is 0 or more"
+                    f"devices: client {i} ({devices[i].name}) has no {name}_watts, "
+                    "which energy needs; allowed is 0 or more"
                 )

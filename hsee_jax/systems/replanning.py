@@ -1,0 +1,142 @@
+"""Cuts that are planned again every few rounds, for devices that change.
+
+A device may compute or communicate slower from some round on, and a battery runs down
+by the joules of each round. The clock is deterministic, so the cuts of all rounds are
+known before the first. A device whose battery does not hold the joules of a round takes
+no part in it, nor in any later one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.systems.device_file import vary
+from hsee_jax.systems.devices import Device
+from hsee_jax.systems.outcome import Plan, evaluate_cuts
+from hsee_jax.systems.planner import Limits, plan_cuts, possible_cuts, require_watts
+from hsee_jax.systems.problem import Problem, cut_costs
+from hsee_jax.systems.quantities import Bools, Floats, Ints, pick
+
+
+class RoundsPlan(NamedTuple):
+    """The cuts of N clients in R rounds, planned P times."""
+
+    starts: tuple[int, ...]  # the first round of each plan, from 1, [P]
+    cuts: Ints  # [P, N]
+    seconds: Floats  # of each round, [R]
+    battery_joules: Floats  # that each client has left, [N]; infinite without a battery
+    last_round: Ints  # for which each battery lasts, [N]; R or less
+
+
+def device_in_round(device: Device, number: int) -> Device:
+    """Return a device as it is in a round; rounds count from 1."""
+    if device.change_round is None or number < device.change_round:
+        return device
+    return vary(device, device.compute_change, device.link_change)
+
+
+def plan_rounds(
+    problem: Problem,
+    *,
+    rounds: int,
+    every: int,
+    present: Callable[[int], Bools] | None = None,
+) -> RoundsPlan:
+    """Plan the fastest cuts for the devices as they are, every few rounds.
+
+    If a battery would not last for the rounds that its client still has to train, the
+    client gets a cut with which it lasts, or else the cut that draws least.
+
+    Args:
+      problem: the clients, with their devices as they are in round 1.
+      rounds: R, the rounds of the run.
+      every: the rounds for which a plan holds.
+      present: returns who is to take part in a round, ``bool [N]``, whatever its
+        battery; None for all clients in all rounds.
+
+    Raises:
+      UserError: a device fits no cut, or has a battery and does not know its watts; or
+        no client is left in a round.
+    """
+    count = len(problem.devices)
+    left = np.array([device.battery_joules for device in problem.devices])
+    batteries = np.flatnonzero(np.isfinite(left)).tolist()
+    if batteries:
+        require_watts(problem.devices, batteries)
+    numbers = range(1, rounds + 1)
+    due = np.array([np.ones(count) if present is None else present(n) for n in numbers])
+    due = due.astype(bool)
+    last, cuts = np.full(count, rounds), np.ones(count, np.int64)
+    starts, plans, seconds = tuple(numbers[::every]), [], []
+    for number in numbers:
+        now = _in_round(problem, number)
+        if number in starts:
+            alive = np.flatnonzero(last >= number)
+            most = left / np.maximum(due[number - 1 :].sum(axis=0), 1)
+            cuts = cuts.copy()
+            cuts[alive] = _lasting_cuts(_of(now, alive), most[alive])
+            plans.append(cuts)
+        who = np.flatnonzero(due[number - 1] & (last >= number))
+        while True:
+            if not len(who):
+                raise UserError(
+                    f"devices: no client is left in round {number}, as batteries are "
+                    f"empty; allowed are fewer rounds than {number}, or more "
+                    "battery_joules"
+                )
+            plan = evaluate_cuts(_of(now, who), cuts[who])
+            empty = plan.joules > left[who]
+            if not empty.any():
+                break
+            last[who[empty]] = number - 1
+            who = who[~empty]
+        finite = np.isfinite(left[who])
+        left[who[finite]] -= plan.joules[finite]
+        seconds.append(plan.time.seconds)
+    return RoundsPlan(starts, np.array(plans), np.array(seconds), left, last)
+
+
+def _in_round(problem: Problem, number: int) -> Problem:
+    devices = (device_in_round(device, number) for device in problem.devices)
+    return problem._replace(devices=tuple(devices))
+
+
+def _of(problem: Problem, clients: Ints) -> Problem:
+    """Return the problem of some of the clients."""
+    devices = tuple(problem.devices[i] for i in clients)
+    return problem._replace(devices=devices, steps=problem.steps[clients])
+
+
+def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
+    """Return the fastest cuts with which no client needs more than ``most`` joules.
+
+    A client that needs more with every cut gets the cut that draws least. Where the
+    algorithm needs one cut for all, batteries do not count.
+
+    Args:
+      problem: of the clients.
+      most: joules of each client in a round, ``[N]``.
+    """
+    plan, allowed = plan_cuts(problem), possible_cuts(problem, Limits())
+    if problem.one_cut or not np.isfinite(most).any():
+        return plan.cuts
+    draw = np.where(allowed, cut_costs(problem, allowed).active_joules, np.inf)
+    while True:
+        narrower = _without_costly(plan, draw, allowed, most)
+        if (narrower == allowed).all():
+            return plan.cuts
+        allowed = narrower
+        plan = plan_cuts(problem, limits=Limits(cuts=allowed))
+
+
+def _without_costly(plan: Plan, draw: Floats, allowed: Bools, most: Floats) -> Bools:
+    """Forbid the cuts that draw as much as those of a plan that draw too much.
+
+    Each client keeps the cut that draws least.
+    """
+    over = plan.joules > most
+    costly = over[:, None] & (draw >= pick(draw, plan.cuts)[:, None])
+    least = draw == draw.min(axis=1, keepdims=True)
+    return allowed & (~costly | least)
