@@ -64,8 +64,6 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
             raise UserError("devices: missing; --cuts auto needs a file of devices")
         _refuse(given, ("num_clients",), f"the devices of {given['devices']}")
         given = {name: value for name, value in given.items() if name != "cuts"}
-    elif "devices" in given:
-        raise UserError("devices: has no effect; it is read with --cuts auto")
     return config_from(given, stored=stored)
 
 
@@ -81,7 +79,7 @@ def plan_now(config: Config, devices: Path) -> Config:
 
 
 def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config:
-    _refuse(given, ("cuts", "num_clients", "devices"), f"plan {path}")
+    _refuse(given, ("cuts", "num_clients"), f"plan {path}")
     plan = read_cuts(path)
     config = _with_cuts(config_from(given, stored=stored), plan.cuts)
     layers = build_model(config).layer_names

@@ -160,23 +160,43 @@ def plan_round(
     mask = np.zeros(indices.shape, np.bool_)
     active = np.isin(ids, list(who - set(missing)))
     (seats,) = np.nonzero(np.isin(ids, list(who)))
-    turns = np.zeros((len(seats), steps))
-    for k, n in enumerate(seats):
+    for n in seats:
         i = int(ids[n])
         count = len(shards[i])
         indices[n, :count] = _rng(seed, _BATCHES, i, number).permutation(shards[i])
         mask[n, :count] = active[n]
-        turns[k] = _rng(seed, _TURNS, i, number).random(steps)
-    if turn == "epoch":
-        turns[:] = turns[:, :1]
+    order = turn_order(ids[seats], steps=steps, turn=turn, seed=seed, number=number)
     by_step = (len(ids), steps, batch_size)
     return RoundPlan(
         ids,
         active,
         indices.reshape(by_step).swapaxes(0, 1),
         mask.reshape(by_step).swapaxes(0, 1),
-        seats[np.argsort(turns, axis=0)].T.astype(np.int32),
+        seats[order].astype(np.int32),
     )
+
+
+def turn_order(
+    ids: Iterable[int], *, steps: int, turn: str, seed: int, number: int
+) -> npt.NDArray[np.int64]:
+    """Draw the order of the turns of A clients in a round, as positions in ``ids``.
+
+    Whoever else takes part, two clients keep their order.
+
+    Args:
+      ids: the clients.
+      steps: T.
+      turn: see `plan_round`.
+      seed: see `plan_round`.
+      number: the number of the round, from 0.
+
+    Returns:
+      ``int64 [T, A]``.
+    """
+    turns = np.array([_rng(seed, _TURNS, int(i), number).random(steps) for i in ids])
+    if turn == "epoch":
+        turns[:] = turns[:, :1]
+    return np.argsort(turns, axis=0).T
 
 
 def _rng(seed: int, stream: int, client: int, number: int) -> np.random.Generator:

@@ -27,6 +27,8 @@ from hsee_jax.engine.store import Store
 from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.nn.model import Model
+from hsee_jax.runs.equipment import Equipment
+from hsee_jax.systems.clock import RoundClock
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.traffic import (
     Bytes,
@@ -44,6 +46,12 @@ class Attendance(NamedTuple):
     dropout: float  # probability that a client misses a round
     absences: tuple[Absence, ...]
     seed: int
+
+    def drawn(self, groups: Sequence[Group], number: int) -> set[int]:
+        """Return the clients that are drawn for a round; rounds count from 0."""
+        return participants(
+            groups, participation=self.participation, seed=self.seed, number=number
+        )
 
     def missing(self, groups: Sequence[Group], number: int) -> set[int]:
         """Return the clients that miss a round; rounds count from 0."""
@@ -64,13 +72,7 @@ class Attendance(NamedTuple):
         if self.dropout == 0 and not self.absences:
             return
         for number in range(rounds):
-            drawn = participants(
-                groups,
-                participation=self.participation,
-                seed=self.seed,
-                number=number,
-            )
-            if not drawn - self.missing(groups, number):
+            if not self.drawn(groups, number) - self.missing(groups, number):
                 raise UserError(
                     f"dropout: {self.dropout} is not allowed with these absences and "
                     f"seeds; no client is left in round {number + 1}"
@@ -111,6 +113,8 @@ class Experiment(NamedTuple):
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     round_fn: RoundFn
     evaluate_fn: EvaluateFn
+    equipment: Equipment | None = None
+    clock: tuple[RoundClock, ...] = ()  # of each round, see `with_clock`; or empty
 
     @property
     def options(self) -> dict[str, Any]:
@@ -124,6 +128,9 @@ class Experiment(NamedTuple):
     def plan(self, number: int) -> RoundPlan:
         """Draw the plan of a round; rounds count from 0."""
         groups, attendance = self.federation.groups, self.attendance
+        absent = attendance.missing(groups, number)
+        if self.clock:
+            absent |= {*self.clock[number].away, *self.clock[number].late}
         return plan_round(
             groups,
             self.shards,
@@ -133,7 +140,7 @@ class Experiment(NamedTuple):
             seed=attendance.seed,
             number=number,
             slots=self.slots,
-            missing=attendance.missing(groups, number),
+            missing=absent,
         )
 
     def run_round(

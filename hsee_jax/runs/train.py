@@ -26,7 +26,9 @@ from hsee_jax.engine.round import RoundProgress
 from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, config_for
+from hsee_jax.runs.equipment import Devices, Trace, read_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
 from hsee_jax.runs.records import (
@@ -35,7 +37,13 @@ from hsee_jax.runs.records import (
     round_record,
     summarize,
 )
-from hsee_jax.runs.start import Start, midway_notes, prepare_folder, resume_from
+from hsee_jax.runs.start import (
+    Start,
+    midway_notes,
+    prepare_folder,
+    resume_from,
+    resumed_equipment,
+)
 
 
 def train(
@@ -45,6 +53,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     data: OwnData | None = None,
+    devices: Devices | None = None,
+    availability: Trace | None = None,
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
@@ -61,6 +71,11 @@ def train(
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
       data: arrays to train on, see `build`; what reopens the run needs them again.
+      devices: the device of each client, for the simulated clock: a file (see
+        `hsee_jax.systems.read_devices`) or a `Fleet`. The folder keeps them, so
+        ``resume`` does not need them.
+      availability: when clients are available: a file (see
+        `hsee_jax.systems.read_availability`) or its periods; kept likewise.
       callbacks: called after every round, behind the log and before the checkpoint.
       stop: asked between steps, in every process; true ends the run with a checkpoint.
 
@@ -78,7 +93,10 @@ def train(
     in_first(check)
     if resume:
         check_same(config_for(config, data), read_config(folder))
-    experiment = build(config, data)
+        equipment = resumed_equipment(config, folder, devices, availability)
+    else:
+        equipment = read_equipment(config, devices, availability)
+    experiment = with_clock(build(config, data), equipment)
     with locked(folder), ExitStack() as stack:
         in_first(check)
         start = Start(experiment.init())
@@ -166,6 +184,7 @@ class _Loop:
             seconds=seconds,
             wall_seconds=now - self._begin,
             test=test,
+            simulated=experiment.clock[number - 1] if experiment.clock else None,
         )
         self._begin = now
         self._records.append(record)
