@@ -272,7 +272,6 @@ def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
         (["--plan", str(other)], "plan: .* is for a network of the layers another, "),
         (["--plan", str(fleet)], "plan: .* is not a plan; allowed"),
         (["--plan", str(tmp_path / "no.json")], "plan: .* cannot be read"),
-        (["--devices", str(fleet)], "devices: has no effect"),
         (["--cuts", "auto"], "devices: missing; --cuts auto needs"),
     ):
         capsys.readouterr()

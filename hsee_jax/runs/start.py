@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.config.schema import Config
 from hsee_jax.config.values import to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import ExitMetrics, Metrics
@@ -18,15 +16,7 @@ from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
 from hsee_jax.runs.data import own_field
-from hsee_jax.runs.equipment import (
-    FILE,
-    Devices,
-    Equipment,
-    Trace,
-    equipment_values,
-    read_equipment,
-    stored_equipment,
-)
+from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, check_partition, replace_file, writing
 from hsee_jax.runs.history import read_records
@@ -91,54 +81,6 @@ def resume_from(experiment: Experiment, folder: Path) -> Start:
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
     begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
     return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
-
-
-def resumed_equipment(
-    config: Config, folder: Path, devices: Devices | None, availability: Trace | None
-) -> Equipment | None:
-    """Return what a run in a folder has, to go on with.
-
-    Args:
-      config: of the run.
-      folder: of the run.
-      devices: see `read_equipment`; None takes what the run has.
-      availability: see `read_equipment`; None takes what the run has.
-
-    Raises:
-      UserError: what is given is not what the run has, or what the run had is lost.
-    """
-    stored = stored_equipment(folder)
-    if stored is None and _had_equipment(folder):
-        if devices is None:
-            raise UserError(
-                f"devices: missing; {folder / FILE} is lost, so the devices of the run "
-                "have to be given again"
-            )
-        return read_equipment(config, devices, availability)
-    if devices is None and availability is None:
-        return stored
-    fleet = None if stored is None else stored.fleet
-    given = read_equipment(config, fleet if devices is None else devices, availability)
-    ours, theirs = ({} if e is None else equipment_values(e) for e in (given, stored))
-    for name, value, parts in (
-        ("devices", devices, ("clients", "server")),
-        ("availability", availability, ("availability",)),
-    ):
-        if value is None or all(ours.get(p) == theirs.get(p) for p in parts):
-            continue
-        has = "others" if stored is not None and name in stored.sources else "none"
-        what = value if isinstance(value, str | os.PathLike) else "this"
-        raise UserError(
-            f"{name}: {what} is not allowed with --resume; the run has {has}"
-        )
-    return stored
-
-
-def _had_equipment(folder: Path) -> bool:
-    """Return whether the first round of a run was on the simulated clock."""
-    if not (folder / "metrics.jsonl").is_file():
-        return False
-    return any(r.simulated is not None for r in read_records(folder, limit=1))
 
 
 def midway_notes(

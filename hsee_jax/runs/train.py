@@ -28,7 +28,7 @@ from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, config_for
-from hsee_jax.runs.equipment import Devices, Trace, read_equipment
+from hsee_jax.runs.equip import Devices, Given, Trace, equip
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
 from hsee_jax.runs.records import (
@@ -37,13 +37,7 @@ from hsee_jax.runs.records import (
     round_record,
     summarize,
 )
-from hsee_jax.runs.start import (
-    Start,
-    midway_notes,
-    prepare_folder,
-    resume_from,
-    resumed_equipment,
-)
+from hsee_jax.runs.start import Start, midway_notes, prepare_folder, resume_from
 
 
 def train(
@@ -71,11 +65,8 @@ def train(
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
       data: arrays to train on, see `build`; what reopens the run needs them again.
-      devices: the device of each client, for the simulated clock: a file (see
-        `hsee_jax.systems.read_devices`) or a `Fleet`. The folder keeps them, so
-        ``resume`` does not need them.
-      availability: when clients are available: a file (see
-        `hsee_jax.systems.read_availability`) or its periods; kept likewise.
+      devices: of the clients, for the simulated clock, see `Given`.
+      availability: of the clients on that clock, see `Given`.
       callbacks: called after every round, behind the log and before the checkpoint.
       stop: asked between steps, in every process; true ends the run with a checkpoint.
 
@@ -93,9 +84,8 @@ def train(
     in_first(check)
     if resume:
         check_same(config_for(config, data), read_config(folder))
-        equipment = resumed_equipment(config, folder, devices, availability)
-    else:
-        equipment = read_equipment(config, devices, availability)
+    given = Given(devices, availability)
+    equipment = equip(config, given, resume=folder if resume else None)
     experiment = with_clock(build(config, data), equipment)
     with locked(folder), ExitStack() as stack:
         in_first(check)
@@ -103,15 +93,9 @@ def train(
         if resume:
             start = resume_from(experiment, folder)
         in_first(partial(prepare_folder, folder, experiment, start))
-        everything = (
-            MetricsLog(folder),
-            *callbacks,
-            Checkpoints(
-                folder,
-                keep=experiment.cadence.keep_checkpoints,
-                after=start.checkpoint,
-            ),
-        )
+        keep = experiment.cadence.keep_checkpoints
+        checkpoints = Checkpoints(folder, keep=keep, after=start.checkpoint)
+        everything = (MetricsLog(folder), *callbacks, checkpoints)
         for callback in everything:
             stack.enter_context(callback)
         loop = _Loop(experiment, start, everything, stop, begin - start.wall_seconds)
