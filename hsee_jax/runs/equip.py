@@ -115,8 +115,9 @@ def _read(config: Config, given: Given) -> Equipment | None:
     sources = {"devices": _source(devices)}
     if given.availability is None:
         return Equipment(fleet, (), sources)
+    periods = _periods(given.availability, count)
     sources["availability"] = _source(given.availability)
-    return Equipment(fleet, _periods(given.availability, count), sources)
+    return Equipment(fleet, periods, sources)
 
 
 def _periods(trace: Trace, num_clients: int) -> tuple[Period, ...]:

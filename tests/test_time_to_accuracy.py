@@ -1,0 +1,138 @@
+"""What a report says of simulated seconds, joules and bytes, for handmade runs."""
+
+import json
+
+import numpy as np
+import pytest
+from test_report import make_run
+
+from hsee_jax.report.curves import read_curves
+from hsee_jax.report.figures import draw
+from hsee_jax.report.page import write_report
+from hsee_jax.report.spending import BYTES, JOULES, SECONDS, spent
+from hsee_jax.report.targets import levels, targets
+
+
+def with_clock(folder, *, scale=1.0, joules=10.0, link=True, devices="fleet.toml 1234"):
+    """Add to each of 4 rounds 2 s, a second of waiting before, energy and bytes."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for record in map(json.loads, path.read_text().splitlines()):
+        if link:
+            record["link"] = {"up_bytes": 3e6, "down_bytes": 1e6}
+        if devices:
+            record["simulated"] = {
+                "begin_s": scale * (3 * record["round"] - 2),
+                "seconds": 2 * scale,
+                "joules": joules,
+                "lost_bytes": 1e6,
+                "away": [],
+                "late": [],
+            }
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+    if devices:
+        device = {"name": "d", "forward_flops_per_s": 1.0, "up_bytes_per_s": 1.0}
+        values = {"clients": [device], "server": device, "availability": []}
+        text = json.dumps(values | {"sources": {"devices": devices}})
+        (folder / "devices.json").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two seeds on devices, of which one takes twice as long, and a run without."""
+    return [
+        with_clock(make_run(tmp_path / "a0")),
+        with_clock(make_run(tmp_path / "a1", seed=1), scale=2.0, joules=20.0),
+        with_clock(make_run(tmp_path / "s", strategy="sequential"), devices=None),
+    ]
+
+
+def test_what_is_spent_by_each_evaluated_round(two):
+    """After rounds 2 and 4: round 2 ends at 4 + 2 s, and round 4 at 10 + 2 s."""
+    timed, plain = read_curves(two)
+    assert timed.label == "strategy=averaging, devices=fleet.toml 1234"
+    assert spent(timed, SECONDS).tolist() == [[6, 12], [12, 24]]
+    assert spent(timed, JOULES).tolist() == [[20, 40], [40, 80]]
+    assert spent(timed, BYTES).tolist() == [[10e6, 20e6]] * 2
+    assert spent(plain, SECONDS) is None and spent(plain, JOULES) is None
+    assert spent(plain, BYTES).tolist() == [[8e6, 16e6]]
+
+
+def test_runs_on_other_devices_are_other_curves(tmp_path):
+    folders = [
+        with_clock(make_run(tmp_path / "one"), devices="a.toml 11"),
+        with_clock(make_run(tmp_path / "two", seed=1), devices="a.toml 11"),
+        with_clock(make_run(tmp_path / "three"), devices="a.toml 22"),
+        make_run(tmp_path / "none"),
+    ]
+    labels = [curve.label for curve in read_curves(folders)]
+    assert labels == ["devices=a.toml 11", "devices=a.toml 22", "devices=None"]
+
+
+def test_the_tables_say_what_an_accuracy_takes(two, tmp_path):
+    """Exits reach 20 % after round 2 and 30 % after round 4, servers 50 and 70 %."""
+    exits, servers = targets(read_curves(two))
+    header = ("accuracy", "curve", "round", "seconds", "joules", "MB")
+    assert exits.header == servers.header == header
+    assert "exits" in exits.title and "servers" in servers.title
+    assert [row[0] for row in exits.rows[-4:]] == ["20%", "20%", "30%", "30%"]
+    at_once = ("2.0 ± 0.0", "9.0 ± 4.2", "30.0 ± 14.1", "10.0 ± 0.0")
+    at_end = ("4.0 ± 0.0", "18.0 ± 8.5", "60.0 ± 28.3", "20.0 ± 0.0")
+    found = {(row[0], "sequential" in row[1]): tuple(row[2:]) for row in servers.rows}
+    assert found["50%", False] == at_once and found["60%", False] == at_end
+    assert found["50%", True] == ("2", "", "", "8.0")
+    assert found["60%", True] == ("4", "", "", "16.0")
+    assert levels(0.72) == (0.3, 0.4, 0.5, 0.6, 0.7)
+    assert levels(0.004) == () and levels(1.0)[-1] == 0.99
+
+
+def test_a_curve_that_does_not_get_there_says_so(tmp_path):
+    low = ((0.1, 0.1), (0.2, 0.2))
+    folders = [
+        with_clock(make_run(tmp_path / "a0")),
+        with_clock(make_run(tmp_path / "a1", seed=1, servers=low)),
+        with_clock(make_run(tmp_path / "s", strategy="sequential", servers=low)),
+    ]
+    _, servers = targets(read_curves(folders))
+    last = [tuple(row[2:]) for row in servers.rows[-2:]]
+    assert last == [("1 of 2 seeds", "", "", ""), ("never", "", "", "")]
+
+
+def test_the_pictures_are_over_what_is_spent(two, tmp_path):
+    pictures = {picture.name: picture for picture in draw(read_curves(two)).all}
+    for name, ends in (
+        ("accuracy-seconds.png", [(9, 0.5), (18, 0.7)]),
+        ("accuracy-joules.png", [(30, 0.5), (60, 0.7)]),
+        ("accuracy-bytes.png", [(10e6, 0.5), (20e6, 0.7)]),
+    ):
+        servers = pictures[name].figure.axes[1]
+        np.testing.assert_allclose(servers.lines[0].get_xydata(), ends)
+        count = 2 if "bytes" in name else 1
+        assert len(servers.lines) == count
+        assert ("1 of the 2 curves" in pictures[name].text) == (count == 1)
+    page = write_report(read_curves(two), tmp_path / "report")
+    text = page.read_text()
+    assert "Time to accuracy" in text and "9.0 ± 4.2" in text
+    assert "9.0 ± 4.2" in (page.parent / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("link", "names"), [(True, {"bytes"}), (False, set())])
+def test_runs_without_devices_show_bytes_alone(tmp_path, link, names):
+    folder = with_clock(make_run(tmp_path / "run"), link=link, devices=None)
+    curves = read_curves([folder])
+    headers = {table.header for table in targets(curves)}
+    assert headers == ({("accuracy", "curve", "round", "MB")} if link else set())
+    page = write_report(curves, tmp_path / "report")
+    found = {path.stem for path in page.parent.glob("accuracy-*.png")}
+    assert found == {f"accuracy-{name}" for name in names}
+    assert "simulated" not in page.read_text()
+    assert ("Time to accuracy" in page.read_text()) == link
+
+
+def test_energy_that_is_not_known_is_not_shown(tmp_path):
+    folder = with_clock(make_run(tmp_path / "run"), joules=None)
+    curves = read_curves([folder])
+    assert spent(curves[0], JOULES) is None and spent(curves[0], SECONDS) is not None
+    assert targets(curves)[0].header == ("accuracy", "curve", "round", "seconds", "MB")
