@@ -2,7 +2,10 @@
 
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import DataSource
+from hsee_jax.runs.equip import Given, equip
+from hsee_jax.runs.equipment import Equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
@@ -14,7 +17,9 @@ __all__ = [
     "Callback",
     "Checkpoints",
     "DataSource",
+    "Equipment",
     "Experiment",
+    "Given",
     "History",
     "MetricsLog",
     "Moment",
@@ -23,10 +28,12 @@ __all__ = [
     "Scores",
     "Summary",
     "build",
+    "equip",
     "evaluate",
     "read_history",
     "reopen",
     "restore",
     "restore_client",
     "train",
+    "with_clock",
 ]

@@ -1,8 +1,10 @@
 """The costs of a federation: FLOPs and bytes, devices, and the seconds of a round."""
 
+from hsee_jax.systems.availability import Period, read_availability
 from hsee_jax.systems.bandwidth import Division, divide_uplink
 from hsee_jax.systems.bottleneck import fastest
 from hsee_jax.systems.choice import choose
+from hsee_jax.systems.clock import Clock, ClockTotals, RoundClock, clock_round
 from hsee_jax.systems.comparison import compare, other_choices
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.device_file import Fleet, read_devices
@@ -49,6 +51,8 @@ from hsee_jax.systems.workload import (
 
 __all__ = [
     "Bytes",
+    "Clock",
+    "ClockTotals",
     "CutCosts",
     "CutSeconds",
     "Device",
@@ -58,8 +62,10 @@ __all__ = [
     "LayerCost",
     "Limits",
     "Measured",
+    "Period",
     "Plan",
     "Problem",
+    "RoundClock",
     "RoundTime",
     "Schedule",
     "Shares",
@@ -73,6 +79,7 @@ __all__ = [
     "catalogue",
     "choose",
     "client_memory",
+    "clock_round",
     "compare",
     "cut_costs",
     "cut_seconds",
@@ -93,6 +100,7 @@ __all__ = [
     "pair_seconds",
     "pipeline_s",
     "plan_cuts",
+    "read_availability",
     "read_devices",
     "round_bytes",
     "round_time",
