@@ -283,7 +283,12 @@ def test_a_resumed_run_has_the_same_devices(closed, plain, fleet, tmp_path):
 def test_a_damaged_file_is_one_line(closed, tmp_path):
     values = json.loads((closed / "devices.json").read_text())
     assert values["sources"]["devices"].startswith("fleet.toml ")
-    for text in ("[", "{}", json.dumps(values | {"clients": [{"name": "x"}]})):
+    for text in (
+        "[",
+        "{}",
+        json.dumps(values | {"clients": ["x"]}),
+        json.dumps(values | {"clients": [{"name": "x"}]}),
+    ):
         (tmp_path / "devices.json").write_text(text)
         with pytest.raises(UserError, match=r"devices\.json is damaged: "):
             stored_equipment(tmp_path)

@@ -39,10 +39,10 @@ def accuracy_over(curves: Sequence[Curve], quantity: Quantity) -> Figure:
     ]
     figure = _panels(curves, lines, quantity.name)
     for panel in figure.axes:
-        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         plain = quantity is SECONDS
         panel.xaxis.set_major_formatter(
-            StrMethodFormatter("{x:,g} s") if plain else EngFormatter(quantity.unit)
+            StrMethodFormatter("{x:,.10g} s") if plain else EngFormatter(quantity.unit)
         )
     return _of_accuracy(figure)
 

@@ -10,6 +10,7 @@ from hsee_jax.report.spending import BYTES, JOULES, QUANTITIES, SECONDS, spent
 from hsee_jax.report.tables import Table
 
 _LEVELS = (0.01, 0.02, 0.05, *(tens / 10 for tens in range(1, 10)), 0.95, 0.99)
+_ROUNDING = 1e-9  # of a mean that is equal to a level but for rounding
 _MOST = 5  # levels, the highest that are reached
 TARGETS = (
     "A row shows the first evaluated round in which the mean accuracy over the clients "
@@ -37,9 +38,11 @@ def targets(curves: Sequence[Curve]) -> list[Table]:
                 series = [spent(curve, quantity) for quantity in known]
                 scales = [_COLUMNS[quantity][1] for quantity in known]
                 rounds = np.tile(np.array(curve.rounds, float), (len(mean), 1))
-                cells = _cells(mean >= level, [rounds, *series], [1.0, *scales])
+                cells = _cells(
+                    mean >= level - _ROUNDING, [rounds, *series], [1.0, *scales]
+                )
                 rows.append((f"{level:.0%}", curve.label, *cells))
-        title = f"To a test accuracy of the {branch}s, mean over clients"
+        title = f"What it takes to reach a test accuracy: {branch}s"
         if rows and known:
             tables.append(Table(title, header, rows))
     return tables
@@ -47,7 +50,7 @@ def targets(curves: Sequence[Curve]) -> list[Table]:
 
 def levels(best: float) -> tuple[float, ...]:
     """Return the accuracies of a table, of which the highest is at most ``best``."""
-    return tuple(level for level in _LEVELS if level <= best)[-_MOST:]
+    return tuple(level for level in _LEVELS if level - _ROUNDING <= best)[-_MOST:]
 
 
 def _cells(

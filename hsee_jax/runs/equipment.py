@@ -64,14 +64,14 @@ def stored_equipment(folder: Path) -> Equipment | None:
         return Equipment(fleet, tuple(periods), dict(values["sources"]))
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"run: {path} is damaged: {type(error).__name__}: {error}"
         ) from error
 
 
 def _fields(device: Device) -> dict[str, Any]:
-    """Return a device as `make_device` reads it; unknown and infinite values lack."""
+    """Return the fields of a device that are known and finite, for `make_device`."""
 
     def known(value: Any) -> bool:
         if isinstance(value, float):

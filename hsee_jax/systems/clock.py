@@ -166,7 +166,7 @@ def clock_round(
         i for i in ids if available_from(clock.availability, i, begin_s) == begin_s
     ]
     course, kept = _in_time(clock, schedule, ids, order, able & set(there))
-    late = tuple(i for i in there if i not in kept)
+    late = tuple(sorted(set(there).difference(kept)))
     seconds = clock.deadline_s if late else course.seconds
     lost = [_lost(clock.devices[i], clock.alone(i, schedule), seconds) for i in late]
     spent = _joules(course, [clock.devices[i] for i in kept], seconds)
@@ -175,7 +175,7 @@ def clock_round(
         seconds,
         joules=spent + sum(one.joules for one in lost),
         lost_bytes=sum((one.bytes for one in lost), 0.0),
-        away=tuple(i for i in ids if i not in there),
+        away=tuple(sorted(set(ids).difference(there))),
         late=late,
     )
 
