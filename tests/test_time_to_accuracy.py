@@ -102,13 +102,14 @@ def test_a_curve_that_does_not_get_there_says_so(tmp_path):
 
 def test_the_pictures_are_over_what_is_spent(two, tmp_path):
     pictures = {picture.name: picture for picture in draw(read_curves(two)).all}
-    for name, ends in (
-        ("accuracy-seconds.png", [(9, 0.5), (18, 0.7)]),
-        ("accuracy-joules.png", [(30, 0.5), (60, 0.7)]),
-        ("accuracy-bytes.png", [(10e6, 0.5), (20e6, 0.7)]),
+    for name, label, ends in (
+        ("accuracy-seconds.png", "simulated seconds", [(9, 0.5), (18, 0.7)]),
+        ("accuracy-joules.png", "energy of the devices (J)", [(30, 0.5), (60, 0.7)]),
+        ("accuracy-bytes.png", "bytes on all links (MB)", [(10e6, 0.5), (20e6, 0.7)]),
     ):
         servers = pictures[name].figure.axes[1]
         np.testing.assert_allclose(servers.lines[0].get_xydata(), ends)
+        assert servers.get_xlabel() == label
         count = 2 if "bytes" in name else 1
         assert len(servers.lines) == count
         assert ("1 of the 2 curves" in pictures[name].text) == (count == 1)

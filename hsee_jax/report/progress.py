@@ -1,11 +1,12 @@
 """Figures over the rounds, or over what they spend: test accuracy and training loss."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
 from hsee_jax.report.curves import BRANCHES, Curve, Values, spread
 from hsee_jax.report.spending import SECONDS, Quantity, spent
@@ -37,14 +38,20 @@ def accuracy_over(curves: Sequence[Curve], quantity: Quantity) -> Figure:
         None if total is None else _Line(total.mean(axis=0), _accuracy(curve))
         for curve, total in zip(curves, totals, strict=True)
     ]
-    figure = _panels(curves, lines, quantity.name)
+    scale, unit = _unit(quantity, max(line.x[-1] for line in lines if line is not None))
+    figure = _panels(curves, lines, f"{quantity.name}{unit}")
     for panel in figure.axes:
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        plain = quantity is SECONDS
-        panel.xaxis.set_major_formatter(
-            StrMethodFormatter("{x:,.10g} s") if plain else EngFormatter(quantity.unit)
-        )
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x / scale:,.10g}")
     return _of_accuracy(figure)
+
+
+def _unit(quantity: Quantity, most: float) -> tuple[float, str]:
+    """Return how much a unit on the axis is, and the unit in words."""
+    if quantity is SECONDS:
+        return 1.0, ""
+    power = min(int(math.log10(max(most, 1.0)) / 3), 4)
+    return 1000.0**power, f" ({' kMGT'[power].strip()}{quantity.unit})"
 
 
 def training_loss(curves: Sequence[Curve]) -> Figure:
