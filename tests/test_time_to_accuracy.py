@@ -74,7 +74,7 @@ def test_runs_on_other_devices_are_other_curves(tmp_path):
 def test_the_tables_say_what_an_accuracy_takes(two, tmp_path):
     """Exits reach 20 % after round 2 and 30 % after round 4, servers 50 and 70 %."""
     exits, servers = targets(read_curves(two))
-    header = ("accuracy", "curve", "round", "seconds", "joules", "MB")
+    header = ("accuracy", "curve", "round", "simulated seconds", "joules", "MB")
     assert exits.header == servers.header == header
     assert "exits" in exits.title and "servers" in servers.title
     assert [row[0] for row in exits.rows[-4:]] == ["20%", "20%", "30%", "30%"]
@@ -136,4 +136,5 @@ def test_energy_that_is_not_known_is_not_shown(tmp_path):
     folder = with_clock(make_run(tmp_path / "run"), joules=None)
     curves = read_curves([folder])
     assert spent(curves[0], JOULES) is None and spent(curves[0], SECONDS) is not None
-    assert targets(curves)[0].header == ("accuracy", "curve", "round", "seconds", "MB")
+    header = ("accuracy", "curve", "round", "simulated seconds", "MB")
+    assert targets(curves)[0].header == header

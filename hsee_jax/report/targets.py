@@ -17,7 +17,11 @@ TARGETS = (
     "reaches the accuracy on the left, and what the run has spent by the end of this "
     "round. Rounds without an evaluation do not count; --eval-every 1 leaves none out."
 )
-_COLUMNS = {SECONDS: ("seconds", 1.0), JOULES: ("joules", 1.0), BYTES: ("MB", 1e-6)}
+_COLUMNS = {
+    SECONDS: ("simulated seconds", 1.0),
+    JOULES: ("joules", 1.0),
+    BYTES: ("MB", 1e-6),
+}
 
 
 def targets(curves: Sequence[Curve]) -> list[Table]:
