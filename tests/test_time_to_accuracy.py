@@ -1,16 +1,18 @@
 """What a report says of simulated seconds, joules and bytes, for handmade runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_report import make_run
 
 from hsee_jax.report.curves import read_curves
-from hsee_jax.report.figures import draw
 from hsee_jax.report.page import write_report
+from hsee_jax.report.progress import accuracy_over
 from hsee_jax.report.spending import BYTES, JOULES, SECONDS, spent
 from hsee_jax.report.targets import levels, targets
+from hsee_jax.systems import read_devices
 
 
 def with_clock(folder, *, scale=1.0, joules=10.0, link=True, devices="fleet.toml 1234"):
@@ -100,36 +102,50 @@ def test_a_curve_that_does_not_get_there_says_so(tmp_path):
     assert last == [("1 of 2 seeds", "", "", ""), ("never", "", "", "")]
 
 
-def test_the_pictures_are_over_what_is_spent(two, tmp_path):
-    pictures = {picture.name: picture for picture in draw(read_curves(two)).all}
-    for name, label, ends in (
-        ("accuracy-seconds.png", "simulated seconds", [(9, 0.5), (18, 0.7)]),
-        ("accuracy-joules.png", "energy of the devices (J)", [(30, 0.5), (60, 0.7)]),
-        ("accuracy-bytes.png", "bytes on all links (MB)", [(10e6, 0.5), (20e6, 0.7)]),
-    ):
-        servers = pictures[name].figure.axes[1]
-        np.testing.assert_allclose(servers.lines[0].get_xydata(), ends)
-        assert servers.get_xlabel() == label
-        count = 2 if "bytes" in name else 1
-        assert len(servers.lines) == count
-        assert ("1 of the 2 curves" in pictures[name].text) == (count == 1)
+@pytest.mark.parametrize(
+    ("quantity", "label", "ends"),
+    [
+        (SECONDS, "simulated seconds", [(9, 0.5), (18, 0.7)]),
+        (JOULES, "energy of the devices (J)", [(30, 0.5), (60, 0.7)]),
+        (BYTES, "bytes on all links (MB)", [(10e6, 0.5), (20e6, 0.7)]),
+    ],
+)
+def test_the_figures_are_over_what_is_spent(two, quantity, label, ends):
+    _, servers = accuracy_over(read_curves(two), quantity).axes
+    np.testing.assert_allclose(servers.lines[0].get_xydata(), ends)
+    assert servers.get_xlabel() == label
+    assert len(servers.lines) == (2 if quantity is BYTES else 1)
+
+
+def test_the_page_has_pictures_and_tables(two, tmp_path):
     page = write_report(read_curves(two), tmp_path / "report")
+    found = {path.stem for path in page.parent.glob("accuracy-*.png")}
+    assert found == {"accuracy-seconds", "accuracy-joules", "accuracy-bytes"}
     text = page.read_text()
-    assert "Time to accuracy" in text and "9.0 ± 4.2" in text
-    assert "9.0 ± 4.2" in (page.parent / "report.md").read_text()
+    assert text.count("1 of the 2 curves do not have it") == 2
+    for name in (page.name, "report.md"):
+        assert "9.0 ± 4.2" in (page.parent / name).read_text()
 
 
-@pytest.mark.parametrize(("link", "names"), [(True, {"bytes"}), (False, set())])
-def test_runs_without_devices_show_bytes_alone(tmp_path, link, names):
-    folder = with_clock(make_run(tmp_path / "run"), link=link, devices=None)
+def test_runs_without_devices_show_bytes_alone(tmp_path):
+    folder = with_clock(make_run(tmp_path / "run"), devices=None)
     curves = read_curves([folder])
     headers = {table.header for table in targets(curves)}
-    assert headers == ({("accuracy", "curve", "round", "MB")} if link else set())
+    assert headers == {("accuracy", "curve", "round", "MB")}
     page = write_report(curves, tmp_path / "report")
     found = {path.stem for path in page.parent.glob("accuracy-*.png")}
-    assert found == {f"accuracy-{name}" for name in names}
+    assert found == {"accuracy-bytes"}
     assert "simulated" not in page.read_text()
-    assert ("Time to accuracy" in page.read_text()) == link
+    (old,) = read_curves([make_run(tmp_path / "old")])  # it did not count bytes
+    assert targets([old]) == [] and spent(old, BYTES) is None
+
+
+def test_the_devices_of_the_demo_are_those_of_the_page():
+    root = Path(__file__).parents[1]
+    text = (root / "examples/stragglers.toml").read_text()
+    assert text in (root / "docs/how-to/time-to-accuracy.md").read_text()
+    fleet = read_devices(root / "examples/stragglers.toml")
+    assert len(fleet.clients) == 6  # of the demo
 
 
 def test_energy_that_is_not_known_is_not_shown(tmp_path):
