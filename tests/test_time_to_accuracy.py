@@ -1,6 +1,7 @@
 """What a report says of simulated seconds, joules and bytes, for handmade runs."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,19 @@ def test_the_figures_are_over_what_is_spent(two, quantity, label, ends):
     np.testing.assert_allclose(servers.lines[0].get_xydata(), ends)
     assert servers.get_xlabel() == label
     assert len(servers.lines) == (2 if quantity is BYTES else 1)
+
+
+@pytest.mark.parametrize("scale", [0.001, 1.0, 4321.0, 123456.0])
+def test_no_number_overlaps_another(tmp_path, scale):
+    folder = with_clock(make_run(tmp_path / "run"), scale=scale, joules=scale)
+    for quantity in (SECONDS, JOULES):
+        figure = accuracy_over(read_curves([folder]), quantity)
+        figure.draw_without_rendering()
+        for panel in figure.axes:
+            labels = [label for label in panel.get_xticklabels() if label.get_text()]
+            boxes = [label.get_window_extent() for label in labels]
+            assert len(boxes) > 1
+            assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
 
 
 def test_the_page_has_pictures_and_tables(two, tmp_path):

@@ -38,10 +38,11 @@ def accuracy_over(curves: Sequence[Curve], quantity: Quantity) -> Figure:
         None if total is None else _Line(total.mean(axis=0), _accuracy(curve))
         for curve, total in zip(curves, totals, strict=True)
     ]
-    scale, unit = _unit(quantity, max(line.x[-1] for line in lines if line is not None))
+    most = max(line.x[-1] for line in lines if line is not None)
+    scale, unit = _unit(quantity, most)
     figure = _panels(curves, lines, f"{quantity.name}{unit}")
     for panel in figure.axes:
-        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_locator(MaxNLocator(5 if most < 1e5 * scale else 2))
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / scale:,.10g}")
     return _of_accuracy(figure)
 
