@@ -14,13 +14,13 @@ from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.federation import RunState
 from hsee_jax.runs.checkpoint import find
 from hsee_jax.runs.history import read_records
+from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import (
     LinkSummary,
     RoundRecord,
     Scores,
     Summary,
     TrainFigures,
-    dumps,
 )
 from hsee_jax.systems.traffic import Bytes
 

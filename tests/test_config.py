@@ -108,6 +108,7 @@ def test_a_configuration_of_version_0_1_is_read():
             "aggregate",
             "trim_share",
             "recuts",
+            "deadline",
         ):  # there were none
             assert written[name] == (list(value) if name in MANY else value)
     values["clients"]["init"] = "per_client"

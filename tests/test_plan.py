@@ -258,7 +258,8 @@ def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
         assert name in shown
     assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
 
-    flags = ["--plan", str(out / "plan.json"), "--out", str(tmp_path / "run")]
+    flags = ["--plan", str(out / "plan.json"), "--devices", str(fleet)]
+    flags += ["--out", str(tmp_path / "run")]
     assert cli.main(["train", *SMALL, *flags]) == 2
     assert runs[0].cuts == tuple(map(str, cuts))
     assert runs[0].num_clients == 5
@@ -272,7 +273,6 @@ def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
         (["--plan", str(other)], "plan: .* is for a network of the layers another, "),
         (["--plan", str(fleet)], "plan: .* is not a plan; allowed"),
         (["--plan", str(tmp_path / "no.json")], "plan: .* cannot be read"),
-        (["--devices", str(fleet)], "devices: has no effect"),
         (["--cuts", "auto"], "devices: missing; --cuts auto needs"),
     ):
         capsys.readouterr()

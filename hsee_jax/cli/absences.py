@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.rows import csv_rows
 
 _COLUMNS = ("client", "from", "to")  # of an absences file
 
@@ -48,18 +49,13 @@ def read_absences(path: Path, num_clients: int) -> tuple[str, ...]:
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
     """Read the rows of a CSV file that are not blank, with their line numbers."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        header = next(filter(str.strip, lines), "")
-        mark = max(",;\t", key=header.count)
-        reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
-        rows = [(reader.line_num, [text.strip() for text in row]) for row in reader]
+        return csv_rows(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"absences_file: {path} cannot be read: "
             f"{getattr(error, 'strerror', None) or error}; allowed is CSV in UTF-8 "
             f"with the columns {','.join(_COLUMNS)}"
         ) from error
-    return [(number, texts) for number, texts in rows if any(texts)]
 
 
 def _absence(values: dict[str, str], where: str, num_clients: int) -> str:

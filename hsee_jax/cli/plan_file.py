@@ -70,10 +70,8 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
         taken = ("num_clients", "recuts")
         _refuse(given, taken, f"the devices of {given['devices']}")
         given = {name: value for name, value in given.items() if name != "cuts"}
-    else:
-        for name in ("devices", "replan_every"):
-            if name in given:
-                raise UserError(f"{name}: has no effect; it is read with --cuts auto")
+    elif "replan_every" in given:
+        raise UserError("replan_every: has no effect; it is read with --cuts auto")
     return config_from(given, stored=stored)
 
 
@@ -100,8 +98,7 @@ def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
 
 
 def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config:
-    taken = ("cuts", "num_clients", "devices", "replan_every")
-    _refuse(given, taken, f"plan {path}")
+    _refuse(given, ("cuts", "num_clients", "replan_every"), f"plan {path}")
     plan = read_cuts(path)
     config = _with_cuts(config_from(given, stored=stored), plan.cuts)
     layers = build_model(config).layer_names

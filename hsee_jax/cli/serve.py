@@ -134,9 +134,8 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return options | {
         "bound": bound.checked(given.get("feature_bound", bound.default)),
         "patience": Patience(
-            given.get("deadline"),
-            given.get("min_clients", 1),
-            given.get("max_refusals", 3),
+            min_clients=given.get("min_clients", 1),
+            max_refusals=given.get("max_refusals", 3),
         ),
     }
 
@@ -188,13 +187,6 @@ def _add_devices(parser: Parser) -> None:
         metavar="INT",
         help="how many samples each client has, if they are its own; without it, "
         "devices have the shares that --partition deals them",
-    )
-    group.add_argument(
-        "--deadline",
-        type=float,
-        metavar="SECONDS",
-        help="a client that has not sent all of a round by then is absent in it; "
-        "without it, a round waits for every client",
     )
     group.add_argument(
         "--min-clients",

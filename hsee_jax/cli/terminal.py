@@ -171,6 +171,8 @@ class ProgressBar(Callback):
         ):
             if ids:
                 text += f"; {what}: {' '.join(map(str, ids))}"
+        if record.simulated is not None:
+            text += f"; simulated {record.simulated.end_s:,.1f} s"
         if record.test is not None:
             text += (
                 f"; test accuracy exit {record.test.mean_exit_accuracy:.4f}"

@@ -49,6 +49,8 @@ def train(words: Sequence[str]) -> int | None:
                 config,
                 folder,
                 **how,
+                devices=given.get("devices"),
+                availability=given.get("availability"),
                 callbacks=callbacks,
                 stop=signals,
             )
@@ -94,7 +96,15 @@ def _parser(words: Sequence[str]) -> Parser:
         "--devices",
         type=Path,
         metavar="FILE",
-        help="with --cuts auto: devices for which the fastest cuts are planned",
+        help="TOML or CSV with the device of each client: every round gets simulated "
+        "seconds and joules; with --cuts auto the fastest cuts are planned for them",
+    )
+    parser.add_argument(
+        "--availability",
+        type=Path,
+        metavar="FILE",
+        help="CSV with the columns client,from_s,to_s, in simulated seconds: when "
+        "clients are available; needs --devices",
     )
     parser.add_argument(
         "--replan-every",

@@ -135,6 +135,12 @@ class ClientsConfig(Section):
         "rounds that clients are sure to miss, as CLIENT:FROM-TO, counted from 1; "
         "--absences-file reads them from a file",
     ] = ()
+    deadline: Annotated[
+        float | None,
+        "seconds after which a round ends without the clients that are not done; with "
+        "hsee train they are simulated, and need --devices",
+        positive,
+    ] = None
     on_nonfinite: Annotated[
         str,
         "if a client's loss or gradient is not finite it skips the step, and leave_out "

@@ -45,7 +45,7 @@ def serve(
       config: the run, an `hsee_jax.Config`.
       folder: see `hsee_jax.train`, like `resume`, `overwrite` and `callbacks`.
       doors: lets the calls of devices in.
-      patience: how long to wait for devices.
+      patience: how long to wait for devices; a deadline of the run replaces its own.
       bound: the largest size of a float in a batch's message.
       samples: see `build_served`.
       resume: go on after the last round that ended.
@@ -60,6 +60,8 @@ def serve(
     Raises:
       UserError, DivergenceError, Stopped: see `hsee_jax.train`.
     """
+    if config.clients.deadline is not None:
+        patience = patience._replace(deadline_s=config.clients.deadline)
     mailbox, journal = Mailbox(patience, stop), Journal(Path(folder))
 
     def build_run() -> Experiment:

@@ -160,22 +160,19 @@ def plan_round(
     mask = np.zeros(indices.shape, np.bool_)
     active = np.isin(ids, list(who - set(missing)))
     (seats,) = np.nonzero(np.isin(ids, list(who)))
-    turns = np.zeros((len(seats), steps))
-    for k, n in enumerate(seats):
+    for n in seats:
         i = int(ids[n])
         indices[n], own = own_batches(
             shards[i], indices[n].shape, seed=seed, client=i, number=number
         )
         mask[n] = own & active[n]
-        turns[k] = _rng(seed, _TURNS, i, number).random(steps)
-    if turn == "epoch":
-        turns[:] = turns[:, :1]
+    order = turn_order(ids[seats], steps=steps, turn=turn, seed=seed, number=number)
     return RoundPlan(
         ids,
         active,
         indices.swapaxes(0, 1),
         mask.swapaxes(0, 1),
-        seats[np.argsort(turns, axis=0)].T.astype(np.int32),
+        seats[order].astype(np.int32),
     )
 
 
@@ -204,6 +201,29 @@ def own_batches(
     indices[: len(shard)] = _rng(seed, _BATCHES, client, number).permutation(shard)
     mask = np.arange(steps * batch_size) < len(shard)
     return indices.reshape(shape), mask.reshape(shape)
+
+
+def turn_order(
+    ids: Iterable[int], *, steps: int, turn: str, seed: int, number: int
+) -> npt.NDArray[np.int64]:
+    """Draw the order of the turns of A clients in a round, as positions in ``ids``.
+
+    Whoever else takes part, two clients keep their order.
+
+    Args:
+      ids: the clients.
+      steps: T.
+      turn: see `plan_round`.
+      seed: see `plan_round`.
+      number: the number of the round, from 0.
+
+    Returns:
+      ``int64 [T, A]``.
+    """
+    turns = np.array([_rng(seed, _TURNS, int(i), number).random(steps) for i in ids])
+    if turn == "epoch":
+        turns[:] = turns[:, :1]
+    return np.argsort(turns, axis=0).T
 
 
 def _rng(seed: int, stream: int, client: int, number: int) -> np.random.Generator:

@@ -92,6 +92,13 @@ def spread(values: Values) -> tuple[Any, Any]:
     return values.mean(axis=0), deviation
 
 
+def mean_text(values: Sequence[float] | Values, digits: int) -> str:
+    """Return the mean as text, with the deviation of several values, see `spread`."""
+    mean, deviation = spread(np.array(values))
+    text = f"{mean:,.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {deviation:,.{digits}f}"
+
+
 def differing(every: Sequence[Options]) -> list[str]:
     """Return the options that differ between the runs that have them."""
     names = dict.fromkeys(name for options in every for name in options)

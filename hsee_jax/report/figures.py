@@ -12,7 +12,8 @@ from hsee_jax.report.agreement import agreement
 from hsee_jax.report.curves import Curve, Run
 from hsee_jax.report.final import clients, comparison, cuts
 from hsee_jax.report.heat_maps import classes, split
-from hsee_jax.report.progress import accuracy, training_loss
+from hsee_jax.report.progress import accuracy, accuracy_over, training_loss
+from hsee_jax.report.spending import BYTES, JOULES, QUANTITIES, SECONDS, spent
 from hsee_jax.report.style import MANY, RC, wrap
 
 
@@ -60,8 +61,9 @@ def draw(curves: Sequence[Curve]) -> Pictures:
       curves: at least one curve.
 
     Returns:
-      In the overview the accuracy and the training loss over rounds, and a comparison
-      if there are several curves; of each curve its clients, and the agreement of exit
+      In the overview the accuracy and the training loss over rounds, the accuracy over
+      what the runs have spent, as far as they know it, and a comparison if there are
+      several curves; of each curve its clients, and the agreement of exit
       and server and the accuracy by class if its runs hold the counts for them; each
       different split of the classes.
     """
@@ -103,6 +105,7 @@ def _overview(curves: Sequence[Curve]) -> Iterator[_Sketch]:
         "jumps or rises, or a line that stops, is a sign of too high a learning rate.",
         training_loss(curves),
     )
+    yield from _over_spending(curves, band)
     if len(curves) > 1:
         spread = "; small: each seed; line: ± standard deviation" * several
         yield _Sketch(
@@ -113,6 +116,40 @@ def _overview(curves: Sequence[Curve]) -> Iterator[_Sketch]:
             "line: train it with more seeds before you trust a small difference.",
             comparison(curves),
         )
+
+
+_WORDS = {
+    SECONDS: (
+        "accuracy-seconds",
+        "The accuracy over the simulated clock of the devices. At one height, the "
+        "curve farthest to the left is the first to reach the accuracy.",
+    ),
+    JOULES: (
+        "accuracy-joules",
+        "The accuracy over the energy that the devices of the clients have used since "
+        "the start, the server's not included. At one height, the curve farthest to "
+        "the left needs the least.",
+    ),
+    BYTES: (
+        "accuracy-bytes",
+        "The accuracy over what all clients have sent and received since the start. "
+        "At one height, the curve farthest to the left needs the least.",
+    ),
+}
+
+
+def _over_spending(curves: Sequence[Curve], band: str) -> Iterator[_Sketch]:
+    for quantity in QUANTITIES:
+        known = sum(spent(curve, quantity) is not None for curve in curves)
+        if known == 0:
+            continue
+        name, text = _WORDS[quantity]
+        if known < len(curves):
+            text += (
+                f" {len(curves) - known} of the {len(curves)} curves do not have it."
+            )
+        title = f"Test accuracy over {quantity.name}, mean over clients"
+        yield _Sketch(name, title + band, text, accuracy_over(curves, quantity))
 
 
 def _of_curve(curve: Curve, number: int) -> Iterator[_Sketch]:

@@ -8,9 +8,10 @@ import numpy as np
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
 from hsee_jax.report import html
-from hsee_jax.report.curves import BRANCHES, Curve, Run, Values, spread
+from hsee_jax.report.curves import BRANCHES, Curve, Run, Values, mean_text
 from hsee_jax.report.figures import Pictures, draw
 from hsee_jax.report.tables import EQUAL_SERVERS, Table, markdown
+from hsee_jax.report.targets import TARGETS, targets
 from hsee_jax.runs.records import images_per_second
 
 _ACCURACIES = tuple(f"{branch} accuracy" for branch in BRANCHES)
@@ -29,8 +30,8 @@ def results(curves: Sequence[Curve]) -> Table:
                 ", ".join(map(_seeds, curve.runs)),
                 str(curve.rounds[-1]),
                 *_accuracies(curve.final.mean(axis=-1)),
-                _number(speeds, 1),
-                _number(seconds, 1),
+                mean_text(speeds, 1),
+                mean_text(seconds, 1),
             )
         )
     title = "Results: mean over clients; mean ± standard deviation over seeds"
@@ -61,13 +62,7 @@ def over_rounds(curves: Sequence[Curve]) -> Table:
 
 def _accuracies(final: Values) -> Iterator[str]:
     """Yield the text for exits and for servers, from accuracies ``[S, 2]``."""
-    return (_number(values, 4) for values in final.T)
-
-
-def _number(values: Sequence[float] | Values, digits: int) -> str:
-    mean, deviation = spread(np.array(values))
-    text = f"{mean:.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {deviation:.{digits}f}"
+    return (mean_text(values, 4) for values in final.T)
 
 
 def _seeds(run: Run) -> str:
@@ -124,6 +119,8 @@ def write_report(curves: Sequence[Curve], out: Path) -> Path:
 def _sections(curves: Sequence[Curve], pictures: Pictures) -> Iterator[html.Section]:
     tables = (results(curves), by_cut(curves))
     yield html.Section("Results", (*tables, *_notes(curves)))
+    if reached := targets(curves):
+        yield html.Section("Time to accuracy", (TARGETS, *reached))
     yield html.Section("All runs" if len(curves) > 1 else "Training", pictures.overview)
     for curve, own in zip(curves, pictures.curves, strict=True):
         yield html.Section(curve.label, (*own, *_absences(curve)))
@@ -150,7 +147,7 @@ def _absences(curve: Curve) -> Iterator[str]:
 
 
 def _markdown(curves: Sequence[Curve], pictures: Pictures) -> str:
-    tables = (results(curves), by_cut(curves), over_rounds(curves))
+    tables = (results(curves), by_cut(curves), *targets(curves), over_rounds(curves))
     parts = [f"## {table.title}\n\n{markdown(table)}" for table in tables]
     parts += [f"{note}\n" for note in _notes(curves)]
     parts += [f"![{p.title}]({p.name})\n\n{p.text}\n" for p in pictures.all]

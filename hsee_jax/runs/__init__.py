@@ -2,8 +2,11 @@
 
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import DataSource
+from hsee_jax.runs.equip import Given, equip
+from hsee_jax.runs.equipment import Equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
@@ -15,7 +18,9 @@ __all__ = [
     "Callback",
     "Checkpoints",
     "DataSource",
+    "Equipment",
     "Experiment",
+    "Given",
     "History",
     "MetricsLog",
     "Moment",
@@ -24,6 +29,7 @@ __all__ = [
     "Scores",
     "Summary",
     "build",
+    "equip",
     "evaluate",
     "read_history",
     "reopen",
@@ -31,4 +37,5 @@ __all__ = [
     "restore_client",
     "train",
     "with_schedule",
+    "with_clock",
 ]

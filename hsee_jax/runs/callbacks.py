@@ -12,7 +12,8 @@ from hsee_jax.parallel.processes import is_first
 from hsee_jax.runs.checkpoint import Checkpoint, Writer
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import replace_file, writing
-from hsee_jax.runs.records import RoundRecord, Summary, dumps
+from hsee_jax.runs.json_text import dumps
+from hsee_jax.runs.records import RoundRecord, Summary
 
 
 class Moment(NamedTuple):

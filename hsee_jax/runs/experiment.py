@@ -30,6 +30,8 @@ from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.nn.model import Model
 from hsee_jax.runs.compilers import Compilers
+from hsee_jax.runs.equipment import Equipment
+from hsee_jax.systems.clock import RoundClock
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.traffic import (
     Bytes,
@@ -47,6 +49,12 @@ class Attendance(NamedTuple):
     dropout: float  # probability that a client misses a round
     absences: tuple[Absence, ...]
     seed: int
+
+    def drawn(self, groups: Sequence[Group], number: int) -> set[int]:
+        """Return the clients that are drawn for a round; rounds count from 0."""
+        return participants(
+            groups, participation=self.participation, seed=self.seed, number=number
+        )
 
     def missing(self, groups: Sequence[Group], number: int) -> set[int]:
         """Return the clients that miss a round; rounds count from 0."""
@@ -67,13 +75,7 @@ class Attendance(NamedTuple):
         if self.dropout == 0 and not self.absences:
             return
         for number in range(rounds):
-            drawn = participants(
-                groups,
-                participation=self.participation,
-                seed=self.seed,
-                number=number,
-            )
-            if not drawn - self.missing(groups, number):
+            if not self.drawn(groups, number) - self.missing(groups, number):
                 raise UserError(
                     f"dropout: {self.dropout} is not allowed with these absences and "
                     f"seeds; no client is left in round {number + 1}"
@@ -116,6 +118,8 @@ class Experiment(NamedTuple):
     evaluate_fn: EvaluateFn
     schedule: CutSchedule  # this experiment has the cuts of one of its phases
     compilers: Compilers
+    equipment: Equipment | None = None
+    clock: tuple[RoundClock, ...] = ()  # of each round, see `with_clock`; or empty
 
     @property
     def options(self) -> dict[str, Any]:
@@ -129,6 +133,9 @@ class Experiment(NamedTuple):
     def plan(self, number: int) -> RoundPlan:
         """Draw the plan of a round; rounds count from 0."""
         groups, attendance = self.federation.groups, self.attendance
+        absent = attendance.missing(groups, number)
+        if self.clock:
+            absent |= {*self.clock[number].away, *self.clock[number].late}
         return plan_round(
             groups,
             self.shards,
@@ -138,7 +145,7 @@ class Experiment(NamedTuple):
             seed=attendance.seed,
             number=number,
             slots=self.slots,
-            missing=attendance.missing(groups, number),
+            missing=absent,
         )
 
     def run_round(

@@ -13,6 +13,7 @@ from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import flatten, is_own_data
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
+from hsee_jax.runs.equipment import Equipment, stored_equipment
 from hsee_jax.runs.folder import read_config, read_info
 from hsee_jax.runs.records import RoundRecord, Summary
 
@@ -29,6 +30,7 @@ class History(NamedTuple):
     records: list[RoundRecord]  # as far as the run has come
     summary: Summary | None  # None until the run ends
     digest: str | None = None  # of the user's own data, if the run has kept one
+    equipment: Equipment | None = None  # None in a run without devices
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -40,9 +42,13 @@ class History(NamedTuple):
         """Return the options that the runs of one experiment share.
 
         Seeds, plugins and the folder of the data are left out. The user's own data are
-        there as ``data``: the start of their digest, or their folder without one.
+        there as ``data``: the start of their digest, or their folder without one. The
+        files of the simulated clock are there as ``devices`` and ``availability``.
         """
         found = {name: v for name, v in self.options.items() if name not in _OWN}
+        found |= {"devices": None, "availability": None}
+        if self.equipment is not None:
+            found |= self.equipment.sources
         if is_own_data(self.options):
             digest = self.digest and self.digest[:_DIGITS]
             found["data"] = digest or str(self.options.get("data_dir"))
@@ -76,7 +82,14 @@ def read_history(folder: Path) -> History:
             if summary.agreement:
                 counts = np.array(summary.agreement, np.int64)
                 counts.reshape(len(partition), 4, len(partition[0].label_counts))
-    return History(options, partition, records, summary, _digest(folder, options))
+    return History(
+        options,
+        partition,
+        records,
+        summary,
+        _digest(folder, options),
+        stored_equipment(folder),
+    )
 
 
 def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]:

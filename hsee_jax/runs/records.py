@@ -4,10 +4,8 @@ Each line of ``metrics.jsonl`` holds a `RoundRecord`; ``summary.json`` holds a
 `Summary`.
 """
 
-import json
 import math
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -20,10 +18,10 @@ from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult, means
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import all_finite
+from hsee_jax.systems.clock import ClockTotals, RoundClock, clock_totals
 from hsee_jax.systems.traffic import Bytes
 
 _PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-_NUMBERS = re.compile(r"\[\n([\s\d,.eE+-]+)\]")  # an indented list of numbers
 _FIGURES = [name for name in ClientResult._fields if name != "agreement"]
 
 
@@ -80,14 +78,18 @@ class RoundRecord(NamedTuple):
     link: Bytes  # over all clients
     wall_seconds: float  # with evaluation, since the end of the previous round
     test: Scores | None = None  # None if the round was not evaluated
+    simulated: RoundClock | None = None  # None in a run without devices
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as values of JSON."""
         values = self._asdict()
         values["train"] = self.train._asdict()
         values["link"] = self.link._asdict()
-        test = values.pop("test")
-        return values if test is None else values | {"test": test.to_json()}
+        for name in ("test", "simulated"):
+            part = values.pop(name)
+            if part is not None:
+                values[name] = part.to_json()
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RoundRecord":
@@ -105,7 +107,8 @@ class RoundRecord(NamedTuple):
             train=TrainFigures(*(values["train"][n] for n in TrainFigures._fields)),
             link=Bytes(**values.get("link", {"up_bytes": 0, "down_bytes": 0})),
             wall_seconds=float(values["wall_seconds"]),
-            test=Scores.from_json(values["test"]) if "test" in values else None,
+            test=_optional(Scores, values, "test"),
+            simulated=_optional(RoundClock, values, "simulated"),
         )
 
     def scalars(self) -> dict[str, float]:
@@ -113,6 +116,8 @@ class RoundRecord(NamedTuple):
         found = {"images_per_second": self.images / self.seconds}
         found |= {f"train/{k}": v for k, v in self.train._asdict().items()}
         found |= {f"link/{k}": v for k, v in self.link._asdict().items()}
+        if self.simulated is not None:
+            found |= self.simulated.scalars()
         if self.test is not None:
             found["test/mean_exit_accuracy"] = self.test.mean_exit_accuracy
             found["test/mean_server_accuracy"] = self.test.mean_server_accuracy
@@ -141,17 +146,19 @@ class Summary(NamedTuple):
     link: LinkSummary
     # Of each client, by ascending id; empty in a run of version 0.1.
     agreement: tuple[Agreement, ...] = ()
+    simulated: ClockTotals | None = None  # None in a run without devices
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as values of JSON."""
         values = self._asdict()
-        scores = values.pop("scores").to_json()
+        scores, simulated = values.pop("scores").to_json(), values.pop("simulated")
         del values["agreement"]
         return (
             {"rounds": values.pop("rounds")}
             | scores
             | values
             | {"link": self.link._asdict()}
+            | ({} if simulated is None else {"simulated": simulated.to_json()})
             | self._agreement()
         )
 
@@ -182,6 +189,7 @@ class Summary(NamedTuple):
                 link.get("up_bytes", 0), link.get("down_bytes", 0), link.get("cuts", [])
             ),
             agreement=tuple(map(Agreement.from_json, values.get("agreement", ()))),
+            simulated=_optional(ClockTotals, values, "simulated"),
         )
 
 
@@ -194,6 +202,7 @@ def round_record(
     seconds: float,
     wall_seconds: float,
     test: Scores | None,
+    simulated: RoundClock | None = None,
 ) -> RoundRecord:
     """Make the record of a round.
 
@@ -205,6 +214,7 @@ def round_record(
       seconds: the seconds of training.
       wall_seconds: see `RoundRecord`.
       test: the scores, or None if the round was not evaluated.
+      simulated: the round on the simulated clock, or None without devices.
     """
     fine = all_finite(metrics)
     count = np.sum(metrics.exit.count[fine])
@@ -224,6 +234,7 @@ def round_record(
         link=link,
         wall_seconds=wall_seconds,
         test=test,
+        simulated=simulated,
     )
 
 
@@ -251,6 +262,7 @@ def summarize(
             cuts=cuts,
         ),
         agreement=tuple(r.agreement for r in results if r.agreement is not None),
+        simulated=clock_totals([r.simulated for r in records if r.simulated]),
     )
 
 
@@ -265,13 +277,9 @@ def device_name() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def dumps(values: Any, *, lines: bool = False) -> str:
-    """Return JSON with a final newline, indented unless it is a line of a file.
-
-    A list of numbers stays on one line.
-    """
-    text = json.dumps(values, indent=None if lines else 2)
-    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+def _optional(kind: Any, values: Mapping[str, Any], name: str) -> Any:
+    """Read a part that not every record or summary has."""
+    return kind.from_json(values[name]) if name in values else None
 
 
 def _plain(value: float) -> float | None:

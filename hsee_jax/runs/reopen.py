@@ -7,10 +7,12 @@ from hsee_jax.config.values import override
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import load
-from hsee_jax.runs.cut_schedule import config_in_round
+from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, data_source, own_field
+from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
+from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import Scores
 from hsee_jax.runs.restore import checkpoint_of
 
@@ -45,7 +47,8 @@ def reopen(
     source = data_source(config.data, data)
     check_info(folder, source.info, own_field(config.data))
     checkpoint = checkpoint_of(folder, which)
-    experiment = build(config_in_round(config, checkpoint.number), source)
+    whole = with_clock(build(config, source), stored_equipment(folder))
+    experiment = Phases(whole).at(checkpoint.number)
     return experiment, load(checkpoint, experiment.store.checkpoint_shapes())
 
 

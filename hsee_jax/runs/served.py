@@ -49,6 +49,8 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
         )
+    if config.clients.recuts:
+        raise UserError("recuts: not allowed with clients on a network")
     axis = client_axis(config.run.client_axis)
     experiment = assemble(config, info, material, axis=axis)
     strategy = experiment.strategy

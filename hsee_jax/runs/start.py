@@ -17,11 +17,13 @@ from hsee_jax.engine.round import RoundProgress
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.runs.checkpoint import Checkpoint, find, load, load_shelf
 from hsee_jax.runs.data import own_field
+from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, check_partition, replace_file, writing
 from hsee_jax.runs.history import read_records
+from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.phases import Phases
-from hsee_jax.runs.records import RoundRecord, dumps
+from hsee_jax.runs.records import RoundRecord
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +143,10 @@ def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
             _remove(folder / derived)
     _remove(folder / "summary.json")
     replace_file(folder / "config.json", to_json(experiment.config) + "\n")
+    if experiment.equipment is None:
+        _remove(folder / FILE)
+    else:
+        replace_file(folder / FILE, dumps(equipment_values(experiment.equipment)))
     replace_file(folder / "data.json", dumps(experiment.info._asdict()))
     lines = [dumps(record.to_json(), lines=True) for record in start.records]
     replace_file(folder / "metrics.jsonl", "".join(lines))

@@ -26,7 +26,9 @@ from hsee_jax.engine.round import RoundProgress
 from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
+from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, config_for
+from hsee_jax.runs.equip import Devices, Given, Trace, equip
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_same, check_start, locked, read_config
 from hsee_jax.runs.phases import Phases
@@ -46,6 +48,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     data: OwnData | None = None,
+    devices: Devices | None = None,
+    availability: Trace | None = None,
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
@@ -62,6 +66,8 @@ def train(
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
       data: arrays to train on, see `build`; what reopens the run needs them again.
+      devices: of the clients, for the simulated clock, see `Given`.
+      availability: of the clients on that clock, see `Given`.
       callbacks: called after every round, behind the log and before the checkpoint.
       stop: asked between steps, in every process; true ends the run with a checkpoint.
 
@@ -74,8 +80,14 @@ def train(
       DivergenceError: see `Experiment.run_round`; the last checkpoint is a good one.
       Stopped: by ``stop``.
     """
+
+    def build_run() -> Experiment:
+        given = Given(devices, availability)
+        equipment = equip(config, given, resume=Path(folder) if resume else None)
+        return with_clock(build(config, data), equipment)
+
     return train_built(
-        lambda: build(config, data),
+        build_run,
         config_for(config, data),
         folder,
         resume=resume,
@@ -126,16 +138,10 @@ def train_built(
             start = resume_from(phases, folder, journal)
         in_first(partial(prepare_folder, folder, experiment, start))
         keep = experiment.cadence.keep_checkpoints
-        everything = (
-            MetricsLog(folder),
-            *callbacks,
-            Checkpoints(
-                folder,
-                keep=keep,
-                after=start.checkpoint,
-                at_once=journal is not None,
-            ),
+        checkpoints = Checkpoints(
+            folder, keep=keep, after=start.checkpoint, at_once=journal is not None
         )
+        everything = (MetricsLog(folder), *callbacks, checkpoints)
         for callback in everything:
             stack.enter_context(callback)
         loop = _Loop(phases, start, everything, stop, begin - start.wall_seconds)
@@ -210,6 +216,7 @@ class _Loop:
             seconds=seconds,
             wall_seconds=now - self._begin,
             test=test,
+            simulated=experiment.clock[number - 1] if experiment.clock else None,
         )
         self._begin = now
         self._records.append(record)

@@ -15,7 +15,8 @@ from hsee_jax.config.schema import Config
 from hsee_jax.config.values import settings
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.folder import writing
-from hsee_jax.runs.records import Summary, dumps
+from hsee_jax.runs.json_text import dumps
+from hsee_jax.runs.records import Summary
 from hsee_jax.studies.study import Run, Study, runs
 
 FILE = "results.jsonl"

@@ -7,9 +7,11 @@ from hsee_jax.systems.accuracy import (
     Trained,
     fit_accuracy,
 )
+from hsee_jax.systems.availability import Period, read_availability
 from hsee_jax.systems.bandwidth import Division, divide_uplink
 from hsee_jax.systems.bottleneck import fastest
 from hsee_jax.systems.choice import choose
+from hsee_jax.systems.clock import Clock, ClockTotals, RoundClock, clock_round
 from hsee_jax.systems.cluster import Pipeline, Pipelines, best_pipelines
 from hsee_jax.systems.comparison import compare, other_choices
 from hsee_jax.systems.costs import LayerCost, layer_costs
@@ -64,6 +66,8 @@ from hsee_jax.systems.workload import (
 __all__ = [
     "Bytes",
     "Cluster",
+    "Clock",
+    "ClockTotals",
     "CutCosts",
     "CutSeconds",
     "Device",
@@ -77,9 +81,11 @@ __all__ = [
     "Pair",
     "Pipeline",
     "Pipelines",
+    "Period",
     "Plan",
     "Predictor",
     "Problem",
+    "RoundClock",
     "RoundTime",
     "RoundsPlan",
     "Schedule",
@@ -97,6 +103,7 @@ __all__ = [
     "catalogue",
     "choose",
     "client_memory",
+    "clock_round",
     "compare",
     "cut_costs",
     "cut_seconds",
@@ -121,6 +128,7 @@ __all__ = [
     "plan_cuts",
     "plan_pairs",
     "plan_rounds",
+    "read_availability",
     "read_devices",
     "round_bytes",
     "round_time",

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.rows import csv_rows
 from hsee_jax.systems.devices import (
     Device,
     check_entry,
@@ -131,12 +132,7 @@ def _toml(text: str) -> _Content:
 
 def _csv(text: str) -> _Content:
     """Read rows separated by commas, semicolons or tabs; blank rows are ignored."""
-    lines = text.splitlines()
-    header = next(filter(str.strip, lines), "")
-    mark = max(",;\t", key=header.count)
-    reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
-    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    rows = [row for row in rows if any(row[1])]
+    rows = csv_rows(text)
     if not rows:
         return _Content([], {})
     names = rows[0][1]

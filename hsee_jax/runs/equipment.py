@@ -1,0 +1,82 @@
+"""The devices of a run's clients, and when these are available, as a run keeps them.
+
+The run's folder holds them in ``devices.json``, with every spread drawn, so a run goes
+on without the files that they were read from.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hsee_jax.config.schema import Config
+from hsee_jax.core.errors import UserError
+from hsee_jax.systems.availability import Period, check_period
+from hsee_jax.systems.device_file import Fleet
+from hsee_jax.systems.devices import Device, make_device
+
+FILE = "devices.json"
+
+
+class Equipment(NamedTuple):
+    """What the clients of a run train on."""
+
+    fleet: Fleet
+    periods: tuple[Period, ...] = ()  # see `hsee_jax.systems.availability`
+    # The names of the files with the start of their digests, by the option. Runs of one
+    # experiment share them, although a spread differs with the seed.
+    sources: Mapping[str, str] = {}
+
+
+def clock_devices(config: Config, fleet: Fleet) -> tuple[Device, ...]:
+    """Return the device of each client; with ``centralized`` it is the server."""
+    if config.strategy.strategy == "centralized":
+        return (fleet.server,)
+    return fleet.clients
+
+
+def equipment_values(equipment: Equipment) -> dict[str, Any]:
+    """Return what ``devices.json`` holds, as values of JSON."""
+    return {
+        "sources": dict(equipment.sources),
+        "server": _fields(equipment.fleet.server),
+        "clients": [_fields(device) for device in equipment.fleet.clients],
+        "availability": [list(period) for period in equipment.periods],
+    }
+
+
+def stored_equipment(folder: Path) -> Equipment | None:
+    """Read ``devices.json`` of a run; return None if there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        clients = tuple(map(make_device, values["clients"]))
+        periods = [Period(*period) for period in values["availability"]]
+        for period in periods:
+            check_period(period, len(clients))
+        fleet = Fleet(clients, make_device(values["server"]))
+        return Equipment(fleet, tuple(periods), dict(values["sources"]))
+    except FileNotFoundError:
+        return None
+    except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"run: {path} is damaged: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fields(device: Device) -> dict[str, Any]:
+    """Return the fields of a device that are known and finite, for `make_device`."""
+
+    def known(value: Any) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)
+        return value not in (None, "")
+
+    values = json.loads(json.dumps(dataclasses.asdict(device)))
+    return {name: value for name, value in values.items() if known(value)}
