@@ -86,6 +86,24 @@ def _parser(words: Sequence[str]) -> Parser:
         help="trackers that get the figures of each round while the run trains: "
         + entries.replace("%", "%%"),
     )
+    _add_devices(parser)
+    several = parser.add_argument_group(
+        "several processes", "set automatically on TPU pods and in Slurm steps"
+    )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of the first process, or auto",
+    )
+    several.add_argument("--num-processes", type=int, help="number of processes")
+    several.add_argument(
+        "--process-id", type=int, help="number of this process, from 0"
+    )
+    return parser
+
+
+def _add_devices(parser: Parser) -> None:
+    """Add the options of a plan and of the simulated clock."""
     parser.add_argument(
         "--plan",
         type=Path,
@@ -113,19 +131,6 @@ def _parser(words: Sequence[str]) -> Parser:
         help="with --cuts auto: plan again every so many rounds, for devices that "
         "change or have a battery",
     )
-    several = parser.add_argument_group(
-        "several processes", "set automatically on TPU pods and in Slurm steps"
-    )
-    several.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="address of the first process, or auto",
-    )
-    several.add_argument("--num-processes", type=int, help="number of processes")
-    several.add_argument(
-        "--process-id", type=int, help="number of this process, from 0"
-    )
-    return parser
 
 
 def _callbacks(rounds: int, names: Sequence[str], folder: Path) -> list[Callback]:

@@ -71,12 +71,16 @@ def stored_equipment(folder: Path) -> Equipment | None:
 
 
 def _fields(device: Device) -> dict[str, Any]:
-    """Return the fields of a device that are known and finite, for `make_device`."""
+    """Return the fields of a device that say something, for `make_device`.
 
-    def known(value: Any) -> bool:
-        if isinstance(value, float):
-            return math.isfinite(value)
-        return value not in (None, "")
+    A field that is not known or not finite, or has its default, says nothing.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Device)}
+
+    def says(name: str, value: Any) -> bool:
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return value not in (None, "", defaults[name])
 
     values = json.loads(json.dumps(dataclasses.asdict(device)))
-    return {name: value for name, value in values.items() if known(value)}
+    return {name: value for name, value in values.items() if says(name, value)}
