@@ -9,6 +9,7 @@ import pytest
 from devices import Killed, Network
 
 import hsee_jax as hs
+from hsee_jax.core.errors import UserError
 from hsee_jax.deployment import box, journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.types import Patience
@@ -150,3 +151,11 @@ def test_a_client_that_is_late_is_absent(tmp_path):
     records = read_records(tmp_path / "run")
     assert records[0].missed == [1]
     assert len(records) == 2
+
+
+def test_a_run_that_was_not_served_does_not_go_on_with_devices(tmp_path):
+    config = hs.override(SMALL, rounds=1, eval_every=1, checkpoint_every=1)
+    hs.train(config, tmp_path / "run")
+    network = Network(hs.override(config, rounds=2), tmp_path)
+    with pytest.raises(UserError, match="holds no devices after round 1"):
+        network.serve(resume=True)
