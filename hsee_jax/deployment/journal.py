@@ -1,8 +1,8 @@
 """What a server must know to go on after any round: its checkpoints, and the devices.
 
 A checkpoint is written after every round, before the next round opens; devices keep the
-messages of their last round, so nothing more can be lost. Rounds without a checkpoint of
-the run have theirs here, with the layers of clients that the server has last seen.
+messages of their last round, so nothing more can be lost. Rounds without a checkpoint
+of the run have theirs here, with the layers of clients that the server saw last.
 """
 
 import uuid
