@@ -6,7 +6,7 @@ the cut or flows back over it; and some layers are averaged from time to time.
 =============  ========  ========  ===================  ==============================
 algorithm      server    boundary  averaged             federation
 =============  ========  ========  ===================  ==============================
-sequential     shared    option    nothing              any
+sequential     shared    option    nothing, or clients  any
 averaging      each own  option    servers, or clients  any
                                    as well
 local          each own  detached  nothing              any
@@ -75,8 +75,9 @@ class Properties(NamedTuple):
         """Refuse unknown names, and properties that contradict each other.
 
         Raises:
-          UserError: a name is unknown, or there is an exit gradient although no
-            gradient crosses the cut.
+          UserError: a name is unknown; there is an exit gradient although no gradient
+            crosses the cut; something says how to average although nothing is averaged;
+            or clients that step one after another are to be averaged between steps.
           ValueError: ``average`` includes a shared server.
         """
         for name, allowed in _NAMES.items():
@@ -90,6 +91,19 @@ class Properties(NamedTuple):
                 "boundary; allowed is 0"
             )
 
+        for name in _OF_AVERAGES if self.average == "none" else ():
+            value, default = getattr(self, name), self._field_defaults[name]
+            if value != default:
+                raise UserError(
+                    f"{name}: {value} has no effect without an average; allowed is "
+                    f"{default}"
+                )
+        if (self.turn, self.period_unit) == ("epoch", "steps"):
+            raise UserError(
+                "period_unit: steps is not allowed with turn epoch, where clients take "
+                "the same step at different times; allowed is rounds"
+            )
+
     def makes_one_network(self, num_cuts: int) -> bool:
         """Return whether an average reaches all layers, of clients and of servers.
 
@@ -100,6 +114,7 @@ class Properties(NamedTuple):
         return self.average == "all_holders"
 
 
+_OF_AVERAGES = ("period", "period_unit", "weights", "batch_norm", "optimizer_state")
 # Some algorithms use more than the options offer.
 _NAMES = {
     "average": ("none", "clients", *options.AVERAGES),

@@ -16,6 +16,7 @@ from hsee_jax.algorithms.options import (
     Average,
     BatchNorm,
     Boundary,
+    ClientAverage,
     ExitGradient,
     Init,
     OptimizerState,
@@ -35,8 +36,14 @@ def sequential(
     federation: Federation,
     *,
     turn: Turn = "batch",
+    average: ClientAverage = "none",
+    period: Period = 1,
+    period_unit: PeriodUnit = "rounds",
+    weights: Weights = "samples",
     boundary: Boundary = "detached",
     exit_gradient: ExitGradient = 0.0,
+    batch_norm: BatchNorm = "auto",
+    optimizer_state: OptimizerState = "keep",
     server_lr_scale: ServerLrScale = 1.0,
     init: Init = "shared",
 ) -> Strategy:
@@ -45,15 +52,24 @@ def sequential(
     In every step all clients train in parallel, then the server takes one batch of each
     client in an order drawn from the run's seed. With ``turn="epoch"`` it takes a
     client's whole local epoch before the next client's.
+
+    With ``average="clients"`` each client layer, and the exit head of each cut, is
+    averaged over the clients that hold it. The options from ``period`` to ``weights``,
+    ``batch_norm`` and ``optimizer_state`` are those of this mean.
     """
     return compose(
         federation,
         Properties(
             shared=True,
-            average="none",
+            average=average,
             turn=turn,
+            period=period,
+            period_unit=period_unit,
+            weights=weights,
             boundary=boundary,
             exit_gradient=exit_gradient,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
             server_lr_scale=server_lr_scale,
             init=init,
         ),

@@ -9,6 +9,7 @@ BOUNDARIES = ("detached", "joint")
 TURNS = ("batch", "epoch")
 PERIOD_UNITS = ("rounds", "steps")
 AVERAGES = ("servers", "all_holders")
+CLIENT_AVERAGES = ("none", "clients")
 WEIGHTS = ("samples", "uniform")
 BATCH_NORMS = ("auto", "average", "keep_local")
 INITS = ("shared", "per_client")
@@ -43,6 +44,11 @@ Average = Annotated[
     "a layer's mean is over the server replicas that hold it, or over all holders, "
     "clients included [ours]",
     one_of(AVERAGES),
+]
+ClientAverage = Annotated[
+    str,
+    "client layers are never averaged, or each over the clients that hold it [ours]",
+    one_of(CLIENT_AVERAGES),
 ]
 Weights = Annotated[
     str,
