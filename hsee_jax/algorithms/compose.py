@@ -41,7 +41,7 @@ from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, init_clients, init_servers
 from hsee_jax.federation.strategy import InitStateFn, StepFn, Strategy
 from hsee_jax.nn.model import init_network
-from hsee_jax.optim.optimizers import with_merge
+from hsee_jax.optim.optimizers import Optimizer, alone, with_merge
 
 
 class Properties(NamedTuple):
@@ -131,9 +131,8 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     """Make a strategy from its properties; see `Properties.check` for the errors."""
     properties.check()
     shared, boundary = properties.shared, properties.boundary
-    federation = federation._replace(
-        optimizer=with_merge(federation.optimizer, properties.optimizer_state)
-    )
+    of_clients, of_servers = _optimizers(federation, properties)
+    federation = federation._replace(optimizer=of_clients, server_optimizer=of_servers)
     parts = server_parts(federation, shared=shared)
     rates = Rates(properties.server_lr_scale)
     turn = make_turn(federation, parts, rates, boundary, properties.exit_gradient)
@@ -169,6 +168,19 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         weights=properties.weights,
         one_network=properties.makes_one_network(len(federation.groups)),
     )
+
+
+def _optimizers(
+    federation: Federation, properties: Properties
+) -> tuple[Optimizer, Optimizer]:
+    """Return the optimizers of clients and of servers."""
+    own = with_merge(federation.optimizer, properties.optimizer_state)
+    average = properties.average if properties.period else "none"
+    clients, servers = (
+        own if average in (side, "all_holders") else alone(own)
+        for side in ("clients", "servers")
+    )
+    return clients, servers
 
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:
