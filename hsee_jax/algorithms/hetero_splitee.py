@@ -18,6 +18,7 @@ from hsee_jax.algorithms.options import (
     Boundary,
     ClientAverage,
     ExitGradient,
+    GradientShare,
     Init,
     OptimizerState,
     Period,
@@ -42,6 +43,7 @@ def sequential(
     weights: Weights = "samples",
     boundary: Boundary = "detached",
     exit_gradient: ExitGradient = 0.0,
+    gradient_share: GradientShare = 0.0,
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
     server_lr_scale: ServerLrScale = 1.0,
@@ -51,7 +53,8 @@ def sequential(
 
     In every step all clients train in parallel, then the server takes one batch of each
     client in an order drawn from the run's seed. With ``turn="epoch"`` it takes a
-    client's whole local epoch before the next client's.
+    client's whole local epoch before the next client's, with ``turn="together"`` the
+    batches of all clients as one, see `hsee_jax.algorithms.epsl`.
 
     With ``average="clients"`` each client layer, and the exit head of each cut, is
     averaged over the clients that hold it. The options from ``period`` to ``weights``,
@@ -68,6 +71,7 @@ def sequential(
             weights=weights,
             boundary=boundary,
             exit_gradient=exit_gradient,
+            gradient_share=gradient_share,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,
             server_lr_scale=server_lr_scale,

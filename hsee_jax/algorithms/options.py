@@ -6,7 +6,7 @@ from hsee_jax.core.options import at_least, between, one_of, positive
 from hsee_jax.optim.optimizers import MERGES
 
 BOUNDARIES = ("detached", "joint")
-TURNS = ("batch", "epoch")
+TURNS = ("batch", "epoch", "together")
 PERIOD_UNITS = ("rounds", "steps")
 AVERAGES = ("servers", "all_holders")
 CLIENT_AVERAGES = ("none", "clients")
@@ -28,9 +28,15 @@ ExitGradient = Annotated[
 ]
 Turn = Annotated[
     str,
-    "a shared server takes one batch of each client in turn, or a client's whole local "
-    "epoch [ours]",
+    "a shared server takes one batch of each client in turn, a client's whole local "
+    "epoch, or the batches of all clients together as one [ours]",
     one_of(TURNS),
+]
+GradientShare = Annotated[
+    float,
+    "with a joint boundary and turn together, the share of rows whose gradient is that "
+    "of the mean over clients (EPSL's phi)",
+    between(0, 1),
 ]
 Period = Annotated[
     int,

@@ -5,11 +5,18 @@ over the cut, which is the same for all clients. After every round the client pa
 averaged; version 1 also averages the servers, version 2 has one server.
 
 Here the exits are probes that change nothing, and in version 2 the server takes one
-batch of each client in turn; ``turn="epoch"`` is the order of the paper.
+batch of each client in turn; ``turn="epoch"`` is the order of the paper, and
+``turn="together"`` that of EPSL (see `hsee_jax.algorithms.epsl`).
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
-from hsee_jax.algorithms.options import BatchNorm, OptimizerState, Turn, Weights
+from hsee_jax.algorithms.options import (
+    BatchNorm,
+    GradientShare,
+    OptimizerState,
+    Turn,
+    Weights,
+)
 from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy
@@ -43,6 +50,7 @@ def splitfed_v2(
     federation: Federation,
     *,
     turn: Turn = "batch",
+    gradient_share: GradientShare = 0.0,
     weights: Weights = "samples",
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
@@ -56,6 +64,7 @@ def splitfed_v2(
             average="clients",
             boundary="joint",
             turn=turn,
+            gradient_share=gradient_share,
             weights=weights,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,

@@ -105,7 +105,7 @@ def client_backward(
     if gradient is None:
         gradient = jnp.zeros_like(passed.features)
     (grads,) = passed.pullback((jnp.float32(1.0), gradient))
-    return _take(spec, client, grads, passed.stats, learning_rate, passed.metrics)
+    return take_step(spec, client, grads, passed.stats, learning_rate, passed.metrics)
 
 
 def server_step(
@@ -136,7 +136,7 @@ def server_step(
     (grads, *rest), (stats, metrics) = jax.grad(loss_fn, arguments, has_aux=True)(
         _params(server), batch.inputs
     )
-    server, metrics = _take(spec, server, grads, stats, learning_rate, metrics)
+    server, metrics = take_step(spec, server, grads, stats, learning_rate, metrics)
     if not joint:
         return ServerStep(server, metrics, None)
     refused = jnp.isnan(metrics.loss_sum)
@@ -169,7 +169,7 @@ def branch_step(
         return Passed(grads, *rest)
 
     grads, features, stats, metrics = accumulate(run, branch, batch, spec.micro_batches)
-    branch, metrics = _take(spec, branch, grads, stats, learning_rate, metrics)
+    branch, metrics = take_step(spec, branch, grads, stats, learning_rate, metrics)
     return branch, jax.lax.stop_gradient(features), metrics
 
 
@@ -266,7 +266,7 @@ def _loss(
     return loss, features, stats, metrics
 
 
-def _take(
+def take_step(
     spec: BranchSpec,
     branch: Branch,
     grads: tuple[PyTree, ...],
