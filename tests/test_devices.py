@@ -1,5 +1,6 @@
 """Files of devices, and the numbers that devices give to a round."""
 
+import functools
 import math
 import tomllib
 from importlib import resources
@@ -287,6 +288,26 @@ def test_a_workload_is_costs_over_devices():
     size = whole[3].weights
     assert work.weights_up_s[0] == pytest.approx(0.5 + size / 1e3)
     assert work.weights_down_s[0] == pytest.approx(0.5 + size / 1e4)
+
+
+def test_a_shared_gradient_saves_the_server_and_not_the_link():
+    """Of 10 rows 5 are shared, by 2 clients at cut 1, and by 3 behind cut 3."""
+    federation = tiny_federation({0: 1})
+    costs = layer_costs(federation.model)
+    joint = functools.partial(sequential, boundary="joint", turn="together")
+    traffic = traffic_by_cut(federation, joint, (1, 3))
+    devices, server = [Device("d", 1e6, 1e6, 1e3, 1e4)] * 3, find_device("gpu-server")
+    given = {"batch_size": 10, "steps": 1, "boundary": "joint"}
+    plain, shared = (
+        workload(costs, traffic, (1, 1, 3), devices, server, **given, gradient_share=g)
+        for g in (0.0, 0.45)
+    )
+    behind = cut_seconds(costs, server, 10)
+    saved = plain.server_s - shared.server_s
+    backward = behind.server_backward[[0, 0, 2]]
+    np.testing.assert_allclose(saved, backward * [1 / 4, 1 / 4, 1 / 3], rtol=1e-9)
+    assert shared.down_s.tolist() == plain.down_s.tolist()
+    assert (shared.down_bytes / plain.down_bytes).tolist() == [0.75, 0.75, 1.0]
 
 
 def test_traffic_by_cut_is_that_of_a_mixed_federation():

@@ -114,9 +114,7 @@ def params_of(state):
     ("cuts", "options", "absent"),
     [
         ({0: 1, 1: 1, 2: 1}, JOINT, False),
-        pytest.param(
-            {0: 1, 1: 3, 2: 1, 3: 2}, TOGETHER, False, marks=pytest.mark.slow
-        ),
+        pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, TOGETHER, False, marks=pytest.mark.slow),
         ({0: 1, 1: 2, 2: 2}, TOGETHER, True),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, JOINT, False, marks=pytest.mark.slow),
     ],

@@ -125,7 +125,7 @@ def joint_together(
             over_clients(partial(send, g), mesh, (0, 0))(state.clients[g], batch)
             for g, batch in enumerate(batches)
         ]
-        shared_rows = _first_rows(gradient_share, batches[0].mask.shape[1])
+        shared_rows = shared_rows_of(gradient_share, batches[0].mask.shape[1])
         messages = tuple(
             constrain(message, mesh, P(None, CLIENTS)) for _, message, _ in sent
         )
@@ -147,7 +147,8 @@ def joint_together(
     return step
 
 
-def _first_rows(share: float, batch_size: int) -> int:
+def shared_rows_of(share: float, batch_size: int) -> int:
+    """Return how many rows of a batch share their gradient, ``ceil(phi B)``."""
     return math.ceil(round(share * batch_size, 6))
 
 
