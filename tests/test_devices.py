@@ -356,6 +356,9 @@ def test_memory_by_the_formula():
     assert client_memory(kept, **given)[0] == 12 * 11 + 10 * 108
     shared = server_memory(COSTS, (2, 1, 1), **given, shared=True, workers=3)
     assert shared == sum(server[1])
+    given_all = given | {"shared": True, "together": True}
+    one = server_memory(COSTS, (2, 1, 1), **given_all)
+    assert one == server[1][0] + 2 * server[1][1] + server[2][1]
     replicas = server_memory(COSTS, (2, 1, 1), **given, shared=False, workers=2)
     assert replicas == 2 * server[1][0] + server[2][0] + 2 * server[1][1]
 
