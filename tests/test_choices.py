@@ -76,7 +76,8 @@ def another(option, current):
     if option.choices:
         return next(choice for choice in option.choices if choice != current)
     if option.many:
-        return {"absences": ("1:2-3",), "plugin": ("tiny",)}.get(option.name, ("1",))
+        some = {"absences": ("1:2-3",), "plugin": ("tiny",)}
+        return some.get(option.name, (option.kind("1"),))
     if option.kind is float:
         return 0.125
     return "/folder" if option.kind is str else (current or 3) + 1
@@ -135,7 +136,9 @@ def other(option):
     """A value that is not the default."""
     if option.kind is str:
         return "x"
-    return 0.25 if option.kind is float else (option.default or 0) + 1
+    if option.many:
+        return (0.25,)
+    return 0.125 if option.kind is float else (option.default or 0) + 1
 
 
 def configurations():

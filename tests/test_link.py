@@ -100,7 +100,7 @@ def test_float16_is_numpys_within_its_range():
     assert np.isfinite(message).all()
 
 
-@pytest.mark.parametrize("link", CODECS)
+@pytest.mark.parametrize("link", ["full", "float16", "int8"])
 def test_bfloat16_arrives_as_bfloat16(link):
     sent = features(jnp.bfloat16)
     arrived = np.asarray(cross(sent, link))

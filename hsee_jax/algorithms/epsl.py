@@ -33,7 +33,10 @@ from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
     decode,
+    decode_gradient,
     encode,
+    encode_gradient,
+    gradient_bytes,
     message_bytes,
     parts_of,
     with_parts,
@@ -108,10 +111,18 @@ def joint_together(
         return client, batch._replace(inputs=message), passed
 
     def learn(
-        group: int, client: Branch, passed: ForwardPass, gradient: Array, rate: Array
-    ) -> tuple[Branch, Metrics]:
+        group: int,
+        client: Branch,
+        passed: ForwardPass,
+        gradient: Array,
+        mask: Array,
+        rate: Array,
+    ) -> tuple[Branch, Metrics, Array]:
         spec = federation.specs(group)[0]
-        return client_backward(spec, client, passed, rate, gradient)
+        back = encode_gradient(spec, client, gradient, mask)
+        arrived = decode_gradient(spec, back, gradient.dtype)
+        client, metrics = client_backward(spec, client, passed, rate, arrived)
+        return client, metrics, gradient_bytes(spec, back)
 
     def step(
         state: RunState,
@@ -134,12 +145,11 @@ def joint_together(
         )
         clients, metrics = [], []
         for g, (client, message, passed) in enumerate(sent):
-            gradient = served.gradients[g]
-            client, exits = over_clients(partial(learn, g), mesh, (0, 0, 0, None))(
-                client, passed, gradient, of_client
-            )
+            client, exits, sizes = over_clients(
+                partial(learn, g), mesh, (0, 0, 0, 0, None)
+            )(client, passed, served.gradients[g], batches[g].mask, of_client)
             clients.append(client)
-            link = _link(federation.specs(g)[0], message, gradient, shared_rows)
+            link = _link(federation.specs(g)[0], message, sizes, shared_rows)
             metrics.append(ExitMetrics(exits, served.metrics[g], link))
         state = state.replace(clients=tuple(clients), servers=(served.server,))
         return state, tuple(metrics)
@@ -152,18 +162,23 @@ def shared_rows_of(share: float, batch_size: int) -> int:
     return math.ceil(round(share * batch_size, 6))
 
 
-def _link(spec: BranchSpec, message: Batch, gradient: Array, shared_rows: int) -> Array:
+def _link(spec: BranchSpec, message: Batch, sizes: Array, shared_rows: int) -> Array:
     """Count what crosses the links of a group, ``int32 [S, 2, 2]``.
 
     A gradient that is the same for all clients is sent once; it counts for the first
     client that has such a row.
+
+    Args:
+      spec: of the clients.
+      message: inputs encoded, leaves ``[S, B, ...]``.
+      sizes: bytes of each row's gradient, ``int32 [S, B]``.
+      shared_rows: the number of rows with the same gradient for all.
     """
     up = jax.vmap(partial(message_bytes, spec))(message.inputs, message.mask)
     shared, own = message.mask[:, :shared_rows], message.mask[:, shared_rows:]
     first = shared & (jnp.cumsum(shared, axis=0) == 1)
-    rows = jnp.sum(first, axis=1) + jnp.sum(own, axis=1)
-    row = gradient.size // message.mask.size * gradient.dtype.itemsize
-    down = row * rows.astype(jnp.int32)
+    sent = jnp.concatenate([first, own], axis=1)
+    down = jnp.sum(jnp.where(sent, sizes, 0), axis=1)
     return up + jax.vmap(pack_bytes)(jnp.zeros_like(down), down)
 
 

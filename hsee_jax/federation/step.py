@@ -3,7 +3,7 @@
 Between them lies the link (`hsee_jax.federation.branch.encode` and ``decode``)::
 
     client_forward -> encode -> | wire | -> decode -> server_step
-    client_backward <- | wire | <- gradient of the features, with a joint boundary
+    client_backward <- decode_gradient <- | wire | <- encode_gradient, if joint
 
 With a detached boundary no gradient comes back, and the client continues at once: the
 hierarchical training of Hetero-SplitEE (Oda et al., arXiv:2512.09313). `detached_step`
@@ -30,7 +30,9 @@ from hsee_jax.federation.branch import (
     BranchSpec,
     LayerState,
     decode,
+    decode_gradient,
     encode,
+    encode_gradient,
     forward,
     message_bytes,
     parts_of,
@@ -239,10 +241,16 @@ def joint_step(
     server, server_metrics, gradient = server_step(
         server_spec, server, decoded, learning_rates[1], joint=True
     )
+    assert gradient is not None
+    back = encode_gradient(client_spec, client, gradient, batch.mask)
     client, exit_metrics = client_backward(
-        client_spec, client, passed, learning_rates[0], gradient
+        client_spec,
+        client,
+        passed,
+        learning_rates[0],
+        decode_gradient(client_spec, back, gradient.dtype),
     )
-    link = message_bytes(client_spec, message, batch.mask, gradient)
+    link = message_bytes(client_spec, message, batch.mask, back)
     return client, server, ExitMetrics(exit_metrics, server_metrics, link)
 
 

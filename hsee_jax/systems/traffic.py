@@ -1,10 +1,12 @@
 """The traffic on the links between clients and server, in bytes.
 
 For each sample its features, in the form of the link, and its label go up; with a joint
-boundary the gradient of the features comes down, in the dtype of the computation. Every
-step counts the bytes of its message. Whenever layers of clients are averaged, the
-clients that take part in the round send their layers up and get the mean, of the same
-size. The means that an absent client receives later, and the bookkeeping, do not count.
+boundary the gradient of the features comes down, in the dtype of the computation unless
+the codec says otherwise. Every step counts the bytes of its message. Where a codec
+treats clients differently, figures by cut are those of the client with the smallest
+messages. Whenever layers of clients are averaged, the clients that take part in the
+round send their layers up and get the mean, of the same size. The means that an absent
+client receives later, and the bookkeeping, do not count.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from hsee_jax.engine.round import due_after
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.link.codecs import Codec, sample_bytes, unpack_bytes
+from hsee_jax.link.codecs import FULL, Codec, sample_bytes, unpack_bytes
 from hsee_jax.nn.model import layer_inputs
 
 
@@ -71,8 +73,9 @@ def training_bytes(
     if boundary == "none":
         return Bytes(0, 0)
     label = nbytes(jax.ShapeDtypeStruct((1,), jnp.int32))
-    gradient = nbytes(features) if boundary == "joint" else 0
-    return Bytes(sample_bytes(codec, features) + label, gradient)
+    gradient = sample_bytes(codec.gradient or FULL, features)
+    down = gradient if boundary == "joint" else 0
+    return Bytes(sample_bytes(codec, features) + label, down)
 
 
 def traffic_of(
