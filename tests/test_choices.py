@@ -78,6 +78,8 @@ def another(option, current):
     if option.many:
         some = {"absences": ("1:2-3",), "plugin": ("tiny",)}
         return some.get(option.name, (option.kind("1"),))
+    if option.kind is bool:
+        return not current
     if option.kind is float:
         return 0.125
     return "/folder" if option.kind is str else (current or 3) + 1
@@ -95,7 +97,9 @@ def test_every_flag_changes_its_option(name, parser):
     value = another(own, flatten(before)[name])
     words = [word for field in needed.items() for word in (f"--{field[0]}", field[1])]
     words += [f"--{name.replace('_', '-')}"]
-    words += map(str, value if option.many else [value])
+    words += (str(v) for v in (value if option.many else [value]))
+    if option.kind is bool:
+        words[-1] = words[-1].lower()
     after = config_from(vars(parser.parse(words)))
     assert after == override(before, **{name: value})
     assert flatten(after)[name] == value
@@ -136,6 +140,8 @@ def other(option):
     """A value that is not the default."""
     if option.kind is str:
         return "x"
+    if option.kind is bool:
+        return not option.default
     if option.many:
         return (0.25,)
     return 0.125 if option.kind is float else (option.default or 0) + 1
@@ -159,10 +165,13 @@ def configurations():
             name: other(option)
             for section in SECTIONS
             for name, option in getattr(config, section).active().items()
-            if option.kind in (int, float) or (option.kind is str and option.optional)
+            if option.kind in (int, float, bool)
+            or (option.kind is str and option.optional)
         }
         if "exit_gradient" in numbers:
             numbers["boundary"] = "joint"
+        if "gradient_share" in numbers:
+            numbers["turn"] = "together"
         yield override(config, **numbers)
 
 

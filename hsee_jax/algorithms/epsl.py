@@ -27,7 +27,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from hsee_jax.algorithms.rows import by_client, forward_rows, like, rows_of
+from hsee_jax.algorithms.rows import (
+    are_finite,
+    by_client,
+    forward_rows,
+    like,
+    rows_of,
+    without,
+)
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
 from hsee_jax.federation.branch import (
     Branch,
@@ -101,28 +108,7 @@ def joint_together(
       gradient_share: phi.
     """
     mesh = federation.mesh
-
-    def send(
-        group: int, client: Branch, batch: Batch
-    ) -> tuple[Branch, Batch, ForwardPass]:
-        spec = federation.specs(group)[0]
-        passed = client_forward(spec, client, batch, exit_gradient=exit_gradient)
-        message, client = encode(spec, client, passed.features, batch.mask)
-        return client, batch._replace(inputs=message), passed
-
-    def learn(
-        group: int,
-        client: Branch,
-        passed: ForwardPass,
-        gradient: Array,
-        mask: Array,
-        rate: Array,
-    ) -> tuple[Branch, Metrics, Array]:
-        spec = federation.specs(group)[0]
-        back = encode_gradient(spec, client, gradient, mask)
-        arrived = decode_gradient(spec, back, gradient.dtype)
-        client, metrics = client_backward(spec, client, passed, rate, arrived)
-        return client, metrics, gradient_bytes(spec, back)
+    specs = [federation.specs(g)[0] for g in range(len(federation.groups))]
 
     def step(
         state: RunState,
@@ -133,8 +119,8 @@ def joint_together(
         del order
         of_client, of_server = rates(learning_rate)
         sent = [
-            over_clients(partial(send, g), mesh, (0, 0))(state.clients[g], batch)
-            for g, batch in enumerate(batches)
+            over_clients(partial(_send, spec, exit_gradient), mesh, (0, 0))(*each)
+            for spec, *each in zip(specs, state.clients, batches, strict=True)
         ]
         shared_rows = shared_rows_of(gradient_share, batches[0].mask.shape[1])
         messages = tuple(
@@ -146,15 +132,39 @@ def joint_together(
         clients, metrics = [], []
         for g, (client, message, passed) in enumerate(sent):
             client, exits, sizes = over_clients(
-                partial(learn, g), mesh, (0, 0, 0, 0, None)
+                partial(_learn, specs[g]), mesh, (0, 0, 0, 0, None)
             )(client, passed, served.gradients[g], batches[g].mask, of_client)
             clients.append(client)
-            link = _link(federation.specs(g)[0], message, sizes, shared_rows)
+            link = _link(specs[g], message, sizes, shared_rows)
             metrics.append(ExitMetrics(exits, served.metrics[g], link))
         state = state.replace(clients=tuple(clients), servers=(served.server,))
         return state, tuple(metrics)
 
     return step
+
+
+def _send(
+    spec: BranchSpec, exit_gradient: float, client: Branch, batch: Batch
+) -> tuple[Branch, Batch, ForwardPass]:
+    """Take a client's batch forward, and make its message."""
+    passed = client_forward(spec, client, batch, exit_gradient=exit_gradient)
+    message, client = encode(spec, client, passed.features, batch.mask)
+    return client, batch._replace(inputs=message), passed
+
+
+def _learn(
+    spec: BranchSpec,
+    client: Branch,
+    passed: ForwardPass,
+    gradient: Array,
+    mask: Array,
+    learning_rate: Array,
+) -> tuple[Branch, Metrics, Array]:
+    """Send a gradient back, and return its bytes by row, too."""
+    back = encode_gradient(spec, client, gradient, mask)
+    arrived = decode_gradient(spec, back, gradient.dtype)
+    client, metrics = client_backward(spec, client, passed, learning_rate, arrived)
+    return client, metrics, gradient_bytes(spec, back)
 
 
 def shared_rows_of(share: float, batch_size: int) -> int:
@@ -194,8 +204,8 @@ def _serve(
     mesh, spec = federation.mesh, federation.specs(0)[1]
     specs = [federation.specs(g)[1] for g in range(len(messages))]
     decoded = list(map(_decoded, specs, messages))
-    fine = list(map(_are_finite, decoded))
-    batches = list(map(_without, decoded, fine))
+    fine = list(map(are_finite, decoded))
+    batches = list(map(without, decoded, fine))
     server = constrain(server, mesh, SAME)
     run = _runner(federation, server, [batch.mask for batch in batches])
     at = tuple(part.params for part in parts_of(server)), [b.inputs for b in batches]
@@ -257,18 +267,6 @@ def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Calla
 def _decoded(spec: BranchSpec, message: Batch) -> Batch:
     """Decode the messages of a group's clients, ``[S, B, ...]``."""
     return message._replace(inputs=jax.vmap(partial(decode, spec))(message.inputs))
-
-
-def _are_finite(batch: Batch) -> Array:
-    """Return whether the rows of each client are finite, ``bool [S]``."""
-    fine = jnp.isfinite(batch.inputs) | ~like(batch.mask, batch.inputs)
-    return jnp.all(fine, axis=tuple(range(1, fine.ndim)))
-
-
-def _without(batch: Batch, fine: Array) -> Batch:
-    """Make padding of the rows of clients that are not fine."""
-    inputs = jnp.where(like(fine, batch.inputs), batch.inputs, 0)
-    return batch._replace(inputs=inputs, mask=batch.mask & fine[:, None])
 
 
 def _sum(trees: list) -> PyTree:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.types import Array, PyTree
+from hsee_jax.core.types import Array, Batch, PyTree
 from hsee_jax.federation.branch import BranchSpec, LayerState
 
 
@@ -21,6 +21,18 @@ class Rows(NamedTuple):
 def like(flags: Array, values: Array) -> Array:
     """Give flags axes of length 1 behind their own, as many as values have."""
     return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))
+
+
+def are_finite(batch: Batch) -> Array:
+    """Return whether the rows of each client are finite, ``bool [S]``."""
+    fine = jnp.isfinite(batch.inputs) | ~like(batch.mask, batch.inputs)
+    return jnp.all(fine, axis=tuple(range(1, fine.ndim)))
+
+
+def without(batch: Batch, fine: Array) -> Batch:
+    """Make padding of the rows of clients that are not fine."""
+    inputs = jnp.where(like(fine, batch.inputs), batch.inputs, 0)
+    return batch._replace(inputs=inputs, mask=batch.mask & fine[:, None])
 
 
 def rows_of(features: Array, mask: Array, first: int) -> Rows:

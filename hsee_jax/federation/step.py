@@ -243,12 +243,9 @@ def joint_step(
     )
     assert gradient is not None
     back = encode_gradient(client_spec, client, gradient, batch.mask)
+    arrived = decode_gradient(client_spec, back, gradient.dtype)
     client, exit_metrics = client_backward(
-        client_spec,
-        client,
-        passed,
-        learning_rates[0],
-        decode_gradient(client_spec, back, gradient.dtype),
+        client_spec, client, passed, learning_rates[0], arrived
     )
     link = message_bytes(client_spec, message, batch.mask, back)
     return client, server, ExitMetrics(exit_metrics, server_metrics, link)

@@ -5,6 +5,10 @@ many in the backward pass at its ``backward_flops_per_s``: a product of the grad
 the inputs and one by the weights [ours]. This counts the gradient by the images, which
 the first layer does not need, and leaves out the optimizer's update. Where a device has
 measured seconds, these count instead, in proportion to the batch size.
+
+Where clients share gradients, the server's backward pass shares rows among the clients
+up to the same depth. The gradient for all clients of a cut takes its time on each of
+their links, and its bytes are divided among them.
 """
 
 import functools
@@ -146,23 +150,19 @@ def workload(
         whole one.
       steps: batches of a client in the round, or of each client.
       boundary: see `Strategy`; with ``"none"`` a client computes the server's layers.
-      gradient_share: see `Strategy`. The server's backward pass shares rows among the
-        clients up to the same depth. A gradient that goes to all clients of a cut takes
-        its time on each of their links, and its bytes are divided among them.
+      gradient_share: see `Strategy` and `gradient_rows`; every link takes its time.
 
     Raises:
       UserError: a device was measured with another network.
     """
     costs, counts = tuple(costs), Counter(cuts)
+    share_of = functools.partial(gradient_rows, gradient_share, batch_size)
     behind = cut_seconds(costs, server, batch_size)
     rows = []
     for cut, device in zip(cuts, devices, strict=True):
         own = cut_seconds(costs, device, batch_size)
         forward, backward, *remote = (float(seconds[cut - 1]) for seconds in own)
-        above = sum(n for other, n in counts.items() if other <= cut)
-        back, sent = (
-            gradient_rows(gradient_share, batch_size, n) for n in (above, counts[cut])
-        )
+        back = share_of(sum(n for other, n in counts.items() if other <= cut))
         served = float(behind.server_forward[cut - 1])
         served += back * float(behind.server_backward[cut - 1])
         if boundary == "none":
@@ -179,7 +179,7 @@ def workload(
                 _transfer(weights, device.up_bytes_per_s, device),
                 _transfer(weights, device.down_bytes_per_s, device),
                 up,
-                down * sent,
+                down * share_of(counts[cut]),
                 weights,
             )
         )
