@@ -41,7 +41,7 @@ class Traffic(NamedTuple):
     sample: Bytes  # of a sample in training; of its first message if sizes vary
     weights: int  # bytes each way, whenever layers are averaged
 
-    def total(self, samples: float, averages: float, down_share: float = 1.0) -> Bytes:
+    def total(self, samples: float, averages: float, down_share: float = 1) -> Bytes:
         """Return the bytes of some samples and some averages.
 
         Args:
@@ -143,6 +143,8 @@ def gradient_rows(share: float, batch_size: int, clients: int) -> float:
       batch_size: samples in a batch.
       clients: that share it; a gradient sent to all of them counts once.
     """
+    if share == 0:
+        return 1
     shared = shared_rows_of(share, batch_size) / batch_size
     return 1 - shared + shared / clients
 
