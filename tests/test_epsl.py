@@ -268,6 +268,26 @@ def test_a_broken_client_is_left_out_of_the_step(options):
         assert_same(*moved, rtol=1e-3)
 
 
+def test_an_absent_client_with_batch_norm_leaves_the_step_to_the_others():
+    """Its features are NaN, because BatchNorm has no row to take a mean of."""
+    federation = federation_of({0: 1, 1: 1}, tiny_model())
+    (rows,) = batches_of(federation)
+    away = rows._replace(mask=rows.mask.at[1].set(False))
+    start, after, (metrics,) = step(sequential(federation, **JOINT), (away,))
+    assert np.isfinite(metrics.server.loss_sum).all()
+    moved = jax.tree.map(
+        lambda new, old: np.abs(new - old).max(), params_of(after), params_of(start)
+    )
+    assert min(moved[1][-1]["Dense_0"].values()) > 1e-3
+    present, absent = (
+        jax.tree.map(lambda leaf, m=m: leaf[m], (start.clients[0], after.clients[0]))
+        for m in range(2)
+    )
+    assert_same(*absent, rtol=0)
+    with pytest.raises(AssertionError):
+        assert_same(*present, rtol=1e-3)
+
+
 CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
 SIZES = {7: 7, 2: 4, 5: 7, 0: 3, 3: 3}
 

@@ -30,9 +30,14 @@ def are_finite(batch: Batch) -> Array:
 
 
 def without(batch: Batch, fine: Array) -> Batch:
-    """Make padding of the rows of clients that are not fine."""
-    inputs = jnp.where(like(fine, batch.inputs), batch.inputs, 0)
-    return batch._replace(inputs=inputs, mask=batch.mask & fine[:, None])
+    """Make padding of the rows of clients that are not fine, and zeros of all padding.
+
+    Behind a BatchNorm the features of an absent client are NaN, and so would be the
+    gradient of the whole batch.
+    """
+    mask = batch.mask & fine[:, None]
+    inputs = jnp.where(like(mask, batch.inputs), batch.inputs, 0)
+    return batch._replace(inputs=inputs, mask=mask)
 
 
 def rows_of(features: Array, mask: Array, first: int) -> Rows:
