@@ -20,6 +20,7 @@ from hsee_jax.runs.build import build, build_federation, build_info, build_strat
 
 # What the checks of an entry ask for.
 NEEDS = {
+    "sequential": {"average": "clients"},
     "fedavg": {"cuts": ("9",), "link": "full"},
     "splitfed_v1": {"cuts": ("3",)},
     "splitfed_v2": {"cuts": ("3",)},
@@ -75,7 +76,10 @@ def another(option, current):
     if option.choices:
         return next(choice for choice in option.choices if choice != current)
     if option.many:
-        return {"absences": ("1:2-3",), "plugin": ("tiny",)}.get(option.name, ("1",))
+        some = {"absences": ("1:2-3",), "plugin": ("tiny",)}
+        return some.get(option.name, (option.kind("1"),))
+    if option.kind is bool:
+        return not current
     if option.kind is float:
         return 0.125
     return "/folder" if option.kind is str else (current or 3) + 1
@@ -84,15 +88,18 @@ def another(option, current):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_changes_its_option(name, parser):
     """Where the preset names no reader, another flag does."""
-    option, needed = options()[name][1], {}
+    (section, option), needed = options()[name], {}
     if name not in flatten(preset("demo")):
         readers = ((f, entry) for f, r, entry in ENTRIES if name in r[entry].options)
         needed = dict([next(readers)])
     before = override(preset("demo"), **needed)
-    value = another(option, flatten(before)[name])
+    own = getattr(before, section).active().get(name, option)  # readers may differ
+    value = another(own, flatten(before)[name])
     words = [word for field in needed.items() for word in (f"--{field[0]}", field[1])]
     words += [f"--{name.replace('_', '-')}"]
-    words += map(str, value if option.many else [value])
+    words += (str(v) for v in (value if option.many else [value]))
+    if option.kind is bool:
+        words[-1] = words[-1].lower()
     after = config_from(vars(parser.parse(words)))
     assert after == override(before, **{name: value})
     assert flatten(after)[name] == value
@@ -100,7 +107,7 @@ def test_every_flag_changes_its_option(name, parser):
 
 def naming(field, name, **changes):
     """A configuration that names an entry."""
-    return override(SMALL, **{field: name}, **NEEDS.get(name, {}), **changes)
+    return override(SMALL, **({field: name} | NEEDS.get(name, {}) | changes))
 
 
 def choices():
@@ -133,7 +140,11 @@ def other(option):
     """A value that is not the default."""
     if option.kind is str:
         return "x"
-    return 0.25 if option.kind is float else (option.default or 0) + 1
+    if option.kind is bool:
+        return not option.default
+    if option.many:
+        return (0.25,)
+    return 0.125 if option.kind is float else (option.default or 0) + 1
 
 
 def configurations():
@@ -154,10 +165,13 @@ def configurations():
             name: other(option)
             for section in SECTIONS
             for name, option in getattr(config, section).active().items()
-            if option.kind in (int, float) or (option.kind is str and option.optional)
+            if option.kind in (int, float, bool)
+            or (option.kind is str and option.optional)
         }
         if "exit_gradient" in numbers:
             numbers["boundary"] = "joint"
+        if "gradient_share" in numbers:
+            numbers["turn"] = "together"
         yield override(config, **numbers)
 
 

@@ -1,5 +1,6 @@
 """Files of devices, and the numbers that devices give to a round."""
 
+import functools
 import math
 import tomllib
 from importlib import resources
@@ -289,6 +290,26 @@ def test_a_workload_is_costs_over_devices():
     assert work.weights_down_s[0] == pytest.approx(0.5 + size / 1e4)
 
 
+def test_a_shared_gradient_saves_the_server_and_not_the_link():
+    """Of 10 rows 5 are shared, by 2 clients at cut 1, and by 3 behind cut 3."""
+    federation = tiny_federation({0: 1})
+    costs = layer_costs(federation.model)
+    joint = functools.partial(sequential, boundary="joint", turn="together")
+    traffic = traffic_by_cut(federation, joint, (1, 3))
+    devices, server = [Device("d", 1e6, 1e6, 1e3, 1e4)] * 3, find_device("gpu-server")
+    given = {"batch_size": 10, "steps": 1, "boundary": "joint"}
+    plain, shared = (
+        workload(costs, traffic, (1, 1, 3), devices, server, **given, gradient_share=g)
+        for g in (0.0, 0.45)
+    )
+    behind = cut_seconds(costs, server, 10)
+    saved = plain.server_s - shared.server_s
+    backward = behind.server_backward[[0, 0, 2]]
+    np.testing.assert_allclose(saved, backward * [1 / 4, 1 / 4, 1 / 3], rtol=1e-9)
+    assert shared.down_s.tolist() == plain.down_s.tolist()
+    assert (shared.down_bytes / plain.down_bytes).tolist() == [0.75, 0.75, 1.0]
+
+
 def test_traffic_by_cut_is_that_of_a_mixed_federation():
     def everything(federation):
         return averaging(federation, average="all_holders")
@@ -335,6 +356,9 @@ def test_memory_by_the_formula():
     assert client_memory(kept, **given)[0] == 12 * 11 + 10 * 108
     shared = server_memory(COSTS, (2, 1, 1), **given, shared=True, workers=3)
     assert shared == sum(server[1])
+    given_all = given | {"shared": True, "together": True}
+    one = server_memory(COSTS, (2, 1, 1), **given_all)
+    assert one == server[1][0] + 2 * server[1][1] + server[2][1]
     replicas = server_memory(COSTS, (2, 1, 1), **given, shared=False, workers=2)
     assert replicas == 2 * server[1][0] + server[2][0] + 2 * server[1][1]
 

@@ -100,7 +100,7 @@ def test_float16_is_numpys_within_its_range():
     assert np.isfinite(message).all()
 
 
-@pytest.mark.parametrize("link", CODECS)
+@pytest.mark.parametrize("link", ["full", "float16", "int8"])
 def test_bfloat16_arrives_as_bfloat16(link):
     sent = features(jnp.bfloat16)
     arrived = np.asarray(cross(sent, link))
@@ -251,5 +251,6 @@ def test_the_bytes_of_a_message_are_those_of_its_arrays(link, dtype):
     codec, sample = CODECS.make(link), jax.ShapeDtypeStruct((1, 4, 3, 2), dtype)
     assert codec.nbytes(real).tolist() == [sample_bytes(codec, sample)] * 6
     assert nbytes(real) == size == 6 * sample_bytes(codec, sample)
-    each = {"full": 24 * jnp.dtype(dtype).itemsize, "float16": 48, "int8": 24 + 8}
+    width = jnp.dtype(dtype).itemsize
+    each = {"full": 24 * width, "float16": 48, "int8": 24 + 8, "topk": 6 * (width + 2)}
     assert size == 6 * each[link]

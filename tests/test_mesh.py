@@ -16,10 +16,12 @@ from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 
+TOGETHER = {"turn": "together", "boundary": "joint", "gradient_share": 0.5}
 JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
 STRATEGIES = {
     "sequential": (sequential, {}),
     "epoch": (sequential, {"turn": "epoch"}),
+    "together": (sequential, TOGETHER | {"average": "clients"}),
     "averaging": (averaging, {"average": "all_holders"}),
     "median": (averaging, {"aggregate": "median", "weights": "uniform"}),
     "steps": (averaging, {"period": 2, "period_unit": "steps"}),

@@ -190,7 +190,7 @@ def test_a_choice_may_be_registered_later(registry):
 
 
 def test_a_configuration_holds_no_option_without_a_reader():
-    config = override(Config(), strategy="sequential", optimizer="adamw")
+    config = override(Config(), strategy="local", optimizer="adamw")
     assert "average" not in config.strategy.options
     assert "momentum" not in config.optim.options
     with pytest.raises(AttributeError, match="StrategyConfig has no option average"):

@@ -104,6 +104,7 @@ AVERAGING = {
     "batch_norm": "average",
     "optimizer_state": "keep",
 }
+CLIENTS = AVERAGING | {"average": "clients"}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,59 @@ def test_sequential_equals_the_reference(turn, participation):
     strategy = sequential(federation, turn=turn, server_lr_scale=0.5)
     setting = {"shared": True, "scale": 0.5, "turn": turn, "policy": None}
     check_both_forms(strategy, federation, CUTS, SIZES, setting, participation)
+
+
+@pytest.mark.parametrize(
+    ("participation", "turn", "changes"),
+    [
+        (0.6, "batch", {"period": 2, "unit": "steps"}),
+        pytest.param(
+            1.0,
+            "epoch",
+            {"optimizer_state": "reset", "weights": "uniform"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            0.6,
+            "batch",
+            {"batch_norm": "keep_local", "optimizer_state": "average"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_sequential_averages_clients_like_the_reference(participation, turn, changes):
+    """The server's layers are in no mean, and no gradient crosses the cut."""
+    policy = CLIENTS | changes
+    federation = tiny_federation(CUTS)
+    strategy = sequential(
+        federation,
+        turn=turn,
+        average="clients",
+        period=policy["period"],
+        period_unit=policy["unit"],
+        weights=policy["weights"],
+        batch_norm=policy["batch_norm"],
+        optimizer_state=policy["optimizer_state"],
+    )
+    setting = {"shared": True, "scale": 1.0, "turn": turn, "policy": policy}
+    check_both_forms(strategy, federation, CUTS, SIZES, setting, participation)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"average": "servers"}, "shared server is not averaged"),
+        ({"period": 2}, "period: 2 has no effect without an average; allowed is 1"),
+        ({"weights": "uniform"}, "weights: uniform has no effect without an average"),
+        (
+            {"average": "clients", "turn": "epoch", "period_unit": "steps"},
+            "period_unit: steps is not allowed with turn epoch.*allowed is rounds",
+        ),
+    ],
+)
+def test_sequential_refuses_averages_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        sequential(tiny_federation(CUTS), **options)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +210,6 @@ def test_averaging_equals_the_reference(participation, changes):
 
 
 EVERYTHING = AVERAGING | {"average": "all_holders"}
-CLIENTS = AVERAGING | {"average": "clients"}
 LAST = dict.fromkeys(CUTS, 3)  # all layers
 ALIKE = dict.fromkeys(CUTS, 2)
 
@@ -178,7 +231,7 @@ ALIKE = dict.fromkeys(CUTS, 2)
             {
                 "shared": True,
                 "joint": 0.0,
-                "policy": AVERAGING | {"average": "clients"},
+                "policy": CLIENTS,
             },
             0.6,
         ),

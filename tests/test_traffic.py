@@ -93,6 +93,7 @@ def test_the_bytes_of_an_average_are_those_of_the_clients_layers():
 
     for make in (local, sequential, averaging):
         assert weights(make) == [0, 0]
+    assert weights(sequential, average="clients") == clients("params", "batch_stats")
     everything = partial(averaging, average="all_holders")
     assert weights(everything) == clients("params", "batch_stats")
     with_state = partial(everything, optimizer_state="average")

@@ -6,7 +6,7 @@ the cut or flows back over it; and some layers are averaged from time to time.
 =============  ========  ========  ===================  ==============================
 algorithm      server    boundary  averaged             federation
 =============  ========  ========  ===================  ==============================
-sequential     shared    option    nothing              any
+sequential     shared    option    nothing, or clients  any
 averaging      each own  option    servers, or clients  any
                                    as well
 local          each own  detached  nothing              any
@@ -21,18 +21,23 @@ exits are probes that change nothing (unless ``exit_gradient`` says otherwise). 
 none, no features cross a link.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from hsee_jax.algorithms import options
 from hsee_jax.algorithms.averages import Averages, find_holders
+from hsee_jax.algorithms.epsl import joint_together, serve_together
 from hsee_jax.algorithms.halves import make_halves
 from hsee_jax.algorithms.steps import (
     Rates,
+    ServeFn,
+    ServerParts,
     clients_then_server,
     in_parallel,
     make_turn,
+    serve_in_turn,
     server_parts,
 )
 from hsee_jax.core.errors import UserError, unknown
@@ -41,9 +46,9 @@ from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn
 from hsee_jax.federation.state import RunState, init_clients, init_servers
-from hsee_jax.federation.strategy import InitStateFn, StepFn, Strategy
+from hsee_jax.federation.strategy import Halves, InitStateFn, StepFn, Strategy, TurnFn
 from hsee_jax.nn.model import init_network
-from hsee_jax.optim.optimizers import with_merge
+from hsee_jax.optim.optimizers import Optimizer, alone, with_merge
 
 
 class Properties(NamedTuple):
@@ -59,8 +64,10 @@ class Properties(NamedTuple):
     boundary: str = "detached"
     exit_gradient: float = 0.0  # see `joint_step`
     # A shared server takes "batch": one batch of every client in each step, in the
-    # given order; or "epoch": all of a client's round before the next client's.
+    # given order; "epoch": all of a client's round before the next client's; or
+    # "together": the batches of all clients as one.
     turn: str = "batch"
+    gradient_share: float = 0.0  # of a joint boundary and turns together, see `epsl`
     period: int = 1  # how often to average, in units of ``period_unit``; 0 is never
     period_unit: str = "rounds"  # or "steps"
     weights: str = "samples"  # of the clients in a mean, or "uniform"
@@ -79,8 +86,8 @@ class Properties(NamedTuple):
         """Refuse unknown names, and properties that contradict each other.
 
         Raises:
-          UserError: a name is unknown, or there is an exit gradient although no
-            gradient crosses the cut.
+          UserError: a name is unknown, or an option has no effect with the others; or
+            clients that step one after another are to be averaged between steps.
           ValueError: ``average`` includes a shared server.
         """
         for name, allowed in _NAMES.items():
@@ -92,6 +99,23 @@ class Properties(NamedTuple):
             raise UserError(
                 f"exit_gradient: {self.exit_gradient} is not allowed with a detached "
                 "boundary; allowed is 0"
+            )
+        if self.gradient_share and (self.boundary, self.turn) != ("joint", "together"):
+            raise UserError(
+                f"gradient_share: {self.gradient_share} is not allowed without a joint "
+                "boundary and turn together; allowed is 0"
+            )
+        for name in _OF_AVERAGES if self.average == "none" else ():
+            value, default = getattr(self, name), self._field_defaults[name]
+            if value != default:
+                raise UserError(
+                    f"{name}: {value} has no effect without an average; allowed is "
+                    f"{default}"
+                )
+        if (self.turn, self.period_unit) == ("epoch", "steps"):
+            raise UserError(
+                "period_unit: steps is not allowed with turn epoch, where clients take "
+                "the same step at different times; allowed is rounds"
             )
 
     def reduce_fn(self, num_clients: int) -> ReduceFn:
@@ -124,6 +148,15 @@ class Properties(NamedTuple):
         return self.average == "all_holders"
 
 
+_OF_AVERAGES = (
+    "period",
+    "period_unit",
+    "weights",
+    "aggregate",
+    "trim_share",
+    "batch_norm",
+    "optimizer_state",
+)
 # Some algorithms use more than the options offer.
 _NAMES = {
     "average": ("none", "clients", *options.AVERAGES),
@@ -140,17 +173,10 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     """Make a strategy from its properties; see `Properties.check` for the errors."""
     properties.check()
     shared, boundary = properties.shared, properties.boundary
-    federation = federation._replace(
-        optimizer=with_merge(federation.optimizer, properties.optimizer_state)
-    )
+    of_clients, of_servers = _optimizers(federation, properties)
+    federation = federation._replace(optimizer=of_clients, server_optimizer=of_servers)
     parts = server_parts(federation, shared=shared)
-    rates = Rates(properties.server_lr_scale)
-    turn = make_turn(federation, parts, rates, boundary, properties.exit_gradient)
-    step: StepFn | None = None  # else turns wait for each other
-    if not shared:
-        step = in_parallel(federation, turn)
-    elif boundary == "detached" and properties.turn == "batch":
-        step = clients_then_server(federation, parts, rates)
+    turn, step = _turn_and_step(federation, parts, properties)
     batch_norm = properties.batch_norm
     if batch_norm == "auto":
         batch_norm = "keep_local" if properties.average == "servers" else "average"
@@ -173,24 +199,71 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         part=parts.take,
         shared=shared,
         turn_unit=properties.turn if shared else "batch",
+        gradient_share=properties.gradient_share,
         period=0 if properties.average == "none" else properties.period,
         period_unit=properties.period_unit,
         boundary=boundary,
         weights=properties.weights,
         one_network=properties.makes_one_network(len(federation.groups)),
-        halves=make_halves(
-            federation,
-            parts,
-            rates,
-            boundary=boundary,
-            exit_gradient=properties.exit_gradient,
-            means=averages.client_means,
-        ),
+        halves=_halves(federation, parts, properties, averages),
         turn_kinds=tuple(
             (group.cut, federation.groups[0].cut if shared else None)
             for group in federation.groups
         ),
     )
+
+
+def _turn_and_step(
+    federation: Federation, parts: ServerParts, properties: Properties
+) -> tuple[TurnFn | None, StepFn | None]:
+    """Return the turn of a client, the step of all clients, or both."""
+    boundary, exit_gradient = properties.boundary, properties.exit_gradient
+    rates = Rates(properties.server_lr_scale)
+    turn = make_turn(federation, parts, rates, boundary, exit_gradient)
+    if not properties.shared:
+        return turn, in_parallel(federation, turn)
+    if properties.turn == "together":
+        if boundary == "detached":
+            serve: ServeFn = partial(serve_together, federation)
+            return None, clients_then_server(federation, rates, serve)
+        share = properties.gradient_share
+        return None, joint_together(federation, rates.of, exit_gradient, share)
+    if properties.turn == "batch" and boundary == "detached":
+        serve = partial(serve_in_turn, federation, parts)
+        return turn, clients_then_server(federation, rates, serve)
+    return turn, None  # turns wait for each other
+
+
+def _halves(
+    federation: Federation,
+    parts: ServerParts,
+    properties: Properties,
+    averages: Averages,
+) -> Halves | None:
+    """Return the halves of a turn; None where a server takes no turns over a link."""
+    if properties.boundary == "none" or properties.turn == "together":
+        return None
+    return make_halves(
+        federation,
+        parts,
+        Rates(properties.server_lr_scale),
+        joint=properties.boundary == "joint",
+        exit_gradient=properties.exit_gradient,
+        means=averages.client_means,
+    )
+
+
+def _optimizers(
+    federation: Federation, properties: Properties
+) -> tuple[Optimizer, Optimizer]:
+    """Return the optimizers of clients and of servers."""
+    own = with_merge(federation.optimizer, properties.optimizer_state)
+    average = properties.average if properties.period else "none"
+    clients, servers = (
+        own if average in (side, "all_holders") else alone(own)
+        for side in ("clients", "servers")
+    )
+    return clients, servers
 
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:

@@ -26,18 +26,11 @@ def make_halves(
     parts: ServerParts,
     rates: Rates,
     *,
-    boundary: str,
+    joint: bool,
     exit_gradient: float,
     means: Callable[[int], tuple[str, ...]],
-) -> Halves | None:
-    """Make the halves of a turn; see `compose` for the arguments.
-
-    Returns:
-      The halves; None where the client is its own server and nothing crosses a link.
-    """
-    if boundary == "none":
-        return None
-    joint = boundary == "joint"
+) -> Halves:
+    """Make the halves of a turn; see `compose` for the arguments."""
 
     def send(client: Branch, batch: Batch, learning_rate: Array, *, group: int) -> Sent:
         spec, rate = federation.specs(group)[0], rates.of(learning_rate)[0]

@@ -17,7 +17,9 @@ from hsee_jax.algorithms.options import (
     Average,
     BatchNorm,
     Boundary,
+    ClientAverage,
     ExitGradient,
+    GradientShare,
     Init,
     OptimizerState,
     Period,
@@ -37,8 +39,17 @@ def sequential(
     federation: Federation,
     *,
     turn: Turn = "batch",
+    average: ClientAverage = "none",
+    period: Period = 1,
+    period_unit: PeriodUnit = "rounds",
+    weights: Weights = "samples",
+    aggregate: Aggregate = "mean",
+    trim_share: TrimShare = 0.0,
     boundary: Boundary = "detached",
     exit_gradient: ExitGradient = 0.0,
+    gradient_share: GradientShare = 0.0,
+    batch_norm: BatchNorm = "auto",
+    optimizer_state: OptimizerState = "keep",
     server_lr_scale: ServerLrScale = 1.0,
     init: Init = "shared",
 ) -> Strategy:
@@ -46,16 +57,29 @@ def sequential(
 
     In every step all clients train in parallel, then the server takes one batch of each
     client in an order drawn from the run's seed. With ``turn="epoch"`` it takes a
-    client's whole local epoch before the next client's.
+    client's whole local epoch before the next client's, with ``turn="together"`` the
+    batches of all clients as one, see `hsee_jax.algorithms.epsl`.
+
+    With ``average="clients"`` each client layer, and the exit head of each cut, is
+    averaged over the clients that hold it. The options from ``period`` to
+    ``trim_share``, ``batch_norm`` and ``optimizer_state`` are those of this mean.
     """
     return compose(
         federation,
         Properties(
             shared=True,
-            average="none",
+            average=average,
             turn=turn,
+            period=period,
+            period_unit=period_unit,
+            weights=weights,
+            aggregate=aggregate,
+            trim_share=trim_share,
             boundary=boundary,
             exit_gradient=exit_gradient,
+            gradient_share=gradient_share,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
             server_lr_scale=server_lr_scale,
             init=init,
         ),

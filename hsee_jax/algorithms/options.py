@@ -7,9 +7,10 @@ from hsee_jax.federation.reduction import REDUCERS
 from hsee_jax.optim.optimizers import MERGES
 
 BOUNDARIES = ("detached", "joint")
-TURNS = ("batch", "epoch")
+TURNS = ("batch", "epoch", "together")
 PERIOD_UNITS = ("rounds", "steps")
 AVERAGES = ("servers", "all_holders")
+CLIENT_AVERAGES = ("none", "clients")
 WEIGHTS = ("samples", "uniform")
 BATCH_NORMS = ("auto", "average", "keep_local")
 INITS = ("shared", "per_client")
@@ -28,9 +29,15 @@ ExitGradient = Annotated[
 ]
 Turn = Annotated[
     str,
-    "a shared server takes one batch of each client in turn, or a client's whole local "
-    "epoch [ours]",
+    "a shared server takes one batch of each client in turn, a client's whole local "
+    "epoch, or the batches of all clients together as one [ours]",
     one_of(TURNS),
+]
+GradientShare = Annotated[
+    float,
+    "with a joint boundary and turn together, the share of rows whose gradient is that "
+    "of the mean over clients (EPSL's phi)",
+    between(0, 1),
 ]
 Period = Annotated[
     int,
@@ -44,6 +51,11 @@ Average = Annotated[
     "a layer's mean is over the server replicas that hold it, or over all holders, "
     "clients included [ours]",
     one_of(AVERAGES),
+]
+ClientAverage = Annotated[
+    str,
+    "client layers are never averaged, or each over the clients that hold it [ours]",
+    one_of(CLIENT_AVERAGES),
 ]
 Weights = Annotated[
     str,

@@ -5,13 +5,15 @@ over the cut, which is the same for all clients. After every round the client pa
 averaged; version 1 also averages the servers, version 2 has one server.
 
 Here the exits are probes that change nothing, and in version 2 the server takes one
-batch of each client in turn; ``turn="epoch"`` is the order of the paper.
+batch of each client in turn; ``turn="epoch"`` is the order of the paper, and
+``turn="together"`` that of EPSL (see `hsee_jax.algorithms.epsl`).
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.algorithms.options import (
     Aggregate,
     BatchNorm,
+    GradientShare,
     OptimizerState,
     TrimShare,
     Turn,
@@ -54,6 +56,7 @@ def splitfed_v2(
     federation: Federation,
     *,
     turn: Turn = "batch",
+    gradient_share: GradientShare = 0.0,
     weights: Weights = "samples",
     aggregate: Aggregate = "mean",
     trim_share: TrimShare = 0.0,
@@ -69,6 +72,7 @@ def splitfed_v2(
             average="clients",
             boundary="joint",
             turn=turn,
+            gradient_share=gradient_share,
             weights=weights,
             aggregate=aggregate,
             trim_share=trim_share,

@@ -113,10 +113,16 @@ def in_parallel(federation: Federation, turn: TurnFn) -> StepFn:
     return step
 
 
-def clients_then_server(
-    federation: Federation, parts: ServerParts, rates: Rates
-) -> StepFn:
-    """Step all clients at once, then the shared server on one client after another."""
+# The server, one message a group, the order of turns, and the rates of client and
+# server -> the server, and the metrics of each group.
+ServeFn = Callable[
+    [Branch, tuple[Batch, ...], Array, tuple[Array, Array]],
+    tuple[Branch, tuple[Metrics, ...]],
+]
+
+
+def clients_then_server(federation: Federation, rates: Rates, serve: ServeFn) -> StepFn:
+    """Step all clients at once, then the shared server on what they send."""
     mesh = federation.mesh
 
     def step_client(
@@ -146,13 +152,8 @@ def clients_then_server(
         # The server's devices share the rows of each batch; XLA sums over them where
         # a whole batch counts: in BatchNorm and in the gradients.
         messages = tuple(constrain(m, mesh, P(None, CLIENTS)) for m in messages)
-        server, served = _serve_in_turn(
-            federation,
-            parts,
-            state.servers[0],
-            messages,
-            order,
-            rates.of(learning_rate),
+        server, served = serve(
+            state.servers[0], messages, order, rates.of(learning_rate)
         )
         state = state.replace(clients=clients, servers=(server,))
         return state, tuple(map(ExitMetrics, exits, served, links))
@@ -160,7 +161,7 @@ def clients_then_server(
     return step
 
 
-def _serve_in_turn(
+def serve_in_turn(
     federation: Federation,
     parts: ServerParts,
     server: Branch,

@@ -8,6 +8,7 @@ command line, the configuration and the reference read them from here.
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
@@ -92,11 +93,17 @@ class Registry(Mapping[str, Entry[T]]):
         return [name for name, entry in self.items() if option in entry.options]
 
     def options(self) -> dict[str, Option]:
-        """Return the options of all entries; of equal names, the first."""
+        """Return the options of all entries; equal names are one, with all choices.
+
+        Two entries may give an option different choices.
+        """
         found: dict[str, Option] = {}
         for entry in self._entries.values():
             for name, option in entry.options.items():
-                found.setdefault(name, option)
+                first = found.setdefault(name, option)
+                if more := set(option.choices) - set(first.choices):
+                    names = (*first.choices, *(n for n in option.choices if n in more))
+                    found[name] = replace(first, names=names)
         return found
 
     def __getitem__(self, name: str) -> Entry[T]:

@@ -103,8 +103,10 @@ def receive(
         layer.opt_state,
         mean.opt_state,
     )
-    merged = as_optimizer(optimizer).merge.merge(layer.params, params, with_means)
-    opt_state = jax.tree.map(take, layer.opt_state, merged, common.opt_state)
+    rule = as_optimizer(optimizer).merge
+    merged = rule.merge(layer.params, params, with_means)
+    changes = jax.tree.map(lambda own: own or rule.local_too, common.opt_state)
+    opt_state = jax.tree.map(take, layer.opt_state, merged, changes)
     return LayerState(params, batch_stats, opt_state)
 
 

@@ -169,8 +169,36 @@ def decode(spec: BranchSpec, message: Message) -> Array:
     return spec.codec.decode(message, spec.input_dtype)
 
 
+def encode_gradient(
+    spec: BranchSpec, client: Branch, gradient: Array, mask: Array
+) -> Message:
+    """Make the message for the gradient of a client's features, on the server.
+
+    Args:
+      spec: what the client computes.
+      client: its state of the codec.
+      gradient: ``[B, ...]``.
+      mask: ``bool [B]``, false on padding.
+    """
+    return _of_gradient(spec).encode(gradient, client.link, mask)[0]
+
+
+def decode_gradient(spec: BranchSpec, message: Message, dtype: Any) -> Array:
+    """Return the gradient ``[B, ...]`` that a client makes of the server's message."""
+    return _of_gradient(spec).decode(message, dtype)
+
+
+def gradient_bytes(spec: BranchSpec, message: Message) -> Array:
+    """Return the bytes of each row of an `encode_gradient`, ``int32 [B]``."""
+    return _of_gradient(spec).nbytes(message)
+
+
+def _of_gradient(spec: BranchSpec) -> Codec:
+    return spec.codec.gradient or FULL
+
+
 def message_bytes(
-    spec: BranchSpec, message: Message, mask: Array, gradient: Array | None = None
+    spec: BranchSpec, message: Message, mask: Array, gradient: Message | None = None
 ) -> Array:
     """Count what crosses the link in a step.
 
@@ -178,17 +206,16 @@ def message_bytes(
       spec: of the client.
       message: that it sends; the labels, ``int32 [B]``, go with it.
       mask: ``bool [B]``; padding is not sent.
-      gradient: what comes back, ``[B, ...]``.
+      gradient: what comes back, see `encode_gradient`.
 
     Returns:
       ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
     """
     label = jnp.dtype(jnp.int32).itemsize
     up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
-    back = 0
-    if gradient is not None:
-        back = gradient.size // len(gradient) * gradient.dtype.itemsize
-    return pack_bytes(up, back * jnp.sum(mask, dtype=jnp.int32))
+    if gradient is None:
+        return pack_bytes(up, jnp.zeros_like(up))
+    return pack_bytes(up, jnp.sum(jnp.where(mask, gradient_bytes(spec, gradient), 0)))
 
 
 def _variables(layer: LayerState) -> Variables:

@@ -46,6 +46,8 @@ class Federation(NamedTuple):
     mesh: Mesh | None = None  # the stacks of clients are spread over its devices
     codec: Codec = FULL  # of the links from clients to servers
     micro_batches: int = 1  # in which a client takes a batch, if no gradient returns
+    # The servers' optimizer, whose state has the same form; None for the same.
+    server_optimizer: OptimizerLike | None = None
 
     def with_cuts(self, cuts: Iterable[int]) -> "Federation":
         """Return the same federation of clients 0, 1, ... with these cuts."""
@@ -59,5 +61,7 @@ class Federation(NamedTuple):
             client_spec(
                 self.model, cut, self.optimizer, self.codec, self.micro_batches
             ),
-            server_spec(self.model, cut, self.optimizer, self.codec),
+            server_spec(
+                self.model, cut, self.server_optimizer or self.optimizer, self.codec
+            ),
         )

@@ -32,10 +32,13 @@ def init_clients(
     federation: Federation, key: Key, init: str, ids: tuple[Array, ...] | None
 ) -> tuple[Branch, ...]:
     """Draw a client for every slot, see `_init_stacks`."""
-    features = layer_inputs(federation.model)
+    features, codec = layer_inputs(federation.model), federation.codec
 
-    def branch(network: Network, cut: int) -> Branch:
-        link = federation.codec.init(features[cut])
+    def branch(network: Network, cut: int, client: Array) -> Branch:
+        if codec.init_client is None:
+            link = codec.init(features[cut])
+        else:
+            link = codec.init_client(features[cut], client)
         return init_client(network, cut, federation.optimizer, link)
 
     return _init_stacks(branch, federation, key, init, ids)
@@ -46,14 +49,14 @@ def init_servers(
 ) -> tuple[Branch, ...]:
     """Draw a server for every slot, see `_init_stacks`."""
 
-    def branch(network: Network, cut: int) -> Branch:
+    def branch(network: Network, cut: int, client: Array) -> Branch:
         return init_server(network, cut, federation.optimizer)
 
     return _init_stacks(branch, federation, key, init, ids)
 
 
 def _init_stacks(
-    init_branch: Callable[[Network, int], Branch],
+    init_branch: Callable[[Network, int, Array], Branch],
     federation: Federation,
     key: Key,
     init: str,
@@ -62,7 +65,7 @@ def _init_stacks(
     """Draw a branch for every slot.
 
     Args:
-      init_branch: slices a branch out of a network at a cut.
+      init_branch: slices a branch out of a network at a cut, for a client's id.
       federation: the clients.
       key: a typed key.
       init: with ``"shared"`` all branches are slices of one network, with
@@ -77,7 +80,7 @@ def _init_stacks(
         def branch(i: Array) -> Branch:
             own_key = jax.random.fold_in(key, i)
             network = shared or init_network(federation.model, own_key)
-            return init_branch(network, group.cut)
+            return init_branch(network, group.cut, i)
 
         return jax.vmap(branch, axis_size=len(ids))(ids)
 

@@ -3,7 +3,7 @@
 Between them lies the link (`hsee_jax.federation.branch.encode` and ``decode``)::
 
     client_forward -> encode -> | wire | -> decode -> server_step
-    client_backward <- | wire | <- gradient of the features, with a joint boundary
+    client_backward <- decode_gradient <- | wire | <- encode_gradient, if joint
 
 With a detached boundary no gradient comes back, and the client continues at once: the
 hierarchical training of Hetero-SplitEE (Oda et al., arXiv:2512.09313). `detached_step`
@@ -30,7 +30,9 @@ from hsee_jax.federation.branch import (
     BranchSpec,
     LayerState,
     decode,
+    decode_gradient,
     encode,
+    encode_gradient,
     forward,
     message_bytes,
     parts_of,
@@ -105,7 +107,7 @@ def client_backward(
     if gradient is None:
         gradient = jnp.zeros_like(passed.features)
     (grads,) = passed.pullback((jnp.float32(1.0), gradient))
-    return _take(spec, client, grads, passed.stats, learning_rate, passed.metrics)
+    return take_step(spec, client, grads, passed.stats, learning_rate, passed.metrics)
 
 
 def server_step(
@@ -136,7 +138,7 @@ def server_step(
     (grads, *rest), (stats, metrics) = jax.grad(loss_fn, arguments, has_aux=True)(
         _params(server), batch.inputs
     )
-    server, metrics = _take(spec, server, grads, stats, learning_rate, metrics)
+    server, metrics = take_step(spec, server, grads, stats, learning_rate, metrics)
     if not joint:
         return ServerStep(server, metrics, None)
     refused = jnp.isnan(metrics.loss_sum)
@@ -169,7 +171,7 @@ def branch_step(
         return Passed(grads, *rest)
 
     grads, features, stats, metrics = accumulate(run, branch, batch, spec.micro_batches)
-    branch, metrics = _take(spec, branch, grads, stats, learning_rate, metrics)
+    branch, metrics = take_step(spec, branch, grads, stats, learning_rate, metrics)
     return branch, jax.lax.stop_gradient(features), metrics
 
 
@@ -239,10 +241,13 @@ def joint_step(
     server, server_metrics, gradient = server_step(
         server_spec, server, decoded, learning_rates[1], joint=True
     )
+    assert gradient is not None
+    back = encode_gradient(client_spec, client, gradient, batch.mask)
+    arrived = decode_gradient(client_spec, back, gradient.dtype)
     client, exit_metrics = client_backward(
-        client_spec, client, passed, learning_rates[0], gradient
+        client_spec, client, passed, learning_rates[0], arrived
     )
-    link = message_bytes(client_spec, message, batch.mask, gradient)
+    link = message_bytes(client_spec, message, batch.mask, back)
     return client, server, ExitMetrics(exit_metrics, server_metrics, link)
 
 
@@ -266,7 +271,7 @@ def _loss(
     return loss, features, stats, metrics
 
 
-def _take(
+def take_step(
     spec: BranchSpec,
     branch: Branch,
     grads: tuple[PyTree, ...],

@@ -120,11 +120,14 @@ class Strategy(NamedTuple):
     messages: Callable[[RunState], tuple[PyTree, ...]]
     part: Callable[[Branch, int], Branch]  # a server's layers behind a group's cut
     shared: bool  # whether all clients share one server; else each has a replica
-    turn_unit: str = "batch"  # "batch": turns step by step; "epoch": client by client
+    # "batch": turns step by step; "epoch": client by client; "together": all at once.
+    turn_unit: str = "batch"
     period: int = 0  # aggregate after this many units; 0 for never
     period_unit: str = "rounds"  # or "steps"
     boundary: str = "detached"  # or "joint"; "none": the client is its own server
     weights: str = "samples"  # of the clients in a mean; or "uniform"
+    # The share of rows whose gradient clients share, see `hsee_jax.algorithms.epsl`.
+    gradient_share: float = 0.0
     # Whether an average gives the same network to all clients and their servers.
     one_network: bool = False
     # For clients and server in processes of their own; None if nothing can cross a

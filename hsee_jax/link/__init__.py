@@ -12,16 +12,19 @@ from hsee_jax.link.codecs import (
     stateless,
     unpack_bytes,
 )
+from hsee_jax.link.topk import Largest, topk
 
 __all__ = [
     "CODECS",
     "FULL",
     "Codec",
+    "Largest",
     "Message",
     "fixed_size",
     "pack_bytes",
     "register",
     "sample_bytes",
     "stateless",
+    "topk",
     "unpack_bytes",
 ]

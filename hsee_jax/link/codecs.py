@@ -49,6 +49,12 @@ class Codec(NamedTuple):
     encode: EncodeFn
     decode: DecodeFn
     nbytes: Callable[[Message], Array]  # message -> bytes of each sample, int32 [B]
+    # How the gradient of features comes down, from the same state, which it leaves as
+    # it is; None for as it is computed.
+    gradient: Any = None
+    # In place of `init` for clients that differ: takes the client's id as well,
+    # int32 []. Then `init` is for the client with the smallest messages.
+    init_client: Callable[[jax.ShapeDtypeStruct, Array], PyTree] | None = None
 
 
 # Factories take nothing but their options.

@@ -1,5 +1,6 @@
 """Optimizers, rules for their state when layers are averaged, and schedules."""
 
+from hsee_jax.optim.amsgrad import amsgrad
 from hsee_jax.optim.optimizers import (
     KEEP,
     MERGES,
@@ -8,12 +9,14 @@ from hsee_jax.optim.optimizers import (
     Optimizer,
     OptimizerLike,
     adamw,
+    alone,
     as_optimizer,
     descend,
     register,
     sgd,
     with_merge,
 )
+from hsee_jax.optim.quasi_global import qgm
 from hsee_jax.optim.schedules import SCHEDULES, make_schedule
 
 __all__ = [
@@ -25,9 +28,12 @@ __all__ = [
     "Optimizer",
     "OptimizerLike",
     "adamw",
+    "alone",
+    "amsgrad",
     "as_optimizer",
     "descend",
     "make_schedule",
+    "qgm",
     "register",
     "sgd",
     "with_merge",

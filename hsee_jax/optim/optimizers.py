@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 import jax
 import optax
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import at_least, share
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import PyTree
@@ -36,8 +37,11 @@ class Merge(NamedTuple):
     # State -> a tree of bool, true for the leaves that are averaged over the holders.
     shared: Callable[[PyTree], PyTree]
     # Parameters before, their mean, and the state with the mean of its shared leaves
-    # -> the new state. The leaves of a BatchNorm that stays local do not change.
+    # -> the new state.
     merge: Callable[[PyTree, PyTree, PyTree], PyTree]
+    # Whether it changes the leaves of a BatchNorm that stays local as well; there the
+    # mean is the holder's own value.
+    local_too: bool = False
 
 
 class Optimizer(NamedTuple):
@@ -46,12 +50,15 @@ class Optimizer(NamedTuple):
     init: Callable[[PyTree], PyTree]
     update: UpdateFn
     merge: Merge
+    # The update of layers that are never averaged; None for the same.
+    update_alone: UpdateFn | None = None
 
 
 OptimizerLike: TypeAlias = Optimizer | optax.GradientTransformation
 
 
-def _nothing(state: PyTree) -> PyTree:
+def no_leaves(state: PyTree) -> PyTree:
+    """Mark no leaf of an optimizer's state; for `Merge.shared`."""
     return jax.tree.map(lambda _: False, state)
 
 
@@ -59,7 +66,7 @@ def _everything(state: PyTree) -> PyTree:
     return jax.tree.map(lambda _: True, state)
 
 
-KEEP = Merge(_nothing, lambda old, mean, state: state)
+KEEP = Merge(no_leaves, lambda old, mean, state: state)
 
 
 def as_optimizer(optimizer: OptimizerLike) -> Optimizer:
@@ -89,13 +96,28 @@ def average(optimizer: Optimizer) -> Merge:
 @MERGES.register(summary="the initial state")
 def reset(optimizer: Optimizer) -> Merge:
     """Initialize the state again, from the mean parameters."""
-    return Merge(_nothing, lambda old, mean, state: optimizer.init(mean))
+    return Merge(no_leaves, lambda old, mean, state: optimizer.init(mean))
 
 
 def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
-    """Return an optimizer with another rule for averaging, one of `MERGES`."""
+    """Return an optimizer with another rule for averaging, one of `MERGES`.
+
+    Raises:
+      UserError: the optimizer does not work without its own rule.
+    """
     own = as_optimizer(optimizer)
+    if own.update_alone is not None and name != "keep":
+        raise UserError(
+            f"optimizer_state: {name} is not allowed with an optimizer whose momentum "
+            "comes from the averages; allowed is keep"
+        )
     return own._replace(merge=MERGES.make(name, own))
+
+
+def alone(optimizer: OptimizerLike) -> Optimizer:
+    """Return an optimizer as it is for layers that are never averaged."""
+    own = as_optimizer(optimizer)
+    return own._replace(update=own.update_alone or own.update)
 
 
 def descend(direction: optax.GradientTransformation) -> Optimizer:
@@ -114,6 +136,16 @@ def descend(direction: optax.GradientTransformation) -> Optimizer:
 def _decays(params: PyTree) -> PyTree:
     """Mark matrices and convolutions, but not biases and BatchNorm."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def add_decay(updates: PyTree, params: PyTree, weight_decay: float) -> PyTree:
+    """Add the weights, times a factor, except biases and BatchNorm."""
+    return jax.tree.map(
+        lambda u, p, decays: u + weight_decay * p if decays else u,
+        updates,
+        params,
+        _decays(params),
+    )
 
 
 Decay = Annotated[float, "weight decay, except on biases and BatchNorm", at_least(0)]

@@ -218,6 +218,7 @@ class Experiment(NamedTuple):
             self.manifest,
             batch_size=self.batch_size,
             averages=float(np.mean(averages)),
+            gradient_share=self.strategy.gradient_share,
         )
 
     def costs(self) -> tuple[LayerCost, ...]:

@@ -126,6 +126,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         micro_batches=config.run.micro_batches if detached else 1,
         workers=workers,
         uplink_bytes_per_s=uplink,
+        gradient_share=some.gradient_share,
         one_cut=_needs_one_cut(config, federation, list(traffic)),
         clusters=clusters,
     )

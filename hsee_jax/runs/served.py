@@ -56,8 +56,13 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     strategy = experiment.strategy
     if strategy.halves is None:
         raise UserError(
-            f"strategy: {config.strategy.strategy} is not allowed with clients on a "
-            "network; allowed is a strategy whose features cross a link"
+            f"strategy: {config.strategy.strategy} is not allowed so with clients on a "
+            "network; allowed is a strategy whose server takes features in "
+            "turns"
+        )
+    if experiment.federation.codec.gradient is not None:
+        raise UserError(
+            f"link: {config.clients.link} is not allowed with clients on a network"
         )
     if strategy.period and strategy.period_unit != "rounds":
         raise UserError(

@@ -64,6 +64,7 @@ def server_memory(
     slots: int,
     shared: bool,
     workers: int = 1,
+    together: bool = False,
 ) -> int:
     """Return the bytes that the server needs.
 
@@ -75,11 +76,14 @@ def server_memory(
       shared: whether there is one server, from the shallowest cut on, or a replica for
         each client.
       workers: that hold the activations of a batch each; a shared server is one.
+      together: whether a shared server takes the batches of all clients as one.
     """
     held = [min(cuts)] if shared else cuts
     weights = sum(_weights(_behind(costs, cut), slots) for cut in held)
     batches = sorted((_activations(_behind(costs, cut)) for cut in cuts), reverse=True)
-    return weights + batch_size * sum(batches[: 1 if shared else workers])
+    if shared:
+        workers = len(cuts) if together else 1
+    return weights + batch_size * sum(batches[:workers])
 
 
 def parts_memory(parts: Sequence[LayerCost], *, batch_size: int, slots: int) -> int:

@@ -54,6 +54,7 @@ def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
             slots=problem.slots,
             shared=schedule.shared,
             workers=workers,
+            together=schedule.turn == "together",
         ),
     )
 

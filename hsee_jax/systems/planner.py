@@ -184,12 +184,15 @@ def _within_clusters(problem: Problem, limits: Limits, allowed: Bools) -> Bools:
 
 
 def _shared_bytes(problem: Problem, cut: int) -> int:
+    """Return the memory of a shared server, if all clients have this cut."""
+    together = problem.schedule.turn == "together"
     return server_memory(
         problem.costs,
-        [cut],
+        [cut] * (len(problem.devices) if together else 1),
         batch_size=problem.batch_size,
         slots=problem.slots,
         shared=True,
+        together=together,
     )
 
 

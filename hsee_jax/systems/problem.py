@@ -30,6 +30,7 @@ class Problem(NamedTuple):
     micro_batches: int = 1  # in which a client takes a batch
     workers: int = 1  # of a server with replicas
     uplink_bytes_per_s: float = np.inf  # that all clients share
+    gradient_share: float = 0.0  # of a shared server, see `Strategy`
     one_cut: bool = False  # whether the algorithm needs the same cut for all clients
     # Predicted accuracy of a client's exit at each cut, [L]; None if it is not known.
     exit_accuracy: Floats | None = None
@@ -51,6 +52,7 @@ class Problem(NamedTuple):
             batch_size=self.batch_size,
             steps=self.steps.tolist(),
             boundary=self.schedule.boundary,
+            gradient_share=self.gradient_share,
         )
 
 

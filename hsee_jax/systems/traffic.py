@@ -1,10 +1,12 @@
 """The traffic on the links between clients and server, in bytes.
 
 For each sample its features, in the form of the link, and its label go up; with a joint
-boundary the gradient of the features comes down, in the dtype of the computation. Every
-step counts the bytes of its message. Whenever layers of clients are averaged, the
-clients that take part in the round send their layers up and get the mean, of the same
-size. The means that an absent client receives later, and the bookkeeping, do not count.
+boundary the gradient of the features comes down, in the dtype of the computation unless
+the codec says otherwise. Every step counts the bytes of its message. Where a codec
+treats clients differently, figures by cut are those of the client with the smallest
+messages. Whenever layers of clients are averaged, the clients that take part in the
+round send their layers up and get the mean, of the same size. The means that an absent
+client receives later, and the bookkeeping, do not count.
 """
 
 from collections.abc import Sequence
@@ -14,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.algorithms.epsl import shared_rows_of
 from hsee_jax.core.types import ExitMetrics, PyTree
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import due_after
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.link.codecs import Codec, sample_bytes, unpack_bytes
+from hsee_jax.link.codecs import FULL, Codec, sample_bytes, unpack_bytes
 from hsee_jax.nn.model import layer_inputs
 
 
@@ -38,9 +41,16 @@ class Traffic(NamedTuple):
     sample: Bytes  # of a sample in training; of its first message if sizes vary
     weights: int  # bytes each way, whenever layers are averaged
 
-    def total(self, samples: float, averages: float) -> Bytes:
-        """Return the bytes of some samples and some averages."""
-        up, down = self.sample
+    def total(self, samples: float, averages: float, down_share: float = 1) -> Bytes:
+        """Return the bytes of some samples and some averages.
+
+        Args:
+          samples: their number.
+          averages: their number.
+          down_share: the share of the samples' gradients that is sent, see
+            `gradient_rows`.
+        """
+        up, down = self.sample[0], down_share * self.sample[1]
         weights = averages * self.weights
         return Bytes(samples * up + weights, samples * down + weights)
 
@@ -63,8 +73,9 @@ def training_bytes(
     if boundary == "none":
         return Bytes(0, 0)
     label = nbytes(jax.ShapeDtypeStruct((1,), jnp.int32))
-    gradient = nbytes(features) if boundary == "joint" else 0
-    return Bytes(sample_bytes(codec, features) + label, gradient)
+    gradient = sample_bytes(codec.gradient or FULL, features)
+    down = gradient if boundary == "joint" else 0
+    return Bytes(sample_bytes(codec, features) + label, down)
 
 
 def traffic_of(
@@ -124,12 +135,27 @@ def round_bytes(
     return Bytes(up + weights, down + weights)
 
 
+def gradient_rows(share: float, batch_size: int, clients: int) -> float:
+    """Return the rows of gradient that a server sends for each row of a client.
+
+    Args:
+      share: of the rows whose gradient clients share, see `Strategy`.
+      batch_size: samples in a batch.
+      clients: that share it; a gradient sent to all of them counts once.
+    """
+    if share == 0:
+        return 1
+    shared = shared_rows_of(share, batch_size) / batch_size
+    return 1 - shared + shared / clients
+
+
 def bytes_by_cut(
     traffic: Sequence[Traffic],
     shares: Sequence[Share],
     *,
     batch_size: int,
     averages: float,
+    gradient_share: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Return the bytes on the link of a client of each cut, in a step and in a round.
 
@@ -139,16 +165,14 @@ def bytes_by_cut(
         of the cut.
       batch_size: samples in a step.
       averages: how often a round averages layers.
+      gradient_share: see `Strategy`; a gradient for several clients is divided among
+        them.
     """
-    samples = {
-        one.cut: [share.samples for share in shares if share.cut == one.cut]
-        for one in traffic
-    }
-    return [
-        {
-            "cut": one.cut,
-            "step": one.total(batch_size, 0)._asdict(),
-            "round": one.total(float(np.mean(samples[one.cut])), averages)._asdict(),
-        }
-        for one in traffic
-    ]
+    found = []
+    for one in traffic:
+        samples = [share.samples for share in shares if share.cut == one.cut]
+        rows = gradient_rows(gradient_share, batch_size, len(samples))
+        mean = float(np.mean(samples))
+        step, each = one.total(batch_size, 0, rows), one.total(mean, averages, rows)
+        found.append({"cut": one.cut, "step": step._asdict(), "round": each._asdict()})
+    return found

@@ -5,9 +5,14 @@ many in the backward pass at its ``backward_flops_per_s``: a product of the grad
 the inputs and one by the weights [ours]. This counts the gradient by the images, which
 the first layer does not need, and leaves out the optimizer's update. Where a device has
 measured seconds, these count instead, in proportion to the batch size.
+
+Where clients share gradients, the server's backward pass shares rows among the clients
+up to the same depth. The gradient for all clients of a cut takes its time on each of
+their links, and its bytes are divided among them.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +24,7 @@ from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
-from hsee_jax.systems.traffic import Traffic, traffic_of
+from hsee_jax.systems.traffic import Traffic, gradient_rows, traffic_of
 from hsee_jax.systems.work import Floats, Work
 
 BACKWARD_FLOPS = 2.0  # of a part's backward pass, relative to its forward pass
@@ -150,6 +155,7 @@ def workload(
     batch_size: int,
     steps: int | Sequence[int],
     boundary: str = "detached",
+    gradient_share: float = 0.0,
 ) -> Work:
     """Return what the clients do in a round.
 
@@ -164,17 +170,21 @@ def workload(
         whole one.
       steps: batches of a client in the round, or of each client.
       boundary: see `Strategy`; with ``"none"`` a client computes the server's layers.
+      gradient_share: see `Strategy` and `gradient_rows`; every link takes its time.
 
     Raises:
       UserError: a device was measured with another network.
     """
-    costs = tuple(costs)
+    costs, counts = tuple(costs), Counter(cuts)
+    share_of = functools.partial(gradient_rows, gradient_share, batch_size)
     behind = cut_seconds(costs, server, batch_size)
     rows = []
     for cut, device in zip(cuts, devices, strict=True):
         own = cut_seconds(costs, device, batch_size)
         forward, backward, *remote = (float(seconds[cut - 1]) for seconds in own)
-        served = float(behind.server_forward[cut - 1] + behind.server_backward[cut - 1])
+        back = share_of(sum(n for other, n in counts.items() if other <= cut))
+        served = float(behind.server_forward[cut - 1])
+        served += back * float(behind.server_backward[cut - 1])
         if boundary == "none":
             forward, backward, served = forward + remote[0], backward + remote[1], 0.0
         sample, weights = traffic[cut].sample, traffic[cut].weights
@@ -189,7 +199,7 @@ def workload(
                 _transfer(weights, device.up_bytes_per_s, device),
                 _transfer(weights, device.down_bytes_per_s, device),
                 up,
-                down,
+                down * share_of(counts[cut]),
                 weights,
             )
         )

@@ -1,0 +1,300 @@
+"""All clients' rows in one step of the server, after EPSL (arXiv:2303.15991).
+
+Efficient parallel split learning (Lin, Zhu, Chen, Ding, Zhou and Fang): a shared server
+takes the rows of all clients as one batch. Where cuts differ, it begins at the
+shallowest cut, and the rows of a deeper cut join at their depth [ours]. BatchNorm sees
+all rows that are there. The boundary may be detached, which needs no more than that.
+
+With a joint boundary, every client gets the gradient of the mean loss over its own
+rows, so that the clients' mean moves by the gradient of the joined batch. For the first
+``ceil(phi B)`` rows of every batch, the share phi, the gradients of the last layer are
+summed over the clients and flow back once, through the means of the clients' rows; the
+clients of a cut get the same gradient of them [recalled]. So the server sends
+``ceil(phi B) + N (B - ceil(phi B))`` rows of gradient to N clients of a cut, and passes
+as many back through its layers. This simulation computes the means' forward pass in
+addition, and there BatchNorm sees each mean as one row.
+
+A client whose features are not finite is left out of the step. If the step itself is
+not finite, nobody takes it.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from hsee_jax.algorithms.rows import (
+    are_finite,
+    by_client,
+    forward_rows,
+    like,
+    rows_of,
+    without,
+)
+from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    decode,
+    decode_gradient,
+    encode,
+    encode_gradient,
+    gradient_bytes,
+    message_bytes,
+    parts_of,
+    with_parts,
+)
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.state import RunState
+from hsee_jax.federation.step import (
+    ForwardPass,
+    client_backward,
+    client_forward,
+    take_step,
+)
+from hsee_jax.federation.strategy import StepFn
+from hsee_jax.link.codecs import pack_bytes
+from hsee_jax.nn.losses import masked_cross_entropy
+from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain, over_clients
+
+
+class _Served(NamedTuple):
+    """The result of the server's step."""
+
+    server: Branch
+    metrics: tuple[Metrics, ...]  # of each group, leaves [S]
+    gradients: tuple[Array, ...]  # of each group's features, [S, B, ...]
+
+
+def serve_together(
+    federation: Federation,
+    server: Branch,
+    messages: tuple[Batch, ...],
+    order: Array,
+    rates: tuple[Array, Array],
+) -> tuple[Branch, tuple[Metrics, ...]]:
+    """Step the shared server once on the messages of all clients.
+
+    Args:
+      federation: who trains what.
+      server: the shared server.
+      messages: one batch a group, inputs encoded, leaves ``[S, B, ...]``.
+      order: does not matter here.
+      rates: of client and server.
+
+    Returns:
+      The server, and metrics, one a group, with leaves ``[S]``.
+    """
+    served = _serve(federation, server, messages, rates[1], shared_rows=0)
+    return served.server, served.metrics
+
+
+def joint_together(
+    federation: Federation,
+    rates: Callable[[Array], tuple[Array, Array]],
+    exit_gradient: float,
+    gradient_share: float,
+) -> StepFn:
+    """Step all clients at once with a joint boundary.
+
+    Args:
+      federation: who trains what.
+      rates: the learning rate of a step -> those of client and server.
+      exit_gradient: see `hsee_jax.federation.joint_step`.
+      gradient_share: phi.
+    """
+    mesh = federation.mesh
+    specs = [federation.specs(g)[0] for g in range(len(federation.groups))]
+
+    def step(
+        state: RunState,
+        batches: tuple[Batch, ...],
+        order: Array,
+        learning_rate: Array,
+    ) -> tuple[RunState, tuple[ExitMetrics, ...]]:
+        del order
+        of_client, of_server = rates(learning_rate)
+        sent = [
+            over_clients(partial(_send, spec, exit_gradient), mesh, (0, 0))(*each)
+            for spec, *each in zip(specs, state.clients, batches, strict=True)
+        ]
+        shared_rows = shared_rows_of(gradient_share, batches[0].mask.shape[1])
+        messages = tuple(
+            constrain(message, mesh, P(None, CLIENTS)) for _, message, _ in sent
+        )
+        served = _serve(
+            federation, state.servers[0], messages, of_server, shared_rows=shared_rows
+        )
+        clients, metrics = [], []
+        for g, (client, message, passed) in enumerate(sent):
+            client, exits, sizes = over_clients(
+                partial(_learn, specs[g]), mesh, (0, 0, 0, 0, None)
+            )(client, passed, served.gradients[g], batches[g].mask, of_client)
+            clients.append(client)
+            link = _link(specs[g], message, sizes, shared_rows)
+            metrics.append(ExitMetrics(exits, served.metrics[g], link))
+        state = state.replace(clients=tuple(clients), servers=(served.server,))
+        return state, tuple(metrics)
+
+    return step
+
+
+def _send(
+    spec: BranchSpec, exit_gradient: float, client: Branch, batch: Batch
+) -> tuple[Branch, Batch, ForwardPass]:
+    """Take a client's batch forward, and make its message."""
+    passed = client_forward(spec, client, batch, exit_gradient=exit_gradient)
+    message, client = encode(spec, client, passed.features, batch.mask)
+    return client, batch._replace(inputs=message), passed
+
+
+def _learn(
+    spec: BranchSpec,
+    client: Branch,
+    passed: ForwardPass,
+    gradient: Array,
+    mask: Array,
+    learning_rate: Array,
+) -> tuple[Branch, Metrics, Array]:
+    """Send a gradient back, and return its bytes by row, too."""
+    back = encode_gradient(spec, client, gradient, mask)
+    arrived = decode_gradient(spec, back, gradient.dtype)
+    client, metrics = client_backward(spec, client, passed, learning_rate, arrived)
+    return client, metrics, gradient_bytes(spec, back)
+
+
+def shared_rows_of(share: float, batch_size: int) -> int:
+    """Return how many rows of a batch share their gradient, ``ceil(phi B)``."""
+    return math.ceil(round(share * batch_size, 6))
+
+
+def _link(spec: BranchSpec, message: Batch, sizes: Array, shared_rows: int) -> Array:
+    """Count what crosses the links of a group, ``int32 [S, 2, 2]``.
+
+    A gradient that is the same for all clients is sent once; it counts for the first
+    client that has such a row.
+
+    Args:
+      spec: of the clients.
+      message: inputs encoded, leaves ``[S, B, ...]``.
+      sizes: bytes of each row's gradient, ``int32 [S, B]``.
+      shared_rows: the number of rows with the same gradient for all.
+    """
+    up = jax.vmap(partial(message_bytes, spec))(message.inputs, message.mask)
+    shared, own = message.mask[:, :shared_rows], message.mask[:, shared_rows:]
+    first = shared & (jnp.cumsum(shared, axis=0) == 1)
+    sent = jnp.concatenate([first, own], axis=1)
+    down = jnp.sum(jnp.where(sent, sizes, 0), axis=1)
+    return up + jax.vmap(pack_bytes)(jnp.zeros_like(down), down)
+
+
+def _serve(
+    federation: Federation,
+    server: Branch,
+    messages: tuple[Batch, ...],
+    learning_rate: Array,
+    *,
+    shared_rows: int,
+) -> _Served:
+    """Step the server on all rows; see `serve_together` for the arguments."""
+    mesh, spec = federation.mesh, federation.specs(0)[1]
+    specs = [federation.specs(g)[1] for g in range(len(messages))]
+    decoded = list(map(_decoded, specs, messages))
+    fine = list(map(are_finite, decoded))
+    batches = list(map(without, decoded, fine))
+    server = constrain(server, mesh, SAME)
+    run = _runner(federation, server, [batch.mask for batch in batches])
+    at = tuple(part.params for part in parts_of(server)), [b.inputs for b in batches]
+    (_, logits), pullback, (stats, seen) = jax.vjp(partial(run, 0), *at, has_aux=True)
+    slopes, metrics = jax.grad(_mean_loss, has_aux=True)(logits, batches)
+    if shared_rows:
+        _, pullback, _ = jax.vjp(partial(run, shared_rows), *at, has_aux=True)
+    sums = _sum([jnp.sum(slope[:, :shared_rows], axis=0) for slope in slopes])
+    own = [slope[:, shared_rows:] for slope in slopes]
+    grads, gradients = pullback((sums, own))
+    total = _sum([jax.tree.map(jnp.sum, one) for one in metrics])
+    moved, total = take_step(spec, server, grads, stats, learning_rate, total)
+    parts = tuple(
+        jax.tree.map(lambda new, old, s=s: jnp.where(s, new, old), *pair)
+        for *pair, s in zip(parts_of(moved), parts_of(server), seen, strict=True)
+    )
+    refused = [~ok | jnp.isnan(total.loss_sum) for ok in fine]
+    return _Served(
+        constrain(with_parts(server, parts), mesh, SAME),
+        tuple(map(_reported, metrics, decoded, refused)),
+        tuple(
+            _of_own_mean(gradient, one.count, total.count, no)
+            for gradient, one, no in zip(gradients, metrics, refused, strict=True)
+        ),
+    )
+
+
+def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Callable:
+    """Make the server's forward pass.
+
+    Args:
+      federation: who trains what.
+      server: its batch statistics.
+      masks: of each group's rows, ``bool [S, B]``.
+
+    Returns:
+      A function of the number k of rows that are means over the clients, of the
+      parameters of each part and of the features of each group, ``[S, B, ...]``. It
+      returns the logits of the means, ``[k, K]``, and of the other rows, ``[S, B - k,
+      K]`` a group; and as a second value the new batch statistics, and for each part
+      whether rows came to it.
+    """
+    spec = federation.specs(0)[1]
+    cuts = [group.cut - federation.groups[0].cut for group in federation.groups]
+
+    def run(k: int, params: tuple[PyTree, ...], features: list[Array]) -> tuple:
+        parts = tuple(
+            part.replace(params=own)
+            for part, own in zip(parts_of(server), params, strict=True)
+        )
+        rows = [rows_of(x, mask, k) for x, mask in zip(features, masks, strict=True)]
+        last, *aux = forward_rows(spec, parts, dict(zip(cuts, rows, strict=True)))
+        own = by_client(last.own, [mask[:, k:] for mask in masks])
+        return (last.means, own), tuple(aux)
+
+    return run
+
+
+def _decoded(spec: BranchSpec, message: Batch) -> Batch:
+    """Decode the messages of a group's clients, ``[S, B, ...]``."""
+    return message._replace(inputs=jax.vmap(partial(decode, spec))(message.inputs))
+
+
+def _sum(trees: list) -> PyTree:
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
+
+
+def _mean_loss(
+    logits: list[Array], batches: list[Batch]
+) -> tuple[Array, tuple[Metrics, ...]]:
+    """Return the mean loss over all rows, and the metrics of each client."""
+    metrics = tuple(
+        jax.vmap(masked_cross_entropy)(scores, batch.labels, batch.mask)[1]
+        for scores, batch in zip(logits, batches, strict=True)
+    )
+    total = _sum([jax.tree.map(jnp.sum, one) for one in metrics])
+    count = jnp.maximum(total.count, 1).astype(jnp.float32)
+    return total.loss_sum / count, metrics
+
+
+def _reported(metrics: Metrics, batch: Batch, refused: Array) -> Metrics:
+    """Return a group's metrics, with a loss of NaN for clients without a step."""
+    count = jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
+    loss_sum = jnp.where(refused & (count > 0), jnp.nan, metrics.loss_sum)
+    return Metrics(loss_sum, metrics.correct, count)
+
+
+def _of_own_mean(gradient: Array, own: Array, total: Array, refused: Array) -> Array:
+    """Scale gradients of the joint mean to those of each client's own, ``[S, ...]``."""
+    scale = total.astype(jnp.float32) / jnp.maximum(own, 1).astype(jnp.float32)
+    scale = jnp.where(refused, jnp.nan, scale).astype(gradient.dtype)
+    return gradient * like(scale, gradient)

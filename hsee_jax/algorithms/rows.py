@@ -1,0 +1,121 @@
+"""The rows of all clients on their way through one server, where they join by depth."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hsee_jax.core.types import Array, Batch, PyTree
+from hsee_jax.federation.branch import BranchSpec, LayerState
+
+
+class Rows(NamedTuple):
+    """The rows in which clients arrive at a layer."""
+
+    means: Array  # [k, ...]: over clients, of the first rows of their batches
+    weights: Array  # float32 [k]: the clients in each mean
+    own: Array  # [R, ...]: each of one client
+    mask: Array  # bool [R]
+
+
+def like(flags: Array, values: Array) -> Array:
+    """Give flags axes of length 1 behind their own, as many as values have."""
+    return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))
+
+
+def are_finite(batch: Batch) -> Array:
+    """Return whether the rows of each client are finite, ``bool [S]``."""
+    fine = jnp.isfinite(batch.inputs) | ~like(batch.mask, batch.inputs)
+    return jnp.all(fine, axis=tuple(range(1, fine.ndim)))
+
+
+def without(batch: Batch, fine: Array) -> Batch:
+    """Make padding of the rows of clients that are not fine, and zeros of all padding.
+
+    Behind a BatchNorm the features of an absent client are NaN, and so would be the
+    gradient of the whole batch.
+    """
+    mask = batch.mask & fine[:, None]
+    inputs = jnp.where(like(mask, batch.inputs), batch.inputs, 0)
+    return batch._replace(inputs=inputs, mask=mask)
+
+
+def rows_of(features: Array, mask: Array, first: int) -> Rows:
+    """Return a group's rows, with the ``first`` of each batch as means over clients.
+
+    The clients of a row follow each other, as devices share the rows of a batch.
+
+    Args:
+      features: ``[S, B, ...]``.
+      mask: ``bool [S, B]``.
+      first: k.
+    """
+    shared, there = features[:, :first], mask[:, :first]
+    weights = jnp.sum(there, axis=0, dtype=jnp.float32)
+    real = jnp.where(like(there, shared), shared, 0).astype(jnp.float32)
+    means = jnp.sum(real, axis=0) / like(jnp.maximum(weights, 1.0), real[0])
+    own, own_mask = (jnp.swapaxes(leaf[:, first:], 0, 1) for leaf in (features, mask))
+    return Rows(
+        means.astype(features.dtype),
+        weights,
+        own.reshape(-1, *features.shape[2:]),
+        own_mask.reshape(-1),
+    )
+
+
+def joined(one: Rows, other: Rows) -> Rows:
+    """Join the rows of more clients: to the means by weight, the others behind."""
+    weights = one.weights + other.weights
+    share = like(other.weights / jnp.maximum(weights, 1.0), one.means)
+    means = one.means + share.astype(one.means.dtype) * (other.means - one.means)
+    own = jnp.concatenate([one.own, other.own])
+    return Rows(means, weights, own, jnp.concatenate([one.mask, other.mask]))
+
+
+def forward_rows(
+    spec: BranchSpec, parts: tuple[LayerState, ...], joining: dict[int, Rows]
+) -> tuple[Rows, tuple[PyTree, ...], list[Array]]:
+    """Run the server's layers and its head on rows that join at their depth.
+
+    Args:
+      spec: of the server.
+      parts: its layers and its head.
+      joining: the rows that join before a layer, by its index; some join at 0.
+
+    Returns:
+      The logits, the new batch statistics, and for each part whether rows came to it.
+    """
+    rows = joining[0]
+    stats: list[PyTree] = []
+    seen: list[Array] = []
+    for depth, (stage, part) in enumerate(
+        zip((*spec.stages, spec.head), parts, strict=True)
+    ):
+        if depth in joining and depth > 0:
+            rows = joined(rows, joining[depth])
+        count = len(rows.means)
+        mask = jnp.concatenate([rows.weights > 0, rows.mask])
+        some = jnp.any(mask)
+        values, new = stage.apply(
+            {"params": part.params, "batch_stats": part.batch_stats},
+            jnp.concatenate([rows.means, rows.own]),
+            mask | ~some,  # without a real row the statistics would be NaN
+            train=True,
+        )
+        rows = rows._replace(means=values[:count], own=values[count:])
+        stats.append(
+            jax.tree.map(lambda n, o, s=some: jnp.where(s, n, o), new, part.batch_stats)
+        )
+        seen.append(some)
+    return rows, tuple(stats), seen
+
+
+def by_client(values: Array, masks: list[Array]) -> list[Array]:
+    """Split rows into groups of clients ``[S, B, ...]``; invert `rows_of`."""
+    found, start = [], 0
+    for mask in masks:
+        part = values[start : start + mask.size]
+        part = part.reshape(*mask.shape[::-1], *values.shape[1:])
+        found.append(jnp.swapaxes(part, 0, 1))
+        start += mask.size
+    return found
