@@ -8,6 +8,7 @@ from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
 from hsee_jax.nn.mobilenet import ConvNormReLU6, InvertedResidual, mobilenet_v2
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
+from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import NETWORKS, images_only, register, series_only
 from hsee_jax.nn.resnet import (
     BasicBlock,
@@ -44,6 +45,7 @@ __all__ = [
     "images_only",
     "init_network",
     "layer_inputs",
+    "load_pretrained",
     "masked_cross_entropy",
     "mlp",
     "mobilenet_v2",

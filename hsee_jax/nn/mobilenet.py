@@ -6,6 +6,7 @@ multiples of 8. For images of up to 64 pixels the stem and the second group keep
 size of the image, so that 32 pixels become 4 [ours].
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -37,6 +38,11 @@ _GROUPS = (
     (6, 320, 1, 1),
 )
 _LAST = 1280  # channels of the last layer at width 32
+_NAMES = (
+    "stem",
+    *(f"layer{g + 1}.{n}" for g, group in enumerate(_GROUPS) for n in range(group[2])),
+    "last",
+)
 
 
 class ConvNormReLU6(nn.Module):
@@ -122,19 +128,66 @@ def mobilenet_v2(
         return max(1, round(channels * width / 32))
 
     modules: list[nn.Module] = [ConvNormReLU6(width, 3, 1 if small else 2, *common)]
-    names = ["stem"]
     for group, (expansion, channels, count, stride) in enumerate(_GROUPS):
         for number in range(count):
             step = stride if number == 0 and not (small and group == 1) else 1
             block = InvertedResidual(scaled(channels), step, expansion, *common)
             modules.append(block)
-            names.append(f"layer{group + 1}.{number}")
     modules.append(ConvNormReLU6(scaled(_LAST), 1, 1, *common))
     exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
         stages=tuple(map(from_linen, modules)),
         exit_heads=(exit_stage,) * len(modules),
         final_head=from_linen(Head(num_classes, False, compute)),
-        layer_names=(*names, "last"),
+        layer_names=_NAMES,
         input_shape=tuple(input_shape),
+        weight_names=(_torchvision_names, _timm_names),
     )
+
+
+_BLOCK = (
+    "expand/conv",
+    "bn_expand",
+    "depthwise/conv",
+    "bn_depthwise",
+    "project/conv",
+    "bn_project",
+)
+
+
+def _named(modules: Sequence[str], places: Sequence[str]) -> dict[str, str]:
+    """Pair our modules with theirs; a normalisation is of either kind."""
+    names = dict(zip(modules, places, strict=True))
+    norms = [name for name in modules if name.startswith("bn")]
+    return names | {f"{n}/{kind}": names[n] for n in norms for kind in ("bn", "gn")}
+
+
+def _torchvision_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as torchvision names them."""
+    if layer == "head":
+        return {"linear": "classifier.1"}
+    number = _NAMES.index(layer)
+    if layer in ("stem", "last"):
+        places = [f"features.{number}.0", f"features.{number}.1"]
+        return _named(("conv/conv", "bn"), places)
+    inner = [f"features.{number}.conv.{i}.{j}" for i in (0, 1) for j in (0, 1)]
+    after = [f"features.{number}.conv.{i}" for i in (2, 3)]
+    if number == 1:  # without an expansion
+        inner, after = ["", "", *inner[:2]], [f"features.1.conv.{i}" for i in (1, 2)]
+    return _named(_BLOCK, [*inner, *after])
+
+
+def _timm_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as timm names them."""
+    if layer == "head":
+        return {"linear": "classifier"}
+    if layer in ("stem", "last"):
+        first = layer == "stem"
+        places = ["conv_stem", "bn1"] if first else ["conv_head", "bn2"]
+        return _named(("conv/conv", "bn"), places)
+    group, number = layer.removeprefix("layer").split(".")
+    names = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
+    if group == "1":
+        names = ["", "", "conv_dw", "bn1", "conv_pw", "bn2"]
+    places = [f"blocks.{int(group) - 1}.{number}.{name}" for name in names]
+    return _named(_BLOCK, places)

@@ -229,4 +229,23 @@ def _resnet(
         final_head=from_linen(Head(num_classes, False, compute)),
         layer_names=tuple(names),
         input_shape=tuple(input_shape),
+        weight_names=(_weight_names,),
     )
+
+
+def _weight_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as torchvision and timm name them."""
+    if layer == "head":
+        return {"linear": "fc"}
+    if layer == "stem":
+        return {"conv/conv": "conv1", "bn/bn": "bn1", "bn/gn": "bn1"}
+    names = {
+        "down/conv": f"{layer}.downsample.0",
+        "bn_down/bn": f"{layer}.downsample.1",
+        "bn_down/gn": f"{layer}.downsample.1",
+    }
+    for number in (1, 2, 3):
+        names[f"conv{number}/conv"] = f"{layer}.conv{number}"
+        for kind in ("bn", "gn"):
+            names[f"bn{number}/{kind}"] = f"{layer}.bn{number}"
+    return names

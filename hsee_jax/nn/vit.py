@@ -179,4 +179,49 @@ def vit(
         final_head=head,
         layer_names=tuple(f"block{number + 1}" for number in range(depth)),
         input_shape=tuple(input_shape),
+        weight_names=(_torchvision_names, _timm_names),
     )
+
+
+def _torchvision_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as torchvision names them."""
+    if layer == "head":
+        return {"norm": "encoder.ln", "linear": "heads.head"}
+    number = int(layer.removeprefix("block")) - 1
+    place = f"encoder.layers.encoder_layer_{number}"
+    names = {
+        "norm1": f"{place}.ln_1",
+        "qkv/kernel": f"{place}.self_attention.in_proj_weight",
+        "qkv/bias": f"{place}.self_attention.in_proj_bias",
+        "out": f"{place}.self_attention.out_proj",
+        "norm2": f"{place}.ln_2",
+        "up": f"{place}.mlp.0",
+        "down": f"{place}.mlp.3",
+    }
+    first = {
+        "patches/conv": "conv_proj",
+        "patches/token": "class_token",
+        "patches/positions": "encoder.pos_embedding",
+    }
+    return names | {f"block/{name}": place for name, place in names.items()} | first
+
+
+def _timm_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as timm names them."""
+    if layer == "head":
+        return {"norm": "norm", "linear": "head"}
+    place = f"blocks.{int(layer.removeprefix('block')) - 1}"
+    names = {
+        "norm1": f"{place}.norm1",
+        "qkv": f"{place}.attn.qkv",
+        "out": f"{place}.attn.proj",
+        "norm2": f"{place}.norm2",
+        "up": f"{place}.mlp.fc1",
+        "down": f"{place}.mlp.fc2",
+    }
+    first = {
+        "patches/conv": "patch_embed.proj",
+        "patches/token": "cls_token",
+        "patches/positions": "pos_embed",
+    }
+    return names | {f"block/{name}": place for name, place in names.items()} | first

@@ -40,6 +40,7 @@ from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
 from hsee_jax.nn.model import Model
+from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
@@ -132,7 +133,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     axis = _axis(config)
     info, read = data_source(config.data, data)
     pipeline = _pipeline(config, info)
-    federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
+    federation = _start(config, info, make_mesh() if axis == "vmap" else None)
     groups, mesh = federation.groups, federation.mesh
     strategy = build_strategy(config, federation)
     attendance, cadence = _attendance(config), _cadence(config)
@@ -176,6 +177,15 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
             federation, strategy, pipeline, batch_size=eval_batch_size, axis=axis
         ),
     )
+
+
+def _start(config: Config, info: DatasetInfo, mesh: Mesh | None) -> Federation:
+    """Build the clients, with a network that starts from weights in a file, if any."""
+    federation = build_federation(config, info, mesh)
+    path = config.model.pretrained
+    if path is None:
+        return federation
+    return federation._replace(model=load_pretrained(federation.model, path))
 
 
 def _axis(config: Config) -> str:
