@@ -114,19 +114,22 @@ def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-all_networks = pytest.mark.parametrize("name", [*NETWORKS, *FORMS])
-networks = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(SLOW))
-        for name in (*NETWORKS, *FORMS)
-    ],
-)
+def of_all(*slow):
+    """Parametrize a test with all networks; of those whose names begin so, slowly."""
+    names = (*NETWORKS, *FORMS)
+    marks = {
+        name: [pytest.mark.slow] * bool(slow and name.startswith(slow))
+        for name in names
+    }
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks[name]) for name in names]
+    )
 
-quick = pytest.mark.parametrize("name", NETWORKS)
+
+networks = of_all(*SLOW)
 
 
-@all_networks
+@of_all()
 def test_a_network_has_a_name_and_an_exit_for_each_layer(name):
     model = model_of(name)
     counts = map(len, (model.stages, model.exit_heads, model.layer_names))
@@ -135,9 +138,17 @@ def test_a_network_has_a_name_and_an_exit_for_each_layer(name):
     assert parse_cut(model.layer_names[-1], model.layer_names) == len(model.stages)
 
 
+@of_all(*FORMS)
+def test_split_forward_is_the_whole_forward(name):
+    check_split(name, train=False)
+
+
 @networks
-@pytest.mark.parametrize("train", [True, False])
-def test_split_forward_is_the_whole_forward(name, train):
+def test_split_forward_is_the_whole_forward_in_training(name):
+    check_split(name, train=True)
+
+
+def check_split(name, *, train):
     """Logits and batch statistics, bit for bit, at every cut."""
     rows = batch(name)
     spec = server_spec(model_of(name), 0, DESCENT)
@@ -191,7 +202,7 @@ def check_joint_gradient(name, cuts):
         assert_same([layer.params for layer in layers], expected, rtol=1e-5, atol=1e-6)
 
 
-@quick
+@networks
 def test_padding_does_not_leak_into_real_rows(name):
     """What it holds changes neither features, statistics, gradients nor metrics."""
     cut = middle_of(name)
@@ -207,7 +218,7 @@ def test_padding_does_not_leak_into_real_rows(name):
     assert_equal(*results)
 
 
-@networks
+@of_all(*SLOW, "vit")
 def test_stacked_is_looped(name):
     """Two clients with weights of their own, side by side and one by one."""
     cut = middle_of(name)

@@ -54,10 +54,13 @@ def _only(make: F, kind: str, letters: str, rank: int) -> F:
 def _takes(name: str, num_classes: int, input_shape: tuple[int, ...]) -> bool:
     """Return whether a network takes inputs of this shape, by trying it."""
     make = NETWORKS[name].make
-    if getattr(make, "input_rank", len(input_shape)) != len(input_shape):
+    rank = getattr(make, "input_rank", None)
+    if rank not in (None, len(input_shape)):
         return False
     try:
-        layer_inputs(make(num_classes=num_classes, input_shape=input_shape))
+        model = make(num_classes=num_classes, input_shape=input_shape)
+        if rank is None:  # it says nothing about its inputs
+            layer_inputs(model)
     except Exception:  # what a network makes of a wrong shape may raise anything
         return False
     return True
