@@ -103,6 +103,8 @@ def test_a_configuration_of_version_0_1_is_read():
             "labels",
             "plugin",
             "micro_batches",
+            "norm",
+            "pretrained",
         ):  # there were none
             assert written[name] == (list(value) if name in MANY else value)
     values["clients"]["init"] = "per_client"

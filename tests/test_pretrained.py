@@ -67,6 +67,8 @@ def noisy(module):
                 value.normal_(0.0, 0.1)
             elif key.endswith("running_var") or (value.ndim == 1 and value.numel()):
                 value.uniform_(0.5, 1.5)
+            elif not value.any():  # a head that starts at 0 passes no gradient
+                value.normal_(0.0, 0.2)
     return module
 
 
