@@ -4,6 +4,8 @@ The networks of PyTorch are those of `torch_networks`, and, where it is installe
 torchvision's own.
 """
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def noisy(module):
                 value.normal_(0.0, 0.1)
             elif key.endswith("running_var") or (value.ndim == 1 and value.numel()):
                 value.uniform_(0.5, 1.5)
-            elif not value.any():  # a head that starts at 0 passes no gradient
+            elif value.ndim and not value.any():  # a head at 0 passes no gradient
                 value.normal_(0.0, 0.2)
     return module
 
@@ -77,27 +79,39 @@ def arrays_of(tensors):
 
 
 def distance(ours, theirs):
+    ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def torch_gradients(module, images, labels, *, train, dtype):
+    """Logits, and a gradient for each array of PyTorch's; statistics have zeros."""
+    torch = import_torch()
+    module = copy.deepcopy(module).to(dtype).train(train)
+    state = arrays_of(module.state_dict())
+    logits = module(torch.tensor(images.transpose(0, 3, 1, 2), dtype=dtype))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels).long())
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    zeros = {name: np.zeros_like(array) for name, array in state.items()}
+    return logits.detach().numpy(), zeros | arrays_of(grads)
 
 
 def check_parity(model, module, size, *, train):
     """Logits, and the gradient of every parameter, from the same weights.
 
-    Gradients become ours as weights do, so that one table of names serves both. In
-    training BatchNorm over a few pixels magnifies rounding, through up to 50 layers.
+    Gradients become ours as weights do, so that one table of names serves both. The
+    truth is PyTorch in float64. In training BatchNorm over a few pixels magnifies
+    rounding, rounding flips ReLUs, and some gradients are 0 but for it, so there the
+    whole gradient counts, and its error may be a few times PyTorch's own.
     """
     torch = import_torch()
     rng = np.random.default_rng(2)
     images = rng.standard_normal((4, size, size, 3), np.float32)
     labels = np.array([3, 1, 4, 1], np.int32)
-    state = arrays_of(module.state_dict())
-    module.train(train)
-    theirs = module(torch.tensor(images.transpose(0, 3, 1, 2)))
-    loss = torch.nn.functional.cross_entropy(theirs, torch.tensor(labels).long())
-    loss.backward()
-    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
-    grads = {n: np.zeros_like(a) for n, a in state.items()} | arrays_of(grads)
-
+    (exact, exact_grads), (rounded, rounded_grads) = (
+        torch_gradients(module, images, labels, train=train, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
     spec = server_spec(model, 0, DESCENT)
 
     def whole(tensors):
@@ -111,14 +125,23 @@ def check_parity(model, module, size, *, train):
         _, logits, _ = forward(spec, branch, images, mask, train=train)
         return masked_cross_entropy(logits, jnp.asarray(labels), mask)[0], logits
 
-    ours, logits = jax.jit(jax.grad(run, has_aux=True))(whole(state))
-    assert distance(np.asarray(logits), theirs.detach().numpy()) < 1e-4
-    expected = dict(_leaves(whole(grads)))
+    start = whole(arrays_of(module.state_dict()))
+    ours, logits = jax.jit(jax.grad(run, has_aux=True))(start)
+    own = distance(rounded, exact)
+    assert distance(np.asarray(logits), exact) < 1e-5 + 5 * own
+    expected, theirs = (dict(_leaves(whole(g))) for g in (exact_grads, rounded_grads))
     found = {path: leaf for path, leaf in _leaves(ours) if "/params/" in path}
     assert len(found) == sum(1 for _ in module.parameters())
-    for path, leaf in found.items():
-        error = distance(np.asarray(leaf), np.asarray(expected[path]))
-        assert error < (5e-3 if train else 2e-4), (path, error)
+    if not train:
+        for path, leaf in found.items():
+            assert distance(leaf, expected[path]) < 2e-4, path
+
+    def whole_vector(leaves):
+        return np.concatenate([np.ravel(leaves[path]) for path in found])
+
+    exact, rounded = whole_vector(expected), whole_vector(theirs)
+    own = distance(rounded, exact)
+    assert distance(whole_vector(found), exact) < 2e-4 + 5 * own
 
 
 @pytest.mark.parametrize(
