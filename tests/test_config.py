@@ -109,6 +109,8 @@ def test_a_configuration_of_version_0_1_is_read():
             "trim_share",
             "recuts",
             "deadline",
+            "norm",
+            "pretrained",
         ):  # there were none
             assert written[name] == (list(value) if name in MANY else value)
     values["clients"]["init"] = "per_client"

@@ -88,6 +88,74 @@ def test_stacked_and_single_weights(mode, shape):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_and_series(mode, stride):
+    """A window for each channel, and windows along time, stacked and alone."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal((CLIENTS, *shape), np.float32))
+
+    depthwise = dict(
+        window_strides=(stride, stride),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
+    )
+    series = dict(
+        window_strides=(stride,),
+        padding=((2, 2),),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+    cases = [
+        (draw(BATCH, 7, 6, 4), draw(3, 3, 1, 4) / 3, depthwise),
+        (draw(BATCH, 9, 3), draw(5, 3, 4) / 4, series),
+        (draw(BATCH, 9, 4), draw(5, 1, 4) / 2, series | {"feature_group_count": 4}),
+    ]
+
+    def passes_of(conv, options):
+        def loss(x, w):
+            y = conv(x, w, **options)
+            return jnp.sum(jnp.sin(y)), y
+
+        def run(x, w):
+            (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
+            return y, *grads
+
+        return run
+
+    @jax.jit
+    def everything(pairs):
+        found = []
+        for (x, w), (_, _, how) in zip(pairs, cases, strict=True):
+            run = passes_of(convolution(mode), how)
+            native = passes_of(lax.conv_general_dilated, how)
+            alone = [native(*pair) for pair in zip(x, w, strict=True)]
+            expected = [jnp.stack(leaves) for leaves in zip(*alone, strict=True)]
+            found.append((jax.vmap(run)(x, w), run(x[0], w[0]), expected))
+        return found
+
+    for together, alone, expected in everything([case[:2] for case in cases]):
+        assert_close(together, expected)
+        assert_close(alone, [leaf[0] for leaf in expected])
+
+
+def test_groups_of_a_depthwise_convolution():
+    """Native ones of all clients become one; shifts are no convolution at all."""
+    x, w = jnp.zeros((3, 2, 6, 6, 4)), jnp.zeros((3, 3, 3, 1, 4))
+
+    def run(mode, x, w):
+        layout = ("NHWC", "HWIO", "NHWC")
+        pads = ((1, 1), (1, 1))
+        return convolution(mode)(
+            x, w, (1, 1), pads, dimension_numbers=layout, feature_group_count=4
+        )
+
+    for mode, groups in (("grouped", [12]), ("unrolled", [4] * 3), ("patches", [])):
+        assert groups_of(jax.vmap(partial(run, mode)), x, w) == groups
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_bfloat16(mode):
     """Within the rounding of the output, 2**-8."""
     for shape in (SHAPES["3x3 odd"], SHAPES["3x3/2"]):

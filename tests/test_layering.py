@@ -156,9 +156,16 @@ def imported(tree):
 
 def test_each_library_has_one_home():
     homes = {
-        "flax.linen": {"nn.mlp", "nn.resnet"},
+        "flax.linen": {
+            "nn.conv1d",
+            "nn.layers",
+            "nn.mlp",
+            "nn.mobilenet",
+            "nn.resnet",
+            "nn.vit",
+        },
         "orbax": {"runs.checkpoint"},
-        "safetensors": {"deployment.export", "deployment.protocol"},
+        "safetensors": {"deployment.export", "deployment.protocol", "nn.pretrained"},
         "matplotlib": {
             "report.agreement",
             "report.figures",

@@ -1,14 +1,12 @@
 """ResNet-18 against an implementation in PyTorch, written here and nowhere else."""
 
-import importlib
-import os
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from torch_networks import import_torch
 
 from hsee_jax.core.types import Batch
 from hsee_jax.federation.branch import (
@@ -19,9 +17,10 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.step import branch_step
+from hsee_jax.nn.layers import Norm
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network, layer_inputs
-from hsee_jax.nn.resnet import _BatchNorm, resnet18
+from hsee_jax.nn.resnet import resnet18
 
 
 def weights(model, seed=0):
@@ -86,13 +85,6 @@ def test_bfloat16_keeps_parameters_statistics_and_losses_in_float32():
     assert features.dtype == jnp.bfloat16
     assert metrics.loss_sum.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
-
-
-def import_torch():
-    """PyTorch; where HSEE_REQUIRE_TORCH is set its absence is a failure."""
-    if "HSEE_REQUIRE_TORCH" in os.environ:
-        return importlib.import_module("torch")
-    return pytest.importorskip("torch", reason="the extra `torch` is not installed")
 
 
 def torch_resnet18(width, channels):
@@ -233,7 +225,7 @@ def test_batch_norm_is_right_far_from_zero(mean):
     noise = np.random.default_rng(0).standard_normal((8, 6, 5, 3))
     x = (mean + 0.1 * noise).astype(np.float32)
     mask = np.arange(8) < 6
-    norm = _BatchNorm(jnp.dtype("float32"))
+    norm = Norm("batch", jnp.dtype("float32"))
     variables = norm.init(jax.random.key(0), x, mask, train=False)
     y, after = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
     real = x[:6].astype(np.float64)
@@ -250,7 +242,7 @@ def test_batch_norm_is_that_of_flax():
     """Names, shapes, outputs and gradients, where Flax's own form is right."""
     x = np.random.default_rng(1).standard_normal((4, 6, 5, 3)).astype(np.float32)
     mask = np.arange(4) < 3
-    ours = _BatchNorm(jnp.dtype("float32"))
+    ours = Norm("batch", jnp.dtype("float32"))
     flax = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5)
     variables = ours.init(jax.random.key(0), x, mask, train=False)
     inner = {name: part["bn"] for name, part in variables.items()}

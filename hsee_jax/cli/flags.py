@@ -197,9 +197,8 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
       UserError: a flag is not allowed, or has no effect.
     """
     changes = {name: given[name] for name in options() if name in given}
-    if "data_dir" in changes:
-        folder = expand_home(changes["data_dir"], "data_dir")
-        changes["data_dir"] = str(folder.resolve())
+    for name in {"data_dir", "pretrained"} & changes.keys():
+        changes[name] = str(expand_home(changes[name], name).resolve())
     if "absences_file" in given and "absences" in changes:
         raise UserError("absences_file: is not allowed together with absences")
     if "seed" in given:

@@ -94,6 +94,11 @@ class ModelConfig(Section):
     network: Annotated[
         str, "network to train; --plugin adds others", one_of(NETWORKS)
     ] = "resnet18"
+    pretrained: Annotated[
+        str | None,
+        "safetensors file of weights to start from, in the names of torchvision or "
+        "timm; exits start from random weights",
+    ] = None
 
 
 @dataclass(frozen=True)

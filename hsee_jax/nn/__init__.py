@@ -1,32 +1,60 @@
 """Networks: layers and heads as pure functions, and the registry of networks."""
 
+from hsee_jax.nn.conv1d import SeriesLayer, conv1d
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
+from hsee_jax.nn.layers import Head, Norm
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
+from hsee_jax.nn.mobilenet import ConvNormReLU6, InvertedResidual, mobilenet_v2
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
-from hsee_jax.nn.registry import NETWORKS, images_only, register
-from hsee_jax.nn.resnet import BasicBlock, Head, Stem, resnet18
+from hsee_jax.nn.pretrained import load_pretrained
+from hsee_jax.nn.registry import NETWORKS, images_only, register, series_only
+from hsee_jax.nn.resnet import (
+    BasicBlock,
+    Bottleneck,
+    Stem,
+    resnet18,
+    resnet34,
+    resnet50,
+)
+from hsee_jax.nn.vit import Block, FirstBlock, Patches, TokenHead, vit
 
 __all__ = [
     "NETWORKS",
     "BasicBlock",
+    "Block",
+    "Bottleneck",
+    "ConvNormReLU6",
     "DenseLayer",
+    "FirstBlock",
     "Head",
+    "InvertedResidual",
     "LinearHead",
     "Model",
     "Network",
+    "Norm",
+    "Patches",
+    "SeriesLayer",
     "Stem",
+    "TokenHead",
+    "conv1d",
     "convolution",
     "deal_cuts",
-    "images_only",
     "from_linen",
+    "images_only",
     "init_network",
     "layer_inputs",
+    "load_pretrained",
     "masked_cross_entropy",
     "mlp",
+    "mobilenet_v2",
     "parse_cut",
     "predictive_entropy",
     "register",
     "resnet18",
+    "resnet34",
+    "resnet50",
+    "series_only",
+    "vit",
 ]

@@ -15,7 +15,9 @@ equal to it up to rounding and runs in one of these forms:
 ============  ====================================================================
 
 In every form, inputs that `jax.vmap` batches under shared weights become one
-convolution of a larger batch. Images are NHWC and weights HWIO.
+convolution of a larger batch. Images are NHWC and weights HWIO. A series, NWC, is an
+image of height 1. A depthwise convolution is native in the first two forms, and in the
+others a sum of shifted images, each times the weights of its place.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,14 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from hsee_jax.core.types import Array
-from hsee_jax.nn.convolution_forms import LAYOUT, NATIVE, PATCHES, Form, Geometry
+from hsee_jax.nn.convolution_forms import (
+    LAYOUT,
+    NATIVE,
+    PATCHES,
+    SHIFTS,
+    Form,
+    Geometry,
+)
 from hsee_jax.nn.winograd import WINOGRAD
 
 _FORMS = {
@@ -37,7 +46,14 @@ _FORMS = {
     "patches": PATCHES,
     "winograd": WINOGRAD,
 }
+_DEPTHWISE = {
+    "grouped": NATIVE,
+    "unrolled": NATIVE,
+    "patches": SHIFTS,
+    "winograd": SHIFTS,
+}
 FORMS = ("auto", *_FORMS)  # the modes of `convolution`
+_SERIES = ("NWC", "WIO", "NWC")
 
 
 def convolution(mode: str = "auto") -> Callable[..., Array]:
@@ -48,9 +64,12 @@ def convolution(mode: str = "auto") -> Callable[..., Array]:
 
     Returns:
       A function from ``(lhs [N, H, W, C], rhs [k, k, C, F], window_strides, padding,
-      ...)`` to ``[N, H', W', F]`` of the same dtype; it sums in float32. Padding is
-      given in numbers. The function raises NotImplementedError on dilation, groups,
-      other layouts and a precision. It has first derivatives, in reverse mode.
+      ...)`` to ``[N, H', W', F]`` of the same dtype, or from ``lhs [N, T, C]`` and
+      ``rhs [k, C, F]`` to ``[N, T', F]``; it sums in float32. Padding is given in
+      numbers. Groups are allowed where each channel is a group with one output:
+      ``rhs [k, k, 1, C]``. The function raises NotImplementedError on other groups,
+      dilation, other layouts and a precision. It has first derivatives, in reverse
+      mode.
 
     Raises:
       ValueError: the mode is unknown.
@@ -69,27 +88,49 @@ def convolution(mode: str = "auto") -> Callable[..., Array]:
         feature_group_count: int = 1,
         precision: Any = None,
     ) -> Array:
-        layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        shapes = lhs.shape, rhs.shape
+        layout = lax.conv_dimension_numbers(*shapes, dimension_numbers)
+        known = LAYOUT if lhs.ndim == 4 else _SERIES
+        depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
         if (
-            layout != lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT)
-            or {*(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count} - {1}
+            layout != lax.conv_dimension_numbers(*shapes, known)
+            or {*(lhs_dilation or ()), *(rhs_dilation or ())} - {1}
+            or not (feature_group_count == 1 or depthwise)
             or isinstance(padding, str)
             or precision is not None
         ):
             raise NotImplementedError(
-                "only NHWC and HWIO, padding in numbers, the default precision, and "
-                "neither dilation nor groups"
+                "only NHWC and HWIO, or NWC and WIO, padding in numbers, the default "
+                "precision, no dilation, and no groups but those of single channels"
             )
-        (top, bottom), (left, right) = padding
-        geometry = Geometry(
-            (lhs.shape[1], lhs.shape[2]),
-            (rhs.shape[0], rhs.shape[1]),
-            (window_strides[0], window_strides[1]),
-            ((top, bottom), (left, right)),
-        )
-        return _differentiable(mode, geometry, min(rhs.shape[2:]))(lhs, rhs)
+        if lhs.ndim == 3:
+            strides, pads = (1, *window_strides), ((0, 0), *padding)
+            image = _convolve(
+                mode, lhs[:, None], rhs[None], strides, pads, feature_group_count
+            )
+            return image[:, 0]
+        return _convolve(mode, lhs, rhs, window_strides, padding, feature_group_count)
 
     return conv_general_dilated
+
+
+def _convolve(
+    mode: str,
+    x: Array,
+    w: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    groups: int,
+) -> Array:
+    (top, bottom), (left, right) = padding
+    geometry = Geometry(
+        (x.shape[1], x.shape[2]),
+        (w.shape[0], w.shape[1]),
+        (strides[0], strides[1]),
+        ((top, bottom), (left, right)),
+        groups,
+    )
+    return _differentiable(mode, geometry, min(w.shape[2:]))(x, w)
 
 
 def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
@@ -117,7 +158,8 @@ def _batchable(mode: str, name: str, geometry: Geometry, channels: int) -> Calla
         form = mode
         if mode == "auto":
             form = _auto(name, geometry, channels, stacked=stacked)
-        return form, partial(getattr(_FORMS[form], name), geometry=geometry)
+        forms = _FORMS if geometry.groups == 1 else _DEPTHWISE
+        return form, partial(getattr(forms[form], name), geometry=geometry)
 
     def shares_weights(batched: list[bool]) -> bool:
         return name != "wrt_weights" and not batched[1]

@@ -1,6 +1,7 @@
-"""Two forms of the convolution: the native one of XLA, and patches times a matrix.
+"""Forms of the convolution: the native one of XLA, and patches times a matrix.
 
-Images are NHWC and weights HWIO.
+Images are NHWC and weights HWIO. A depthwise convolution has weights ``[k, k, 1, C]``;
+in place of patches it has shifted images, each times the weights of its place.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,14 @@ class Geometry(NamedTuple):
     window: tuple[int, int]
     strides: tuple[int, int]
     padding: tuple[tuple[int, int], tuple[int, int]]  # zeros before and after
+    groups: int = 1  # C for a depthwise convolution
 
     @property
     def output(self) -> tuple[int, int]:
         """Return H' and W'."""
         height, width = (
             (size + sum(pad) - window) // stride + 1
-            for size, window, stride, pad in zip(*self, strict=True)
+            for size, window, stride, pad in zip(*self[:4], strict=True)
         )
         return height, width
 
@@ -50,17 +52,22 @@ class Form(NamedTuple):
 
 def _native(x: Array, w: Array, geometry: Geometry) -> Array:
     return lax.conv_general_dilated(
-        x, w, geometry.strides, geometry.padding, dimension_numbers=LAYOUT
+        x,
+        w,
+        geometry.strides,
+        geometry.padding,
+        dimension_numbers=LAYOUT,
+        feature_group_count=geometry.groups,
     )
 
 
 def _native_input(dy: Array, w: Array, geometry: Geometry) -> Array:
-    shape = (len(dy), *geometry.image, w.shape[2])
+    shape = (len(dy), *geometry.image, w.shape[2] * geometry.groups)
     return _transpose(lambda x: _native(x, w, geometry), shape, dy)
 
 
 def _native_weights(x: Array, dy: Array, geometry: Geometry) -> Array:
-    shape = (*geometry.window, x.shape[-1], dy.shape[-1])
+    shape = (*geometry.window, x.shape[-1] // geometry.groups, dy.shape[-1])
     return _transpose(lambda w: _native(x, w, geometry), shape, dy)
 
 
@@ -121,3 +128,29 @@ def _patches_weights(x: Array, dy: Array, geometry: Geometry) -> Array:
 
 
 PATCHES = Form(_patches_forward, _patches_input, _patches_weights)
+
+
+# Shifts, of depthwise convolutions: each place of the window scales a slice.
+
+
+def _shifts_forward(x: Array, w: Array, geometry: Geometry) -> Array:
+    places = w.reshape(-1, 1, 1, 1, w.shape[-1]).astype(jnp.float32)
+    pairs = zip(_shifts(x, geometry), places, strict=True)
+    first, *others = (s.astype(jnp.float32) * place for s, place in pairs)
+    return sum(others, first).astype(x.dtype)
+
+
+def _shifts_input(dy: Array, w: Array, geometry: Geometry) -> Array:
+    shape = (len(dy), *geometry.image, w.shape[-1])
+    return _transpose(lambda x: _shifts_forward(x, w, geometry), shape, dy)
+
+
+def _shifts_weights(x: Array, dy: Array, geometry: Geometry) -> Array:
+    seen = [
+        jnp.sum(s.astype(jnp.float32) * dy.astype(jnp.float32), axis=(0, 1, 2))
+        for s in _shifts(x, geometry)
+    ]
+    return jnp.stack(seen).reshape(*geometry.window, 1, -1).astype(x.dtype)
+
+
+SHIFTS = Form(_shifts_forward, _shifts_input, _shifts_weights)

@@ -14,6 +14,9 @@ from hsee_jax.core.types import Array
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS
 
+Hidden = Annotated[int, "values of a sample, or of a token, in each layer", at_least(1)]
+Depth = Annotated[int, "number of layers, and so of cuts", at_least(1)]
+
 
 class DenseLayer(nn.Module):
     """A linear layer, LayerNorm and ReLU: ``[B, ...] -> float32 [B, features]``."""
@@ -47,8 +50,8 @@ def mlp(
     *,
     num_classes: int,
     input_shape: tuple[int, ...],
-    hidden: Annotated[int, "outputs of each layer", at_least(1)] = 128,
-    depth: Annotated[int, "number of layers, and so of cuts", at_least(1)] = 8,
+    hidden: Hidden = 128,
+    depth: Depth = 8,
 ) -> Model:
     """Build a perceptron with an exit after each layer.
 

@@ -5,12 +5,17 @@ Any network that is a chain of `Stage`s can be trained, with the heads that it b
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.types import Array, Key, PyTree, Stage, Variables
+
+# Names the modules of a layer, or of "head", as another library does, by the paths of
+# ours: {"conv1/conv": "layer1.0.conv1", ...}.
+WeightNames = Callable[[str], Mapping[str, str]]
 
 
 class Model(NamedTuple):
@@ -21,6 +26,7 @@ class Model(NamedTuple):
     final_head: Stage
     layer_names: tuple[str, ...]  # L names, such as "layer2.0"
     input_shape: tuple[int, ...]  # of one sample, (H, W, C) for images
+    weight_names: tuple[WeightNames, ...] = ()  # of each library, for `load_pretrained`
 
 
 class Network(NamedTuple):

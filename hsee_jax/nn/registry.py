@@ -21,32 +21,46 @@ def images_only(make: F) -> F:
     For another ``input_shape`` than ``(H, W, C)`` the factory then raises a `UserError`
     that names the registered networks that take it. Apply this below `register`.
     """
+    return _only(make, "images", "[H, W, C]", 3)
 
+
+def series_only(make: F) -> F:
+    """Decorate the factory of a network that takes no other inputs than series.
+
+    This is `images_only` for an ``input_shape`` of ``(T, C)``.
+    """
+    return _only(make, "series", "[T, C]", 2)
+
+
+def _only(make: F, kind: str, letters: str, rank: int) -> F:
     @functools.wraps(make)
     def checked(
         *, num_classes: int, input_shape: tuple[int, ...], **options: Any
     ) -> Model:
-        if len(input_shape) != 3:
+        if len(input_shape) != rank:
             others = [n for n in NETWORKS if n != make.__name__]
             fitting = [n for n in others if _takes(n, num_classes, input_shape)]
             raise UserError(
                 f"network: {make.__name__} is not allowed for samples of "
-                f"{list(input_shape)}; it takes images [H, W, C]; allowed are "
+                f"{list(input_shape)}; it takes {kind} {letters}; allowed are "
                 f"{', '.join(fitting)}"
             )
         return make(num_classes=num_classes, input_shape=input_shape, **options)
 
-    checked.images_only = True  # type: ignore[attr-defined]
+    checked.input_rank = rank  # type: ignore[attr-defined]
     return cast(F, checked)
 
 
 def _takes(name: str, num_classes: int, input_shape: tuple[int, ...]) -> bool:
     """Return whether a network takes inputs of this shape, by trying it."""
     make = NETWORKS[name].make
-    if hasattr(make, "images_only"):
+    rank = getattr(make, "input_rank", None)
+    if rank not in (None, len(input_shape)):
         return False
     try:
-        layer_inputs(make(num_classes=num_classes, input_shape=input_shape))
+        model = make(num_classes=num_classes, input_shape=input_shape)
+        if rank is None:  # it says nothing about its inputs
+            layer_inputs(model)
     except Exception:  # what a network makes of a wrong shape may raise anything
         return False
     return True

@@ -1,107 +1,37 @@
-"""The layers of ResNet-18 (He et al., CVPR 2016) and the heads, as Flax modules.
+"""The layers of ResNet-18, -34 and -50 (He et al., CVPR 2016), as Flax modules.
 
-As in torchvision: explicit padding, BatchNorm with decay 0.9 and epsilon 1e-5, Kaiming
-normal convolutions (fan out) and uniform linear layers. Three things differ: biases
-start at 0; the running variance is the biased variance, as everywhere in Flax; and the
-stem for small images is one 3x3 convolution of stride 1 without pooling, the usual
-choice for CIFAR.
-
-Every module maps ``x [B, H, W, C]`` and ``mask bool [B]`` to its output; rows with a
-false mask do not reach the batch statistics. ``conv`` names a form of the convolution,
-see `hsee_jax.nn.convolution`.
+They are those of torchvision, also in the bottleneck block, which has its stride in the
+3x3 convolution; see `hsee_jax.nn.layers` for what differs. The stem for small images is
+one 3x3 convolution of stride 1 without pooling, the usual choice for CIFAR.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.options import at_least, one_of
+from hsee_jax.core.options import one_of
 from hsee_jax.core.types import Array
-from hsee_jax.nn.convolution import FORMS, convolution
+from hsee_jax.nn.layers import (
+    Conv,
+    ConvForm,
+    DtypeName,
+    ExitHead,
+    Head,
+    Norm,
+    NormName,
+    Width,
+)
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
 
-_DECAY, _EPSILON = 0.9, 1e-5  # of BatchNorm
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-_linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-
-
-class _Conv(nn.Module):
-    """A convolution without bias, with ``size // 2`` rows of zeros on every side."""
-
-    features: int
-    size: int
-    stride: int
-    dtype: jnp.dtype
-    conv: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        pad = self.size // 2
-        return nn.Conv(
-            self.features,
-            (self.size, self.size),
-            strides=self.stride,
-            padding=((pad, pad), (pad, pad)),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=_conv_init,
-            conv_general_dilated=convolution(self.conv),
-            name="conv",
-        )(x)
-
-
-class _BatchNorm(nn.Module):
-    """Batch normalisation over the real rows; statistics in float32.
-
-    Flax computes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
-    is large against the deviation. Here x is first shifted by a value near its mean,
-    which the variance does not depend on.
-    """
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        return _Normalize(self.dtype, name="bn")(x, mask, train=train)
-
-
-class _Normalize(nn.Module):
-    """The variables of `_BatchNorm`, named as in `flax.linen.BatchNorm`."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        used = mean.value, var.value
-        if train:
-            used = _moments(x.astype(jnp.float32), mask)
-            if not self.is_initializing():
-                mean.value = _DECAY * mean.value + (1 - _DECAY) * used[0]
-                var.value = _DECAY * var.value + (1 - _DECAY) * used[1]
-        factor = jax.lax.rsqrt(used[1] + _EPSILON) * scale
-        centred = x.astype(jnp.float32) - used[0].reshape(1, 1, 1, -1)
-        y = centred * factor.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
-        return y.astype(self.dtype)
-
-
-def _moments(x: Array, mask: Array) -> tuple[Array, Array]:
-    """Return mean and variance ``[C]`` over the real rows of ``[B, H, W, C]``."""
-    rows = jnp.broadcast_to(mask.reshape(-1, 1, 1, 1), x.shape)
-    shift = jax.lax.stop_gradient(jnp.mean(x[0], axis=(0, 1)))
-    shifted = x - shift.reshape(1, 1, 1, -1)
-    first = jnp.mean(shifted, axis=(0, 1, 2), where=rows)
-    second = jnp.mean(jnp.square(shifted), axis=(0, 1, 2), where=rows)
-    return first + shift, jnp.maximum(second - jnp.square(first), 0.0)
+StemName = Annotated[
+    str,
+    "first layer: 3x3, or 7x7 and a max-pool; auto is 3x3 up to 64 pixels [ours]",
+    one_of("auto", "3x3", "7x7"),
+]
 
 
 class Stem(nn.Module):
@@ -115,14 +45,15 @@ class Stem(nn.Module):
     size: int
     dtype: jnp.dtype
     conv: str
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Run the stem."""
         large = self.size == 7
-        conv = partial(_Conv, dtype=self.dtype, conv=self.conv, name="conv")
+        conv = partial(Conv, dtype=self.dtype, conv=self.conv, name="conv")
         x = conv(self.features, self.size, 2 if large else 1)(x.astype(self.dtype))
-        x = nn.relu(_BatchNorm(self.dtype, name="bn")(x, mask, train=train))
+        x = nn.relu(Norm(self.norm, self.dtype, name="bn")(x, mask, train=train))
         if large:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         return x
@@ -138,46 +69,65 @@ class BasicBlock(nn.Module):
     stride: int
     dtype: jnp.dtype
     conv: str
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Run the block."""
-        conv = partial(_Conv, self.features, dtype=self.dtype, conv=self.conv)
+        conv = partial(Conv, self.features, dtype=self.dtype, conv=self.conv)
+        norm = partial(Norm, self.norm, self.dtype)
         shortcut = x
         if self.stride != 1 or x.shape[-1] != self.features:
             shortcut = conv(1, self.stride, name="down")(x)
-            shortcut = _BatchNorm(self.dtype, name="bn_down")(
-                shortcut, mask, train=train
-            )
+            shortcut = norm(name="bn_down")(shortcut, mask, train=train)
         y = conv(3, self.stride, name="conv1")(x)
-        y = nn.relu(_BatchNorm(self.dtype, name="bn1")(y, mask, train=train))
+        y = nn.relu(norm(name="bn1")(y, mask, train=train))
         y = conv(3, 1, name="conv2")(y)
-        y = _BatchNorm(self.dtype, name="bn2")(y, mask, train=train)
+        y = norm(name="bn2")(y, mask, train=train)
         return nn.relu(y + shortcut)
 
 
-class Head(nn.Module):
-    """A global average pool and a linear layer: ``[B, H, W, C] -> float32 [B, K]``.
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution, and a shortcut as in `BasicBlock`.
 
-    With ``batch_norm`` a BatchNorm normalises the features first; K is ``classes``.
+    The shapes are ``[B, H, W, C] -> [B, H/s, W/s, 4 features]``; between the 1x1
+    convolutions there are ``features`` channels.
     """
 
-    classes: int
-    batch_norm: bool
+    features: int
+    stride: int
     dtype: jnp.dtype
+    conv: str
+    norm: str = "batch"
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Run the head."""
-        if self.batch_norm:
-            x = _BatchNorm(self.dtype, name="bn")(x, mask, train=train)
-        pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(
-            self.classes,
-            dtype=jnp.float32,
-            kernel_init=_linear_init,
-            name="linear",
-        )(pooled)
+        """Run the block."""
+        conv = partial(Conv, dtype=self.dtype, conv=self.conv)
+        norm = partial(Norm, self.norm, self.dtype)
+        inner, outer = self.features, 4 * self.features
+        shortcut = x
+        if self.stride != 1 or x.shape[-1] != outer:
+            shortcut = conv(outer, 1, self.stride, name="down")(x)
+            shortcut = norm(name="bn_down")(shortcut, mask, train=train)
+        y = conv(inner, 1, 1, name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y, mask, train=train))
+        y = conv(inner, 3, self.stride, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y, mask, train=train))
+        y = conv(outer, 1, 1, name="conv3")(y)
+        y = norm(name="bn3")(y, mask, train=train)
+        return nn.relu(y + shortcut)
+
+
+class _Form(NamedTuple):
+    """The options of a ResNet, see `resnet18`."""
+
+    width: int
+    stem: str
+    norm: str
+    exit_head: str
+    dtype: str
+    conv: str
 
 
 @NETWORKS.register(summary="ResNet-18 (He et al., CVPR 2016), 9 layers")
@@ -186,28 +136,12 @@ def resnet18(
     *,
     num_classes: int,
     input_shape: tuple[int, ...],
-    width: Annotated[int, "channels of the first group of blocks", at_least(1)] = 64,
-    stem: Annotated[
-        str,
-        "first layer: 3x3, or 7x7 and a max-pool; auto is 3x3 up to 64 pixels [ours]",
-        one_of("auto", "3x3", "7x7"),
-    ] = "auto",
-    exit_head: Annotated[
-        str,
-        "an exit: a pool and a linear layer, or also a BatchNorm before them [ours]",
-        one_of("linear", "bn_linear"),
-    ] = "linear",
-    dtype: Annotated[
-        str,
-        "dtype of the computation; parameters and statistics stay float32",
-        one_of("float32", "bfloat16"),
-    ] = "float32",
-    conv: Annotated[
-        str,
-        "form of the convolutions; all are equal up to rounding, and auto chooses by "
-        "backend and shape",
-        one_of(FORMS),
-    ] = "auto",
+    width: Width = 64,
+    stem: StemName = "auto",
+    norm: NormName = "batch",
+    exit_head: ExitHead = "linear",
+    dtype: DtypeName = "float32",
+    conv: ConvForm = "auto",
 ) -> Model:
     """Build ResNet-18 as 9 layers: a stem and 8 blocks, with the names of torchvision.
 
@@ -216,6 +150,7 @@ def resnet18(
       input_shape: ``(H, W, C)``.
       width: channels of the first group; the later groups have 2, 4 and 8 times these.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
       exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
       dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
@@ -224,21 +159,93 @@ def resnet18(
       The model. With the defaults, 10 classes and 32x32x3 images its layers and final
       head have 11,173,962 parameters.
     """
+    form = _Form(width, stem, norm, exit_head, dtype, conv)
+    return _resnet(BasicBlock, (2, 2, 2, 2), num_classes, input_shape, form)
+
+
+@NETWORKS.register(summary="ResNet-34 (He et al., CVPR 2016), 17 layers")
+@images_only
+def resnet34(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    width: Width = 64,
+    stem: StemName = "auto",
+    norm: NormName = "batch",
+    exit_head: ExitHead = "linear",
+    dtype: DtypeName = "float32",
+    conv: ConvForm = "auto",
+) -> Model:
+    """Build ResNet-34 as 17 layers: a stem and 16 blocks; see `resnet18`."""
+    form = _Form(width, stem, norm, exit_head, dtype, conv)
+    return _resnet(BasicBlock, (3, 4, 6, 3), num_classes, input_shape, form)
+
+
+@NETWORKS.register(summary="ResNet-50 (He et al., CVPR 2016), 17 layers")
+@images_only
+def resnet50(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    width: Width = 64,
+    stem: StemName = "auto",
+    norm: NormName = "batch",
+    exit_head: ExitHead = "linear",
+    dtype: DtypeName = "float32",
+    conv: ConvForm = "auto",
+) -> Model:
+    """Build ResNet-50 as 17 layers: a stem and 16 bottlenecks; see `resnet18`.
+
+    The blocks put out 4 times the channels of their group, 256 in the first.
+    """
+    form = _Form(width, stem, norm, exit_head, dtype, conv)
+    return _resnet(Bottleneck, (3, 4, 6, 3), num_classes, input_shape, form)
+
+
+def _resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    counts: Sequence[int],
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    form: _Form,
+) -> Model:
+    """Build a stem and groups of blocks; every group but the first halves the image."""
+    stem = form.stem
     if stem == "auto":
         stem = "3x3" if max(input_shape[:2]) <= 64 else "7x7"
-    compute = jnp.dtype(dtype)
-    modules: list[Any] = [Stem(width, int(stem[0]), compute, conv)]
+    compute = jnp.dtype(form.dtype)
+    common = compute, form.conv, form.norm
+    modules: list[nn.Module] = [Stem(form.width, int(stem[0]), *common)]
     names = ["stem"]
-    for group in range(4):
-        for block in range(2):
-            stride = 2 if group > 0 and block == 0 else 1
-            modules.append(BasicBlock(width * 2**group, stride, compute, conv))
-            names.append(f"layer{group + 1}.{block}")
-    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    for group, count in enumerate(counts):
+        for number in range(count):
+            stride = 2 if group > 0 and number == 0 else 1
+            modules.append(block(form.width * 2**group, stride, *common))
+            names.append(f"layer{group + 1}.{number}")
+    exit_head = Head(num_classes, form.exit_head == "bn_linear", compute)
     return Model(
         stages=tuple(map(from_linen, modules)),
-        exit_heads=(exit_stage,) * len(modules),
+        exit_heads=(from_linen(exit_head),) * len(modules),
         final_head=from_linen(Head(num_classes, False, compute)),
         layer_names=tuple(names),
         input_shape=tuple(input_shape),
+        weight_names=(_weight_names,),
     )
+
+
+def _weight_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as torchvision and timm name them."""
+    if layer == "head":
+        return {"linear": "fc"}
+    if layer == "stem":
+        return {"conv/conv": "conv1", "bn/bn": "bn1", "bn/gn": "bn1"}
+    names = {
+        "down/conv": f"{layer}.downsample.0",
+        "bn_down/bn": f"{layer}.downsample.1",
+        "bn_down/gn": f"{layer}.downsample.1",
+    }
+    for number in (1, 2, 3):
+        names[f"conv{number}/conv"] = f"{layer}.conv{number}"
+        for kind in ("bn", "gn"):
+            names[f"bn{number}/{kind}"] = f"{layer}.bn{number}"
+    return names

@@ -32,6 +32,7 @@ from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
 from hsee_jax.nn.model import Model
+from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
@@ -155,7 +156,7 @@ def assemble(
       UserError: see `build`.
     """
     pipeline, key = build_pipeline(config, info), augment_key(config)
-    federation = build_federation(config, info, mesh)
+    federation = _start(config, info, mesh)
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config)
     attendance.check(federation.groups, cadence.rounds)
@@ -194,6 +195,15 @@ def assemble(
         schedule=_schedule(config, federation),
         compilers=compilers,
     )
+
+
+def _start(config: Config, info: DatasetInfo, mesh: Mesh | None) -> Federation:
+    """Build the clients, with a network that starts from weights in a file, if any."""
+    federation = build_federation(config, info, mesh)
+    path = config.model.pretrained
+    if path is None:
+        return federation
+    return federation._replace(model=load_pretrained(federation.model, path))
 
 
 def _axis(config: Config) -> str:

@@ -41,7 +41,7 @@ def reopen(
         differ from the data of the run.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = override(read_config(folder), pretrained=None)  # weights are there
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
     source = data_source(config.data, data)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hsee_jax.config.schema import Config
-from hsee_jax.config.values import to_json
+from hsee_jax.config.values import flatten, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import client_axis
@@ -49,8 +49,9 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
         )
-    if config.clients.recuts:
-        raise UserError("recuts: not allowed with clients on a network")
+    for name in ("recuts", "pretrained"):
+        if flatten(config).get(name):
+            raise UserError(f"{name}: not allowed with clients on a network")
     axis = client_axis(config.run.client_axis)
     experiment = assemble(config, info, material, axis=axis)
     strategy = experiment.strategy

@@ -1,0 +1,105 @@
+"""A convolutional network for series, after the FCN of Wang et al. (IJCNN 2017).
+
+A layer is a convolution along time, a normalisation and ReLU; the heads average over
+time (arXiv:1611.06455). Their network has three layers with windows of 8, 5 and 3 and
+128, 256 and 128 channels. Here number, window and width are options, and every second
+layer halves the series and doubles the channels, so that later cuts send fewer bytes
+[ours].
+"""
+
+from functools import partial
+from typing import Annotated
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import at_least
+from hsee_jax.core.types import Array
+from hsee_jax.nn.layers import (
+    Conv,
+    ConvForm,
+    DtypeName,
+    ExitHead,
+    Head,
+    Norm,
+    NormName,
+    Width,
+)
+from hsee_jax.nn.mlp import Depth
+from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.registry import NETWORKS, series_only
+
+
+class SeriesLayer(nn.Module):
+    """A convolution, a normalisation and ReLU: ``[B, T, C] -> [B, T/s, features]``."""
+
+    features: int
+    window: int
+    stride: int
+    dtype: jnp.dtype
+    conv: str
+    norm: str = "batch"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the layer."""
+        conv = partial(Conv, dtype=self.dtype, conv=self.conv, name="conv")
+        y = conv(self.features, self.window, self.stride)(x.astype(self.dtype))
+        return nn.relu(Norm(self.norm, self.dtype, name="bn")(y, mask, train=train))
+
+
+@NETWORKS.register(summary="convolutions along time, for series [T, C]")
+@series_only
+def conv1d(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    width: Width = 64,
+    depth: Depth = 6,
+    window: Annotated[
+        int, "samples under the window of a convolution, an odd number", at_least(1)
+    ] = 7,
+    norm: NormName = "batch",
+    exit_head: ExitHead = "linear",
+    dtype: DtypeName = "float32",
+    conv: ConvForm = "auto",
+) -> Model:
+    """Build a network for series with an exit after each layer.
+
+    Args:
+      num_classes: K.
+      input_shape: ``(T, C)``.
+      width: channels of the first two layers; each further pair has twice as many.
+      depth: the number of layers, which are named ``conv1``, ``conv2`` and so on.
+      window: samples under the window of each convolution, an odd number.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
+      exit_head: see `hsee_jax.nn.resnet18`.
+      dtype: of the computation; parameters, statistics and logits stay float32.
+      conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
+
+    Raises:
+      UserError: the window is even.
+    """
+    if window % 2 == 0:
+        raise UserError(f"window: {window} is not allowed; allowed is an odd number")
+    compute = jnp.dtype(dtype)
+    layers = [
+        SeriesLayer(
+            width * 2 ** (number // 2),
+            window,
+            2 if number > 0 and number % 2 == 0 else 1,
+            compute,
+            conv,
+            norm,
+        )
+        for number in range(depth)
+    ]
+    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    return Model(
+        stages=tuple(map(from_linen, layers)),
+        exit_heads=(exit_stage,) * depth,
+        final_head=from_linen(Head(num_classes, False, compute)),
+        layer_names=tuple(f"conv{number + 1}" for number in range(depth)),
+        input_shape=tuple(input_shape),
+    )

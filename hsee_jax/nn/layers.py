@@ -1,0 +1,181 @@
+"""What the convolutional networks share: convolutions, normalisation, heads, options.
+
+As in torchvision: explicit padding, BatchNorm with decay 0.9 and epsilon 1e-5, Kaiming
+normal convolutions (fan out) and uniform linear layers. Two things differ: biases start
+at 0, and the running variance is the biased variance, as everywhere in Flax.
+
+Every module maps ``x [B, ..., C]`` and ``mask bool [B]`` to its output; rows with a
+false mask do not reach the batch statistics. ``conv`` names a form of the convolution,
+see `hsee_jax.nn.convolution`, and ``norm`` a normalisation, see `Norm`.
+"""
+
+import math
+from typing import Annotated
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hsee_jax.core.options import at_least, one_of
+from hsee_jax.core.types import Array
+from hsee_jax.nn.convolution import FORMS, convolution
+
+Width = Annotated[
+    int,
+    "channels of the first group of layers; the other groups have multiples of them",
+    at_least(1),
+]
+NormName = Annotated[
+    str,
+    "normalisation: BatchNorm, or GroupNorm, which has no statistics and so suffers "
+    "less from unlike clients and small batches [ours]",
+    one_of("batch", "group"),
+]
+ExitHead = Annotated[
+    str,
+    "an exit: a pool and a linear layer, or also a BatchNorm before them [ours]",
+    one_of("linear", "bn_linear"),
+]
+DtypeName = Annotated[
+    str,
+    "dtype of the computation; parameters and statistics stay float32",
+    one_of("float32", "bfloat16"),
+]
+ConvForm = Annotated[
+    str,
+    "form of the convolutions; all are equal up to rounding, and auto chooses by "
+    "backend and shape",
+    one_of(FORMS),
+]
+
+_DECAY, _EPSILON = 0.9, 1e-5  # of BatchNorm
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+_linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+class Conv(nn.Module):
+    """A convolution without bias, with ``size // 2`` zeros on every side.
+
+    It takes images ``[B, H, W, C]`` and series ``[B, T, C]``. With ``depthwise`` each
+    channel has a window of its own, and ``features`` is C.
+    """
+
+    features: int
+    size: int
+    stride: int
+    dtype: jnp.dtype
+    conv: str
+    depthwise: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Run the convolution."""
+        pad, axes = self.size // 2, x.ndim - 2
+        return nn.Conv(
+            self.features,
+            (self.size,) * axes,
+            strides=self.stride,
+            padding=((pad, pad),) * axes,
+            feature_group_count=self.features if self.depthwise else 1,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=conv_init,
+            conv_general_dilated=convolution(self.conv),
+            name="conv",
+        )(x)
+
+
+class Norm(nn.Module):
+    """Normalisation of ``[B, ..., C]``, with statistics in float32.
+
+    ``"batch"`` is BatchNorm over the real rows. ``"group"`` is GroupNorm (Wu and He,
+    ECCV 2018) with 32 groups, or with fewer where each would have less than two
+    channels or where 32 does not divide the channels.
+    """
+
+    kind: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the normalisation."""
+        if self.kind == "batch":
+            return _BatchNorm(self.dtype, name="bn")(x, mask, train=train)
+        return nn.GroupNorm(
+            num_groups_of(x.shape[-1]),
+            epsilon=_EPSILON,
+            dtype=self.dtype,
+            use_fast_variance=False,
+            name="gn",
+        )(x)
+
+
+def num_groups_of(channels: int) -> int:
+    """Return the number of groups of GroupNorm for some channels, see `Norm`."""
+    return math.gcd(32, max(1, channels // 2), channels)
+
+
+class _BatchNorm(nn.Module):
+    """Batch normalisation, with variables named as in `flax.linen.BatchNorm`.
+
+    Flax computes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
+    is large against the deviation. Here x is first shifted by a value near its mean,
+    which the variance does not depend on.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        used = mean.value, var.value
+        if train:
+            used = _moments(x.astype(jnp.float32), mask)
+            if not self.is_initializing():
+                mean.value = _DECAY * mean.value + (1 - _DECAY) * used[0]
+                var.value = _DECAY * var.value + (1 - _DECAY) * used[1]
+        factor = jax.lax.rsqrt(used[1] + _EPSILON) * scale
+        last = (*(1,) * (x.ndim - 1), -1)
+        centred = x.astype(jnp.float32) - used[0].reshape(last)
+        y = centred * factor.reshape(last) + bias.reshape(last)
+        return y.astype(self.dtype)
+
+
+def _moments(x: Array, mask: Array) -> tuple[Array, Array]:
+    """Return mean and variance ``[C]`` over the real rows of ``[B, ..., C]``."""
+    axes = tuple(range(x.ndim - 1))
+    rows = jnp.broadcast_to(mask.reshape(-1, *(1,) * (x.ndim - 1)), x.shape)
+    shift = jax.lax.stop_gradient(jnp.mean(x[0], axis=axes[:-1]))
+    shifted = x - shift.reshape(*(1,) * (x.ndim - 1), -1)
+    first = jnp.mean(shifted, axis=axes, where=rows)
+    second = jnp.mean(jnp.square(shifted), axis=axes, where=rows)
+    return first + shift, jnp.maximum(second - jnp.square(first), 0.0)
+
+
+class Head(nn.Module):
+    """A global average pool and a linear layer: ``[B, ..., C] -> float32 [B, K]``.
+
+    With ``batch_norm`` a BatchNorm normalises the features first; K is ``classes``.
+    """
+
+    classes: int
+    batch_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the head."""
+        if self.batch_norm:
+            x = Norm("batch", self.dtype, name="bn")(x, mask, train=train)
+        pooled = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=jnp.float32)
+        return nn.Dense(
+            self.classes,
+            dtype=jnp.float32,
+            kernel_init=_linear_init,
+            name="linear",
+        )(pooled)

@@ -1,0 +1,193 @@
+"""The layers of MobileNetV2 (Sandler et al., CVPR 2018), as Flax modules.
+
+They are those of torchvision, with three differences: those of `hsee_jax.nn.layers`;
+no dropout before the classes; and other widths scale the channels without rounding to
+multiples of 8. For images of up to 64 pixels the stem and the second group keep the
+size of the image, so that 32 pixels become 4 [ours].
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from hsee_jax.core.types import Array
+from hsee_jax.nn.layers import (
+    Conv,
+    ConvForm,
+    DtypeName,
+    ExitHead,
+    Head,
+    Norm,
+    NormName,
+    Width,
+)
+from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.registry import NETWORKS, images_only
+
+# Of each group of blocks, table 2 of the paper: expansion, channels at width 32, blocks
+# and stride.
+_GROUPS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+_LAST = 1280  # channels of the last layer at width 32
+_NAMES = (
+    "stem",
+    *(f"layer{g + 1}.{n}" for g, group in enumerate(_GROUPS) for n in range(group[2])),
+    "last",
+)
+
+
+class ConvNormReLU6(nn.Module):
+    """A convolution, a normalisation and ReLU6: the first layer, and the last."""
+
+    features: int
+    size: int
+    stride: int
+    dtype: jnp.dtype
+    conv: str
+    norm: str = "batch"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the layer: ``[B, H, W, C] -> [B, H/s, W/s, features]``."""
+        conv = partial(Conv, dtype=self.dtype, conv=self.conv, name="conv")
+        y = conv(self.features, self.size, self.stride)(x.astype(self.dtype))
+        return nn.relu6(Norm(self.norm, self.dtype, name="bn")(y, mask, train=train))
+
+
+class InvertedResidual(nn.Module):
+    """A 1x1, a depthwise 3x3 and a 1x1 convolution, the last without ReLU6.
+
+    The shapes are ``[B, H, W, C] -> [B, H/s, W/s, features]``, with ``expansion`` C
+    channels between. The input is added where the shape stays.
+    """
+
+    features: int
+    stride: int
+    expansion: int
+    dtype: jnp.dtype
+    conv: str
+    norm: str = "batch"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the block."""
+        conv = partial(Conv, dtype=self.dtype, conv=self.conv)
+        norm = partial(Norm, self.norm, self.dtype)
+        inner, y = self.expansion * x.shape[-1], x
+        if self.expansion != 1:
+            y = conv(inner, 1, 1, name="expand")(y)
+            y = nn.relu6(norm(name="bn_expand")(y, mask, train=train))
+        y = conv(inner, 3, self.stride, depthwise=True, name="depthwise")(y)
+        y = nn.relu6(norm(name="bn_depthwise")(y, mask, train=train))
+        y = conv(self.features, 1, 1, name="project")(y)
+        y = norm(name="bn_project")(y, mask, train=train)
+        return x + y if x.shape == y.shape else y
+
+
+@NETWORKS.register(summary="MobileNetV2 (Sandler et al., CVPR 2018), 19 layers")
+@images_only
+def mobilenet_v2(
+    *,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    width: Width = 32,
+    norm: NormName = "batch",
+    exit_head: ExitHead = "linear",
+    dtype: DtypeName = "float32",
+    conv: ConvForm = "auto",
+) -> Model:
+    """Build MobileNetV2 as 19 layers: a stem, 17 blocks, and a 1x1 convolution.
+
+    Args:
+      num_classes: K.
+      input_shape: ``(H, W, C)``.
+      width: channels of the stem; the other layers scale with it, and 32 gives the
+        network of the paper.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
+      exit_head: see `hsee_jax.nn.resnet18`.
+      dtype: of the computation; parameters, statistics and logits stay float32.
+      conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
+
+    Returns:
+      The model. With the defaults, 10 classes and three colours its layers and final
+      head have 2,236,682 parameters.
+    """
+    compute, small = jnp.dtype(dtype), max(input_shape[:2]) <= 64
+    common = compute, conv, norm
+
+    def scaled(channels: int) -> int:
+        return max(1, round(channels * width / 32))
+
+    modules: list[nn.Module] = [ConvNormReLU6(width, 3, 1 if small else 2, *common)]
+    for group, (expansion, channels, count, stride) in enumerate(_GROUPS):
+        for number in range(count):
+            step = stride if number == 0 and not (small and group == 1) else 1
+            block = InvertedResidual(scaled(channels), step, expansion, *common)
+            modules.append(block)
+    modules.append(ConvNormReLU6(scaled(_LAST), 1, 1, *common))
+    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    return Model(
+        stages=tuple(map(from_linen, modules)),
+        exit_heads=(exit_stage,) * len(modules),
+        final_head=from_linen(Head(num_classes, False, compute)),
+        layer_names=_NAMES,
+        input_shape=tuple(input_shape),
+        weight_names=(_torchvision_names, _timm_names),
+    )
+
+
+_BLOCK = (
+    "expand/conv",
+    "bn_expand",
+    "depthwise/conv",
+    "bn_depthwise",
+    "project/conv",
+    "bn_project",
+)
+
+
+def _named(modules: Sequence[str], places: Sequence[str]) -> dict[str, str]:
+    """Pair our modules with theirs; a normalisation is of either kind."""
+    names = dict(zip(modules, places, strict=True))
+    norms = [name for name in modules if name.startswith("bn")]
+    return names | {f"{n}/{kind}": names[n] for n in norms for kind in ("bn", "gn")}
+
+
+def _torchvision_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as torchvision names them."""
+    if layer == "head":
+        return {"linear": "classifier.1"}
+    number = _NAMES.index(layer)
+    if layer in ("stem", "last"):
+        places = [f"features.{number}.0", f"features.{number}.1"]
+        return _named(("conv/conv", "bn"), places)
+    inner = [f"features.{number}.conv.{i}.{j}" for i in (0, 1) for j in (0, 1)]
+    after = [f"features.{number}.conv.{i}" for i in (2, 3)]
+    if number == 1:  # without an expansion
+        inner, after = ["", "", *inner[:2]], [f"features.1.conv.{i}" for i in (1, 2)]
+    return _named(_BLOCK, [*inner, *after])
+
+
+def _timm_names(layer: str) -> dict[str, str]:
+    """Return the modules of a layer as timm names them."""
+    if layer == "head":
+        return {"linear": "classifier"}
+    if layer in ("stem", "last"):
+        first = layer == "stem"
+        places = ["conv_stem", "bn1"] if first else ["conv_head", "bn2"]
+        return _named(("conv/conv", "bn"), places)
+    group, number = layer.removeprefix("layer").split(".")
+    names = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
+    if group == "1":
+        names = ["", "", "conv_dw", "bn1", "conv_pw", "bn2"]
+    places = [f"blocks.{int(group) - 1}.{number}.{name}" for name in names]
+    return _named(_BLOCK, places)

@@ -1,0 +1,231 @@
+"""Each network from the command line, its costs by hand, and what its options change.
+
+`pytest -m slow -s tests/test_networks.py` prints a row of figures for each network.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hsee_jax as hs
+from hsee_jax import cli
+from hsee_jax.core import UserError
+from hsee_jax.nn import NETWORKS, layer_inputs
+from hsee_jax.nn.layers import Norm, num_groups_of
+from hsee_jax.systems import layer_costs
+
+# The options of a short training that leaves chance behind, by the form of a network.
+STEP = "--learning-rate 0.05"
+ADAM = "--optimizer adamw --learning-rate 0.002"
+RUNS = {
+    "resnet18": f"--width 4 {STEP}",
+    "resnet34": f"--width 4 {STEP}",
+    "resnet50": f"--width 4 {STEP}",
+    "resnet18 --norm group": f"--width 8 {STEP}",
+    "mobilenet_v2": f"--width 8 {STEP}",
+    "vit": f"--hidden 32 --depth 4 --heads 2 --patch-size 7 {ADAM}",
+    "conv1d": f"--width 16 {STEP}",
+    "mlp": f"--hidden 64 --depth 4 {ADAM}",
+}
+COMMON = (
+    "--num-clients 2 --cuts 2 4 --rounds 6 --eval-every 6 --checkpoint-every 6 "
+    "--batch-size 32 --augment none --validation-share 0.1 --max-test-samples 300"
+)
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """The packaged images as series: 28 rows of 28 values."""
+    folder = tmp_path_factory.mktemp("series")
+    train, test = hs.data.load_dataset("fashion_mnist_small")
+    arrays = [
+        part
+        for split in (train, test)
+        for part in (np.asarray(split.images, np.float32)[..., 0], split.labels)
+    ]
+    hs.data.write_npz(folder, tuple(arrays))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_network_trains_is_gated_and_exported(name, tmp_path, series, capsys):
+    """The server is right three times as often as chance, 0.1, and the exits twice."""
+    words = f"train --network {name} {RUNS[name]} {COMMON} --max-train-samples 1500"
+    if name == "conv1d":
+        words += f" --dataset npz --data-dir {series}"
+    out = tmp_path / "run"
+    assert cli.main([*words.split(), "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    scores = summary["mean_exit_accuracy"], summary["mean_server_accuracy"]
+    with capsys.disabled():
+        print(f"\n{name}: exit {scores[0]:.3f}, server {scores[1]:.3f}")
+    assert scores[0] > 0.2 and scores[1] > 0.3
+    assert hs.restore(out).client(1).layers
+    assert cli.main(["gate", str(out), "--target-offload", "0.5"]) == 0
+    assert cli.main(["export", str(out), "--client", "1"]) == 0
+    card = json.loads((out / "export" / "client-1" / "card.json").read_text())
+    assert card["cut"] == 4
+
+
+def network(name, shape, **options):
+    return NETWORKS.make(name, num_classes=10, input_shape=shape, options=options)
+
+
+def flops_of(name, shape, **options):
+    """FLOPs of the layers and the final head."""
+    model = network(name, shape, **options)
+    costs = layer_costs(model)
+    count = len(model.stages)
+    return np.array([cost.flops for cost in (*costs[:count], costs[-1])])
+
+
+def taps(size, window, stride):
+    """Products along an axis that are not with padding, over all outputs."""
+    starts = range(-(window // 2), size - window + window // 2 + 1, stride)
+    return sum(0 <= start + k < size for start in starts for k in range(window))
+
+
+def test_costs_by_hand():
+    """Products and sums of the first layers; normalisation and ReLU add little."""
+    blocks = flops_of("vit", (8, 8, 3), hidden=96, depth=2, heads=2, patch_size=4)
+    tokens = 5
+    dense = 2 * tokens * 96 * 96 * (3 + 1 + 4 + 4)
+    attention = 2 * 2 * tokens * tokens * 96
+    patches = 2 * 4 * (4 * 4 * 3) * 96
+    small = {"width": 8, "conv": "grouped"}
+    series = flops_of("conv1d", (20, 6), depth=3, window=5, **small)
+    pairs = [
+        (blocks[1], dense + attention),
+        (blocks[0] - blocks[1], patches),
+        (series[0], 2 * taps(20, 5, 1) * 6 * 8),
+        (series[1], 2 * taps(20, 5, 1) * 8 * 8),
+        (series[2], 2 * taps(20, 5, 2) * 8 * 16),
+    ]
+    for found, products in pairs:
+        assert products <= found <= 1.35 * products
+    found = network("mobilenet_v2", (16, 16, 3), width=16, conv="grouped")
+    block = layer_costs(found._replace(**_only(found, 2)))[0]
+    # 8 channels become 48; 12 leave; at 16x16 pixels.
+    depthwise = 2 * taps(16, 3, 1) ** 2 * 48
+    dense = 2 * 16 * 16 * (8 * 48 + 48 * 12)
+    assert depthwise + dense <= block.flops <= 1.35 * (depthwise + dense)
+
+
+def _only(model, number):
+    """The fields of a network of one of a network's layers."""
+    return {
+        "stages": model.stages[number : number + 1],
+        "exit_heads": model.exit_heads[number : number + 1],
+        "layer_names": model.layer_names[number : number + 1],
+        "input_shape": layer_inputs(model)[number].shape[1:],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "products", "options"),
+    [
+        ("resnet18", 1.81e9, {}),
+        ("resnet34", 3.66e9, {}),
+        ("resnet50", 4.09e9, {}),
+        ("mobilenet_v2", 0.30e9, {}),
+        ("vit", 17.56e9, {"hidden": 768, "heads": 12}),  # ViT-B/16
+    ],
+)
+def test_costs_are_those_that_torchvision_states(name, products, options):
+    """Products at 224 pixels; each is two FLOPs. Ours are without padding."""
+    if name != "vit":
+        options = {"conv": "grouped"}
+    found = flops_of(name, (224, 224, 3), **options).sum()
+    assert 0.94 < found / (2 * products) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        pytest.param("resnet34", (32, 32, 3), 21_282_122, marks=pytest.mark.slow),
+        ("resnet50", (32, 32, 3), 23_520_842),
+        ("mobilenet_v2", (32, 32, 3), 2_236_682),
+        ("vit", (32, 32, 3), 5_362_762),
+    ],
+)
+def test_parameters(name, shape, parameters):
+    """Torchvision's for 1,000 classes, less 990 of them, and the small stem.
+
+    ResNet-34: 21,797,672 - 990 * 513 - 40 * 3 * 64; ResNet-50: 25,557,032 - 990 * 2,049
+    - 7,680; MobileNetV2: 3,504,872 - 990 * 1,281. ViT: 12 blocks of 12 * 192^2 + 13 *
+    192, 48 * 192 + 192 of patches, 66 * 192 of token and places, 384 + 1,930 behind.
+    """
+    assert {
+        "resnet34": 21_797_672 - 990 * 513 - 7_680,
+        "resnet50": 25_557_032 - 990 * 2_049 - 7_680,
+        "mobilenet_v2": 3_504_872 - 990 * 1_281,
+        "vit": 12 * (12 * 192**2 + 13 * 192) + 49 * 192 + 66 * 192 + 384 + 1_930,
+    }[name] == parameters
+    model = network(name, shape)
+    init = jax.eval_shape(lambda: hs.nn.init_network(model, jax.random.key(0)))
+    parts = [part["params"] for part in (*init.layers, init.final_head)]
+    assert sum(leaf.size for leaf in jax.tree.leaves(parts)) == parameters
+
+
+def test_shapes_of_features():
+    """MobileNetV2 keeps small images for three layers; series halve by pairs."""
+    small = layer_inputs(network("mobilenet_v2", (32, 32, 3)))
+    large = layer_inputs(network("mobilenet_v2", (96, 96, 3)))
+    assert [shape.shape[1] for shape in small[1::3]] == [32, 32, 16, 8, 8, 4, 4]
+    assert [shape.shape[1] for shape in large[1::3]] == [48, 24, 12, 6, 6, 3, 3]
+    series = layer_inputs(network("conv1d", (30, 2), width=4))
+    assert [shape.shape[1:] for shape in series[1:]] == [
+        *[(30, 4)] * 2,
+        (15, 8),
+        (15, 8),
+        (8, 16),
+        (8, 16),
+    ]
+    tokens = layer_inputs(network("vit", (28, 28, 1), hidden=6))
+    assert {shape.shape[1:] for shape in tokens[1:]} == {(50, 6)}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 8, 24, 64, 512])
+def test_group_norm(channels):
+    """Against NumPy: groups of two channels or more, 32 of them where that fits."""
+    groups = num_groups_of(channels)
+    assert channels % groups == 0 and groups <= 32
+    assert channels // groups >= min(2, channels)
+    if channels >= 64:
+        assert groups == 32
+    x = np.random.default_rng(0).normal(3.0, 2.0, (2, 4, 4, channels))
+    norm = Norm("group", jnp.dtype("float32"))
+    mask = jnp.ones(2, bool)
+    images = jnp.asarray(x, jnp.float32)
+    variables = norm.init(jax.random.key(0), images, mask, train=True)
+    assert set(variables) == {"params"}
+    found = norm.apply(variables, images, mask, train=True)
+    parts = x.reshape(2, 16, groups, -1)
+    centred = parts - parts.mean((1, 3), keepdims=True)
+    expected = centred / np.sqrt(parts.var((1, 3), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(found, expected.reshape(x.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--network vit --patch-size 5", "patch_size: 5 is not allowed for images of"),
+        ("--network vit --heads 5", "heads: 5 is not allowed for 192 values"),
+        ("--network conv1d", "network: conv1d is not allowed for samples of [28, 28"),
+        ("--network mlp --norm group", "norm: group has no effect on network mlp"),
+        ("--norm layer", "norm: layer is unknown"),
+    ],
+)
+def test_what_is_refused(words, message, capsys):
+    assert cli.main(["info", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_even_window_is_refused():
+    with pytest.raises(UserError, match="window: 4 is not allowed"):
+        network("conv1d", (30, 2), window=4)

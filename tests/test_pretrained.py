@@ -1,0 +1,375 @@
+"""Networks from the weights of PyTorch's: logits, every gradient, and what is refused.
+
+The networks of PyTorch are those of `torch_networks`, and, where it is installed,
+torchvision's own.
+"""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import save_file
+from torch_networks import import_torch, torch_mobilenet, torch_resnet, torch_vit
+
+import hsee_jax as hs
+from hsee_jax.core import UserError
+from hsee_jax.federation.branch import (
+    client_spec,
+    forward,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.nn import NETWORKS, init_network, masked_cross_entropy
+from hsee_jax.nn.pretrained import _leaves, load_pretrained, with_weights
+
+CLASSES, SIZE, DESCENT = 5, 16, optax.scale(-1.0)
+COUNTS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+RESNET = {"width": 4, "conv": "grouped"}
+MOBILENET = {"width": 8, "conv": "grouped"}
+VIT = {"hidden": 12, "depth": 2, "heads": 3, "patch_size": 8}
+SMALL = {"vit": VIT, "mobilenet_v2": MOBILENET} | dict.fromkeys(COUNTS, RESNET)
+
+
+def network(name, options, *, size=SIZE, classes=CLASSES, channels=3):
+    return NETWORKS.make(
+        name, num_classes=classes, input_shape=(size, size, channels), options=options
+    )
+
+
+def plain_torch(name, *, size=SIZE, classes=CLASSES):
+    """The small network, of PyTorch, with random statistics."""
+    torch = import_torch()
+    torch.manual_seed(0)
+    if name == "vit":
+        shape = {"size": size, "patch": 8, "hidden": 12, "depth": 2, "heads": 3}
+        found = torch_vit(**shape, classes=classes)
+    elif name == "mobilenet_v2":
+        found = torch_mobilenet(width=8, classes=classes, small=size <= 64)
+    else:
+        found = torch_resnet(
+            COUNTS[name],
+            bottleneck=name == "resnet50",
+            width=4,
+            classes=classes,
+            large=size > 64,
+        )
+    return noisy(found)
+
+
+def noisy(module):
+    """Make all parameters and statistics unlike each other."""
+    torch = import_torch()
+    with torch.no_grad():
+        for key, value in module.state_dict().items():
+            if key.endswith(("bias", "running_mean")):
+                value.normal_(0.0, 0.1)
+            elif key.endswith("running_var") or (value.ndim == 1 and value.numel()):
+                value.uniform_(0.5, 1.5)
+            elif value.ndim and not value.any():  # a head at 0 passes no gradient
+                value.normal_(0.0, 0.2)
+    return module
+
+
+def arrays_of(tensors):
+    return {name: np.array(t.detach().numpy()) for name, t in tensors.items()}
+
+
+def distance(ours, theirs):
+    ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def torch_gradients(module, images, labels, *, train, dtype):
+    """Logits, and a gradient for each array of PyTorch's; statistics have zeros."""
+    torch = import_torch()
+    module = copy.deepcopy(module).to(dtype).train(train)
+    state = arrays_of(module.state_dict())
+    logits = module(torch.tensor(images.transpose(0, 3, 1, 2), dtype=dtype))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels).long())
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    zeros = {name: np.zeros_like(array) for name, array in state.items()}
+    return logits.detach().numpy(), zeros | arrays_of(grads)
+
+
+def check_parity(model, module, size, *, train):
+    """Logits, and the gradient of every parameter, from the same weights.
+
+    Gradients become ours as weights do, so that one table of names serves both. The
+    truth is PyTorch in float64. In training BatchNorm over a few pixels magnifies
+    rounding, rounding flips ReLUs, and some gradients are 0 but for it, so there the
+    whole gradient counts, and its error may be a few times PyTorch's own.
+    """
+    torch = import_torch()
+    rng = np.random.default_rng(2)
+    images = rng.standard_normal((4, size, size, 3), np.float32)
+    labels = np.array([3, 1, 4, 1], np.int32)
+    (exact, exact_grads), (rounded, rounded_grads) = (
+        torch_gradients(module, images, labels, train=train, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    spec = server_spec(model, 0, DESCENT)
+
+    def whole(tensors):
+        key = jax.random.key(0)
+        given = with_weights(model, tensors)
+        return init_server(jax.jit(lambda: init_network(given, key))(), 0, DESCENT)
+
+    @jax.jit
+    def run(branch):
+        mask = jnp.ones(4, bool)
+        _, logits, _ = forward(spec, branch, images, mask, train=train)
+        return masked_cross_entropy(logits, jnp.asarray(labels), mask)[0], logits
+
+    start = whole(arrays_of(module.state_dict()))
+    ours, logits = jax.jit(jax.grad(run, has_aux=True))(start)
+    own = distance(rounded, exact)
+    assert distance(np.asarray(logits), exact) < 1e-5 + 5 * own
+    expected, theirs = (dict(_leaves(whole(g))) for g in (exact_grads, rounded_grads))
+    found = {path: leaf for path, leaf in _leaves(ours) if "/params/" in path}
+    assert len(found) == sum(1 for _ in module.parameters())
+    if not train:
+        for path, leaf in found.items():
+            assert distance(leaf, expected[path]) < 2e-4, path
+
+    def whole_vector(leaves):
+        return np.concatenate([np.ravel(leaves[path]) for path in found])
+
+    exact, rounded = whole_vector(expected), whole_vector(theirs)
+    own = distance(rounded, exact)
+    assert distance(whole_vector(found), exact) < 2e-4 + 5 * own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("resnet34", "resnet50", "mobilenet_v2")
+        ),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_logits_and_gradients_equal_pytorchs(name, train):
+    check_parity(network(name, SMALL[name]), plain_torch(name), SIZE, train=train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_the_form_for_large_images(name):
+    model = network(name, SMALL[name], size=72)
+    check_parity(model, plain_torch(name, size=72), 72, train=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("train", [True, False])
+def test_logits_and_gradients_equal_torchvisions(name, train):
+    """Its own modules, at full width where they know no other."""
+    import_torch()
+    models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
+    size, options = 72, {"conv": "grouped"}
+    if name == "vit":
+        size, options = SIZE, VIT
+        theirs = models.VisionTransformer(SIZE, 8, 2, 3, 12, 48, num_classes=CLASSES)
+    elif name == "mobilenet_v2":
+        theirs = models.mobilenet_v2(num_classes=CLASSES, dropout=0.0)
+    else:
+        theirs = getattr(models, name)(num_classes=CLASSES)
+    check_parity(network(name, options, size=size), noisy(theirs), size, train=train)
+
+
+@pytest.fixture(scope="module")
+def file_of(tmp_path_factory):
+    """Write the weights of a small network of PyTorch, some of them changed."""
+
+    def write(name, change=lambda tensors: tensors):
+        tensors = change(arrays_of(plain_torch(name).state_dict()))
+        path = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
+        save_file(tensors, path)
+        return path
+
+    return write
+
+
+def logits_at(model, network, cut, images):
+    """The logits of a client of this cut and the server behind it."""
+    client, server = (
+        init_client(network, cut, DESCENT),
+        init_server(network, cut, DESCENT),
+    )
+    mask = jnp.ones(len(images), bool)
+    run = jax.jit(forward, static_argnames=("spec", "train"))
+    spec = client_spec(model, cut, DESCENT)
+    features, _, _ = run(spec, client, images, mask, train=False)
+    spec = server_spec(model, cut, DESCENT)
+    return run(spec, server, features, mask, train=False)[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("resnet50", "mobilenet_v2")
+        ),
+    ],
+)
+def test_a_file_fills_every_client_and_server(name, file_of):
+    """The logits are those of PyTorch at every cut; exits start as they would."""
+    torch = import_torch()
+    path, module = file_of(name), plain_torch(name).eval()
+    plain = network(name, SMALL[name])
+    model = load_pretrained(plain, path)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((3, SIZE, SIZE, 3), np.float32)
+    with torch.no_grad():
+        expected = module(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    key = jax.random.key(1)
+    drawn, before = jax.jit(
+        lambda: (init_network(model, key), init_network(plain, key))
+    )()
+    for cut in range(1, len(model.stages) + 1):
+        found = logits_at(model, drawn, cut, images)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for after, head in zip(drawn.exit_heads, before.exit_heads, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, after, head)
+    assert network("resnet18", RESNET).layer_names[0] == "stem"
+
+
+def timm_names(tensors):
+    """Rename ViT's arrays of torchvision to those of timm, by hand."""
+    renamed = {
+        "class_token": "cls_token",
+        "conv_proj.weight": "patch_embed.proj.weight",
+        "conv_proj.bias": "patch_embed.proj.bias",
+        "encoder.pos_embedding": "pos_embed",
+        "encoder.ln.weight": "norm.weight",
+        "encoder.ln.bias": "norm.bias",
+        "heads.head.weight": "head.weight",
+        "heads.head.bias": "head.bias",
+    }
+    inner = {
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "self_attention.in_proj_": "attn.qkv.",
+        "self_attention.out_proj": "attn.proj",
+        "mlp.0": "mlp.fc1",
+        "mlp.3": "mlp.fc2",
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        new = renamed.get(name)
+        if new is None:
+            new = name.replace("encoder.layers.encoder_layer_", "blocks.")
+            for theirs, ours in inner.items():
+                new = new.replace(theirs, ours)
+        found[new] = tensor
+    return found
+
+
+def seven_classes(tensors):
+    head = {"weight": (7, VIT["hidden"]), "bias": (7,)}
+    return tensors | {
+        f"heads.head.{name}": np.ones(shape, np.float32) for name, shape in head.items()
+    }
+
+
+def starts_of(model):
+    return dict(_leaves(jax.jit(lambda: init_network(model, jax.random.key(1)))()))
+
+
+def test_the_names_of_timm_and_another_number_of_classes(file_of, caplog):
+    """Both give the same start; of another head only the LayerNorm is taken."""
+    plain = network("vit", VIT)
+    one, other = (
+        starts_of(load_pretrained(plain, file_of("vit", change)))
+        for change in (lambda tensors: tensors, timm_names)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert "timm" not in caplog.text
+    with caplog.at_level("INFO", "hsee_jax"):
+        other = starts_of(load_pretrained(plain, file_of("vit", seven_classes)))
+    assert "has 7 classes, the data have 5: the linear layer" in caplog.text
+    fresh = starts_of(plain)
+    for path, leaf in other.items():
+        expected = fresh if "final_head/params/linear" in path else one
+        np.testing.assert_array_equal(leaf, expected[path], path)
+
+
+def without(name):
+    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
+
+
+def with_array(name, shape):
+    return lambda tensors: tensors | {name: np.zeros(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("encoder.ln.bias"), "misses encoder.ln.bias, one of 1 such names"),
+        (with_array("encoder.more", 3), "has encoder.more, one of 1 such names"),
+        (
+            with_array("encoder.pos_embedding", (1, 9, 12)),
+            r"encoder.pos_embedding in .* has the shape \[1, 9, 12\]; allowed is "
+            r"\[1, 5, 12\]",
+        ),
+        (
+            with_array("conv_proj.weight", (12, 1, 8, 8)),
+            r"shape \[12, 1, 8, 8\]; allowed is \[12, 3, 8, 8\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(change, message, file_of):
+    with pytest.raises(UserError, match=message) as caught:
+        load_pretrained(network("vit", VIT), file_of("vit", change))
+    assert str(caught.value).startswith("pretrained: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_and_networks_are_refused(file_of, tmp_path):
+    path = tmp_path / "weights"
+    with pytest.raises(UserError, match="pretrained: .*weights cannot be read"):
+        load_pretrained(network("vit", VIT), path)
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match="allowed is a file of safetensors"):
+        load_pretrained(network("vit", VIT), path)
+    perceptron = hs.nn.mlp(num_classes=CLASSES, input_shape=(SIZE, SIZE, 3))
+    with pytest.raises(UserError, match="allowed are ResNet, MobileNetV2 and ViT"):
+        load_pretrained(perceptron, file_of("vit"))
+
+
+def test_a_run_starts_from_a_file(tmp_path, file_of, capsys):
+    """All clients and servers hold its weights; no other command needs the file."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (24, SIZE, SIZE, 3)).astype(np.uint8)
+    labels = np.arange(24) % CLASSES
+    hs.data.write_npz(tmp_path / "data", (images, labels, images, labels))
+    path = file_of("vit", seven_classes)
+    words = "--network vit --hidden 12 --depth 2 --heads 3 --patch-size 8 --cuts 1 2"
+    words += " --dataset npz --num-clients 3 --batch-size 8 --rounds 1 --optimizer sgd"
+    words += " --learning-rate 1e-9 --weight-decay 0 --momentum 0"
+    given = [*words.split(), "--data-dir", str(tmp_path / "data")]
+    given += ["--pretrained", str(path)]
+    out = tmp_path / "run"
+    assert hs.cli.main(["train", *given, "--out", str(out)]) == 0
+    path.rename(path.with_name("gone"))
+    run = hs.restore(out)
+    assert run.config.model.pretrained == str(path)
+    expected = arrays_of(plain_torch("vit").state_dict())
+    for i in range(3):
+        block = run.network(i).layers[1].params["up"]["kernel"]
+        name = "encoder.layers.encoder_layer_1.mlp.0.weight"
+        np.testing.assert_allclose(block, expected[name].T, atol=1e-6)
+    assert hs.cli.main(["eval", str(out)]) == 0
+    given[-1] = str(tmp_path / "nowhere")
+    assert hs.cli.main(["train", *given, "--out", str(tmp_path / "no")]) == 2
+    assert "pretrained: " in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
