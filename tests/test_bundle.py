@@ -2,6 +2,8 @@
 
 import threading
 import time
+import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from hsee_jax.deployment.settings import NodeSettings, ServerSettings, read_sett
 from hsee_jax.runs.flat import config_from_flat
 from hsee_jax.runs.material import shares
 
+ROOT = Path(__file__).parents[1]
 CONFIG = hs.override(
     hs.preset("demo"),
     num_clients=2,
@@ -327,3 +330,15 @@ def test_settings_are_typed():
     ):
         with pytest.raises(UserError, match=error):
             read_settings(ServerSettings, given)
+
+
+def test_the_app_of_the_examples_is_that_of_the_page_and_is_valid():
+    text = (ROOT / "examples" / "flower" / "pyproject.toml").read_text()
+    page = (ROOT / "docs" / "how-to" / "flower.md").read_text()
+    app = tomllib.loads(text)
+    shown = page.partition("```toml\n")[2].partition("```")[0]
+    assert tomllib.loads(shown) == app
+    settings = app["tool"]["flwr"]["app"]["config"]
+    config = config_from_flat(settings.pop("hsee"))
+    assert config.clients.num_clients == 3 and config.clients.link == "int8"
+    assert read_settings(ServerSettings, settings).out == "runs/flower"

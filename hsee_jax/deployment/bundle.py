@@ -160,10 +160,11 @@ class Courier:
 
     def _carry(self, service: Service, i: int) -> None:
         hello = pack({"samples": -1, "version": VERSION})
+        asks = pack({"round": 0, "since": 0})  # for all means that there are
         run = service.call("join", i, hello, self._alive)
         lost: bool | None = None  # whether the device has no state; None if not known
         while self._alive():
-            task = service.call("next", i, _NEXT, self._alive)
+            task = service.call("next", i, asks, self._alive)
             kind, last = (_fields(task)[name] for name in ("kind", "last"))
             if kind == Kind.WAIT:
                 continue
@@ -195,9 +196,6 @@ class Courier:
 
     def _awaited(self) -> bool:
         return not self._over.is_set()
-
-
-_NEXT = pack({"round": 0, "since": 0})  # the answer has the latest means
 
 
 def _fields(answer: bytes) -> dict[str, Any]:
