@@ -1,4 +1,4 @@
-"""One of ten devices sends poisoned layers; the mean, a trimmed mean and the median.
+r"""One of ten devices sends poisoned layers; the mean, a trimmed mean and the median.
 
 After each round every layer is averaged over its holders. Client 1, one of the five
 with the deeper cut, multiplies its layers by a factor before it sends them: 1 is
@@ -7,6 +7,8 @@ the library. The script prints the mean accuracy of the nine honest clients, ove
 it takes a few minutes::
 
     python examples/poisoning.py --json examples/poisoning.json
+    python examples/poisoning.py --skew --factors 1 -10 \
+        --json examples/poisoning-skew.json
 """
 
 import argparse
@@ -25,6 +27,7 @@ from hsee_jax.federation import RunState
 from hsee_jax.federation.state import Means
 
 ATTACKER = 1
+SKEW = {"partition": "dirichlet", "alpha": 0.3}
 SHARES = {"mean": 0.0, "trimmed_mean": 0.2, "median": 0.0}
 Row = dict[str, Any]  # values of JSON
 
@@ -87,6 +90,7 @@ def train(aggregate: str, factor: float, seed: int, given: argparse.Namespace) -
         trim_share=SHARES[aggregate],
         max_train_samples=given.images,
         rounds=given.rounds,
+        **(SKEW if given.skew else {}),
         model_seed=seed,
         data_seed=seed,
         partition_seed=seed,
@@ -131,6 +135,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--aggregates", nargs="+", default=list(SHARES), choices=SHARES)
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, -1.0, -10.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--skew", action="store_true", help="deal labels unequally")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--images", type=int, help="for training (all)")
     given = parser.parse_args(words)

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from hsee_jax.federation.aggregation import layer_mean, receive
 from hsee_jax.federation.branch import LayerState
+from hsee_jax.federation.reduction import REDUCERS
 from hsee_jax.optim import MERGES, Merge, as_optimizer, with_merge
 
 OPTIMIZER = optax.trace(0.9)
+MEAN = REDUCERS.make("mean", 0.0).reduce
 
 
 def layer(values, momentum=0.0):
@@ -29,7 +31,9 @@ def layer(values, momentum=0.0):
     )
 
 
-def average(groups, weights, *, optimizer=OPTIMIZER, state="keep", **options):
+def average(
+    groups, weights, *, optimizer=OPTIMIZER, state="keep", reduce=MEAN, **options
+):
     """What all holders have after the mean of round 3, theirs being of round 2."""
     optimizer = with_merge(optimizer, state)
     mean = layer_mean(
@@ -37,6 +41,7 @@ def average(groups, weights, *, optimizer=OPTIMIZER, state="keep", **options):
         [jnp.asarray(w, jnp.float32) for w in weights],
         number=jnp.int32(3),
         optimizer=optimizer,
+        reduce=reduce,
     )
     take = partial(receive, optimizer=optimizer, **options)
     return [
@@ -58,10 +63,13 @@ def test_a_layer_held_once_is_unchanged():
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
-def test_without_weight_nothing_changes():
-    before = layer([1, 2])
+@pytest.mark.parametrize(
+    "name, share", [("mean", 0), ("median", 0), ("trimmed_mean", 0.2)]
+)
+def test_without_weight_nothing_changes(name, share):
+    before, reduce = layer([1, 2]), REDUCERS.make(name, share).reduce
     for state in MERGES:
-        (after,) = average([before], [[0, 0]], state=state)
+        (after,) = average([before], [[0, 0]], state=state, reduce=reduce)
         jax.tree.map(np.testing.assert_array_equal, after, before)
 
 

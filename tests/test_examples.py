@@ -214,8 +214,9 @@ def test_the_poisoning_scores_the_nine_honest_clients(demo, capsys):
     assert len(exits) == 9 and row["exit_accuracy"] == pytest.approx(np.mean(exits))
 
 
-def test_the_page_has_the_figures_of_the_poisoning():
-    rows = json.loads((EXAMPLES / "poisoning.json").read_text())
+@pytest.mark.parametrize("name", ["poisoning", "poisoning-skew"])
+def test_the_page_has_the_figures_of_the_poisoning(name):
+    rows = json.loads((EXAMPLES / f"{name}.json").read_text())
     page = (ROOT / "docs/how-to/robust.md").read_text()
     assert example("poisoning").table(rows) in page
 

@@ -3,12 +3,15 @@
 The network, the certificates and the proxy have their own tests.
 """
 
+import time
+
 import jax
 import numpy as np
 import pytest
 from devices import Killed, Network
 
 import hsee_jax as hs
+from hsee_jax.core.errors import UserError
 from hsee_jax.deployment import box, journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.types import Patience
@@ -130,23 +133,38 @@ def test_a_server_may_be_killed_at_any_moment(
     assert_undisturbed(simulated, config, tmp_path)
 
 
-def test_a_client_that_is_late_is_absent(tmp_path):
-    """It comes in the second round, and the first went on without it."""
-    network = Network(hs.override(SMALL, rounds=2, eval_every=2), tmp_path)
+def test_a_client_that_comes_late_was_absent_until_then(
+    simulated, tmp_path, monkeypatch
+):
+    """Round 1 goes on without it, and the end is that of a client with an absence."""
+    config = hs.override(SMALL, rounds=2, eval_every=2)
+    network, close = Network(config, tmp_path), Mailbox.close
+
+    def overdue(self):
+        return self._number == 1 and 0 in self._finished
+
+    def close_later(self):
+        if self._number == 1:
+            network.start(1)
+            while 1 in self._away:  # until it calls
+                time.sleep(0.02)
+        return close(self)
+
+    monkeypatch.setattr(Mailbox, "_overdue", overdue)
+    monkeypatch.setattr(Mailbox, "close", close_later)
     network.start(0)
-    first = Mailbox.close
-
-    def close(self):
-        network.start(1)
-        Mailbox.close = first
-        return first(self)
-
-    Mailbox.close = close
-    try:
-        network.serve(patience=Patience(deadline_s=3))
-    finally:
-        Mailbox.close = first
+    network.serve(patience=Patience(deadline_s=1000))
     network.join()
-    records = read_records(tmp_path / "run")
-    assert records[0].missed == [1]
-    assert len(records) == 2
+    assert [r.missed for r in read_records(tmp_path / "run")] == [[1], []]
+    state = simulated(hs.override(config, absences=("1:1-1",)))
+    jax.tree.map(
+        np.testing.assert_array_equal, hs.restore(tmp_path / "run").state, state
+    )
+
+
+def test_a_run_that_was_not_served_does_not_go_on_with_devices(tmp_path):
+    config = hs.override(SMALL, rounds=1, eval_every=1, checkpoint_every=1)
+    hs.train(config, tmp_path / "run")
+    network = Network(hs.override(config, rounds=2), tmp_path)
+    with pytest.raises(UserError, match="holds no devices after round 1"):
+        network.serve(resume=True)

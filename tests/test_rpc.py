@@ -1,5 +1,6 @@
 """The calls of devices over gRPC: who calls, how large, how often."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from devices import Network
 import hsee_jax as hs
 from hsee_jax.cli import main
 from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.deployment import local
 from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.rpc import check_address, connect, open_port
@@ -263,6 +265,14 @@ def test_a_signal_ends_server_and_devices(number, tmp_path):
     for i in range(2):
         said = (out / "devices" / f"client-{i}" / "log.txt").read_text()
         assert said.endswith("hsee: stopped; the same command goes on\n")
+
+
+def test_a_local_device_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
+    words = ["serve", "demo", "--local", "2", *flags(**SMALL | dict(rounds=500))]
+    out = tmp_path / "run"
+    monkeypatch.setattr(local.sys, "executable", shutil.which("false"))
+    assert main([*words, "--out", str(out)]) == 2
+    assert "local: the process of client" in capsys.readouterr().err
 
 
 def test_devices_over_grpc_equal_devices_without(tmp_path):

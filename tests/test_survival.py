@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from test_strategies import assert_same, branches, train
 from tiny import TINY, AfterRound, tiny_federation, tiny_shards
 
@@ -26,7 +27,6 @@ from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.engine.plan import Absence, missing
-from hsee_jax.runs import checkpoint
 from hsee_jax.runs.checkpoint import find
 from hsee_jax.runs.folder import locked, read_config
 
@@ -329,7 +329,7 @@ def test_a_full_disk_is_one_clear_line(where, tmp_path, monkeypatch):
 
     def fill(record):
         if record.round == 2:
-            owner = Path if where != "save_async" else checkpoint.ocp
+            owner = Path if where != "save_async" else ocp
             monkeypatch.setattr(owner, where, refuse)
 
     def refuse(*args, **kwargs):

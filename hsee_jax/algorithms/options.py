@@ -60,8 +60,8 @@ Aggregate = Annotated[
 ]
 TrimShare = Annotated[
     float,
-    "share of a layer's holders that the trimmed mean leaves out at each end; a part of "
-    "a holder does not count [ours]",
+    "share of a layer's holders that the trimmed mean leaves out at each end; "
+    "fractions of a holder do not count [ours]",
     Rule("0 or more, less than 0.5", lambda value: 0 <= value < 0.5),
 ]
 BatchNorm = Annotated[

@@ -7,6 +7,7 @@ server, through a function of bytes; this file knows no network.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ from hsee_jax.deployment.protocol import (
 )
 from hsee_jax.deployment.training import make_programs, train_round
 from hsee_jax.runs.participant import Participant, build_participant
+
+_log = logging.getLogger(__name__)
 
 # (method, message) -> the server's answer
 Call = Callable[[str, bytes], bytes]
@@ -85,7 +88,7 @@ class Device:
         """Take part until the run ends; return False if ``stop`` was true before.
 
         Raises:
-          UserError: the server asks for what this device no longer has.
+          UserError: see `_go_back`.
         """
         while not stop():
             kind, number, layers = self._next()
@@ -120,25 +123,49 @@ class Device:
         )
         kind, number = Kind(fields["kind"]), fields["round"]
         again = kind == Kind.TRAIN and number == state.round
-        if fields["last"] < state.round and kind != Kind.WAIT and not again:
-            self._box.drop(fields["last"])
-            self.state = self._load()
-            return self._next()
+        if kind != Kind.WAIT and not again and fields["last"] != state.round:
+            behind = kind == Kind.TRAIN and number < state.round
+            if self._go_back(fields["last"], behind=behind):
+                return self._next()
         if fields["means"] > state.since:
             means = tree_from(unpack(data, form), forms.means, "means")
             client = self._programs.receive(state.client, means, np.int32(state.since))
             self.state = DeviceState(client, state.round, fields["means"])
         return kind, number, Layers(fields["layers"])
 
+    def _go_back(self, last: int, *, behind: bool) -> bool:
+        """Go back to the last round that counts, if the server left out later ones.
+
+        Args:
+          last: this round; of a later one than that of the state, nothing is left here.
+          behind: whether the server itself is at an earlier round than the device.
+
+        Returns:
+          Whether the state has changed.
+
+        Raises:
+          UserError: the state after that round is not here any more.
+        """
+        number = self.state.round
+        if last > number:
+            _log.warning(
+                "the server counts round %d, the state here is of %d", last, number
+            )
+            return False
+        kept = [kept for kept in self._box.rounds() if kept <= last]
+        if behind or last != max(kept, default=0):
+            raise UserError(
+                f"state: for the server, round {last} was the last of this device, and "
+                f"the state here is of round {number}; allowed is a server that goes "
+                "on with its run, or a new folder"
+            )
+        self._box.drop(last)
+        self.state = self._load()
+        return True
+
     def _take_part(self, number: int, layers: Layers) -> None:
         """Train a round, or answer again with what it was answered with."""
         box = self._box
-        if number < self.state.round:
-            raise UserError(
-                f"state: the server is at round {number}, and this device has trained "
-                f"round {self.state.round}; allowed is a server that goes on with its "
-                "run, or a new folder"
-            )
         if number == self.state.round:
             for message in box.messages(number):
                 self._answer("push", message)

@@ -1,8 +1,8 @@
 """What a server must know to go on after any round: its checkpoints, and the devices.
 
 A checkpoint is written after every round, before the next round opens; devices keep the
-messages of their last round, so nothing more can be lost. In rounds without a checkpoint
-of the run it is written here, with the layers of clients that the server has last seen.
+messages of their last round, so nothing more can be lost. Rounds without a checkpoint
+of the run have theirs here, with the layers of clients that the server saw last.
 """
 
 import uuid
@@ -13,6 +13,7 @@ from types import TracebackType
 import jax
 import numpy as np
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.box import read, write
 from hsee_jax.deployment.protocol import (
     form_of,
@@ -86,14 +87,19 @@ class Journal(Callback):
         """Know what was true after a round, from its file if it is not this one.
 
         Raises:
-          UserError: the file is damaged.
+          UserError: the file is damaged, or there is none: no server trained the round.
         """
         if self._number == number:
             return
         self._number, self.last, self.means = number, {}, {}
+        if number == 0:
+            return
         path = self._path(number)
         if not path.exists():
-            return
+            raise UserError(
+                f"run: {self._folder.parent} holds no devices after round {number}; "
+                "allowed is a run that `hsee serve` trained"
+            )
         clients = jax.ShapeDtypeStruct((self._clients,), np.int32)
         form = form_of(self._like, "means")
         limit = size_limit(form | {"last": clients})

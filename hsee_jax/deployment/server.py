@@ -47,7 +47,7 @@ def over_network(
     """
     strategy = experiment.strategy
     assert strategy.halves is not None
-    serve = jax.jit(strategy.halves.serve, static_argnames="group")
+    serve = jax.jit(strategy.halves.serve, static_argnames="group", donate_argnums=0)
     attendance = experiment.attendance
     seldom |= attendance.participation < 1 or attendance.dropout > 0
     seldom |= bool(attendance.absences)

@@ -1,6 +1,7 @@
 """The calls of devices: bytes in, checked; bytes out. No network is in here."""
 
 import json
+import logging
 from collections.abc import Callable
 
 import jax
@@ -30,6 +31,7 @@ from hsee_jax.runs.restore import seat
 from hsee_jax.runs.served import describe
 
 METHODS = ("join", "begin", "next", "push", "finish")
+_log = logging.getLogger(__name__)
 Alive = Callable[[], bool]
 
 
@@ -118,6 +120,7 @@ class Service:
         """
         del alive
         split(message, ())
+        _log.info("client %d begins with its first layers", i)
         experiment = self._experiment
         state = experiment.store.to_checkpoint(experiment.init())
         g, m = seat(experiment.federation, i)

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.data.arrays import as_known
 from hsee_jax.data.npz import read_split
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.device import Call, Device, join
+from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.runs.participant import own_share
 
 
@@ -35,8 +37,11 @@ def take_part(
     """
     raw = None if data is None else read_split(data)
     samples = -1 if raw is None else len(raw.labels)
-    values, part = join(call, samples, tuple(plugins))
-    box = Box(state)
-    box.claim(values["run"], part.client)
-    own = own_share(values) if raw is None else as_known(raw, part.info)
-    return Device(part, own, box, call).run(stop)
+    try:
+        values, part = join(call, samples, tuple(plugins))
+        box = Box(state)
+        box.claim(values["run"], part.client)
+        own = own_share(values) if raw is None else as_known(raw, part.info)
+        return Device(part, own, box, call).run(stop)
+    except Refusal as refusal:
+        raise UserError(f"server: sends what is not allowed: {refusal}") from refusal

@@ -43,7 +43,9 @@ def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
       strategy: the algorithm.
       begin: makes the steps of a round.
     """
-    aggregate = jax.jit(strategy.aggregate, donate_argnums=0)
+    aggregate: Callable = jax.jit(strategy.aggregate, donate_argnums=0)
+    if strategy.halves is not None:
+        aggregate = _in_two_programs(strategy)
     newer = jax.jit(newest)
 
     def run(
@@ -89,6 +91,23 @@ def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
         return state, means, RoundProgress(done, finished, totals, steps.late())
 
     return run
+
+
+def _in_two_programs(strategy: Strategy) -> Callable[..., tuple[RunState, Means]]:
+    """Compile an average so that all holders get the bits of the means it returns.
+
+    In one program XLA may compute a mean twice, and round it otherwise; devices, and
+    clients that come later, get the means that are returned.
+    """
+    compute = jax.jit(lambda state, weights: strategy.aggregate(state, weights)[1])
+    receive = jax.jit(strategy.receive, donate_argnums=0)
+
+    def aggregate(state: RunState, weights: Any) -> tuple[RunState, Means]:
+        means, number = compute(state, weights), np.int32(state.round)
+        since = tuple(np.full(len(own), number, np.int32) for own in weights)
+        return receive(state, means, since), means
+
+    return aggregate
 
 
 def _added(totals: ExitMetrics, log: Log) -> ExitMetrics:

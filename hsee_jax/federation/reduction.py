@@ -1,8 +1,8 @@
 """Reducers of a layer's holders to one: the mean, and two that withstand outliers.
 
 The coordinate-wise median and trimmed mean are those of Yin, Chen, Ramchandran and
-Bartlett (ICML 2018, arXiv:1803.01498), here over the holders of a layer that take part:
-their number is another for each layer, and may change from round to round [ours].
+Bartlett (ICML 2018, arXiv:1803.01498), here over the holders of a layer that take part.
+Their number differs from layer to layer and from round to round [ours].
 """
 
 from collections.abc import Callable, Sequence
@@ -107,8 +107,8 @@ def _by_order(reduce_rows: Callable[[Array, Array], Array]) -> ReduceFn:
     """Reduce by the order of the holders in each number.
 
     Args:
-      reduce_rows: takes rows ``float32 [H, ...]`` in ascending order, and how many of
-        the first are of holders that take part, ``int32 []``.
+      reduce_rows: takes rows ``float32 [H, ...]`` in ascending order, and the number
+        ``int32 []`` of rows at the beginning that belong to holders that take part.
     """
 
     def reduce(

@@ -1,0 +1,127 @@
+"""A device and its files: where it goes on, and what it never throws away."""
+
+import jax
+import numpy as np
+import pytest
+
+import hsee_jax as hs
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import Dataset
+from hsee_jax.deployment.box import Box, DeviceState, read, write
+from hsee_jax.deployment.device import Device
+from hsee_jax.deployment.forms import Kind, Layers
+from hsee_jax.deployment.protocol import pack
+from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.served import build_served, describe
+
+CONFIG = hs.override(
+    hs.preset("demo"),
+    network="mlp",
+    depth=2,
+    hidden=4,
+    num_clients=2,
+    cuts=("1",),
+    max_train_samples=20,
+    max_test_samples=10,
+    batch_size=4,
+)
+DATA = Dataset(np.zeros((10, 28, 28, 1), np.uint8), np.zeros(10, np.int32))
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return build_served(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def layers(experiment):
+    return jax.tree.map(lambda leaf: leaf[0], experiment.init().clients[0])
+
+
+@pytest.fixture
+def box(tmp_path, layers):
+    """The files of a device that trained rounds 8 and 9."""
+    box = Box(tmp_path)
+    for number in (8, 9):
+        box.save(DeviceState(layers, number, number))
+    return box
+
+
+def device(experiment, box, *tasks):
+    """A device whose server gives it these tasks: kind, round, last round."""
+    answers = iter(tasks)
+
+    def call(method, message):
+        assert method == "next"
+        kind, number, last = next(answers)
+        return pack(
+            dict(kind=kind, round=number, layers=Layers.NONE, last=last, means=0)
+        )
+
+    return Device(build_participant(describe(experiment, 0)), DATA, box, call)
+
+
+def run(device):
+    return device.run(lambda: False)
+
+
+@pytest.mark.parametrize("task", [(Kind.TRAIN, 6, 5), (Kind.END, 0, 7)])
+def test_no_state_is_thrown_away_for_a_server_that_is_behind(experiment, box, task):
+    with pytest.raises(UserError, match="the state here is of round 9; allowed is"):
+        run(device(experiment, box, task))
+    assert box.rounds() == [8, 9]
+
+
+def test_a_round_that_does_not_count_is_dropped(experiment, box):
+    one = device(experiment, box, (Kind.TRAIN, 10, 8), (Kind.END, 10, 8))
+    assert run(one)
+    assert one.state.round == 8 and box.rounds() == [8]
+
+
+def test_a_state_that_is_older_than_the_server_knows_goes_on(experiment, box, caplog):
+    one = device(experiment, box, (Kind.WAIT, 0, 0), (Kind.END, 12, 11))
+    assert run(one) and one.state.round == 9
+    assert "the server counts round 11, the state here is of 9" in caplog.text
+
+
+def test_a_folder_belongs_to_one_client_of_one_run(tmp_path):
+    Box(tmp_path).claim("a run", 0)
+    Box(tmp_path).claim("a run", 0)
+    for other in (("a run", 1), ("another", 0)):
+        with pytest.raises(UserError, match="state of another run or client"):
+            Box(tmp_path).claim(*other)
+
+
+def test_a_state_comes_back_bit_for_bit(box, layers):
+    state = box.load(layers, 9)
+    assert (state.round, state.since) == (9, 9)
+    jax.tree.map(np.testing.assert_array_equal, state.client, layers)
+
+
+def test_a_damaged_state_is_refused(box, layers, tmp_path):
+    path = tmp_path / "state-9"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="state-9 is damaged"):
+        box.load(layers, 9)
+
+
+def test_old_rounds_are_forgotten(box, layers):
+    for number in (9, 10):
+        box.put(number, 0, b"first")
+        box.put(number, None, b"last")
+    box.save(DeviceState(layers, 10, 9))
+    box.forget(10)
+    assert box.rounds() == [9, 10]
+    assert list(box.messages(10)) == [b"first"] and box.finish(10) == b"last"
+    assert list(box.messages(9)) == []
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write(path, b"old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(UserError, match="file cannot be written: full"):
+        write(path, b"new")
+    assert read(path) == b"old"
