@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -97,3 +98,24 @@ def test_what_is_killed_changes_nothing(tmp_path):
         assert "round 3/3" in said, said
     hs.train(config, tmp_path / "simulated")
     same(out, tmp_path / "simulated")
+
+
+def test_messages_of_flower_carry_the_bytes():
+    """No bytes and many bytes; what is no record of parts has none."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    from hsee_jax.deployment.flower import _content, _parts, _reply
+
+    def reply(content, error=None):
+        return SimpleNamespace(
+            content=content,
+            error=SimpleNamespace(reason=error),
+            has_error=lambda: error is not None,
+            metadata=SimpleNamespace(reply_to_message_id="1"),
+        )
+
+    parts = {"00000001 push": bytes(range(256)) * 50_000, "next": b"{}\n", "empty": b""}
+    assert _reply(reply(_content(parts))) == ("1", parts, "")
+    for content in (RecordDict(), RecordDict({"parts": ConfigRecord({"a": 1})})):
+        assert _parts(reply(content)) == {}
+    assert _reply(reply(None, "no\nmemory")) == ("1", {}, "no memory")
