@@ -38,6 +38,7 @@ def serve(
     overwrite: bool = False,
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] = lambda: False,
+    check: Callable[[Experiment], None] = lambda _: None,
 ) -> Summary:
     """Train a run to its end with clients that are devices, and write its folder.
 
@@ -53,6 +54,7 @@ def serve(
       callbacks: called after every round.
       stop: true ends the run; the round that is open is lost, and devices take part in
         it again.
+      check: raises an error if the doors cannot serve the run.
 
     Returns:
       The content of ``summary.json``.
@@ -67,6 +69,7 @@ def serve(
     def build_run() -> Experiment:
         experiment = build_served(config, samples)
         patience.check(config.clients.num_clients)
+        check(experiment)
         seldom = patience.deadline_s is not None
         return over_network(experiment, mailbox, journal, seldom=seldom)
 

@@ -81,7 +81,7 @@ class Service:
         """Answer a call.
 
         Args:
-          method: one of `METHODS`.
+          method: one of `METHODS`; any other is refused.
           i: the client that calls, as its certificate says; nothing that it sends can
             change this.
           message: what it sends.
@@ -94,6 +94,8 @@ class Service:
         try:
             if i not in self._forms:
                 raise Refusal(f"client: {i} is not one of this run")
+            if method not in METHODS:
+                raise Refusal(f"method: {method} is not one of {', '.join(METHODS)}")
             return getattr(self, f"_{method}")(i, message, alive)
         except Closed:
             return pack({"closed": 1})

@@ -1,0 +1,121 @@
+"""A run over Flower, on loopback; skipped where flwr is not installed."""
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import hsee_jax as hs
+from hsee_jax.cli import main
+from hsee_jax.runs.flat import config_from_flat
+from hsee_jax.runs.history import read_records
+from hsee_jax.runs.material import shares
+
+pytest.importorskip("flwr")
+
+from flower_processes import Federation, toml  # noqa: E402
+
+APP = Path(__file__).parents[1] / "examples" / "flower" / "pyproject.toml"
+LIMIT_S = 1200
+SMALL = dict(
+    preset="demo",
+    num_clients=3,
+    network="mlp",
+    depth=3,
+    hidden=4,
+    cuts="1 2",
+    max_train_samples=36,
+    max_test_samples=10,
+    batch_size=4,
+    rounds=2,
+    eval_every=2,
+    checkpoint_every=2,
+    link="int8",
+)
+
+
+def make_app(folder, options, **settings):
+    """Write the app of the examples with other options."""
+    folder.mkdir()
+    head = APP.read_text().partition("[tool.flwr.app.config]")[0]
+    lines = [head, "[tool.flwr.app.config]"]
+    lines += [f"{name} = {toml(value)}" for name, value in settings.items()]
+    lines += ["[tool.flwr.app.config.hsee]"]
+    lines += [f"{name} = {toml(value)}" for name, value in options.items()]
+    (folder / "pyproject.toml").write_text("\n".join(lines))
+    return folder
+
+
+def same(one, other):
+    jax.tree.map(
+        np.testing.assert_array_equal, hs.restore(one).state, hs.restore(other).state
+    )
+    plain = [
+        [r._replace(seconds=0, wall_seconds=0) for r in read_records(folder)]
+        for folder in (one, other)
+    ]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.slow
+def test_three_nodes_on_loopback_equal_the_simulation(tmp_path, capsys):
+    config, out = config_from_flat(SMALL), tmp_path / "run"
+    app = make_app(tmp_path / "app", SMALL, out=str(out))
+    with Federation.start(tmp_path) as federation:
+        for i, share in enumerate(shares(config)):
+            federation.start_node(i, share)
+        said = federation.run(app, LIMIT_S)
+        assert "round 2/2" in said, said
+    assert not federation.processes()
+    hs.train(config, tmp_path / "simulated")
+    same(out, tmp_path / "simulated")
+    for command in ("eval", "report", "gate"):
+        assert main([command, str(out)]) == 0
+
+
+@pytest.mark.slow
+def test_what_is_killed_changes_nothing(tmp_path):
+    """A ClientApp, a SuperNode and the ServerApp, each in the middle of a round."""
+    settings = SMALL | dict(rounds=3, eval_every=3, checkpoint_every=3)
+    config, out = config_from_flat(settings), tmp_path / "run"
+    app = make_app(tmp_path / "app", settings, out=str(out), resume=False)
+    data = shares(config)
+    with Federation.start(tmp_path) as federation:
+        nodes = [federation.start_node(i, share) for i, share in enumerate(data)]
+        first = federation.begin(app)
+        federation.wait_for(lambda: federation.processes("flwr-clientapp"))
+        federation.wait_for(lambda: list(tmp_path.glob("device-*/outbox")))
+        federation.kill(signal.SIGKILL, "flwr-clientapp")
+        federation.wait_for(lambda: (out / "deployment" / "rounds" / "1").exists())
+        nodes[1].kill()
+        federation.start_node(1, data[1])
+        federation.kill(signal.SIGKILL, "flwr-serverapp")
+        first.wait(LIMIT_S)
+        said = federation.run(app, LIMIT_S, resume=True)
+        assert "round 3/3" in said, said
+    hs.train(config, tmp_path / "simulated")
+    same(out, tmp_path / "simulated")
+
+
+def test_messages_of_flower_carry_the_bytes():
+    """No bytes and many bytes; what is no record of parts has none."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    from hsee_jax.deployment.flower import _content, _parts, _reply
+
+    def reply(content, error=None):
+        return SimpleNamespace(
+            content=content,
+            error=SimpleNamespace(reason=error),
+            has_error=lambda: error is not None,
+            metadata=SimpleNamespace(reply_to_message_id="1"),
+        )
+
+    parts = {"00000001 push": bytes(range(256)) * 50_000, "next": b"{}\n", "empty": b""}
+    assert _reply(reply(_content(parts))) == ("1", parts, "")
+    for content in (RecordDict(), RecordDict({"parts": ConfigRecord({"a": 1})})):
+        assert _parts(reply(content)) == {}
+    assert _reply(reply(None, "no\nmemory")) == ("1", {}, "no memory")
