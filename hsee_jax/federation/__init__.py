@@ -16,6 +16,7 @@ from hsee_jax.federation.branch import (
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
+from hsee_jax.federation.ridge import Sums, gram, merge, solve
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.step import (
     ForwardPass,
@@ -44,6 +45,7 @@ __all__ = [
     "RunState",
     "ServerStep",
     "Strategy",
+    "Sums",
     "branch_step",
     "client_backward",
     "client_forward",
@@ -52,14 +54,17 @@ __all__ = [
     "detached_step",
     "encode",
     "forward",
+    "gram",
     "group_clients",
     "init_client",
     "init_server",
     "joint_step",
     "layer_mean",
+    "merge",
     "message_bytes",
     "receive",
     "server_of",
     "server_spec",
     "server_step",
+    "solve",
 ]

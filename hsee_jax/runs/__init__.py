@@ -6,6 +6,7 @@ from hsee_jax.runs.data import DataSource
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
+from hsee_jax.runs.refit import Refit, refit
 from hsee_jax.runs.reopen import evaluate, reopen
 from hsee_jax.runs.restore import Restored, restore, restore_client
 from hsee_jax.runs.train import train
@@ -18,6 +19,7 @@ __all__ = [
     "History",
     "MetricsLog",
     "Moment",
+    "Refit",
     "Restored",
     "RoundRecord",
     "Scores",
@@ -25,6 +27,7 @@ __all__ = [
     "build",
     "evaluate",
     "read_history",
+    "refit",
     "reopen",
     "restore",
     "restore_client",

@@ -12,6 +12,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
+from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.compilation import check_finite
 from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
 from hsee_jax.engine.placement import Shards
@@ -22,6 +23,7 @@ from hsee_jax.engine.plan import (
     participants,
     plan_round,
 )
+from hsee_jax.engine.refit import ExitFit, Samples, refit_exits
 from hsee_jax.engine.round import RoundFn, RoundProgress
 from hsee_jax.engine.store import Store
 from hsee_jax.federation.federation import Federation, Group
@@ -214,3 +216,16 @@ class Experiment(NamedTuple):
             for ids in self.store.chunks()
             for result in self.evaluate_fn(self.store.take(state, ids), data, ids)
         )
+
+    def refit_exits(self, state: Any, ridge: float) -> tuple[Any, list[ExitFit]]:
+        """Fit all exits exactly, see `hsee_jax.engine.refit_exits`."""
+        samples = Samples(
+            self.train,
+            self.shards,
+            InputPipeline(self.info.mean, self.info.std),
+            self.eval_batch_size,
+            self.info.num_classes,
+        )
+        stored = self.store.to_checkpoint(state)
+        stored, fits = refit_exits(self.federation, stored, samples, ridge)
+        return self.store.from_checkpoint(stored), fits

@@ -30,6 +30,8 @@ _DERIVED = (
     "report",
     "gate",
     "export",
+    "refit",
+    "refit.json",
     "tracking",
     "tensorboard",
     "wandb",
