@@ -105,6 +105,7 @@ def test_a_configuration_of_version_0_1_is_read():
             "micro_batches",
             "aggregate",
             "trim_share",
+            "refit_exits_every",
         ):  # there were none
             assert written[name] == (list(value) if name in MANY else value)
     values["clients"]["init"] = "per_client"

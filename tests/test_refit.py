@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY, write_run
+from tiny import TINY, tiny_model, write_run
 
 from hsee_jax import cli, restore
 from hsee_jax.config.presets import preset
@@ -16,9 +16,9 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation import forward, gram, merge, solve
 from hsee_jax.federation.last_layer import find_last, last_inputs
-from hsee_jax.federation.ridge import TARGET
-from hsee_jax.nn import Head, from_linen
-from hsee_jax.runs import evaluate, refit, reopen
+from hsee_jax.federation.ridge import RIDGE, TARGET
+from hsee_jax.nn import NETWORKS, Head, from_linen
+from hsee_jax.runs import evaluate, read_history, refit, reopen, train
 from hsee_jax.runs.build import build
 
 CLASSES = 5
@@ -72,7 +72,7 @@ def test_clients_with_one_label_each_give_what_the_pooled_samples_give(ridge):
 
 
 def test_the_sums_are_those_of_merged_singular_value_decompositions():
-    """Each client sends U S; the merged factor is again U S (Fontenla-Romero et al.)."""
+    """Each client sends U S, and the merged factor is again a U S."""
     features, labels = samples()
     factors = []
     for own, _ in by_label(features, labels):
@@ -109,9 +109,23 @@ class TwoLinear(nn.Module):
 class Curved(nn.Module):
     """A head whose logits are not linear in any layer of it."""
 
+    classes: int = CLASSES
+
     @nn.compact
     def __call__(self, x, mask, *, train):
-        return nn.tanh(nn.Dense(CLASSES)(x.mean(axis=(1, 2))))
+        return nn.tanh(nn.Dense(self.classes)(x.mean(axis=(1, 2))))
+
+
+def curved(*, num_classes, input_shape):
+    """A network with exits that cannot be fitted."""
+    head = from_linen(Curved(num_classes))
+    return tiny_model(input_shape=input_shape)._replace(
+        exit_heads=(head,) * 3, final_head=head
+    )
+
+
+if "curved" not in NETWORKS:  # this module may be imported under two names
+    NETWORKS.register(curved)
 
 
 def drawn(head, seed=0):
@@ -263,3 +277,26 @@ def test_the_command_and_what_can_be_done_with_its_folder(run, tmp_path, capsys)
     ):
         assert cli.main(["refit", str(folder), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_exits_are_fitted_in_training(tmp_path, capsys):
+    """After round 2 of 3: its record is that of a run of two rounds, then a fit."""
+    config = override(CONFIG, batch_size=64, rounds=2, eval_every=1)
+    config = override(config, num_clients=2, cuts=("1",))
+    config = override(config, schedule="constant", warmup_rounds=0.0)
+    plain = train(config, tmp_path / "plain")
+    fitted = refit(tmp_path / "plain", ridge=RIDGE)
+    config = override(config, rounds=3, refit_exits_every=2)
+    train(config, tmp_path / "run")
+    first, second, third = read_history(tmp_path / "run").records
+    before = read_history(tmp_path / "plain").records
+    assert first.test == before[0].test
+    assert second.test == fitted.after != plain.scores
+    assert second.link == tuple(map(sum, zip(before[1].link, fitted.link, strict=True)))
+    assert third.link == first.link
+    words = "--network curved --plugin test_refit --refit-exits-every 1"
+    common = "--num-clients 1 --cuts 1 --max-train-samples 10 --max-test-samples 4"
+    place = ["--out", str(tmp_path / "curved")]
+    assert cli.main(["train", *words.split(), *common.split(), *place]) == 2
+    assert "network: its exits cannot be fitted" in capsys.readouterr().err
+    assert not (tmp_path / "curved").exists()

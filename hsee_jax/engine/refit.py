@@ -85,15 +85,28 @@ def refit_exits(
     }
     stacks, fits = list(state.clients), []
     for g, group in enumerate(federation.groups):
-        path = find_last(
-            federation.model.exit_heads[group.cut - 1],
-            layer_inputs(federation.model)[group.cut],
-        )
+        path = _last_of(federation, group.cut)
         old = state.clients[g].head
         head, own = _fit_group(federation, g, clients[g], path, layers, samples, ridge)
         stacks[g] = stacks[g].replace(head=jax.tree.map(_placed_as, head, old))
         fits += own
     return state.replace(clients=tuple(stacks)), fits
+
+
+def check_exits(federation: Federation) -> None:
+    """Refuse a network with exits that cannot be fitted, see `refit_exits`.
+
+    Raises:
+      UserError: an exit does not end in a linear layer.
+    """
+    for group in federation.groups:
+        _last_of(federation, group.cut)
+
+
+def _last_of(federation: Federation, cut: int) -> Path:
+    """Return the path of the last layer of the exit at a cut."""
+    model = federation.model
+    return find_last(model.exit_heads[cut - 1], layer_inputs(model)[cut])
 
 
 def _fit_group(

@@ -6,11 +6,12 @@ from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
 from hsee_jax.nn.registry import NETWORKS, images_only, register
-from hsee_jax.nn.resnet import BasicBlock, Head, Stem, resnet18
+from hsee_jax.nn.resnet import BasicBlock, ConvHead, Head, Stem, resnet18
 
 __all__ = [
     "NETWORKS",
     "BasicBlock",
+    "ConvHead",
     "DenseLayer",
     "Head",
     "LinearHead",

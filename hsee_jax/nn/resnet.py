@@ -180,6 +180,33 @@ class Head(nn.Module):
         )(pooled)
 
 
+class ConvHead(nn.Module):
+    """A bottleneck of three convolutions and a `Head`: ``[B, H, W, C] -> [B, K]``.
+
+    Exits between the blocks of a network gain from layers of their own (Zhang et al.,
+    ICCV 2019). Here a 1x1 convolution halves the channels, a 3x3 convolution halves the
+    image, and a 1x1 convolution leads to 2 C channels, each with BatchNorm and ReLU
+    [ours].
+    """
+
+    classes: int
+    dtype: jnp.dtype
+    conv: str
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the head."""
+        channels = x.shape[-1]
+        half = max(1, channels // 2)
+        shapes = ((half, 1, 1), (half, 3, 2), (2 * channels, 1, 1))
+        for number, (features, size, stride) in enumerate(shapes, start=1):
+            conv = partial(_Conv, dtype=self.dtype, conv=self.conv)
+            x = conv(features, size, stride, name=f"conv{number}")(x)
+            x = _BatchNorm(self.dtype, name=f"bn{number}")(x, mask, train=train)
+            x = nn.relu(x)
+        return Head(self.classes, False, self.dtype, name="head")(x, mask, train=train)
+
+
 @NETWORKS.register(summary="ResNet-18 (He et al., CVPR 2016), 9 layers")
 @images_only
 def resnet18(
@@ -194,8 +221,9 @@ def resnet18(
     ] = "auto",
     exit_head: Annotated[
         str,
-        "an exit: a pool and a linear layer, or also a BatchNorm before them [ours]",
-        one_of("linear", "bn_linear"),
+        "an exit: a pool and a linear layer; or before them also a BatchNorm, or three "
+        "small convolutions [ours]",
+        one_of("linear", "bn_linear", "conv"),
     ] = "linear",
     dtype: Annotated[
         str,
@@ -216,7 +244,8 @@ def resnet18(
       input_shape: ``(H, W, C)``.
       width: channels of the first group; the later groups have 2, 4 and 8 times these.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
-      exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
+      exit_head: ``"linear"``, ``"bn_linear"`` with BatchNorm before the pool, or
+        ``"conv"``, see `ConvHead`.
       dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
@@ -234,7 +263,7 @@ def resnet18(
             stride = 2 if group > 0 and block == 0 else 1
             modules.append(BasicBlock(width * 2**group, stride, compute, conv))
             names.append(f"layer{group + 1}.{block}")
-    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    exit_stage = from_linen(_exit_head(exit_head, num_classes, compute, conv))
     return Model(
         stages=tuple(map(from_linen, modules)),
         exit_heads=(exit_stage,) * len(modules),
@@ -242,3 +271,10 @@ def resnet18(
         layer_names=tuple(names),
         input_shape=tuple(input_shape),
     )
+
+
+def _exit_head(kind: str, classes: int, dtype: jnp.dtype, conv: str) -> nn.Module:
+    """Make the exit head of a kind, see `resnet18`."""
+    if kind == "conv":
+        return ConvHead(classes, dtype, conv)
+    return Head(classes, kind == "bn_linear", dtype)

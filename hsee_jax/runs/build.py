@@ -28,6 +28,7 @@ from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import Shards, place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
+from hsee_jax.engine.refit import check_exits
 from hsee_jax.engine.store import DeviceStore, Store
 from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.federation.federation import (
@@ -135,7 +136,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     federation = build_federation(config, info, make_mesh() if axis == "vmap" else None)
     groups, mesh = federation.groups, federation.mesh
     strategy = build_strategy(config, federation)
-    attendance, cadence = _attendance(config), _cadence(config)
+    attendance, cadence = _attendance(config), _cadence(config, federation)
     attendance.check(groups, cadence.rounds)
     train, test = read()
     parts, held = _deal(config, train)
@@ -206,10 +207,18 @@ def _attendance(config: Config) -> Attendance:
     )
 
 
-def _cadence(config: Config) -> Cadence:
+def _cadence(config: Config, federation: Federation) -> Cadence:
     run = config.run
+    if run.refit_exits_every:
+        if jax.process_count() > 1:
+            raise UserError("refit_exits_every: is not allowed with several processes")
+        check_exits(federation)
     return Cadence(
-        run.rounds, run.eval_every, run.checkpoint_every, run.keep_checkpoints
+        run.rounds,
+        run.eval_every,
+        run.checkpoint_every,
+        run.keep_checkpoints,
+        run.refit_exits_every,
     )
 
 

@@ -86,6 +86,11 @@ class Cadence(NamedTuple):
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    refit_exits_every: int = 0  # rounds between exact fits of the exits; 0 is never
+
+    def refits_after(self, number: int) -> bool:
+        """Return whether the exits are fitted after a round; rounds count from 1."""
+        return self.refit_exits_every > 0 and number % self.refit_exits_every == 0
 
 
 class Experiment(NamedTuple):

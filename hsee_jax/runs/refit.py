@@ -1,7 +1,6 @@
 """Fit the exits of a finished run exactly, into a run of their own."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from hsee_jax.runs.folder import (
     sole_writer,
 )
 from hsee_jax.runs.history import read_records
-from hsee_jax.runs.records import Scores, dumps, summarize
+from hsee_jax.runs.records import Scores, dumps, link_of, summarize
 from hsee_jax.runs.reopen import reopen
 from hsee_jax.runs.start import Start, prepare_folder
 from hsee_jax.systems.traffic import Bytes
@@ -49,13 +48,6 @@ class Refit(NamedTuple):
             "before": self.before.to_json(),
             "after": self.after.to_json(),
         }
-
-
-def link_of(exits: Sequence[ExitFit]) -> Bytes:
-    """Return the bytes on all links of the fits of exits."""
-    return Bytes(
-        sum(one.up_bytes for one in exits), sum(one.down_bytes for one in exits)
-    )
 
 
 def refit(
