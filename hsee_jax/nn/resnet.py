@@ -24,6 +24,13 @@ from hsee_jax.nn.convolution import FORMS, convolution
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
 
+ExitHead = Annotated[
+    str,
+    "an exit: a pool and a linear layer; or before them also a BatchNorm, or three "
+    "small convolutions [ours]",
+    one_of("linear", "bn_linear", "conv"),
+]
+
 _DECAY, _EPSILON = 0.9, 1e-5  # of BatchNorm
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
@@ -219,12 +226,7 @@ def resnet18(
         "first layer: 3x3, or 7x7 and a max-pool; auto is 3x3 up to 64 pixels [ours]",
         one_of("auto", "3x3", "7x7"),
     ] = "auto",
-    exit_head: Annotated[
-        str,
-        "an exit: a pool and a linear layer; or before them also a BatchNorm, or three "
-        "small convolutions [ours]",
-        one_of("linear", "bn_linear", "conv"),
-    ] = "linear",
+    exit_head: ExitHead = "linear",
     dtype: Annotated[
         str,
         "dtype of the computation; parameters and statistics stay float32",
