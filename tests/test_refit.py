@@ -300,3 +300,25 @@ def test_exits_are_fitted_in_training(tmp_path, capsys):
     assert cli.main(["train", *words.split(), *common.split(), *place]) == 2
     assert "network: its exits cannot be fitted" in capsys.readouterr().err
     assert not (tmp_path / "curved").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", ["--client-axis loop", "--client-axis vmap", "--participation 0.5"]
+)
+def test_a_run_with_fits_goes_on_as_if_it_had_not_stopped(options, tmp_path):
+    words = (
+        "train --network tiny --plugin tiny --num-clients 5 --cuts 1 2 --batch-size 6 "
+        "--max-train-samples 60 --max-test-samples 20 --average all_holders "
+        "--schedule constant --refit-exits-every 1 --eval-every 1 --checkpoint-every 1"
+    )
+
+    def figures(name, *more):
+        words_of = [*words.split(), *options.split(), "--out", str(tmp_path / name)]
+        assert cli.main([*words_of, *more]) == 0
+        records = read_history(tmp_path / name).records
+        return [(record.test, record.link) for record in records]
+
+    whole = figures("whole", "--rounds", "3")
+    assert figures("parts", "--rounds", "2") == whole[:2]
+    assert figures("parts", "--rounds", "3", "--resume") == whole
