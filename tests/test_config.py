@@ -111,6 +111,7 @@ def test_a_configuration_of_version_0_1_is_read():
             "deadline",
             "norm",
             "pretrained",
+            "refit_exits_every",
         ):  # there were none
             assert written[name] == (list(value) if name in MANY else value)
     values["clients"]["init"] = "per_client"

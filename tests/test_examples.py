@@ -221,6 +221,25 @@ def test_the_page_has_the_figures_of_the_poisoning(name):
     assert example("poisoning").table(rows) in page
 
 
+@pytest.mark.slow
+def test_the_refit_prints_what_the_runs_score(capsys):
+    words = "--rounds 1 --images 90 --seeds 0 --partitions dirichlet --json a.json"
+    refit = example("refit")
+    refit.main([*words.split(), "--exit-heads", "linear"])
+    (linear,) = rows = json.loads(Path("a.json").read_text())
+    assert capsys.readouterr().out == refit.table(rows) + "\n"
+    place = Path("runs/refit/dirichlet-linear-0")
+    for when, folder in (("before", place), ("after", place / "refit")):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert linear[when]["all"] == summary["mean_exit_accuracy"]
+
+
+def test_the_page_has_the_figures_of_the_refit():
+    rows = json.loads((EXAMPLES / "refit.json").read_text())
+    page = (ROOT / "docs/how-to/exits.md").read_text()
+    assert example("refit").table(rows) in page
+
+
 def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
     gate = example("gate")
     found = []

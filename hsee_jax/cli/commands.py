@@ -38,6 +38,9 @@ COMMANDS = {
         "inspect", "evaluate", "Restore a run and evaluate it on its test set."
     ),
     "gate": Command("gate", "gate", "Find thresholds for early exits."),
+    "refit": Command(
+        "refit", "refit", "Fit the exits of a run exactly, in one round of messages."
+    ),
     "export": Command(
         "export", "export", "Write a client's layers and exit as a portable folder."
     ),

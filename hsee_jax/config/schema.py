@@ -247,6 +247,12 @@ class RunConfig(Section):
         "memory; BatchNorm sees each part by itself; for a detached boundary [ours]",
         at_least(1),
     ] = 1
+    refit_exits_every: Annotated[
+        int,
+        "rounds between exact fits of the exits to all samples, see hsee refit; 0 is "
+        "never [ours]",
+        at_least(0),
+    ] = 0
     eval_every: Annotated[
         int, "rounds between evaluations on the test set", at_least(1)
     ] = 5

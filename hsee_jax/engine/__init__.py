@@ -5,6 +5,7 @@ from hsee_jax.engine.compilation import check_finite, make_round
 from hsee_jax.engine.evaluation import ClientResult, make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.plan import Absence, RoundPlan, plan_round
+from hsee_jax.engine.refit import ExitFit, Samples, refit_exits
 from hsee_jax.engine.round import RoundFn, RoundProgress, client_axis
 from hsee_jax.engine.store import DeviceStore, Store
 
@@ -13,14 +14,17 @@ __all__ = [
     "Agreement",
     "ClientResult",
     "DeviceStore",
+    "ExitFit",
     "HostStore",
     "RoundFn",
     "RoundPlan",
     "RoundProgress",
+    "Samples",
     "Store",
     "check_finite",
     "client_axis",
     "make_evaluation",
     "make_round",
     "plan_round",
+    "refit_exits",
 ]

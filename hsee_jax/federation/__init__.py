@@ -20,6 +20,7 @@ from hsee_jax.federation.branch import (
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.recut import Exits, recut
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
+from hsee_jax.federation.ridge import Sums, gram, merge, solve
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.step import (
@@ -54,6 +55,7 @@ __all__ = [
     "Served",
     "ServerStep",
     "Strategy",
+    "Sums",
     "branch_step",
     "client_backward",
     "client_forward",
@@ -65,15 +67,18 @@ __all__ = [
     "encode_gradient",
     "forward",
     "gradient_bytes",
+    "gram",
     "group_clients",
     "init_client",
     "init_server",
     "joint_step",
     "layer_mean",
+    "merge",
     "message_bytes",
     "receive",
     "recut",
     "server_of",
     "server_spec",
     "server_step",
+    "solve",
 ]

@@ -13,6 +13,7 @@ from hsee_jax.nn.registry import NETWORKS, images_only, register, series_only
 from hsee_jax.nn.resnet import (
     BasicBlock,
     Bottleneck,
+    ConvHead,
     Stem,
     resnet18,
     resnet34,
@@ -25,6 +26,7 @@ __all__ = [
     "BasicBlock",
     "Block",
     "Bottleneck",
+    "ConvHead",
     "ConvNormReLU6",
     "DenseLayer",
     "FirstBlock",

@@ -18,7 +18,6 @@ from hsee_jax.nn.layers import (
     Conv,
     ConvForm,
     DtypeName,
-    ExitHead,
     Head,
     Norm,
     NormName,
@@ -31,6 +30,14 @@ StemName = Annotated[
     str,
     "first layer: 3x3, or 7x7 and a max-pool; auto is 3x3 up to 64 pixels [ours]",
     one_of("auto", "3x3", "7x7"),
+]
+
+
+ExitHead = Annotated[
+    str,
+    "an exit: a pool and a linear layer; or before them also a BatchNorm, or three "
+    "small convolutions [ours]",
+    one_of("linear", "bn_linear", "conv"),
 ]
 
 
@@ -130,6 +137,34 @@ class _Form(NamedTuple):
     conv: str
 
 
+class ConvHead(nn.Module):
+    """A bottleneck of three convolutions and a `Head`: ``[B, H, W, C] -> [B, K]``.
+
+    Exits between the blocks of a network gain from layers of their own (Zhang et al.,
+    ICCV 2019). Here a 1x1 convolution halves the channels, a 3x3 convolution halves the
+    image, and a 1x1 convolution leads to 2 C channels, each with a norm and ReLU
+    [ours].
+    """
+
+    classes: int
+    dtype: jnp.dtype
+    conv: str
+    norm: str = "batch"
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the head."""
+        channels = x.shape[-1]
+        half = max(1, channels // 2)
+        shapes = ((half, 1, 1), (half, 3, 2), (2 * channels, 1, 1))
+        for number, (features, size, stride) in enumerate(shapes, start=1):
+            conv = partial(Conv, dtype=self.dtype, conv=self.conv)
+            x = conv(features, size, stride, name=f"conv{number}")(x)
+            x = Norm(self.norm, self.dtype, name=f"bn{number}")(x, mask, train=train)
+            x = nn.relu(x)
+        return Head(self.classes, False, self.dtype, name="head")(x, mask, train=train)
+
+
 @NETWORKS.register(summary="ResNet-18 (He et al., CVPR 2016), 9 layers")
 @images_only
 def resnet18(
@@ -151,7 +186,8 @@ def resnet18(
       width: channels of the first group; the later groups have 2, 4 and 8 times these.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
       norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
-      exit_head: ``"linear"``, or ``"bn_linear"`` with BatchNorm before the pool.
+      exit_head: ``"linear"``, ``"bn_linear"`` with BatchNorm before the pool, or
+        ``"conv"``, see `ConvHead`.
       dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
@@ -222,7 +258,9 @@ def _resnet(
             stride = 2 if group > 0 and number == 0 else 1
             modules.append(block(form.width * 2**group, stride, *common))
             names.append(f"layer{group + 1}.{number}")
-    exit_head = Head(num_classes, form.exit_head == "bn_linear", compute)
+    exit_head: nn.Module = Head(num_classes, form.exit_head == "bn_linear", compute)
+    if form.exit_head == "conv":
+        exit_head = ConvHead(num_classes, compute, form.conv, form.norm)
     return Model(
         stages=tuple(map(from_linen, modules)),
         exit_heads=(from_linen(exit_head),) * len(modules),

@@ -10,6 +10,7 @@ from hsee_jax.runs.equipment import Equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
+from hsee_jax.runs.refit import Refit, refit
 from hsee_jax.runs.reopen import evaluate, reopen
 from hsee_jax.runs.restore import Restored, restore, restore_client
 from hsee_jax.runs.train import train
@@ -24,6 +25,7 @@ __all__ = [
     "History",
     "MetricsLog",
     "Moment",
+    "Refit",
     "Restored",
     "RoundRecord",
     "Scores",
@@ -32,6 +34,7 @@ __all__ = [
     "equip",
     "evaluate",
     "read_history",
+    "refit",
     "reopen",
     "restore",
     "restore_client",

@@ -18,6 +18,7 @@ from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import Shards, place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
+from hsee_jax.engine.refit import check_exits
 from hsee_jax.engine.round import client_axis
 from hsee_jax.engine.store import DeviceStore, Store
 from hsee_jax.federation.accumulation import check_micro_batches
@@ -158,7 +159,7 @@ def assemble(
     pipeline, key = build_pipeline(config, info), augment_key(config)
     federation = _start(config, info, mesh)
     strategy = build_strategy(config, federation)
-    attendance, cadence = attendance_of(config), _cadence(config)
+    attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
     parts, shares, test, train, held = material(federation.groups)
     shards: Shards = dict(enumerate(parts))
@@ -250,10 +251,18 @@ def attendance_of(config: Config) -> Attendance:
     )
 
 
-def _cadence(config: Config) -> Cadence:
+def _cadence(config: Config, federation: Federation) -> Cadence:
     run = config.run
+    if run.refit_exits_every:
+        if jax.process_count() > 1:
+            raise UserError("refit_exits_every: is not allowed with several processes")
+        check_exits(federation)
     return Cadence(
-        run.rounds, run.eval_every, run.checkpoint_every, run.keep_checkpoints
+        run.rounds,
+        run.eval_every,
+        run.checkpoint_every,
+        run.keep_checkpoints,
+        run.refit_exits_every,
     )
 
 

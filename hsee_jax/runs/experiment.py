@@ -12,6 +12,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
+from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.compilation import check_finite
 from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
 from hsee_jax.engine.likeness import References
@@ -23,6 +24,7 @@ from hsee_jax.engine.plan import (
     participants,
     plan_round,
 )
+from hsee_jax.engine.refit import ExitFit, Samples, refit_exits
 from hsee_jax.engine.round import RoundFn, RoundProgress
 from hsee_jax.engine.store import Store
 from hsee_jax.federation.federation import Federation, Group
@@ -89,6 +91,11 @@ class Cadence(NamedTuple):
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    refit_exits_every: int = 0  # rounds between exact fits of the exits; 0 is never
+
+    def refits_after(self, number: int) -> bool:
+        """Return whether the exits are fitted after a round; rounds count from 1."""
+        return self.refit_exits_every > 0 and number % self.refit_exits_every == 0
 
 
 class Experiment(NamedTuple):
@@ -235,3 +242,16 @@ class Experiment(NamedTuple):
                 self.store.take(state, ids), data, ids, references
             )
         )
+
+    def refit_exits(self, state: Any, ridge: float) -> tuple[Any, list[ExitFit]]:
+        """Fit all exits exactly, see `hsee_jax.engine.refit_exits`."""
+        samples = Samples(
+            self.train,
+            self.shards,
+            InputPipeline(self.info.mean, self.info.std),
+            self.eval_batch_size,
+            self.info.num_classes,
+        )
+        stored = self.store.to_checkpoint(state)
+        stored, fits = refit_exits(self.federation, stored, samples, ridge)
+        return self.store.from_checkpoint(stored), fits

@@ -17,6 +17,7 @@ from hsee_jax.core.types import ExitMetrics
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult, means
 from hsee_jax.engine.plan import RoundPlan
+from hsee_jax.engine.refit import ExitFit
 from hsee_jax.engine.round import all_finite
 from hsee_jax.systems.clock import ClockTotals, RoundClock, clock_totals
 from hsee_jax.systems.traffic import Bytes
@@ -191,6 +192,13 @@ class Summary(NamedTuple):
             agreement=tuple(map(Agreement.from_json, values.get("agreement", ()))),
             simulated=_optional(ClockTotals, values, "simulated"),
         )
+
+
+def link_of(exits: Sequence[ExitFit]) -> Bytes:
+    """Return the bytes on all links of the fits of exits."""
+    return Bytes(
+        sum(one.up_bytes for one in exits), sum(one.down_bytes for one in exits)
+    )
 
 
 def round_record(

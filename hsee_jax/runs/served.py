@@ -49,7 +49,7 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
         )
-    for name in ("recuts", "pretrained"):
+    for name in ("recuts", "pretrained", "refit_exits_every"):
         if flatten(config).get(name):
             raise UserError(f"{name}: not allowed with clients on a network")
     axis = client_axis(config.run.client_axis)

@@ -34,6 +34,8 @@ _DERIVED = (
     "report",
     "gate",
     "export",
+    "refit",
+    "refit.json",
     "tracking",
     "tensorboard",
     "wandb",

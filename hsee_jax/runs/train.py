@@ -23,6 +23,7 @@ from hsee_jax.core.errors import DivergenceError, Stopped
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import RoundProgress
+from hsee_jax.federation.ridge import RIDGE
 from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
@@ -35,10 +36,12 @@ from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import (
     Scores,
     Summary,
+    link_of,
     round_record,
     summarize,
 )
 from hsee_jax.runs.start import Start, midway_notes, prepare_folder, resume_from
+from hsee_jax.systems.traffic import Bytes
 
 
 def train(
@@ -199,6 +202,10 @@ class _Loop:
             self._pause(plan, progress, seconds)
         self._begun, self._before = None, 0.0
         number, cadence = len(self._records) + 1, experiment.cadence
+        link = experiment.round_bytes(number, progress.metrics)
+        if cadence.refits_after(number):
+            self._state, exits = experiment.refit_exits(self._state, RIDGE)
+            link = Bytes(*map(sum, zip(link, link_of(exits), strict=True)))
         last = number == cadence.rounds
         stopped = not last and self._stop()
         due = last or stopped or number % cadence.checkpoint_every == 0
@@ -212,7 +219,7 @@ class _Loop:
             number,
             plan,
             progress.metrics,
-            experiment.round_bytes(number, progress.metrics),
+            link,
             seconds=seconds,
             wall_seconds=now - self._begin,
             test=test,

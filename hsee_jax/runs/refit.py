@@ -1,0 +1,105 @@
+"""Fit the exits of a finished run exactly, into a run of their own."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import Option, at_least
+from hsee_jax.engine.refit import ExitFit
+from hsee_jax.federation.ridge import RIDGE
+from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.runs.data import OwnData
+from hsee_jax.runs.folder import (
+    check_name,
+    check_partition,
+    check_writable,
+    replace_file,
+    sole_writer,
+)
+from hsee_jax.runs.history import read_records
+from hsee_jax.runs.json_text import dumps
+from hsee_jax.runs.records import Scores, link_of, summarize
+from hsee_jax.runs.reopen import reopen
+from hsee_jax.runs.start import Start, prepare_folder
+from hsee_jax.systems.traffic import Bytes
+
+_RIDGE = Option("ridge", float, RIDGE, rules=(at_least(0),))
+
+
+class Refit(NamedTuple):
+    """What a fit of the exits of a run gives on its test set."""
+
+    ridge: float
+    exits: tuple[ExitFit, ...]  # by ascending cut
+    before: Scores
+    after: Scores
+
+    @property
+    def link(self) -> Bytes:
+        """Return the bytes on all links."""
+        return link_of(self.exits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as values of JSON."""
+        return {
+            "ridge": self.ridge,
+            "link": self.link._asdict(),
+            "exits": [one._asdict() for one in self.exits],
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+        }
+
+
+def refit(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    ridge: float = RIDGE,
+    which: str = "latest",
+    data_dir: str | None = None,
+    data: OwnData | None = None,
+) -> Refit:
+    """Fit all exits of a run in one round, and write a run that has them.
+
+    The new folder holds the run as it was at the checkpoint, with the new exits and
+    ``refit.json``. `restore`, `evaluate` and the gate read it, and training can go on
+    there. The run itself does not change.
+
+    Args:
+      folder: of the run.
+      out: the new folder; None is ``refit`` in the folder of the run.
+      ridge: the penalty, see `hsee_jax.federation.solve`.
+      which: the checkpoint, see `restore`.
+      data_dir: see `reopen`.
+      data: see `reopen`.
+
+    Raises:
+      UserError: there is no such run, its data are missing or not its own, its exits do
+        not end in a linear layer, or the new folder exists.
+    """
+    folder, ridge = Path(folder), _RIDGE.checked(ridge)
+    out = folder / "refit" if out is None else Path(out)
+    check_name(out)
+    check_writable(out)
+    if out.exists():
+        raise UserError(f"out: {out} exists already; allowed is a new folder")
+    experiment, stored = reopen(folder, which, data_dir=data_dir, data=data)
+    check_partition(folder, experiment.manifest)
+    records = tuple(read_records(folder, limit=int(stored.round)))
+    state = experiment.store.from_checkpoint(stored)
+    before = Scores.of(experiment.evaluate(state, experiment.test))
+    state, exits = experiment.refit_exits(state, ridge)
+    results = experiment.evaluate(state, experiment.test)
+    found = Refit(ridge, tuple(exits), before, Scores.of(results))
+    with sole_writer(out):
+        prepare_folder(out, experiment, Start(state, records))
+        notes = {"score": found.after.mean_server_accuracy}
+        with Writer(out / "checkpoints", keep=1) as writer:
+            checkpoint = experiment.store.to_checkpoint(state)
+            writer.save(int(state.round), 0, checkpoint, notes)
+        replace_file(out / "refit.json", dumps(found.to_json()))
+        if len(records) == experiment.cadence.rounds:
+            summary = summarize(results, records, experiment.bytes_by_cut())
+            replace_file(out / "summary.json", dumps(summary.to_json()))
+    return found
