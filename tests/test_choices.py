@@ -26,6 +26,17 @@ NEEDS = {
     "splitfed_v2": {"cuts": ("3",)},
     "centralized": {"num_clients": 1, "cuts": ("3",), "link": "full"},
 }
+LAYERS = {
+    "mlp": 8,
+    "resnet34": 17,
+    "resnet50": 17,
+    "mobilenet_v2": 19,
+    "vit": 12,
+    "conv1d": 6,
+}
+# They name a module and a file, or belong to the clock.
+NOT_BUILT = ("plugin", "pretrained", "deadline")
+ROBUST = {"weights": "uniform", "aggregate": "trimmed_mean", "trim_share": 0.25}
 OURS = Path(hsee_jax.__file__).parent
 
 
@@ -76,7 +87,7 @@ def another(option, current):
     if option.choices:
         return next(choice for choice in option.choices if choice != current)
     if option.many:
-        some = {"absences": ("1:2-3",), "plugin": ("tiny",)}
+        some = {"absences": ("1:2-3",), "plugin": ("tiny",), "recuts": ("2:3",)}
         return some.get(option.name, (option.kind("1"),))
     if option.kind is bool:
         return not current
@@ -107,6 +118,10 @@ def test_every_flag_changes_its_option(name, parser):
 
 def naming(field, name, **changes):
     """A configuration that names an entry."""
+    if changes.get("aggregate", "mean") != "mean":
+        changes = {**ROBUST, **changes}
+        if changes["aggregate"] == "median":
+            del changes["trim_share"]
     return override(SMALL, **({field: name} | NEEDS.get(name, {}) | changes))
 
 
@@ -130,9 +145,12 @@ def test_every_choice_can_be_built(field, name, changes):
     if field == "dataset":  # the data may not be there
         assert callable(DATASETS.make(name, options=config.data.options).read)
         return
-    federation = build_federation(config, build_info(config.data))
+    info = build_info(config.data)
+    if name == "conv1d":
+        info = info._replace(input_shape=(28, 1))
+    federation = build_federation(config, info)
     strategy = build_strategy(config, federation)
-    assert len(federation.model.stages) == (8 if name == "mlp" else 9)
+    assert len(federation.model.stages) == LAYERS.get(name, 9)
     assert callable(strategy.init)
 
 
@@ -168,6 +186,11 @@ def configurations():
             if option.kind in (int, float, bool)
             or (option.kind is str and option.optional)
         }
+        numbers.pop("pretrained", None)  # a file
+        if "heads" in numbers:  # they divide the values and the image
+            numbers |= {"hidden": 16, "heads": 4, "patch_size": 7}
+        if "trim_share" in numbers:
+            numbers |= ROBUST
         if "exit_gradient" in numbers:
             numbers["boundary"] = "joint"
         if "gradient_share" in numbers:
@@ -193,6 +216,8 @@ def reads():
             found.setdefault(key, set()).add(options.get(key))
         if registry is DATASETS:  # whatever it is, its data are those of the package
             return make(registry, "fashion_mnist_small")
+        if name == "conv1d":  # takes no images
+            return make(registry, "tiny", *context, **more)
         return make(registry, name, *context, options=options, **more)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -203,7 +228,7 @@ def reads():
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "plugin"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in NOT_BUILT])
 def test_every_option_reaches_a_build(name, reads):
     """Fields are read beside the configuration, options given to their factories."""
     section, option = options()[name]

@@ -268,8 +268,8 @@ BAD = [
     ("train --strategy centralized", "num_clients: 6 is not allowed"),
     ("train --turn epoch", "turn: epoch has no effect on strategy averaging"),
     (
-        "train --strategy sequential --weights uniform",
-        "weights: uniform has no effect on strategy sequential; it is read by ",
+        "train --strategy local --weights uniform",
+        "weights: uniform has no effect on strategy local; it is read by ",
     ),
     ("train --exit-gradient 1", "exit_gradient: 1.0"),
     ("train --validation-share 1", "validation_share: 1.0"),

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from devices import serve_in_process
+from client_devices import serve_in_process
 from tiny import TINY
 
 import hsee_jax as hs

@@ -193,7 +193,13 @@ def test_links_lead_to_pages():
 
 
 def test_flags_in_the_text_exist():
-    known = {*pages.anchors(), "--help", "--extra-index-url", "--strict"}
+    flower = {
+        "--disable-runtime-dependency-installation",
+        "--enable-supernode-auth",
+        "--node-config",
+        "--run-config",
+    }
+    known = {*pages.anchors(), *flower, "--help", "--extra-index-url", "--strict"}
     for name, text in PAGES.items():
         found = re.findall(r"`(?:hsee \w+ )?(--[a-z][a-z-]*)", prose(text))
         assert set(found) <= known, name

@@ -113,7 +113,7 @@ def params_of(state):
 @pytest.mark.parametrize(
     ("cuts", "options", "absent"),
     [
-        ({0: 1, 1: 1, 2: 1}, JOINT, False),
+        pytest.param({0: 1, 1: 1, 2: 1}, JOINT, False, marks=pytest.mark.slow),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, TOGETHER, False, marks=pytest.mark.slow),
         ({0: 1, 1: 2, 2: 2}, TOGETHER, True),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, JOINT, False, marks=pytest.mark.slow),
@@ -292,12 +292,9 @@ CUTS = {7: 1, 2: 3, 5: 2, 0: 1, 3: 2}
 SIZES = {7: 7, 2: 4, 5: 7, 0: 3, 3: 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        JOINT | {"gradient_share": 0.5, "average": "clients"},
-        pytest.param(TOGETHER, marks=pytest.mark.slow),
-    ],
+    "options", [JOINT | {"gradient_share": 0.5, "average": "clients"}, TOGETHER]
 )
 def test_it_trains_alike_on_several_devices(options):
     """Three of five clients take part in each of two rounds."""

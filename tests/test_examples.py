@@ -64,7 +64,9 @@ def numbers(line):
     return [float(text) for text in re.findall(r"\d+\.\d+", line)]
 
 
-@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("averaging", marks=pytest.mark.slow), "sequential"]
+)
 def test_the_plain_loop_gives_the_figures_of_train(strategy, monkeypatch, capsys):
     """Losses of every round, all weights, and what is printed; up to rounding."""
     loop = example("hetero_splitee")
@@ -303,7 +305,6 @@ def test_a_notebook_is_kept_with_its_outputs(name):
 
 def test_the_readme_lists_every_example():
     text = (EXAMPLES / "README.md").read_text()
-    files = {
-        path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")
-    }
+    kinds = (".py", ".ipynb", ".toml")
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in kinds}
     assert set(re.findall(r"\]\((\w+\.\w+)\)", text)) == files

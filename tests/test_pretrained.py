@@ -346,6 +346,7 @@ def test_other_files_and_networks_are_refused(file_of, tmp_path):
         load_pretrained(perceptron, file_of("vit"))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file(tmp_path, file_of, capsys):
     """All clients and servers hold its weights; no other command needs the file."""
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from devices import Killed, Network
+from client_devices import Killed, Network
 
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError

@@ -328,6 +328,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(strategy, participation, axis, tmp_pa
     check_stops(strategy, participation, axis, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_with_changes_is_stopped_opened_and_evaluated(tmp_path):
     folder = check_stops("averaging", 0.7, "loop", tmp_path)
     rounds, scores = runs.evaluate(folder, data=DATA)

@@ -206,7 +206,13 @@ def test_flags_choose_the_reducer():
 def test_readers_are_those_that_average():
     for option in ("aggregate", "trim_share"):
         readers = ALGORITHMS.readers(option)
-        assert set(readers) == {"averaging", "fedavg", "splitfed_v1", "splitfed_v2"}
+        assert set(readers) == {
+            "averaging",
+            "fedavg",
+            "sequential",
+            "splitfed_v1",
+            "splitfed_v2",
+        }
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,10 @@ def write_four(tmp_path):
 def test_curves_are_runs_that_differ_in_seeds_alone(four):
     """And whose last evaluation is of the same round."""
     averaging, sequential, unfinished = read_curves(four)
-    assert averaging.label == "strategy=averaging"
+    assert averaging.label == "strategy=averaging, average=all_holders"
     assert [run.name for run in averaging.runs] == ["a0", "a1"]
-    assert sequential.label == "strategy=sequential"
-    assert unfinished.label == "strategy=averaging (unfinished: 2 of 4 rounds)"
+    assert sequential.label == "strategy=sequential, average=none"
+    assert unfinished.label == f"{averaging.label} (unfinished: 2 of 4 rounds)"
     assert averaging.rounds == (2, 4)
     assert averaging.accuracy.shape == (2, 2, 2, 2)
     np.testing.assert_array_equal(averaging.accuracy[0, :, 0], EXIT)
@@ -178,10 +178,18 @@ def test_the_tables_hold_means_and_sample_deviations(four):
     1.5 + 2.5 + 3.5 + 4.5 = 12 seconds, or 4.
     """
     curves = read_curves(four)
-    two = "strategy=averaging", "0, 1", "4"
+    two = "strategy=averaging, average=all_holders", "0, 1", "4"
     assert results(curves).rows == [
         (*two, "0.4000 ± 0.1414", "0.7000 ± 0.0000", "40.0 ± 0.0", "12.0 ± 0.0"),
-        ("strategy=sequential", "0", "4", "0.3000", "0.7000", "40.0", "12.0"),
+        (
+            "strategy=sequential, average=none",
+            "0",
+            "4",
+            "0.3000",
+            "0.7000",
+            "40.0",
+            "12.0",
+        ),
         (curves[2].label, "2", "2", "0.2000", "0.5000", "66.7", "4.0"),
     ]
     assert by_cut(curves).rows[:2] == [
@@ -191,8 +199,8 @@ def test_the_tables_hold_means_and_sample_deviations(four):
     assert over_rounds(curves).rows == [
         (two[0], "2", "0.1500 ± 0.0707", "0.5000 ± 0.0000"),
         (two[0], "4", "0.4000 ± 0.1414", "0.7000 ± 0.0000"),
-        ("strategy=sequential", "2", "0.2000", "0.5000"),
-        ("strategy=sequential", "4", "0.3000", "0.7000"),
+        ("strategy=sequential, average=none", "2", "0.2000", "0.5000"),
+        ("strategy=sequential, average=none", "4", "0.3000", "0.7000"),
         (curves[2].label, "2", "0.2000", "0.5000"),
     ]
     lines = markdown(results(curves)).splitlines()
@@ -302,7 +310,9 @@ def test_the_figures_of_right_answers_show_the_numbers(pictures):
         ("classes-1.png", "Test accuracy within each class, by cut"),
     ):
         assert pictures[name].heading == title
-        assert pictures[name].title == f"{title}\nstrategy=averaging"
+        assert (
+            pictures[name].title == f"{title}\nstrategy=averaging, average=all_holders"
+        )
         assert pictures[name].figure.get_suptitle() == pictures[name].title
     (panel,) = pictures["agreement-1.png"].figure.axes
     widths = [[bar.get_width() for bar in part] for part in panel.containers]

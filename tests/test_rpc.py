@@ -12,7 +12,7 @@ import grpc
 import jax
 import numpy as np
 import pytest
-from devices import Network
+from client_devices import Network
 
 import hsee_jax as hs
 from hsee_jax.cli import main

@@ -125,7 +125,9 @@ def test_sequential_equals_the_reference(turn, participation):
 @pytest.mark.parametrize(
     ("participation", "turn", "changes"),
     [
-        (0.6, "batch", {"period": 2, "unit": "steps"}),
+        pytest.param(
+            0.6, "batch", {"period": 2, "unit": "steps"}, marks=pytest.mark.slow
+        ),
         pytest.param(
             1.0,
             "epoch",

@@ -215,7 +215,7 @@ def test_a_data_dir_is_relative_to_the_file(write, tmp_path):
         (
             '"sequential"\n',
             '"sequential"\naverage = "servers"',
-            r"\]: average: .*no effe",
+            r"\]: average: servers is unknown",
         ),
         (
             '"sequential"\n',
@@ -274,9 +274,11 @@ def test_a_study_needs_rows(write):
         studies.load(write(every))
 
 
-def test_a_point_without_effect_is_refused(write):
+def test_a_point_that_is_not_allowed_is_refused(write):
     path = write(GRID + "average = ['servers']\n")
-    with pytest.raises(hsee_jax.UserError, match=r"\[grid\], strategy=seq.*no effect"):
+    with pytest.raises(
+        hsee_jax.UserError, match=r"\[grid\], strategy=seq.*: servers is unknown"
+    ):
         studies.load(path)
 
 

@@ -55,7 +55,10 @@ def two(tmp_path):
 def test_what_is_spent_by_each_evaluated_round(two):
     """After rounds 2 and 4: round 2 ends at 4 + 2 s, and round 4 at 10 + 2 s."""
     timed, plain = read_curves(two)
-    assert timed.label == "strategy=averaging, devices=fleet.toml 1234"
+    assert (
+        timed.label
+        == "strategy=averaging, average=all_holders, devices=fleet.toml 1234"
+    )
     assert spent(timed, SECONDS).tolist() == [[6, 12], [12, 24]]
     assert spent(timed, JOULES).tolist() == [[20, 40], [40, 80]]
     assert spent(timed, BYTES).tolist() == [[10e6, 20e6]] * 2

@@ -249,8 +249,7 @@ class RunConfig(Section):
     ] = 1
     refit_exits_every: Annotated[
         int,
-        "rounds between exact fits of the exits to all samples, see hsee refit; 0 is "
-        "never [ours]",
+        "rounds between exact fits of the exits, see hsee refit; 0 is never [ours]",
         at_least(0),
     ] = 0
     eval_every: Annotated[

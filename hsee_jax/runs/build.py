@@ -257,13 +257,8 @@ def _cadence(config: Config, federation: Federation) -> Cadence:
         if jax.process_count() > 1:
             raise UserError("refit_exits_every: is not allowed with several processes")
         check_exits(federation)
-    return Cadence(
-        run.rounds,
-        run.eval_every,
-        run.checkpoint_every,
-        run.keep_checkpoints,
-        run.refit_exits_every,
-    )
+    every = run.eval_every, run.checkpoint_every, run.keep_checkpoints
+    return Cadence(run.rounds, *every, run.refit_exits_every)
 
 
 def build_pipeline(config: Config, info: DatasetInfo) -> InputPipeline:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsee_jax.config.schema import Config
-from hsee_jax.config.values import settings
+from hsee_jax.config.values import SECTIONS, flatten, override, settings
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.folder import writing
 from hsee_jax.runs.json_text import dumps
@@ -123,14 +123,21 @@ def _complete(content: bytes) -> bytes:
 
 def result_of(run: Run, results: Sequence[Result]) -> Result | None:
     """Return the last result of a run, or None if no line holds its settings."""
-    wanted = settings(run.config)
+    wanted, defaults = settings(run.config), _defaults(run.config)
     for result in reversed(results):
         if (result.row, result.seed) == (run.row, run.seed):
             # An option that is newer than the result had its default.
-            known = settings(Config()) | dict(result.settings)
+            known = defaults | dict(result.settings)
             if all(known.get(name) == value for name, value in wanted.items()):
                 return result
     return None
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Return the default settings with the algorithm, the network etc. of a run."""
+    values = flatten(config)
+    names = [name for kind in SECTIONS.values() for name in kind.registries]
+    return settings(override(Config(), **{name: values[name] for name in names}))
 
 
 def by_row(study: Study, results: Sequence[Result]) -> dict[str, tuple[Result, ...]]:

@@ -73,8 +73,9 @@ def training_bytes(
     if boundary == "none":
         return Bytes(0, 0)
     label = nbytes(jax.ShapeDtypeStruct((1,), jnp.int32))
-    gradient = sample_bytes(codec.gradient or FULL, features)
-    down = gradient if boundary == "joint" else 0
+    down = 0
+    if boundary == "joint":
+        down = sample_bytes(codec.gradient or FULL, features)
     return Bytes(sample_bytes(codec, features) + label, down)
 
 

@@ -51,7 +51,7 @@ class Network:
         """Wait for the end of all devices."""
         for thread in self._threads:
             thread.join(30)
-        assert not self.failures
+        assert not self.failures, self.failures
 
     def call(self, i, method, message):
         """Call the server as gRPC does: again, until the same server has answered."""
