@@ -283,15 +283,16 @@ def test_devices_over_grpc_equal_devices_without(tmp_path):
 
     @contextmanager
     def over_grpc(service):
-        with open_port(service, "127.0.0.1:0", None) as port, ExitStack() as stack:
-            for i in network.lives:
-                calls[i] = stack.enter_context(
-                    connect(f"127.0.0.1:{port}", None, i, patience_s=20, stop=never)
-                )
-            with doors(service):
+        with ExitStack() as stack:
+            with open_port(service, "127.0.0.1:0", None) as port, doors(service):
+                for i in network.lives:
+                    calls[i] = stack.enter_context(
+                        connect(f"127.0.0.1:{port}", None, i, patience_s=20, stop=never)
+                    )
                 network.call = lambda i, method, message: calls[i](method, message)
                 network.start_all()
                 yield
+            network.join()  # before the channels close
 
     network._doors = over_grpc
     network.serve()
