@@ -54,6 +54,8 @@ def values_of(option):
         value = st.sampled_from(["0:1-2", "0:3-3"])
     elif option.kind is str:
         value = st.text(max_size=5)
+    elif option.kind is bool:
+        value = st.booleans()
     else:
         numbers = st.integers(-1, 99) if option.kind is int else st.floats(-0.5, 2)
         value = numbers.filter(lambda n: all(rule.holds(n) for rule in option.rules))
@@ -69,9 +71,9 @@ def configurations(draw):
     config = override(Config(), **{f: draw(values_of(known[f][1])) for f in entries})
     names = sorted(flatten(config).keys() - entries - {"labels", "plugin"})
     chosen = draw(st.lists(st.sampled_from(names), unique=True, max_size=6))
-    return override(
-        config, **{name: draw(values_of(known[name][1])) for name in chosen}
-    )
+    own = {n: o for s in SECTIONS for n, o in getattr(config, s).active().items()}
+    rules = {name: own.get(name, known[name][1]) for name in chosen}
+    return override(config, **{n: draw(values_of(rule)) for n, rule in rules.items()})
 
 
 @given(configurations())

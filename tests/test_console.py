@@ -88,10 +88,14 @@ def test_signals_are_left_as_they_were():
 
 def test_an_interrupt_in_a_callback_is_not_lost():
     """Python would print it there, and go on."""
-    with pytest.raises(KeyboardInterrupt):
-        keep_interrupt(SimpleNamespace(exc_type=KeyboardInterrupt))
-        for _ in range(100):
-            time.sleep(0.05)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            keep_interrupt(SimpleNamespace(exc_type=KeyboardInterrupt))
+            for _ in range(100):
+                time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 INTERRUPTED = """

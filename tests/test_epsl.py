@@ -243,14 +243,8 @@ def test_padding_is_not_sent_down():
     assert link[:, 1].tolist() == [4 * 16, 1 * 16, 0]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(TOGETHER, marks=pytest.mark.slow),
-        pytest.param(JOINT, marks=pytest.mark.slow),
-        JOINT | {"gradient_share": 0.5},
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [TOGETHER, JOINT, JOINT | {"gradient_share": 0.5}])
 def test_a_broken_client_is_left_out_of_the_step(options):
     """The others step as if it were absent; its own loss is NaN."""
     federation = federation_of({0: 1, 1: 1, 2: 2})
