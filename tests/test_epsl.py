@@ -115,7 +115,7 @@ def params_of(state):
     [
         pytest.param({0: 1, 1: 1, 2: 1}, JOINT, False, marks=pytest.mark.slow),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, TOGETHER, False, marks=pytest.mark.slow),
-        ({0: 1, 1: 2, 2: 2}, TOGETHER, True),
+        pytest.param({0: 1, 1: 2, 2: 2}, TOGETHER, True, marks=pytest.mark.slow),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, JOINT, False, marks=pytest.mark.slow),
     ],
 )

@@ -95,6 +95,7 @@ def test_the_plain_loop_gives_the_figures_of_train(strategy, monkeypatch, capsys
         assert numbers(line) == pytest.approx(scores, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_script_with_a_network_is_its_own_plugin(demo, monkeypatch, capsys):
     """It runs as ``__main__``, and its run is read by its name; nothing is trained."""
 
@@ -142,6 +143,7 @@ def test_the_mixer_is_what_its_paper_says(capsys):
     assert "patch_size: 5 does not divide 28 x 28 pixels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_server_goes_a_part_of_the_way(demo):
     """Clients and optimizer states stay; the means are those of averaging."""
     elastic = example("own_algorithm").elastic
@@ -169,6 +171,7 @@ def test_a_server_goes_a_part_of_the_way(demo):
         assert_same(received.servers, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_algorithm_is_trained_from_a_script(demo, capsys):
     example("own_algorithm").main(["--pulls", "0.25", "--rounds", "1"])
     (line,) = capsys.readouterr().out.splitlines()

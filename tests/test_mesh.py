@@ -39,7 +39,7 @@ def first_devices(count):
 @pytest.mark.parametrize(
     ("name", "participation", "counts"),
     [
-        ("sequential", 1.0, (2, 8)),
+        pytest.param("sequential", 1.0, (2, 8), marks=pytest.mark.slow),
         pytest.param("averaging", 0.6, (1, 4), marks=pytest.mark.slow),
     ],
 )

@@ -78,6 +78,7 @@ def test_micro_batches_that_do_not_fit_are_refused():
         build(joint)
 
 
+@pytest.mark.slow
 def test_a_run_in_micro_batches(tmp_path):
     """Its exits see other statistics of BatchNorm; loop and vmap agree."""
 

@@ -97,7 +97,7 @@ def train_with_stops(config, folder, times):
 SOME = ("sequential", "averaging")
 
 
-@pytest.mark.parametrize("name", [n if n in SOME else slow(n) for n in EVERY])
+@pytest.mark.parametrize("name", [n if n == SOME[0] else slow(n) for n in EVERY])
 def test_a_stop_between_two_steps_changes_nothing(name, tmp_path):
     """For every strategy; state of absent clients on the host for the paper's two."""
     config = override(SMALL, strategy=name, **EVERY[name])
@@ -126,7 +126,8 @@ def test_a_scan_can_be_stopped_as_well(name, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), slow("loop", "vmap")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), ("loop", "vmap")])
 def test_a_round_goes_on_in_other_slots(first, then, tmp_path, monkeypatch):
     """On eight devices each cut has eight slots for its clients, in a loop two."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)
