@@ -157,7 +157,6 @@ def imported(tree):
 def test_each_library_has_one_home():
     homes = {
         "flax.linen": {
-            "nn.conv1d",
             "nn.layers",
             "nn.mlp",
             "nn.mobilenet",

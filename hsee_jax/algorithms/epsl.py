@@ -79,15 +79,8 @@ def serve_together(
 ) -> tuple[Branch, tuple[Metrics, ...]]:
     """Step the shared server once on the messages of all clients.
 
-    Args:
-      federation: who trains what.
-      server: the shared server.
-      messages: one batch a group, inputs encoded, leaves ``[S, B, ...]``.
-      order: does not matter here.
-      rates: of client and server.
-
-    Returns:
-      The server, and metrics, one a group, with leaves ``[S]``.
+    It takes and returns what `hsee_jax.algorithms.steps.serve_in_turn` does, but the
+    order does not matter.
     """
     served = _serve(federation, server, messages, rates[1], shared_rows=0)
     return served.server, served.metrics

@@ -58,6 +58,24 @@ def config_parser(command: str, words: Sequence[str]) -> Parser:
     return parser
 
 
+def add_run(parser: Parser, *, name: str, resume: str) -> None:
+    """Add the flags of a command that trains a run in a folder.
+
+    Args:
+      parser: of the command.
+      name: of the folder in ``runs`` without ``--out``, for the help.
+      resume: the help of ``--resume``.
+    """
+    parser.add_argument(
+        "--config", type=Path, help="config.json to start from, instead of a preset"
+    )
+    parser.add_argument("--out", type=Path, help=f"folder of the run (runs/{name})")
+    parser.add_argument("--resume", action="store_true", help=resume)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run in --out"
+    )
+
+
 def run_parser(command: str) -> Parser:
     """Return the parser of a command that reads a run."""
     parser = parser_of(command)

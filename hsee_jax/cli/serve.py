@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsee_jax.cli.arguments import config_parser, print_figures
+from hsee_jax.cli.arguments import add_run, config_parser, print_figures
 from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
@@ -148,17 +148,10 @@ def _folder(out: Path | None) -> contextlib.AbstractContextManager[Path]:
 
 def _parser(words: Sequence[str]) -> Parser:
     parser = config_parser("serve", words)
-    parser.add_argument(
-        "--config", type=Path, help="config.json to start from, instead of a preset"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the run (runs/serve-DATE)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out after the last round that ended",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run in --out"
+    add_run(
+        parser,
+        name="serve-DATE",
+        resume="go on with the run in --out after the last round that ended",
     )
     _add_devices(parser)
     return parser

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from hsee_jax.cli.arguments import config_parser, print_figures
+from hsee_jax.cli.arguments import add_run, config_parser, print_figures
 from hsee_jax.cli.flags import Parser, use_cache
 from hsee_jax.cli.plan_file import AUTO, config_with_plan, plan_now
 from hsee_jax.cli.signals import StopSignals
@@ -65,18 +65,11 @@ def train(words: Sequence[str]) -> int | None:
 
 def _parser(words: Sequence[str]) -> Parser:
     parser = config_parser("train", words)
-    parser.add_argument(
-        "--config", type=Path, help="config.json to start from, instead of a preset"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the run (runs/PRESET-DATE)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --out; --rounds may be raised, which stretches the "
+    add_run(
+        parser,
+        name="PRESET-DATE",
+        resume="continue the run in --out; --rounds may be raised, which stretches the "
         "schedule of the learning rate",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run in --out"
     )
     entries = "; ".join(f"{e.name}: {e.summary}" for e in TRACKERS.values())
     parser.add_argument(

@@ -1,12 +1,12 @@
 """Networks: layers and heads as pure functions, and the registry of networks."""
 
-from hsee_jax.nn.conv1d import SeriesLayer, conv1d
+from hsee_jax.nn.conv1d import conv1d
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
-from hsee_jax.nn.layers import Head, Norm
+from hsee_jax.nn.layers import ConvNorm, Head, Norm
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
-from hsee_jax.nn.mobilenet import ConvNormReLU6, InvertedResidual, mobilenet_v2
+from hsee_jax.nn.mobilenet import InvertedResidual, mobilenet_v2
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
 from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import NETWORKS, images_only, register, series_only
@@ -27,7 +27,7 @@ __all__ = [
     "Block",
     "Bottleneck",
     "ConvHead",
-    "ConvNormReLU6",
+    "ConvNorm",
     "DenseLayer",
     "FirstBlock",
     "Head",
@@ -37,7 +37,6 @@ __all__ = [
     "Network",
     "Norm",
     "Patches",
-    "SeriesLayer",
     "Stem",
     "TokenHead",
     "conv1d",

@@ -7,46 +7,24 @@ layer halves the series and doubles the channels, so that later cuts send fewer 
 [ours].
 """
 
-from functools import partial
 from typing import Annotated
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import at_least
-from hsee_jax.core.types import Array
 from hsee_jax.nn.layers import (
-    Conv,
     ConvForm,
+    ConvNorm,
     DtypeName,
     ExitHead,
     Head,
-    Norm,
     NormName,
     Width,
 )
 from hsee_jax.nn.mlp import Depth
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, series_only
-
-
-class SeriesLayer(nn.Module):
-    """A convolution, a normalisation and ReLU: ``[B, T, C] -> [B, T/s, features]``."""
-
-    features: int
-    window: int
-    stride: int
-    dtype: jnp.dtype
-    conv: str
-    norm: str = "batch"
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Run the layer."""
-        conv = partial(Conv, dtype=self.dtype, conv=self.conv, name="conv")
-        y = conv(self.features, self.window, self.stride)(x.astype(self.dtype))
-        return nn.relu(Norm(self.norm, self.dtype, name="bn")(y, mask, train=train))
 
 
 @NETWORKS.register(summary="convolutions along time, for series [T, C]")
@@ -85,7 +63,7 @@ def conv1d(
         raise UserError(f"window: {window} is not allowed; allowed is an odd number")
     compute = jnp.dtype(dtype)
     layers = [
-        SeriesLayer(
+        ConvNorm(
             width * 2 ** (number // 2),
             window,
             2 if number > 0 and number % 2 == 0 else 1,

@@ -10,6 +10,7 @@ see `hsee_jax.nn.convolution`, and ``norm`` a normalisation, see `Norm`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import flax.linen as nn
@@ -109,6 +110,32 @@ class Norm(nn.Module):
             use_fast_variance=False,
             name="gn",
         )(x)
+
+
+class ConvNorm(nn.Module):
+    """A convolution, a normalisation and an activation.
+
+    ``[B, H, W, C] -> [B, H/s, W/s, features]``, or ``[B, T, C] -> [B, T/s, features]``
+    for series, with stride s.
+    """
+
+    features: int
+    size: int
+    stride: int
+    dtype: jnp.dtype
+    conv: str
+    norm: str = "batch"
+    activation: Callable[[Array], Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
+        """Run the layer."""
+        conv = Conv(
+            self.features, self.size, self.stride, self.dtype, self.conv, name="conv"
+        )
+        y = conv(x.astype(self.dtype))
+        y = Norm(self.norm, self.dtype, name="bn")(y, mask, train=train)
+        return self.activation(y)
 
 
 def num_groups_of(channels: int) -> int:

@@ -16,6 +16,7 @@ from hsee_jax.core.types import Array
 from hsee_jax.nn.layers import (
     Conv,
     ConvForm,
+    ConvNorm,
     DtypeName,
     ExitHead,
     Head,
@@ -43,24 +44,6 @@ _NAMES = (
     *(f"layer{g + 1}.{n}" for g, group in enumerate(_GROUPS) for n in range(group[2])),
     "last",
 )
-
-
-class ConvNormReLU6(nn.Module):
-    """A convolution, a normalisation and ReLU6: the first layer, and the last."""
-
-    features: int
-    size: int
-    stride: int
-    dtype: jnp.dtype
-    conv: str
-    norm: str = "batch"
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Run the layer: ``[B, H, W, C] -> [B, H/s, W/s, features]``."""
-        conv = partial(Conv, dtype=self.dtype, conv=self.conv, name="conv")
-        y = conv(self.features, self.size, self.stride)(x.astype(self.dtype))
-        return nn.relu6(Norm(self.norm, self.dtype, name="bn")(y, mask, train=train))
 
 
 class InvertedResidual(nn.Module):
@@ -127,13 +110,15 @@ def mobilenet_v2(
     def scaled(channels: int) -> int:
         return max(1, round(channels * width / 32))
 
-    modules: list[nn.Module] = [ConvNormReLU6(width, 3, 1 if small else 2, *common)]
+    modules: list[nn.Module] = [
+        ConvNorm(width, 3, 1 if small else 2, *common, nn.relu6)
+    ]
     for group, (expansion, channels, count, stride) in enumerate(_GROUPS):
         for number in range(count):
             step = stride if number == 0 and not (small and group == 1) else 1
             block = InvertedResidual(scaled(channels), step, expansion, *common)
             modules.append(block)
-    modules.append(ConvNormReLU6(scaled(_LAST), 1, 1, *common))
+    modules.append(ConvNorm(scaled(_LAST), 1, 1, *common, nn.relu6))
     exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
         stages=tuple(map(from_linen, modules)),
