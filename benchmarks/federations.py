@@ -61,7 +61,7 @@ def federation(
             **changes,
         },
     )
-    if "batch_norm" in config.strategy.options:  # as in the PyTorch baseline
+    if config.strategy.strategy == "averaging":  # as in the PyTorch baseline
         config = hsee_jax.override(config, batch_norm="average")
     train = noise(dataset, clients * batch_size * steps)
     splits = train, noise(dataset, 8, seed=1)

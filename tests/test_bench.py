@@ -72,8 +72,11 @@ def test_the_check_sees_an_average_that_is_left_out(monkeypatch):
         bench_round.check(8, "averaging", cuts=("1", "3"), **SHORT_RESNET)
 
 
-def test_federations_have_full_batches_and_all_cuts():
-    built = federations.federation(clients=4, batch_size=2, steps=3, width=2)
+@pytest.mark.parametrize("strategy", federations.STRATEGIES)
+def test_federations_have_full_batches_and_all_cuts(strategy):
+    built = federations.federation(
+        clients=4, batch_size=2, steps=3, width=2, strategy=strategy
+    )
     assert [g.ids for g in built.federation.groups] == [(0, 3), (1,), (2,)]
     assert {len(shard) for shard in built.shards.values()} == {6}
     drawn = built.plan(0)
