@@ -13,7 +13,7 @@ from hsee_jax.config.values import options
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.resnet import resnet18
 
-MODES = ("grouped", "unrolled", "patches", "winograd", "auto")
+MODES = ("grouped", "unrolled", "patches", "winograd", "winograd4", "auto")
 CLIENTS, BATCH = 3, 2
 # (H, W, C, F, window, stride, padding)
 SHAPES = {

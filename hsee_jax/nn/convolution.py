@@ -38,19 +38,21 @@ from hsee_jax.nn.convolution_forms import (
     Form,
     Geometry,
 )
-from hsee_jax.nn.winograd import WINOGRAD
+from hsee_jax.nn.winograd import WINOGRAD, WINOGRAD4
 
 _FORMS = {
     "grouped": NATIVE,
     "unrolled": NATIVE,
     "patches": PATCHES,
     "winograd": WINOGRAD,
+    "winograd4": WINOGRAD4,
 }
 _DEPTHWISE = {
     "grouped": NATIVE,
     "unrolled": NATIVE,
     "patches": SHIFTS,
     "winograd": SHIFTS,
+    "winograd4": SHIFTS,
 }
 FORMS = ("auto", *_FORMS)  # the modes of `convolution`
 _SERIES = ("NWC", "WIO", "NWC")
