@@ -211,9 +211,10 @@ def test_scan_checkpoint_and_shard_map(mode):
     assert_close(jax.jit(sharded)(x, w), expected)
 
 
-def groups_of(run, *operands):
+def groups_of(run, *operands, platform="cpu"):
     """The number of groups of every convolution in a program."""
-    text = jax.jit(run).lower(*operands).as_text()
+    traced = jax.jit(run).trace(*operands)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
     return [
         max(
             int(line.partition(f"{kind}_group_count = ")[2].partition(" ")[0])
@@ -249,15 +250,16 @@ def test_shared_weights_are_one_convolution_of_a_larger_batch():
 
 
 @pytest.mark.parametrize(
-    ("backend", "stacked"), [("gpu", [1] * 9), ("tpu", [CLIENTS] * 3)]
+    ("platform", "stacked"),
+    [("cuda", [1] * 9), ("rocm", [1] * 9), ("tpu", [CLIENTS] * 3), ("cpu", [])],
 )
-def test_accelerators_take_the_native_one(monkeypatch, backend, stacked):
+def test_accelerators_take_the_native_one(platform, stacked):
     """For stacked weights a GPU takes one after another, a TPU groups of one."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     run = passes(convolution("auto"), WIDE)
     x, w = arrays(WIDE)
-    assert groups_of(run, x[0], w[0]) == [1] * 3
-    assert groups_of(jax.vmap(run), x, w) == stacked
+    single = [] if platform == "cpu" else [1] * 3
+    assert groups_of(run, x[0], w[0], platform=platform) == single
+    assert groups_of(jax.vmap(run), x, w, platform=platform) == stacked
 
 
 @pytest.mark.parametrize(

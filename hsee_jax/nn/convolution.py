@@ -11,7 +11,7 @@ equal to it up to rounding and runs in one of these forms:
 ``patches``   shifted slices times matrices: no convolution, more memory
 ``winograd``  F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
               others take 36; only for 3x3 of stride 1, else it is ``patches``
-``auto``      a form chosen by backend, pass and shape, see `_auto`
+``auto``      a form chosen by platform, pass and shape, see `_auto`
 ============  ====================================================================
 
 In every form, inputs that `jax.vmap` batches under shared weights become one
@@ -154,26 +154,32 @@ def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
 def _batchable(mode: str, name: str, geometry: Geometry, channels: int) -> Callable:
     """Make one pass, and define it under one or several `jax.vmap`."""
 
-    def implementation(*, stacked: bool) -> tuple[str, Callable[[Array, Array], Array]]:
-        form = mode
-        if mode == "auto":
-            form = _auto(name, geometry, channels, stacked=stacked)
+    def run(form: str, a: Array, b: Array, *, stacked: bool) -> Array:
         forms = _FORMS if geometry.groups == 1 else _DEPTHWISE
-        return form, partial(getattr(forms[form], name), geometry=geometry)
+        one = partial(getattr(forms[form], name), geometry=geometry)
+        if stacked and form == "unrolled":
+            return jnp.stack([one(*pair) for pair in zip(a, b, strict=True)])
+        return jax.vmap(one)(a, b) if stacked else one(a, b)
+
+    def compute(a: Array, b: Array, *, stacked: bool) -> Array:
+        if mode != "auto":
+            return run(mode, a, b, stacked=stacked)
+        choices = _auto(name, geometry, channels, stacked=stacked)
+        if len(choices) == 1:
+            return run(choices["default"], a, b, stacked=stacked)
+        runs = {f: partial(run, f, stacked=stacked) for f in choices.values()}
+        return lax.platform_dependent(a, b, **{p: runs[f] for p, f in choices.items()})
 
     def shares_weights(batched: list[bool]) -> bool:
         return name != "wrt_weights" and not batched[1]
 
     @custom_vmap
     def single(a: Array, b: Array) -> Array:
-        return implementation(stacked=False)[1](a, b)
+        return compute(a, b, stacked=False)
 
     @custom_vmap
     def stack(a: Array, b: Array) -> Array:  # [S, ...] both
-        form, run = implementation(stacked=True)
-        if form == "unrolled":
-            return jnp.stack([run(*pair) for pair in zip(a, b, strict=True)])
-        return jax.vmap(run)(a, b)
+        return compute(a, b, stacked=True)
 
     @single.def_vmap
     def _(size: int, batched: list[bool], a: Array, b: Array) -> tuple[Array, bool]:
@@ -219,19 +225,26 @@ _CPU = (
 )
 
 
-def _auto(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str:
-    """Choose the form of one pass.
+def _auto(
+    name: str, geometry: Geometry, channels: int, *, stacked: bool
+) -> dict[str, str]:
+    """Choose the form of one pass, for each platform that it may be lowered for.
 
     On CPU, stacked weights never get a native convolution: XLA runs it slowly inside a
     scan. XLA for TPU makes one convolution of a group, with the client as a spatial
-    axis. On a GPU the gradients of grouped convolutions by the weights become forward
-    convolutions with windows as large as the image, so each client gets its own
-    convolution: benchmarks/bench_forms.py measured rounds 1.6 times as fast as with
-    groups.
+    axis: benchmarks/bench_aot.py compiles whole rounds for it. On a GPU the gradients
+    of grouped convolutions by the weights become forward convolutions with windows as
+    large as the image, so each client gets its own convolution:
+    benchmarks/bench_forms.py measured rounds 1.6 times as fast as with groups.
     """
-    backend = jax.default_backend()
-    if backend != "cpu":
-        return "unrolled" if stacked and backend == "gpu" else "grouped"
+    on_cpu = _on_cpu(name, geometry, channels, stacked=stacked)
+    choices = {} if on_cpu == "grouped" else {"cpu": on_cpu}
+    if stacked:
+        choices |= {"cuda": "unrolled", "rocm": "unrolled"}
+    return {**choices, "default": "grouped"}
+
+
+def _on_cpu(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str:
     other = "patches" if stacked else "grouped"
     for window, stride, least, forms in _CPU:
         if (

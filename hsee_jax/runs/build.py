@@ -37,7 +37,7 @@ from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
-from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.parallel.mesh import SAME, backend, make_mesh, to_devices
 from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
@@ -208,7 +208,7 @@ def _start(config: Config, info: DatasetInfo, mesh: Mesh | None) -> Federation:
 
 
 def _axis(config: Config) -> str:
-    axis = client_axis(config.run.client_axis)
+    axis = client_axis(config.run.client_axis, backend(None))
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
     return axis
