@@ -62,7 +62,7 @@ def lower_plain(program: Program) -> Lowered:
     """Lower the training of one network on one chip."""
     mesh, config = mesh_of(program.chip, 1), _configuration(program)
     info = build_info(config.data)
-    model, optimizer = build_model(config, info), build_optimizer(config)
+    model, optimizer = build_model(config, info, mesh), build_optimizer(config)
     count = program.batch_size * program.steps
     data = Dataset(
         np.zeros((count, *info.input_shape), np.uint8), np.zeros(count, np.int32)

@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from hsee_jax.config.values import options
-from hsee_jax.nn.convolution import convolution
+from hsee_jax.nn.convolution import auto_form, convolution
 from hsee_jax.nn.resnet import resnet18
 
-MODES = ("grouped", "unrolled", "patches", "winograd", "auto")
+MODES = ("grouped", "unrolled", "patches", "winograd", "mixed")
 CLIENTS, BATCH = 3, 2
 # (H, W, C, F, window, stride, padding)
 SHAPES = {
@@ -26,7 +26,7 @@ SHAPES = {
     "7x7/2": (11, 12, 3, 4, 7, 2, 3),
     "3x3 one pixel": (1, 2, 3, 4, 3, 1, 1),
 }
-WIDE = (5, 4, 64, 64, 3, 1, 1)  # `auto` is Winograd on CPU
+WIDE = (5, 4, 64, 64, 3, 1, 1)  # `mixed` is Winograd
 
 
 def arrays(shape, dtype=jnp.float32, stack=CLIENTS):
@@ -211,10 +211,9 @@ def test_scan_checkpoint_and_shard_map(mode):
     assert_close(jax.jit(sharded)(x, w), expected)
 
 
-def groups_of(run, *operands, platform="cpu"):
+def groups_of(run, *operands):
     """The number of groups of every convolution in a program."""
-    traced = jax.jit(run).trace(*operands)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    text = jax.jit(run).lower(*operands).as_text()
     return [
         max(
             int(line.partition(f"{kind}_group_count = ")[2].partition(" ")[0])
@@ -250,16 +249,22 @@ def test_shared_weights_are_one_convolution_of_a_larger_batch():
 
 
 @pytest.mark.parametrize(
-    ("platform", "stacked"),
-    [("cuda", [1] * 9), ("rocm", [1] * 9), ("tpu", [CLIENTS] * 3), ("cpu", [])],
+    ("backend", "single", "stacked"),
+    [
+        ("gpu", [1] * 3, [1] * 9),
+        ("tpu", [1] * 3, [CLIENTS] * 3),
+        ("cpu", [], []),
+    ],
 )
-def test_accelerators_take_the_native_one(platform, stacked):
+def test_auto_depends_on_the_backend(monkeypatch, backend, single, stacked):
     """For stacked weights a GPU takes one after another, a TPU groups of one."""
-    run = passes(convolution("auto"), WIDE)
     x, w = arrays(WIDE)
-    single = [] if platform == "cpu" else [1] * 3
-    assert groups_of(run, x[0], w[0], platform=platform) == single
-    assert groups_of(jax.vmap(run), x, w, platform=platform) == stacked
+    run = passes(convolution(auto_form(backend)), WIDE)
+    assert groups_of(run, x[0], w[0]) == single
+    assert groups_of(jax.vmap(run), x, w) == stacked
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    by_default = passes(convolution("auto"), WIDE)
+    assert groups_of(jax.vmap(by_default), x, w) == stacked
 
 
 @pytest.mark.parametrize(
@@ -286,7 +291,7 @@ def test_what_is_not_supported_is_refused(options):
 
 
 def test_modes_are_those_of_the_configuration():
-    assert set(options()["conv"][1].choices) == set(MODES)
+    assert set(options()["conv"][1].choices) == {"auto", *MODES}
     with pytest.raises(ValueError, match="patch is none of auto"):
         convolution("patch")
 

@@ -13,11 +13,11 @@ from hsee_jax.engine import DeviceStore, lower_round, make_round, plan_round
 from hsee_jax.engine.plan import num_slots
 from hsee_jax.engine.round import make_no_means, nothing_done
 from hsee_jax.engine.scan_arguments import Placement
-from hsee_jax.parallel import backend, make_mesh, place_blocks
+from hsee_jax.parallel import backend_of, make_mesh, place_blocks
 from hsee_jax.parallel.mesh import SAME, to_devices
 from hsee_jax.runs import lower
 
-CUTS = (1, 2, 1)
+CUTS = {0: 1, 1: 2, 2: 1}
 
 
 @pytest.mark.parametrize("strategy", [averaging, sequential])
@@ -107,4 +107,4 @@ def test_shapes_without_a_mesh_are_of_the_default_device():
 
 
 def test_the_backend_is_that_of_the_mesh():
-    assert backend(None) == backend(make_mesh()) == "cpu"
+    assert backend_of(None) == backend_of(make_mesh()) == "cpu"

@@ -95,9 +95,7 @@ def make_scan_round(
     return run_and_fetch
 
 
-def program(
-    strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
-) -> Wrapped:
+def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> Wrapped:
     """Compile some steps of a round, and the average after the last step."""
     each: Any = layout(strategy).clients
     if strategy.step is not None:

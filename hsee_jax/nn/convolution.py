@@ -11,7 +11,8 @@ equal to it up to rounding and runs in one of these forms:
 ``patches``   shifted slices times matrices: no convolution, more memory
 ``winograd``  F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
               others take 36; only for 3x3 of stride 1, else it is ``patches``
-``auto``      a form chosen by platform, pass and shape, see `_auto`
+``mixed``     the form that is fastest on a CPU for the pass and the shape
+``auto``      the form of the default backend, see `auto_form`
 ============  ====================================================================
 
 In every form, inputs that `jax.vmap` batches under shared weights become one
@@ -52,8 +53,23 @@ _DEPTHWISE = {
     "patches": SHIFTS,
     "winograd": SHIFTS,
 }
-FORMS = ("auto", *_FORMS)  # the modes of `convolution`
+FORMS = ("auto", *_FORMS, "mixed")  # the modes of `convolution`
 _SERIES = ("NWC", "WIO", "NWC")
+
+
+def auto_form(backend: str) -> str:
+    """Return the form that ``auto`` takes on a backend.
+
+    On a GPU the gradients of grouped convolutions by the weights become forward
+    convolutions with windows as large as the image, so each client gets its own
+    convolution: benchmarks/bench_forms.py measured rounds 1.6 times as fast as with
+    groups. XLA for TPU makes one convolution of a group, with the client as a spatial
+    axis: benchmarks/bench_aot.py compares the forms there.
+
+    Args:
+      backend: ``"cpu"``, ``"gpu"``, ``"tpu"`` or another.
+    """
+    return {"cpu": "mixed", "gpu": "unrolled"}.get(backend, "grouped")
 
 
 def convolution(mode: str = "auto") -> Callable[..., Array]:
@@ -76,6 +92,7 @@ def convolution(mode: str = "auto") -> Callable[..., Array]:
     """
     if mode not in FORMS:
         raise ValueError(f"{mode} is none of {', '.join(FORMS)}")
+    form = auto_form(jax.default_backend()) if mode == "auto" else mode
 
     def conv_general_dilated(
         lhs: Array,
@@ -106,10 +123,10 @@ def convolution(mode: str = "auto") -> Callable[..., Array]:
         if lhs.ndim == 3:
             strides, pads = (1, *window_strides), ((0, 0), *padding)
             image = _convolve(
-                mode, lhs[:, None], rhs[None], strides, pads, feature_group_count
+                form, lhs[:, None], rhs[None], strides, pads, feature_group_count
             )
             return image[:, 0]
-        return _convolve(mode, lhs, rhs, window_strides, padding, feature_group_count)
+        return _convolve(form, lhs, rhs, window_strides, padding, feature_group_count)
 
     return conv_general_dilated
 
@@ -154,32 +171,26 @@ def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
 def _batchable(mode: str, name: str, geometry: Geometry, channels: int) -> Callable:
     """Make one pass, and define it under one or several `jax.vmap`."""
 
-    def run(form: str, a: Array, b: Array, *, stacked: bool) -> Array:
+    def implementation(*, stacked: bool) -> tuple[str, Callable[[Array, Array], Array]]:
+        form = mode
+        if mode == "mixed":
+            form = _fastest_on_cpu(name, geometry, channels, stacked=stacked)
         forms = _FORMS if geometry.groups == 1 else _DEPTHWISE
-        one = partial(getattr(forms[form], name), geometry=geometry)
-        if stacked and form == "unrolled":
-            return jnp.stack([one(*pair) for pair in zip(a, b, strict=True)])
-        return jax.vmap(one)(a, b) if stacked else one(a, b)
-
-    def compute(a: Array, b: Array, *, stacked: bool) -> Array:
-        if mode != "auto":
-            return run(mode, a, b, stacked=stacked)
-        choices = _auto(name, geometry, channels, stacked=stacked)
-        if len(choices) == 1:
-            return run(choices["default"], a, b, stacked=stacked)
-        runs = {f: partial(run, f, stacked=stacked) for f in choices.values()}
-        return lax.platform_dependent(a, b, **{p: runs[f] for p, f in choices.items()})
+        return form, partial(getattr(forms[form], name), geometry=geometry)
 
     def shares_weights(batched: list[bool]) -> bool:
         return name != "wrt_weights" and not batched[1]
 
     @custom_vmap
     def single(a: Array, b: Array) -> Array:
-        return compute(a, b, stacked=False)
+        return implementation(stacked=False)[1](a, b)
 
     @custom_vmap
     def stack(a: Array, b: Array) -> Array:  # [S, ...] both
-        return compute(a, b, stacked=True)
+        form, run = implementation(stacked=True)
+        if form == "unrolled":
+            return jnp.stack([run(*pair) for pair in zip(a, b, strict=True)])
+        return jax.vmap(run)(a, b)
 
     @single.def_vmap
     def _(size: int, batched: list[bool], a: Array, b: Array) -> tuple[Array, bool]:
@@ -225,26 +236,13 @@ _CPU = (
 )
 
 
-def _auto(
+def _fastest_on_cpu(
     name: str, geometry: Geometry, channels: int, *, stacked: bool
-) -> dict[str, str]:
-    """Choose the form of one pass, for each platform that it may be lowered for.
+) -> str:
+    """Choose the form of one pass.
 
-    On CPU, stacked weights never get a native convolution: XLA runs it slowly inside a
-    scan. XLA for TPU makes one convolution of a group, with the client as a spatial
-    axis: benchmarks/bench_aot.py compiles whole rounds for it. On a GPU the gradients
-    of grouped convolutions by the weights become forward convolutions with windows as
-    large as the image, so each client gets its own convolution:
-    benchmarks/bench_forms.py measured rounds 1.6 times as fast as with groups.
+    Stacked weights never get a native convolution: XLA runs it slowly inside a scan.
     """
-    on_cpu = _on_cpu(name, geometry, channels, stacked=stacked)
-    choices = {} if on_cpu == "grouped" else {"cpu": on_cpu}
-    if stacked:
-        choices |= {"cuda": "unrolled", "rocm": "unrolled"}
-    return {**choices, "default": "grouped"}
-
-
-def _on_cpu(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str:
     other = "patches" if stacked else "grouped"
     for window, stride, least, forms in _CPU:
         if (

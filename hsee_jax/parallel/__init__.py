@@ -1,7 +1,7 @@
 """Runs on several devices and in several processes."""
 
 from hsee_jax.parallel.mesh import (
-    backend,
+    backend_of,
     make_mesh,
     on_devices,
     over_clients,
@@ -10,7 +10,7 @@ from hsee_jax.parallel.mesh import (
 from hsee_jax.parallel.processes import in_first, is_first, join
 
 __all__ = [
-    "backend",
+    "backend_of",
     "in_first",
     "is_first",
     "join",

@@ -30,7 +30,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     )
 
 
-def backend(mesh: Mesh | None) -> str:
+def backend_of(mesh: Mesh | None) -> str:
     """Return the kind of a mesh's devices: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
 
     Args:
