@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 from rounds import KEY
-from tiny import PIPELINE, TINY, tiny_data, tiny_federation, tiny_shards
+from tiny import (
+    PIPELINE,
+    TINY,
+    DenseLayer,
+    tiny_data,
+    tiny_federation,
+    tiny_model,
+    tiny_shards,
+)
 
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.config import Config, override
@@ -20,11 +28,14 @@ from hsee_jax.runs import lower
 CUTS = {0: 1, 1: 2, 2: 1}
 
 
-@pytest.mark.parametrize("strategy", [averaging, sequential])
+@pytest.mark.parametrize(
+    "strategy", [averaging, pytest.param(sequential, marks=pytest.mark.slow)]
+)
 def test_the_lowered_program_trains_the_round(strategy):
     """On two devices, with an empty slot: the program gives what `make_round` gives."""
     mesh = make_mesh(jax.devices()[:2])
-    federation = tiny_federation(CUTS, mesh=mesh)
+    model = tiny_model((DenseLayer(4), DenseLayer(3), DenseLayer(2)))
+    federation = tiny_federation(CUTS, model, mesh)
     strategy = strategy(federation)
     slots = num_slots(
         federation.groups, participation=1.0, seed=0, rounds=1, multiple=2
