@@ -20,8 +20,8 @@ equal to it up to rounding and runs in one of these forms:
 
 In every form, inputs that `jax.vmap` batches under shared weights become one
 convolution of a larger batch. Images are NHWC and weights HWIO. A series, NWC, is an
-image of height 1. A depthwise convolution is native in the first two forms, and in those
-of single convolutions a sum of shifted images, each times the weights of its place.
+image of height 1. A depthwise convolution is native in the first two forms, and in the
+others a sum of shifted images, each times the weights of its place.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,14 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from hsee_jax.core.types import Array
-from hsee_jax.nn.convolution_choice import WITHOUT_GROUPS, Choice, choice_of, place_of
+from hsee_jax.nn.convolution_choice import (
+    WITHOUT_GROUPS,
+    Choice,
+    Place,
+    always,
+    choice_of,
+    place_of,
+)
 from hsee_jax.nn.convolution_forms import (
     LAYOUT,
     NATIVE,
@@ -113,6 +120,12 @@ def convolution(mode: str | Choice = "auto") -> Callable[..., Array]:
     return conv_general_dilated
 
 
+def pass_of(place: Place, form: str) -> Callable[[Array, Array], Array]:
+    """Return one pass in one form, a function of the arrays of `Place.shapes`."""
+    run = _batchable(always(form), place.name, place.geometry)
+    return jax.vmap(run) if place.stack else run
+
+
 def _convolve(
     choice: Choice,
     x: Array,
@@ -155,8 +168,9 @@ def _batchable(choice: Choice, name: str, geometry: Geometry) -> Callable:
 
     def choose(a: Array, b: Array, stack: int) -> tuple[str, Callable]:
         form = choice(place_of(name, geometry, a, b, stack))
-        forms = SHIFTS if geometry.groups > 1 and form in WITHOUT_GROUPS else _FORMS[form]
-        return form, partial(getattr(forms, name), geometry=geometry)
+        depthwise = geometry.groups > 1 and form in WITHOUT_GROUPS
+        passes = SHIFTS if depthwise else _FORMS[form]
+        return form, partial(getattr(passes, name), geometry=geometry)
 
     def shares_weights(batched: list[bool]) -> bool:
         return name != "wrt_weights" and not batched[1]

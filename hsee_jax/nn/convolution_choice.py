@@ -1,14 +1,14 @@
-"""Which form a convolution takes: by name, by backend, or as `hsee tune` measured it."""
+"""Which form a convolution takes: by name, by backend, or as it was measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
 
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution_forms import Form, Geometry
+from hsee_jax.nn.winograd import suits_winograd
 
 WITHOUT_GROUPS = ("patches", "winograd", "winograd4")  # forms of single convolutions
 FORMS = ("auto", "grouped", "unrolled", *WITHOUT_GROUPS, "mixed")
@@ -23,6 +23,23 @@ class Place(NamedTuple):
     batch: int  # N, of each client where the weights are stacked
     stack: int  # clients with stacked weights, 0 for one set of weights
     dtype: str
+
+    def __str__(self) -> str:
+        """Return the pass, channels, window and stride, and the size of the image."""
+        geometry, (inputs, features) = self.geometry, self.channels
+        sizes = "x".join(map(str, geometry.window)), "x".join(map(str, geometry.image))
+        window = f"{sizes[0]}/{geometry.strides[0]} on {sizes[1]}"
+        return f"{self.name} {inputs} to {features}, {window}"
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the pass's two arrays, without the clients in front."""
+        geometry, (inputs, features) = self.geometry, self.channels
+        x = self.batch, *geometry.image, inputs * geometry.groups
+        y = self.batch, *geometry.output, features
+        w = *geometry.window, inputs, features
+        return {"forward": (x, w), "wrt_input": (y, w), "wrt_weights": (x, y)}[
+            self.name
+        ]
 
 
 Choice = Callable[[Place], str]  # hashable; returns the name of a form
@@ -39,10 +56,10 @@ def place_of(name: str, geometry: Geometry, a: Array, b: Array, stack: int) -> P
         output.
       stack: the size of the leading axis; 0 if there is none.
     """
-    channels = b.shape[-2:]
+    inputs, features = b.shape[-2:]
     if name == "wrt_weights":
-        channels = a.shape[-1] // geometry.groups, b.shape[-1]
-    return Place(name, geometry, channels, a.shape[-4], stack, str(a.dtype))
+        inputs = a.shape[-1] // geometry.groups
+    return Place(name, geometry, (inputs, features), a.shape[-4], stack, str(a.dtype))
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,16 @@ class Measured:
     def __call__(self, place: Place) -> str:
         """Return the form of a place."""
         return dict(self.forms).get(place) or choice_of(self.other)(place)
+
+
+def forms_of(place: Place) -> tuple[str, ...]:
+    """Return the forms that differ at a place."""
+    forms = (
+        ("grouped", "unrolled", "patches") if place.stack else ("grouped", "patches")
+    )
+    if place.geometry.groups == 1 and suits_winograd(place.geometry):
+        return (*forms, "winograd", "winograd4")
+    return forms
 
 
 def auto_form(backend: str) -> str:
@@ -81,11 +108,12 @@ def choice_of(mode: str) -> Choice:
     if mode not in FORMS:
         raise ValueError(f"{mode} is none of {', '.join(FORMS)}")
     form = auto_form(jax.default_backend()) if mode == "auto" else mode
-    return _mixed if form == "mixed" else partial(_always, form)
+    return _mixed if form == "mixed" else always(form)
 
 
-def _always(form: str, place: Place) -> str:
-    return form
+def always(form: str) -> Choice:
+    """Return the choice of one form for all places."""
+    return lambda place: form
 
 
 # Each row holds a window, a stride (None for any), the least number of channels (input

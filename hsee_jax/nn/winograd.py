@@ -64,12 +64,16 @@ FOUR = Transforms(
         (0, 0, 1),
     ),
     _matrix(
-        (1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)
+        (1, 1, 1, 1, 1, 0),
+        (0, 1, -1, 2, -2, 0),
+        (0, 1, 1, 4, 4, 0),
+        (0, 1, -1, 8, -8, 1),
     ),
 )
 
 
-def _suits(geometry: Geometry) -> bool:
+def suits_winograd(geometry: Geometry) -> bool:
+    """Return whether a convolution is 3x3 of stride 1, with at most 2 zeros a side."""
     narrow = all(0 <= pad <= 2 for pads in geometry.padding for pad in pads)
     return geometry.window == (3, 3) and geometry.strides == (1, 1) and narrow
 
@@ -136,19 +140,17 @@ def _window(w: Array, transforms: Transforms, *, flipped: bool = False) -> Array
 
 
 def _forward(x: Array, w: Array, geometry: Geometry, transforms: Transforms) -> Array:
-    if not _suits(geometry):
+    if not suits_winograd(geometry):
         return PATCHES.forward(x, w, geometry)
     tiles = _input_tiles(x, geometry, transforms)
-    y = _twice(
-        transforms.outputs, dot(tiles, _window(w, transforms), (2, 1), batch=1)
-    )
+    y = _twice(transforms.outputs, dot(tiles, _window(w, transforms), (2, 1), batch=1))
     return _untile(y, len(x), geometry, transforms.size).astype(x.dtype)
 
 
 def _wrt_input(
     dy: Array, w: Array, geometry: Geometry, transforms: Transforms
 ) -> Array:
-    if not _suits(geometry):
+    if not suits_winograd(geometry):
         return PATCHES.wrt_input(dy, w, geometry)
     (top, bottom), (left, right) = geometry.padding
     back = Geometry(
@@ -163,7 +165,7 @@ def _wrt_input(
 def _wrt_weights(
     x: Array, dy: Array, geometry: Geometry, transforms: Transforms
 ) -> Array:
-    if not _suits(geometry):
+    if not suits_winograd(geometry):
         return PATCHES.wrt_weights(x, dy, geometry)
     # Without the barrier XLA keeps the forward pass's tiles, larger than the input.
     tiles = _input_tiles(lax.optimization_barrier(x), geometry, transforms)
@@ -175,7 +177,10 @@ def _wrt_weights(
 
 def _form(transforms: Transforms) -> Form:
     return Form(
-        *(partial(run, transforms=transforms) for run in (_forward, _wrt_input, _wrt_weights))
+        *(
+            partial(run, transforms=transforms)
+            for run in (_forward, _wrt_input, _wrt_weights)
+        )
     )
 
 

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.config.schema import Config, parse_absence
-from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
@@ -31,7 +30,6 @@ from hsee_jax.federation.federation import (
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
-from hsee_jax.nn.convolution_choice import auto_form
 from hsee_jax.nn.cuts import deal_cuts
 from hsee_jax.nn.model import Model
 from hsee_jax.nn.pretrained import load_pretrained
@@ -43,6 +41,7 @@ from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
+from hsee_jax.runs.forms import convolution_of
 from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.systems.traffic import traffic_of
 
@@ -67,14 +66,12 @@ def build_model(
         for programs that run elsewhere.
     """
     info = info or build_info(config.data)
-    conv = config.model.active().get("conv")
-    form = "grouped" if plain else auto_form(backend_of(mesh))
-    if conv is not None and form in conv.choices:
-        if plain or config.model.options["conv"] == "auto":
-            config = override(config, conv=form)
     return NETWORKS.make(
         config.model.network,
-        options=config.model.options,
+        options={
+            **config.model.options,
+            **convolution_of(config, mesh, plain=plain),
+        },
         num_classes=info.num_classes,
         input_shape=info.input_shape,
     )
