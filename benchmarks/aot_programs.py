@@ -27,6 +27,7 @@ class Program(NamedTuple):
     strategy: str  # or plain: one network without clients
     clients: int
     form: str = "auto"
+    axis: str = "vmap"  # or map: the clients of a chip one after another
     width: int = 64
     batch_size: int = 128
     steps: int = 8  # in a round
@@ -35,8 +36,10 @@ class Program(NamedTuple):
     @property
     def name(self) -> str:
         """Return the name of the row."""
-        form = "" if self.form == "auto" else f"-{self.form}"
-        return f"{self.chip}-{self.count}-{self.strategy}-n{self.clients}{form}"
+        parts = [self.chip, self.count, self.strategy, f"n{self.clients}"]
+        parts += [self.axis] if self.axis != "vmap" else []
+        parts += [self.form] if self.form != "auto" else []
+        return "-".join(map(str, parts))
 
 
 def programs(*, quick: bool = False) -> list[Program]:
@@ -50,6 +53,7 @@ def programs(*, quick: bool = False) -> list[Program]:
         found.append(Program(chip, 1, "plain", 1))
         for count, clients in ((1, 12), (8, 12), (1, 64), (8, 64), (4, 12), (4, 64)):
             found += [Program(chip, count, s, clients) for s in STRATEGIES]
+            found.append(Program(chip, count, "averaging", clients, axis="map"))
         found += [
             Program(chip, 1, "averaging", 12, form)
             for form in ("grouped", "unrolled", "patches")
@@ -89,4 +93,5 @@ def _configuration(program: Program) -> hsee_jax.Config:
         width=program.width,
         dtype=program.dtype,
         conv=program.form,
+        client_axis=program.axis,
     )

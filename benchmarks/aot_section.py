@@ -8,8 +8,10 @@ def _program(row: bench.Row) -> str:
     """Name what is compiled."""
     if row["strategy"] == "plain":
         return "one plain network"
-    form = "" if row["form"] == "auto" else f", {row['form']}"
-    return f"{row['strategy']}, {row['clients']} clients{form}"
+    text = f"{row['strategy']}, {row['clients']} clients"
+    if row["strategy"] == "averaging":
+        text += f", {row['axis']}"
+    return text if row["form"] == "auto" else f"{text}, {row['form']}"
 
 
 def _peak(row: bench.Row) -> str:

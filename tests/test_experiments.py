@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hsee_jax import studies
-from hsee_jax.runs.build import build_federation, build_info, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.data import build_info
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))

@@ -1,6 +1,7 @@
 """A round lowered from shapes is the round that is trained, on any devices."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounds import KEY
@@ -24,6 +25,7 @@ from hsee_jax.engine.scan_arguments import Placement
 from hsee_jax.parallel import backend_of, make_mesh, place_blocks
 from hsee_jax.parallel.mesh import SAME, to_devices
 from hsee_jax.runs import lower
+from hsee_jax.runs.build import build_model
 
 CUTS = {0: 1, 1: 2, 2: 1}
 
@@ -115,5 +117,37 @@ def test_shapes_without_a_mesh_are_of_the_default_device():
     assert "num_partitions = 1" in lowered.as_text()
 
 
+class Absent:
+    """A mesh of one device that is not there."""
+
+    def __init__(self, platform):
+        device = type("Device", (), {"platform": platform})()
+        self.devices = np.array([device], object)
+
+
 def test_the_backend_is_that_of_the_mesh():
     assert backend_of(None) == backend_of(make_mesh()) == "cpu"
+    assert [backend_of(Absent(name)) for name in ("tpu", "cuda")] == ["tpu", "gpu"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "conv", "count"),
+    [
+        ("cuda", "auto", 3),
+        ("tpu", "auto", 1),
+        ("cpu", "auto", 0),
+        ("cpu", "grouped", 1),
+    ],
+)
+def test_the_mesh_decides_about_the_form_of_the_convolutions(platform, conv, count):
+    """The convolutions of the first layer of three stacked clients."""
+    config = override(Config(), dataset="cifar10", width=2, conv=conv)
+    stem = build_model(config, mesh=Absent(platform)).stages[0]
+    images = jnp.zeros((3, 1, 32, 32, 3))
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def run(key, images):
+        return stem.init(key, images)
+
+    text = str(jax.make_jaxpr(jax.vmap(run))(keys, images))
+    assert text.count(" conv_general_dilated[") == count

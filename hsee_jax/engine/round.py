@@ -26,7 +26,7 @@ def client_axis(choice: str, backend: str) -> str:
 
     Args:
       choice: ``"loop"``, ``"vmap"`` or ``"auto"``.
-      backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``, see `hsee_jax.parallel.backend`.
+      backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``, see `hsee_jax.parallel.backend_of`.
     """
     if choice != "auto":
         return choice

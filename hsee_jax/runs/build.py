@@ -1,4 +1,7 @@
-"""From a `Config` to the objects of a run; no other file makes objects of one."""
+"""From a `Config` to the objects of a run.
+
+Only this file makes objects of one, and `hsee_jax.runs.model` its network.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -31,50 +34,19 @@ from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
-from hsee_jax.nn.model import Model
 from hsee_jax.nn.pretrained import load_pretrained
-from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, backend_of, make_mesh, to_devices
 from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
-from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
+from hsee_jax.runs.data import OwnData, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
-from hsee_jax.runs.forms import convolution_of
 from hsee_jax.runs.material import Material, deal, take
+from hsee_jax.runs.model import build_model
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
-
-
-def build_model(
-    config: Config,
-    info: DatasetInfo | None = None,
-    mesh: Mesh | None = None,
-    *,
-    plain: bool = False,
-) -> Model:
-    """Build the network that a configuration describes.
-
-    Args:
-      config: of the run.
-      info: on its data; None looks it up.
-      mesh: the devices whose fastest form of the convolution is taken; None for the
-        default device.
-      plain: with the convolution itself, whatever form of it is fastest: for costs, and
-        for programs that run elsewhere.
-    """
-    info = info or build_info(config.data)
-    return NETWORKS.make(
-        config.model.network,
-        options={
-            **config.model.options,
-            **convolution_of(config, mesh, plain=plain),
-        },
-        num_classes=info.num_classes,
-        input_shape=info.input_shape,
-    )
 
 
 def build_optimizer(config: Config) -> Optimizer:
