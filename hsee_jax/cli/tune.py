@@ -1,7 +1,6 @@
 """The command ``hsee tune``: find the fastest forms of convolutions on this machine."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
@@ -14,9 +13,10 @@ from hsee_jax.nn.convolution_choice import Choice, auto_form
 from hsee_jax.nn.model import Model
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.parallel.processes import check_devices
-from hsee_jax.runs.build import build_federation, build_info
+from hsee_jax.runs.build import build_federation
+from hsee_jax.runs.data import build_info
 from hsee_jax.runs.forms import write_forms
-from hsee_jax.systems.tuning import Tuning, tune
+from hsee_jax.systems.tuning import Alone, Tuning, tune
 
 
 def tune_forms(words: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def tune_forms(words: Sequence[str]) -> None:
             input_shape=info.input_shape,
         )
 
-    tuning = tune(
+    alone, tuning = tune(
         make_model,
         federation.optimizer,
         config.run.batch_size,
@@ -54,7 +54,8 @@ def tune_forms(words: Sequence[str]) -> None:
         repeats=repeats,
     )
     path = write_forms(tuning.forms)
-    _print(tuning, path)
+    _print(alone, tuning)
+    print(path)
 
 
 def _parser(words: Sequence[str]) -> Parser:
@@ -65,18 +66,18 @@ def _parser(words: Sequence[str]) -> Parser:
     return parser
 
 
-def _print(tuning: Tuning, path: Path) -> None:
+def _print(alone: Alone, tuning: Tuning) -> None:
     rows = [
         (
             str(place),
             form,
-            _ms(tuning.alone_s[place][form]),
-            _ms(tuning.alone_s[place]["grouped"]),
+            _ms(alone[place][form]),
+            _ms(alone[place]["grouped"]),
         )
         for place, form in tuning.forms.items()
     ]
     head = ("pass", "form", "ms alone", "native")
-    show(text_table(f"{path}: the form of each pass", head, rows))
+    show(text_table("The form of each pass", head, rows))
     steps = [
         ("native convolutions", _ms(tuning.native_s)),
         ("auto, before", _ms(tuning.default_s)),

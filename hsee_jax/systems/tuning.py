@@ -7,7 +7,7 @@ what is fastest alone need not be fastest there.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,13 @@ from hsee_jax.core.types import Array, Batch
 from hsee_jax.federation.branch import init_server, server_spec
 from hsee_jax.federation.step import branch_step
 from hsee_jax.nn.convolution import pass_of
-from hsee_jax.nn.convolution_choice import Choice, Measured, Place, forms_of
+from hsee_jax.nn.convolution_choice import (
+    Choice,
+    Measured,
+    Place,
+    choice_of,
+    forms_of,
+)
 from hsee_jax.nn.model import Model, init_network, layer_inputs
 from hsee_jax.optim.optimizers import OptimizerLike
 from hsee_jax.systems.profile import time_call
@@ -30,16 +36,16 @@ _SHARE = 0.02  # of all passes alone; what takes less is not tried in the step
 _GAIN = 0.98  # a form is taken if the step takes less than this share of its time
 _RATE = 1e-4
 Call = Callable[[], Any]
+Alone = Mapping[Place, Mapping[str, float]]
 
 
 class Tuning(NamedTuple):
-    """The fastest forms, and what they gain."""
+    """The fastest forms, and the seconds of a step with them and with others."""
 
     forms: dict[Place, str]
-    alone_s: dict[Place, dict[str, float]]  # by place and form
-    native_s: float  # a step with native convolutions
+    native_s: float  # with native convolutions
     default_s: float  # with the forms of `auto` before
-    tuned_s: float  # with the fastest forms
+    tuned_s: float
 
 
 class _Recorder:
@@ -61,7 +67,7 @@ def tune(
     other: str,
     stack: int = 0,
     repeats: int = 5,
-) -> Tuning:
+) -> tuple[Alone, Tuning]:
     """Find the fastest form of each convolution of a network.
 
     Args:
@@ -73,63 +79,64 @@ def tune(
       repeats: timed calls of each program; medians count.
 
     Returns:
-      The forms; none of the measured steps was faster than theirs.
+      The seconds of each pass alone, in each form, and the result of `search`.
     """
-
-    def step(choice: str | Choice) -> Call:
-        return _step(make_model(choice), optimizer, batch_size, stack)
-
     recorder = _Recorder()
     program = _program(make_model(recorder), optimizer, batch_size, stack)
     recorder.places.clear()  # of the initialization
     jax.eval_shape(*program)
-    alone = {place: _time_alone(place, repeats) for place in recorder.places}
-    fastest = {place: min(s, key=s.__getitem__) for place, s in alone.items()}
-    steps = {
-        "native": step("grouped"),
-        "default": step(other),
-        "alone": step(Measured(tuple(fastest.items()), other)),
+    alone = {
+        place: _time_alone(place, repeats)
+        for place in recorder.places
+        if place.stack == stack
     }
-    seconds = _in_turns(steps, repeats)
-    _log.info("ms of a step: %s", _ms(seconds))
-    forms, tuned = fastest, steps["alone"]
-    for place, form in _attempts(alone, fastest):
-        tried = forms | {place: form}
-        call = step(Measured(tuple(tried.items()), other))
-        pair = _in_turns({"tuned": tuned, "tried": call}, repeats)
-        share = pair["tried"] / pair["tuned"]
-        _log.info("%s, %s: %.3f of the step's time", place, form, share)
-        if share < _GAIN:
-            forms, tuned = tried, call
-    seconds |= _in_turns(steps | {"tuned": tuned}, repeats)
-    return _fastest(seconds, forms, recorder.places, other, alone)
+    compiled: dict[str | Choice, Call] = {}
+
+    def step_seconds(choices: Sequence[str | Choice]) -> list[float]:
+        for choice in choices:
+            if choice not in compiled:
+                model = make_model(choice)
+                compiled[choice] = _compile(model, optimizer, batch_size, stack)
+        return _in_turns([compiled[choice] for choice in choices], repeats)
+
+    return alone, search(alone, other, step_seconds)
 
 
-def _fastest(
-    seconds: Mapping[str, float],
-    forms: dict[Place, str],
-    places: Mapping[Place, None],
-    other: str,
-    alone: dict[Place, dict[str, float]],
+def search(
+    alone: Alone, other: str, step_seconds: Callable[[Sequence[str | Choice]], Any]
 ) -> Tuning:
-    """Take the tuned forms, unless the native ones or the default are as fast."""
-    least = min(seconds["native"], seconds["default"])
-    if least <= seconds["tuned"]:
-        native = seconds["native"] <= seconds["default"]
-        default = Measured((), "grouped" if native else other)
-        forms = {place: default(place) for place in places}
-    return Tuning(
-        forms,
-        alone,
-        seconds["native"],
-        seconds["default"],
-        min(least, seconds["tuned"]),
-    )
+    """Begin with the forms that are fastest alone, and change one place at a time.
+
+    Args:
+      alone: seconds of each pass in each form.
+      other: see `tune`.
+      step_seconds: times steps with choices of forms, all in turns, and returns the
+        seconds of each.
+
+    Returns:
+      The forms of the fastest step; if native convolutions or ``other`` are as fast,
+      theirs.
+    """
+    forms = {place: min(s, key=s.__getitem__) for place, s in alone.items()}
+    for place, form in _attempts(alone, forms):
+        tried = forms | {place: form}
+        before, after = step_seconds([_choice(forms, other), _choice(tried, other)])
+        _log.info("%s, %s: %.3f of the step's time", place, form, after / before)
+        if after < _GAIN * before:
+            forms = tried
+    choices = "grouped", other, _choice(forms, other)
+    native_s, default_s, tuned_s = step_seconds(choices)
+    if tuned_s >= min(native_s, default_s):
+        default = choice_of("grouped" if native_s <= default_s else other)
+        forms, tuned_s = {p: default(p) for p in alone}, min(native_s, default_s)
+    return Tuning(forms, native_s, default_s, tuned_s)
 
 
-def _attempts(
-    alone: Mapping[Place, Mapping[str, float]], fastest: Mapping[Place, str]
-) -> list[tuple[Place, str]]:
+def _choice(forms: Mapping[Place, str], other: str) -> Measured:
+    return Measured(tuple(forms.items()), other)
+
+
+def _attempts(alone: Alone, fastest: Mapping[Place, str]) -> list[tuple[Place, str]]:
     """Return what to try in the step, the passes that take longest first."""
     total = sum(times[fastest[place]] for place, times in alone.items())
     tried = [
@@ -182,25 +189,26 @@ def _program(
     return step, jax.eval_shape(init, key), images
 
 
-def _step(model: Model, optimizer: OptimizerLike, batch_size: int, stack: int) -> Call:
+def _compile(
+    model: Model, optimizer: OptimizerLike, batch_size: int, stack: int
+) -> Call:
     """Compile a step; every call takes it from the same state, of small constants."""
     step, *shapes = _program(model, optimizer, batch_size, stack)
     arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), shapes)
-    program = jax.jit(step).lower(*arguments).compile()
-    return lambda: program(*arguments)
+    return partial(jax.jit(step).lower(*arguments).compile(), *arguments)
 
 
-def _in_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
+def _in_turns(calls: Sequence[Call], repeats: int) -> list[float]:
     """Time calls in turns, so that a noisy machine disturbs all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in calls:
         jax.block_until_ready(call())
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        for name, call in calls.items():
+        for call, seconds in zip(calls, times, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(seconds)) for name, seconds in times.items()}
+            seconds.append(time.perf_counter() - start)
+    return [float(np.median(seconds)) for seconds in times]
 
 
 def _ms(seconds: Mapping[str, float]) -> str:
