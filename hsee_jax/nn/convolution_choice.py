@@ -63,8 +63,8 @@ def place_of(name: str, geometry: Geometry, a: Array, b: Array, stack: int) -> P
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measured forms of some places, and the name of a form for all others."""
+class FormTable:
+    """FormTable forms of some places, and the name of a form for all others."""
 
     forms: tuple[tuple[Place, str], ...]
     other: str

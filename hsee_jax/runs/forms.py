@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from hsee_jax.config.schema import Config
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.user_cache import user_cache
-from hsee_jax.nn.convolution_choice import FORMS, Choice, Measured, Place, auto_form
+from hsee_jax.nn.convolution_choice import FORMS, Choice, FormTable, Place, auto_form
 from hsee_jax.nn.convolution_forms import Geometry
 from hsee_jax.parallel.mesh import backend_of
 
@@ -40,7 +40,7 @@ def convolution_of(
         backend = backend_of(mesh)
         here = backend == backend_of(None)
         forms = tuple(read_forms().items()) if here else ()
-        conv = Measured(forms, auto_form(backend)) if forms else auto_form(backend)
+        conv = FormTable(forms, auto_form(backend)) if forms else auto_form(backend)
     return {"conv": conv}
 
 

@@ -21,7 +21,7 @@ from hsee_jax.federation.step import branch_step
 from hsee_jax.nn.convolution import pass_of
 from hsee_jax.nn.convolution_choice import (
     Choice,
-    Measured,
+    FormTable,
     Place,
     choice_of,
     forms_of,
@@ -132,8 +132,8 @@ def search(
     return Tuning(forms, native_s, default_s, tuned_s)
 
 
-def _choice(forms: Mapping[Place, str], other: str) -> Measured:
-    return Measured(tuple(forms.items()), other)
+def _choice(forms: Mapping[Place, str], other: str) -> FormTable:
+    return FormTable(tuple(forms.items()), other)
 
 
 def _attempts(alone: Alone, fastest: Mapping[Place, str]) -> list[tuple[Place, str]]:
