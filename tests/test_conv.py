@@ -84,7 +84,7 @@ def test_stacked_and_single_weights(mode, shape):
     run = passes(convolution(mode), shape)
     expected = native_alone(shape, x, w)
     together, alone = jax.jit(lambda x, w: (jax.vmap(run)(x, w), run(x[0], w[0])))(x, w)
-    tolerance = 5e-6 if mode in ("winograd4", "mixed") else 2e-6
+    tolerance = 5e-6 if mode == "winograd4" else 2e-6
     assert_close(together, expected, tolerance)
     assert_close(alone, [leaf[0] for leaf in expected], tolerance)
 

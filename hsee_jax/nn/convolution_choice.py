@@ -121,7 +121,7 @@ def always(form: str) -> Choice:
 # benchmarks/bench_conv.py measured them on CPUs.
 _CPU = (
     (1, None, 1, ("patches", "patches", "patches")),
-    (3, 1, 256, ("winograd4", "winograd4", "winograd4")),
+    (3, 1, 256, ("winograd", "winograd", "winograd")),
     (3, 2, 128, ("patches", "patches", "patches")),
     (3, 2, 16, ("grouped", "grouped", "patches")),
 )
