@@ -6,9 +6,9 @@ weights stacked over clients, at the convolutions of ResNet-18 on images of 32 p
 the gradient by the weights. The rows with the ``setting`` single are evidence for the
 table in `hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
 
-Expected on CPU: which form is fastest depends on the processor; winograd is not slower
-than grouped from 256 channels up; grouped is slowest by far on stacks; the native gradient
-by the weights is many times slower in a scan than in a loop.
+Expected on CPU: which form is fastest depends on the processor; from 256 channels up
+winograd is not slower than grouped; grouped is slowest by far on stacks; the native
+gradient by the weights is many times slower in a scan than in a loop.
 
 Cost: about 3 minutes on two CPU cores. Command::
 
