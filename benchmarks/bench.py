@@ -58,7 +58,7 @@ def time_in_turns(
 def machine() -> Row:
     """Return the hardware and the versions behind a result."""
     versions = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "torch", "numpy"):
+    for name in ("jax", "jaxlib", "flax", "torch", "numpy", "libtpu"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -82,11 +82,14 @@ def _processor() -> str:
     return platform.machine()
 
 
-def write(name: str, rows: Sequence[Row], *, out: Path = RESULTS) -> Path:
-    """Write a benchmark's rows with the machine, and return the file."""
+def write(
+    name: str, rows: Sequence[Row], *, out: Path = RESULTS, on: Row | None = None
+) -> Path:
+    """Write a benchmark's rows with a machine, or with this one; return the file."""
+    on = on or machine()
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"bench-{name}-{jax.default_backend()}.json"
-    content = {"benchmark": name, "machine": machine(), "rows": list(rows)}
+    path = out / f"bench-{name}-{on['backend']}.json"
+    content = {"benchmark": name, "machine": on, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

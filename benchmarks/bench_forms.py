@@ -17,16 +17,10 @@ from typing import Any, NamedTuple
 
 import bench
 import jax
-import jax.numpy as jnp
 import numpy as np
-from federations import STRATEGIES, Runner, federation
+from federations import STRATEGIES, Runner, federation, plain_branch, plain_program
 
-from hsee_jax.core.types import Array, Dataset
-from hsee_jax.data import dataset_info
-from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.federation import Branch, branch_step, init_server, server_spec
-from hsee_jax.nn import init_network
-from hsee_jax.nn.convolution import FORMS
+from hsee_jax.nn.convolution_choice import FORMS
 
 COLUMNS = (
     "strategy",
@@ -69,24 +63,11 @@ def plain_network(size: Size) -> Callable[[], Any]:
         client_axis="vmap",
     )
     model, optimizer = experiment.federation.model, experiment.federation.optimizer
-    spec = server_spec(model, 0, optimizer)
-    info = dataset_info("cifar10")
-    pipeline = InputPipeline(info.mean, info.std)
+    run = plain_program(model, optimizer, "cifar10")
     rows = np.arange(size.images, dtype=np.int32).reshape(-1, size.batch_size)
-    mask = jnp.ones(size.batch_size, bool)
 
-    @partial(jax.jit, donate_argnums=0)
-    def run(branch: Branch, data: Dataset, rows: Array) -> Branch:
-        def step(t: Array, branch: Branch) -> Branch:
-            batch = pipeline.evaluation(data, rows[t], mask)
-            return branch_step(spec, branch, batch, jnp.float32(0.01))[0]
-
-        return jax.lax.fori_loop(0, len(rows), step, branch)
-
-    def init(key: Array) -> Branch:
-        return init_server(init_network(model, key), 0, optimizer)
-
-    state = [jax.jit(init)(jax.random.key(0))]
+    init = jax.jit(partial(plain_branch, model, optimizer))
+    state = [init(jax.random.key(0))]
 
     def call() -> None:
         state[0] = jax.block_until_ready(run(state[0], experiment.train, rows))

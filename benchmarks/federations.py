@@ -4,14 +4,21 @@ Speed does not depend on what the images show, so they are noise, with the shape
 the number of classes of a real dataset. All shards are equal and hold whole batches.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 
 import hsee_jax
-from hsee_jax.core.types import Dataset, ExitMetrics
+from hsee_jax.core.types import Array, Dataset, ExitMetrics
 from hsee_jax.data import dataset_info
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.federation import Branch, branch_step, init_server, server_spec
+from hsee_jax.nn import Model, init_network
+from hsee_jax.optim import Optimizer
 from hsee_jax.runs.build import build
 from hsee_jax.runs.data import DataSource
 from hsee_jax.runs.experiment import Experiment
@@ -27,6 +34,29 @@ def noise(dataset: str, count: int, *, seed: int = 0) -> Dataset:
     images = rng.integers(0, 256, (count, *info.input_shape), np.uint8)
     labels = rng.integers(0, info.num_classes, count).astype(np.int32)
     return Dataset(images, labels)
+
+
+def configuration(
+    *, clients: int, batch_size: int, dataset: str = "cifar10", **changes: Any
+) -> hsee_jax.Config:
+    """Return the configuration of a federation, see `federation`."""
+    config = hsee_jax.override(
+        hsee_jax.Config(),
+        **{
+            "dataset": dataset,
+            "num_clients": clients,
+            "cuts": CUTS[:clients],
+            "batch_size": batch_size,
+            "rounds": 1000,  # more than are run: the rate is constant
+            "schedule": "constant",
+            "warmup_rounds": 0.0,
+            "learning_rate": 0.01,
+            **changes,
+        },
+    )
+    if config.strategy.strategy == "averaging":  # as in the PyTorch baseline
+        config = hsee_jax.override(config, batch_norm="average")
+    return config
 
 
 def federation(
@@ -47,25 +77,40 @@ def federation(
       dataset: the dataset that gives the shapes of the noise.
       **changes: values for further fields of the configuration.
     """
-    config = hsee_jax.override(
-        hsee_jax.Config(),
-        **{
-            "dataset": dataset,
-            "num_clients": clients,
-            "cuts": CUTS[:clients],
-            "batch_size": batch_size,
-            "rounds": 1000,  # more than are run: the rate is constant
-            "schedule": "constant",
-            "warmup_rounds": 0.0,
-            "learning_rate": 0.01,
-            **changes,
-        },
+    config = configuration(
+        clients=clients, batch_size=batch_size, dataset=dataset, **changes
     )
-    if config.strategy.strategy == "averaging":  # as in the PyTorch baseline
-        config = hsee_jax.override(config, batch_norm="average")
     train = noise(dataset, clients * batch_size * steps)
     splits = train, noise(dataset, 8, seed=1)
     return build(config, DataSource(dataset_info(dataset), lambda: splits))
+
+
+def plain_branch(model: Model, optimizer: Optimizer, key: Array) -> Branch:
+    """Draw one network without clients, as a branch with all layers."""
+    return init_server(init_network(model, key), 0, optimizer)
+
+
+def plain_program(model: Model, optimizer: Optimizer, dataset: str) -> Wrapped:
+    """Compile the training of one network without clients, batch by batch.
+
+    Returns:
+      A compiled function of `plain_branch`, a `Dataset` and rows ``int32 [T, B]``, to
+      the branch after T steps.
+    """
+    spec, info = server_spec(model, 0, optimizer), dataset_info(dataset)
+    pipeline = InputPipeline(info.mean, info.std)
+
+    @partial(jax.jit, donate_argnums=0)
+    def run(branch: Branch, data: Dataset, rows: Array) -> Branch:
+        mask = jnp.ones(rows.shape[1], bool)
+
+        def step(t: Array, branch: Branch) -> Branch:
+            batch = pipeline.evaluation(data, rows[t], mask)
+            return branch_step(spec, branch, batch, jnp.float32(0.01))[0]
+
+        return jax.lax.fori_loop(0, len(rows), step, branch)
+
+    return run
 
 
 class Runner:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+from aot_section import AOT
 from sections import BACKENDS, SECTIONS, Part, Section
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "performance.md"
@@ -45,13 +46,15 @@ def render(results: Sequence[Result]) -> str:
     letters = dict(zip(found, string.ascii_uppercase, strict=False))
     parts = [INTRODUCTION.rstrip(), "## Machines"]
     parts.append("\n".join(f"- **{key}**: {text}" for text, key in letters.items()))
-    for section in SECTIONS:
+    for section in (*SECTIONS, AOT):
         own = [r for r in results if belongs(r, section)]
         if own:
             parts += [f"## {section.title}", section.text]
             for part in section.parts:
                 parts += _tables(part, own, letters)
-    missing = [line for section in SECTIONS for line in _missing(section, results)]
+    missing = [
+        line for section in (*SECTIONS, AOT) for line in _missing(section, results)
+    ]
     if missing:
         parts.append("## Not measured")
         parts.append("No machine has measured these yet:")

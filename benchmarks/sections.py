@@ -8,7 +8,7 @@ import bench
 import bench_round
 
 Cell = Callable[[bench.Row], str]  # the text of a cell; empty if it is not measured
-BACKENDS = {"cpu": "CPU", "gpu": "GPU"}
+BACKENDS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 
 
 class Part(NamedTuple):
@@ -278,7 +278,9 @@ SECTIONS = (
                 "One set of weights:",
                 {
                     **_CONVOLUTION,
-                    **_values("pass", "grouped", "patches", "winograd", "auto"),
+                    **_values(
+                        "pass", "grouped", "patches", "winograd", "winograd4", "mixed"
+                    ),
                 },
                 {"setting": "single"},
             ),
@@ -286,7 +288,14 @@ SECTIONS = (
                 "The stacked weights of 8 clients, all passes together:",
                 {
                     **_CONVOLUTION,
-                    **_values("grouped", "unrolled", "patches", "winograd", "auto"),
+                    **_values(
+                        "grouped",
+                        "unrolled",
+                        "patches",
+                        "winograd",
+                        "winograd4",
+                        "mixed",
+                    ),
                 },
                 {"setting": "stacked"},
             ),

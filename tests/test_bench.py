@@ -175,6 +175,17 @@ def test_a_failing_part_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     assert "== good: done" in capsys.readouterr().out
 
 
+def test_parts_that_time_does_not_allow_are_not_begun(monkeypatch, tmp_path):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(bench_all, "HERE", tmp_path)
+    monkeypatch.setattr(bench_all, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(bench_all, "parts", lambda _: dict.fromkeys("ab", ["slow.py"]))
+    arguments = ["bench_all", "--out", str(tmp_path), "--within", "0.5"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="'a': 'took more.*'b': 'not begun'"):
+        bench_all.main()
+
+
 def test_unknown_parts_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_scaling.py", "everything"])
     with pytest.raises(SystemExit) as end:

@@ -16,7 +16,8 @@ from hsee_jax.config.section import Section, Values
 from hsee_jax.core import Registry
 from hsee_jax.data import DATASETS
 from hsee_jax.nn import NETWORKS
-from hsee_jax.runs.build import build, build_federation, build_info, build_strategy
+from hsee_jax.runs.build import build, build_federation, build_strategy
+from hsee_jax.runs.data import build_info
 
 # What the checks of an entry ask for.
 NEEDS = {

@@ -29,7 +29,8 @@ from hsee_jax.cli.commands import COMMANDS
 from hsee_jax.config import PRESETS, SECTIONS, options
 from hsee_jax.inference import CRITERIA
 from hsee_jax.nn import NETWORKS, from_linen, resnet18
-from hsee_jax.runs.build import build_federation, build_info, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.data import build_info
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs/hooks"))

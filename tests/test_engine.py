@@ -96,8 +96,8 @@ def test_turns_and_steps_give_the_same(make):
 
 
 def test_auto_is_a_loop_on_cpu():
-    assert client_axis("auto") == "loop"
-    assert client_axis("vmap") == "vmap"
+    assert client_axis("auto", "cpu") == "loop"
+    assert client_axis("vmap", "cpu") == "vmap"
 
 
 LINK = np.zeros((3, 2, 2), np.int64)

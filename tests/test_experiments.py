@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from hsee_jax import studies
-from hsee_jax.runs.build import build_federation, build_info, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.data import build_info
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import accelerator  # noqa: E402
 import tables  # noqa: E402
 
 NAMES = sorted(path.parent.name for path in EXPERIMENTS.glob("*/study.toml"))
@@ -107,3 +109,24 @@ def test_a_full_size_row_shrunk_is_trained_as_on_an_accelerator(tmp_path, row):
         records = [json.loads(line)["train"] for line in lines]
         losses.append([[r["exit_loss"], r["server_loss"]] for r in records])
     np.testing.assert_allclose(*losses, rtol=0.02)
+
+
+def test_one_command_measures_speed_first_and_then_trains(monkeypatch):
+    """The benchmarks get half of the time, and the studies what is left."""
+    clock, calls = [0.0], []
+
+    def run(arguments, check):
+        calls.append(arguments[1:])
+        clock[0] += 60
+
+    monkeypatch.setattr(accelerator.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(accelerator.subprocess, "run", run)
+    words = ["accelerator.py", "forms", "--seconds", "150", "--data-dir", "sets"]
+    monkeypatch.setattr(sys, "argv", words)
+    accelerator.main()
+    benchmarks, *sweeps = calls
+    assert Path(benchmarks[0]).name == "bench_all.py"
+    assert benchmarks[1:] == ["forms", "--within", "75.0"]
+    assert [Path(words[3]).parent.name for words in sweeps] == ["cifar10", "cifar100"]
+    assert [words[words.index("--seconds") + 1] for words in sweeps] == ["90", "30"]
+    assert all(words[-2:] == ["--data-dir", "sets"] for words in sweeps)

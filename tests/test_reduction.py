@@ -19,7 +19,8 @@ from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.federation import REDUCERS
 from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
-from hsee_jax.runs.build import build_federation, build_info, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.data import build_info
 
 SHARE = 0.25
 SHARES = {"mean": 0.0, "trimmed_mean": SHARE, "median": 0.0}

@@ -19,8 +19,8 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch
 from hsee_jax.federation import branch_step, forward, server_spec
-from hsee_jax.runs.build import build_info
 from hsee_jax.runs.checkpoint import load
+from hsee_jax.runs.data import build_info
 
 SMALL = override(
     preset("demo"),

@@ -17,12 +17,12 @@ from hsee_jax.federation import Client, Federation, group_clients
 from hsee_jax.nn import NETWORKS, Model, from_linen
 from hsee_jax.runs.build import (
     build_federation,
-    build_info,
     build_optimizer,
     build_strategy,
 )
 from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.runs.data import build_info
 
 CLASSES = 3
 PIPELINE = InputPipeline((0.5,), (0.25,))

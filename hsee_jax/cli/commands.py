@@ -67,6 +67,11 @@ COMMANDS = {
         "profile_machine",
         "Time the layers on this machine and write it as a device.",
     ),
+    "tune": Command(
+        "tune",
+        "tune_forms",
+        "Find the fastest form of each convolution on this machine, and keep it.",
+    ),
     "plan": Command(
         "plan", "plan", "Choose the cut of each device, and draw a round with them."
     ),

@@ -25,6 +25,7 @@ from hsee_jax.config import (
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, text_of
 from hsee_jax.core.paths import expand_home
+from hsee_jax.core.user_cache import user_cache
 from hsee_jax.runs.folder import load_config, read_config
 
 
@@ -69,8 +70,7 @@ def use_cache(given: dict[str, Any]) -> None:
     if chosen is None:
         if "JAX_COMPILATION_CACHE_DIR" in os.environ:
             return
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        chosen = str(Path(home) / "hsee_jax")
+        chosen = str(user_cache())
     if chosen == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return

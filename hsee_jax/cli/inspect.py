@@ -13,7 +13,8 @@ from hsee_jax.cli.flags import config_from, use_cache
 from hsee_jax.cli.terminal import cost_table, show, show_log
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.processes import check_devices
-from hsee_jax.runs.build import build_federation, build_info, build_strategy
+from hsee_jax.runs.build import build_federation, build_strategy
+from hsee_jax.runs.data import build_info
 from hsee_jax.runs.reopen import evaluate as evaluate_run
 from hsee_jax.systems.costs import layer_costs
 from hsee_jax.systems.traffic import training_bytes

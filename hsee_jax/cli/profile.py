@@ -13,7 +13,8 @@ from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
 from hsee_jax.parallel.processes import check_devices
-from hsee_jax.runs.build import build_federation, build_info, build_model
+from hsee_jax.runs.build import build_federation, build_model
+from hsee_jax.runs.data import build_info
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.profile import Profile, profile
 from hsee_jax.systems.workload import BACKWARD_FLOPS

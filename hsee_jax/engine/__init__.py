@@ -4,6 +4,7 @@ from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.compilation import check_finite, make_round
 from hsee_jax.engine.evaluation import ClientResult, make_evaluation
 from hsee_jax.engine.host_store import HostStore
+from hsee_jax.engine.lowering import lower_round
 from hsee_jax.engine.plan import Absence, RoundPlan, plan_round
 from hsee_jax.engine.refit import ExitFit, Samples, refit_exits
 from hsee_jax.engine.round import RoundFn, RoundProgress, client_axis
@@ -23,6 +24,7 @@ __all__ = [
     "Store",
     "check_finite",
     "client_axis",
+    "lower_round",
     "make_evaluation",
     "make_round",
     "plan_round",

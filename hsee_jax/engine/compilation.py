@@ -18,6 +18,7 @@ from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import Programs, RoundFn, all_finite, client_axis
 from hsee_jax.engine.scan import make_scan_round
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.parallel.mesh import backend_of
 
 
 def make_round(
@@ -40,7 +41,7 @@ def make_round(
       programs: compiled turns of other rounds with the same algorithm, network and
         arguments, to use and to add to; only ``loop`` does.
     """
-    if client_axis(axis) == "loop":
+    if client_axis(axis, backend_of(mesh)) == "loop":
         return make_loop_round(strategy, pipeline, key, programs)
     return make_scan_round(strategy, pipeline, key, mesh)
 

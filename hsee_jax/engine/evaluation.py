@@ -27,6 +27,7 @@ from hsee_jax.engine.scoring import (
 from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.state import RunState, split_stacks, stack_sizes
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.parallel.mesh import backend_of
 
 
 class ClientResult(NamedTuple):
@@ -99,7 +100,7 @@ def make_evaluation(
         arguments, to use and to add to; only ``loop`` does.
     """
     score = make_score(federation, pipeline)
-    if client_axis(axis) == "loop":
+    if client_axis(axis, backend_of(federation.mesh)) == "loop":
         cuts = [group.cut for group in federation.groups]
         known = {} if programs is None else programs
         scores_of = make_loop(score, strategy, cuts, known)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.engine.plan import RoundPlan
@@ -20,11 +21,16 @@ Floats = npt.NDArray[np.float32]
 Programs = dict[Hashable, Callable]  # compiled functions by what they depend on
 
 
-def client_axis(choice: str) -> str:
-    """Return ``loop`` or ``vmap``, and choose by the devices for ``auto``."""
+def client_axis(choice: str, backend: str) -> str:
+    """Return ``loop`` or ``vmap``, and for ``auto`` choose by the backend.
+
+    Args:
+      choice: ``"loop"``, ``"vmap"`` or ``"auto"``.
+      backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``, see `hsee_jax.parallel.backend_of`.
+    """
     if choice != "auto":
         return choice
-    one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+    one_cpu = backend == "cpu" and jax.process_count() == 1
     return "loop" if one_cpu else "vmap"
 
 
@@ -140,7 +146,7 @@ def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
     return count % strategy.period == 0
 
 
-def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
+def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Wrapped:
     """Compile a function that makes zeros in the shape of a round's means."""
     sharding = None if mesh is None else NamedSharding(mesh, SAME)
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Wrapped
 
-from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
+from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import (
@@ -26,6 +27,7 @@ from hsee_jax.engine.round import (
     step_key,
     turn_sequence,
 )
+from hsee_jax.engine.scan_arguments import Carry, GroupPlan, Inputs, Placement
 from hsee_jax.federation.aggregation import newest
 from hsee_jax.federation.state import (
     Means,
@@ -46,51 +48,20 @@ from hsee_jax.parallel.mesh import (
     to_host,
 )
 
-_SUMS: Any = Metrics(np.float32, np.int32, np.int32)  # type: ignore[arg-type]
-_DTYPES = ExitMetrics(_SUMS, _SUMS, np.int32)  # type: ignore[arg-type]
 _SEGMENT = 32  # steps between two calls of `stop`
 
-
-class _Carry(NamedTuple):
-    """The values that change in a round."""
-
-    state: RunState
-    means: Means
-    totals: tuple[ExitMetrics, ...]  # for each group, leaves [S, ...]
-
-
-class _GroupPlan(NamedTuple):
-    """A group's part of a `RoundPlan`, with S slots."""
-
-    ids: Any  # int32 [S]
-    indices: Any  # int32 [T, S, B]
-    mask: Any  # bool [T, S, B]
-    weights: Any  # float32 [S]
-
-
-class _Inputs(NamedTuple):
-    """The values that stay the same in a round."""
-
-    data: Dataset
-    groups: tuple[_GroupPlan, ...]
-    order: Any  # int32 [T, A]
-    learning_rates: Any  # float32 [T]
-    first: Any  # int32 []: the round's first step, counted over the whole run
-    key: Key  # the root of the augmentation's randomness
-
-
-AdvanceFn = Callable[[_Inputs, Any, _Carry], _Carry]
+AdvanceFn = Callable[[Inputs, Any, Carry], Carry]
 
 
 def make_scan_round(
     strategy: Strategy, pipeline: InputPipeline, key: Key, mesh: Mesh | None
 ) -> RoundFn:
     """Compile the program, see `hsee_jax.engine.make_round`."""
-    run = _program(strategy, pipeline, mesh)
-    each: Any = layout(strategy).clients
-    by_step = PartitionSpec(None, *each)
+    run = program(strategy, pipeline, mesh)
     blocks = 1 if mesh is None or data_layout(strategy) == SAME else mesh.size
-    no_means = make_no_means(strategy, mesh)
+    placement = Placement(
+        lambda tree, specs: to_devices(tree, mesh, specs), make_no_means(strategy, mesh)
+    )
 
     def run_and_fetch(
         state: RunState,
@@ -102,24 +73,11 @@ def make_scan_round(
         stop: Callable[[], bool] | None = None,
     ) -> tuple[RunState, Means, RoundProgress]:
         check_indices(plan, len(data.labels) // blocks)
-        sizes, num_steps = stack_sizes(state), len(plan.order)
+        num_steps = len(plan.order)
         progress = begun or nothing_done(plan)
-        done, before = progress.steps, progress.metrics
-        groups = map(
-            _GroupPlan,
-            split_stacks(plan.ids, sizes),
-            split_stacks(plan.indices, sizes, axis=1),
-            split_stacks(plan.mask, sizes, axis=1),
-            split_stacks(weights, sizes),
-        )
-        specs = (_GroupPlan(each, by_step, by_step, each),) * len(sizes)
-        groups = to_devices(tuple(groups), mesh, specs)
-        same = to_devices((plan.order, learning_rates), mesh, SAME)
-        sums = jax.tree.map(np.asarray, before, _DTYPES)
-        carry = _Carry(
-            state,
-            no_means(state, tuple(group.weights for group in groups)),
-            to_devices(split_stacks(sums, sizes), mesh, each),
+        done = progress.steps
+        carry, groups, same = placement.arguments(
+            strategy, state, plan, learning_rates, weights, progress.metrics
         )
         while done < num_steps:
             begin, done = done, num_steps if stop is None else done + _SEGMENT
@@ -137,9 +95,7 @@ def make_scan_round(
     return run_and_fetch
 
 
-def _program(
-    strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
-) -> Callable[..., _Carry]:
+def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> Wrapped:
     """Compile some steps of a round, and the average after the last step."""
     each: Any = layout(strategy).clients
     if strategy.step is not None:
@@ -149,18 +105,18 @@ def _program(
 
     @partial(jax.jit, donate_argnums=0)
     def run(
-        carry: _Carry,
+        carry: Carry,
         key: Key,
         data: Dataset,
-        groups: tuple[_GroupPlan, ...],
+        groups: tuple[GroupPlan, ...],
         same: tuple[Array, Array],
         steps: tuple[Array, Array],
-    ) -> _Carry:
+    ) -> Carry:
         order, learning_rates = same
         num_steps = len(order)
         turns = 1 if strategy.step is not None else order.shape[1]
         first = carry.state.round * num_steps
-        inputs = _Inputs(data, groups, order, learning_rates, first, key)
+        inputs = Inputs(data, groups, order, learning_rates, first, key)
         begin, end = steps
         carry = jax.lax.fori_loop(
             begin * turns, end * turns, partial(step, inputs), carry
@@ -170,7 +126,7 @@ def _program(
         due = due if due is False else due & finished
         carry = _average_if(strategy, due, carry, groups)
         rounds = carry.state.round + finished.astype(jnp.int32)
-        return _Carry(
+        return Carry(
             carry.state.replace(round=rounds),
             constrain(carry.means, mesh, SAME),
             constrain(carry.totals, mesh, each),
@@ -180,17 +136,17 @@ def _program(
 
 
 def _average_if(
-    strategy: Strategy, due: Array | bool, carry: _Carry, groups: tuple[_GroupPlan, ...]
-) -> _Carry:
+    strategy: Strategy, due: Array | bool, carry: Carry, groups: tuple[GroupPlan, ...]
+) -> Carry:
     """Average if it is due, without the clients that refused a step."""
 
-    def average(carry: _Carry) -> _Carry:
+    def average(carry: Carry) -> Carry:
         weights = tuple(
             jnp.where(all_finite(own), group.weights, 0.0)
             for own, group in zip(carry.totals, groups, strict=True)
         )
         state, means = strategy.aggregate(carry.state, weights)
-        return _Carry(state, newest(carry.means, means), carry.totals)
+        return Carry(state, newest(carry.means, means), carry.totals)
 
     if due is False:
         return carry
@@ -217,7 +173,7 @@ def _all_at_once(
         partial(_fetch_batch, pipeline), mesh, (None, 0, None, None, 0, 0), block=3
     )
 
-    def step(inputs: _Inputs, t: Array, carry: _Carry) -> _Carry:
+    def step(inputs: Inputs, t: Array, carry: Carry) -> Carry:
         number = inputs.first + t
         batches = tuple(
             fetch(inputs.key, g.ids, number, inputs.data, g.indices[t], g.mask[t])
@@ -229,7 +185,7 @@ def _all_at_once(
         )
         totals = jax.tree.map(jnp.add, carry.totals, metrics)
         due = due_after(strategy, "steps", number + 1)
-        carry = _Carry(state, carry.means, totals)
+        carry = Carry(state, carry.means, totals)
         return _average_if(strategy, due, carry, inputs.groups)
 
     return step
@@ -240,7 +196,7 @@ def _one_turn(
 ) -> AdvanceFn:
     """Make a turn of one client, for a strategy whose turns wait for each other."""
 
-    def step(inputs: _Inputs, k: Array, carry: _Carry) -> _Carry:
+    def step(inputs: Inputs, k: Array, carry: Carry) -> Carry:
         sizes, num_turns = stack_sizes(carry.state), inputs.order.shape[1]
         t, n = (turns[k] for turns in turn_sequence(strategy, inputs.order))
         batch = _fetch_batch(
@@ -270,7 +226,7 @@ def _one_turn(
         steps, turns_left = jnp.divmod(k + 1, num_turns)
         due = due_after(strategy, "steps", inputs.first + steps)
         due = due if due is False else due & (turns_left == 0)
-        carry = _Carry(state, carry.means, totals)
+        carry = Carry(state, carry.means, totals)
         return _average_if(strategy, due, carry, inputs.groups)
 
     return step

@@ -2,6 +2,7 @@
 
 from hsee_jax.nn.conv1d import conv1d
 from hsee_jax.nn.convolution import convolution
+from hsee_jax.nn.convolution_choice import auto_form
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.layers import ConvNorm, Head, Norm
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
@@ -39,6 +40,7 @@ __all__ = [
     "Patches",
     "Stem",
     "TokenHead",
+    "auto_form",
     "conv1d",
     "convolution",
     "deal_cuts",

@@ -11,7 +11,11 @@ equal to it up to rounding and runs in one of these forms:
 ``patches``   shifted slices times matrices: no convolution, more memory
 ``winograd``  F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
               others take 36; only for 3x3 of stride 1, else it is ``patches``
-``auto``      a form chosen by backend, pass and shape, see `_auto`
+``winograd4`` F(4x4, 3x3), 36 products where the others take 144; as ``winograd``, and
+              rounds about five times as coarsely
+``mixed``     on a CPU, the form that is not slower than the native one on any machine
+              that was measured
+``auto``      the form of the default backend, see `auto_form`
 ============  ====================================================================
 
 In every form, inputs that `jax.vmap` batches under shared weights become one
@@ -30,6 +34,14 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from hsee_jax.core.types import Array
+from hsee_jax.nn.convolution_choice import (
+    WITHOUT_GROUPS,
+    Choice,
+    Place,
+    always,
+    choice_of,
+    place_of,
+)
 from hsee_jax.nn.convolution_forms import (
     LAYOUT,
     NATIVE,
@@ -38,29 +50,24 @@ from hsee_jax.nn.convolution_forms import (
     Form,
     Geometry,
 )
-from hsee_jax.nn.winograd import WINOGRAD
+from hsee_jax.nn.winograd import WINOGRAD, WINOGRAD4
 
 _FORMS = {
     "grouped": NATIVE,
     "unrolled": NATIVE,
     "patches": PATCHES,
     "winograd": WINOGRAD,
+    "winograd4": WINOGRAD4,
 }
-_DEPTHWISE = {
-    "grouped": NATIVE,
-    "unrolled": NATIVE,
-    "patches": SHIFTS,
-    "winograd": SHIFTS,
-}
-FORMS = ("auto", *_FORMS)  # the modes of `convolution`
 _SERIES = ("NWC", "WIO", "NWC")
 
 
-def convolution(mode: str = "auto") -> Callable[..., Array]:
+def convolution(mode: str | Choice = "auto") -> Callable[..., Array]:
     """Return a function that replaces `jax.lax.conv_general_dilated`.
 
     Args:
-      mode: the name of a form, or ``"auto"``.
+      mode: the name of a form, ``"mixed"``, ``"auto"``, or a function that chooses the
+        form of each place.
 
     Returns:
       A function from ``(lhs [N, H, W, C], rhs [k, k, C, F], window_strides, padding,
@@ -74,8 +81,7 @@ def convolution(mode: str = "auto") -> Callable[..., Array]:
     Raises:
       ValueError: the mode is unknown.
     """
-    if mode not in FORMS:
-        raise ValueError(f"{mode} is none of {', '.join(FORMS)}")
+    choice = mode if callable(mode) else choice_of(mode)
 
     def conv_general_dilated(
         lhs: Array,
@@ -106,16 +112,22 @@ def convolution(mode: str = "auto") -> Callable[..., Array]:
         if lhs.ndim == 3:
             strides, pads = (1, *window_strides), ((0, 0), *padding)
             image = _convolve(
-                mode, lhs[:, None], rhs[None], strides, pads, feature_group_count
+                choice, lhs[:, None], rhs[None], strides, pads, feature_group_count
             )
             return image[:, 0]
-        return _convolve(mode, lhs, rhs, window_strides, padding, feature_group_count)
+        return _convolve(choice, lhs, rhs, window_strides, padding, feature_group_count)
 
     return conv_general_dilated
 
 
+def pass_of(place: Place, form: str) -> Callable[[Array, Array], Array]:
+    """Return one pass in one form, a function of the arrays of `Place.shapes`."""
+    run = _batchable(always(form), place.name, place.geometry)
+    return jax.vmap(run) if place.stack else run
+
+
 def _convolve(
-    mode: str,
+    choice: Choice,
     x: Array,
     w: Array,
     strides: Sequence[int],
@@ -130,11 +142,11 @@ def _convolve(
         ((top, bottom), (left, right)),
         groups,
     )
-    return _differentiable(mode, geometry, min(w.shape[2:]))(x, w)
+    return _differentiable(choice, geometry)(x, w)
 
 
-def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
-    passes = {name: _batchable(mode, name, geometry, channels) for name in Form._fields}
+def _differentiable(choice: Choice, geometry: Geometry) -> Callable:
+    passes = {name: _batchable(choice, name, geometry) for name in Form._fields}
 
     @jax.custom_vjp
     def apply(x: Array, w: Array) -> Array:
@@ -151,26 +163,25 @@ def _differentiable(mode: str, geometry: Geometry, channels: int) -> Callable:
     return apply
 
 
-def _batchable(mode: str, name: str, geometry: Geometry, channels: int) -> Callable:
+def _batchable(choice: Choice, name: str, geometry: Geometry) -> Callable:
     """Make one pass, and define it under one or several `jax.vmap`."""
 
-    def implementation(*, stacked: bool) -> tuple[str, Callable[[Array, Array], Array]]:
-        form = mode
-        if mode == "auto":
-            form = _auto(name, geometry, channels, stacked=stacked)
-        forms = _FORMS if geometry.groups == 1 else _DEPTHWISE
-        return form, partial(getattr(forms[form], name), geometry=geometry)
+    def choose(a: Array, b: Array, stack: int) -> tuple[str, Callable]:
+        form = choice(place_of(name, geometry, a, b, stack))
+        depthwise = geometry.groups > 1 and form in WITHOUT_GROUPS
+        passes = SHIFTS if depthwise else _FORMS[form]
+        return form, partial(getattr(passes, name), geometry=geometry)
 
     def shares_weights(batched: list[bool]) -> bool:
         return name != "wrt_weights" and not batched[1]
 
     @custom_vmap
     def single(a: Array, b: Array) -> Array:
-        return implementation(stacked=False)[1](a, b)
+        return choose(a, b, 0)[1](a, b)
 
     @custom_vmap
     def stack(a: Array, b: Array) -> Array:  # [S, ...] both
-        form, run = implementation(stacked=True)
+        form, run = choose(a, b, len(a))
         if form == "unrolled":
             return jnp.stack([run(*pair) for pair in zip(a, b, strict=True)])
         return jax.vmap(run)(a, b)
@@ -206,39 +217,3 @@ def _all_batched(size: int, batched: list[bool], *arrays: Array) -> list[Array]:
         array if has_axis else lax.broadcast(array, (size,))
         for array, has_axis in zip(arrays, batched, strict=True)
     ]
-
-
-# Each row holds a window, a stride (None for any), the least number of channels (input
-# and output), and the forms of the three passes; the first row that fits counts.
-# benchmarks/bench_conv.py measured them on CPU.
-_CPU = (
-    (1, None, 1, ("patches", "patches", "patches")),
-    (3, 1, 64, ("winograd", "winograd", "winograd")),
-    (3, 2, 128, ("patches", "patches", "patches")),
-    (3, 2, 16, ("grouped", "grouped", "patches")),
-)
-
-
-def _auto(name: str, geometry: Geometry, channels: int, *, stacked: bool) -> str:
-    """Choose the form of one pass.
-
-    On CPU, stacked weights never get a native convolution: XLA runs it slowly inside a
-    scan. XLA for TPU makes one convolution of a group, with the client as a spatial
-    axis. On a GPU the gradients of grouped convolutions by the weights become forward
-    convolutions with windows as large as the image, so each client gets its own
-    convolution: benchmarks/bench_forms.py measured rounds 1.6 times as fast as with
-    groups.
-    """
-    backend = jax.default_backend()
-    if backend != "cpu":
-        return "unrolled" if stacked and backend == "gpu" else "grouped"
-    other = "patches" if stacked else "grouped"
-    for window, stride, least, forms in _CPU:
-        if (
-            geometry.window == (window, window)
-            and geometry.strides == (stride or geometry.strides[0],) * 2
-            and channels >= least
-        ):
-            form = forms[Form._fields.index(name)]
-            return other if form == "grouped" else form
-    return other

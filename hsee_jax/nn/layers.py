@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from hsee_jax.core.options import at_least, one_of
 from hsee_jax.core.types import Array
-from hsee_jax.nn.convolution import FORMS, convolution
+from hsee_jax.nn.convolution import convolution
+from hsee_jax.nn.convolution_choice import FORMS
 
 Width = Annotated[
     int,

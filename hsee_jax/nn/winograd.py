@@ -1,98 +1,188 @@
-"""Winograd's form of the 3x3 convolution of stride 1.
+"""Winograd's forms of the 3x3 convolution of stride 1.
 
-F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308) takes 16 products where the other forms
-take 36: y = A' [(G w G') * (B' x B)] A for a tile of 4x4 inputs and 2x2 outputs. Each
-of the 16 places takes one product of matrices over channels. The gradient by the
-weights is the transpose, and the gradient by the input is the same form with the window
-flipped. All computation is in float32, whatever the dtype of the arrays. Other windows
-and strides use the form of patches.
+F(2x2, 3x3) and F(4x4, 3x3) of Lavin and Gray (arXiv:1509.09308) take 16 products for 4
+outputs, and 36 for 16, where the other forms take 9 for each: y = A' [(G w G') * (B' x
+B)] A for a tile of m x m outputs and (m + 2) x (m + 2) inputs. Each place of a tile
+takes one product of matrices over channels. The gradient by the weights is the
+transpose, and the gradient by the input is the same form with the window flipped. All
+computation is in float32, whatever the dtype of the arrays. The larger tile rounds
+about five times as coarsely. Other windows and strides use the form of patches.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution_forms import PATCHES, Form, Geometry, dot
 
-_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-_A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]], np.float32)
-_KERNEL, _FLIPPED, _OUTPUT = (np.kron(m, m) for m in (_G, _G[:, ::-1], _A))
+Matrix = npt.NDArray[np.float32]
 
 
-def _suits_winograd(geometry: Geometry) -> bool:
+class Transforms(NamedTuple):
+    """The matrices of F(m x m, 3x3), for one axis; those of a tile apply them twice."""
+
+    inputs: Matrix  # B' [m + 2, m + 2]
+    window: Matrix  # G [m + 2, 3]
+    outputs: Matrix  # A' [m, m + 2]
+
+    @property
+    def size(self) -> int:
+        """Return m."""
+        return len(self.outputs)
+
+
+def _matrix(*rows: Sequence[float]) -> Matrix:
+    return np.array(rows, np.float32)
+
+
+TWO = Transforms(
+    _matrix((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+    _matrix((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    _matrix((1, 1, 1, 0), (0, 1, -1, -1)),
+)
+FOUR = Transforms(
+    _matrix(
+        (4, 0, -5, 0, 1, 0),
+        (0, -4, -4, 1, 1, 0),
+        (0, 4, -4, -1, 1, 0),
+        (0, -2, -1, 2, 1, 0),
+        (0, 2, -1, -2, 1, 0),
+        (0, 4, 0, -5, 0, 1),
+    ),
+    _matrix(
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    ),
+    _matrix(
+        (1, 1, 1, 1, 1, 0),
+        (0, 1, -1, 2, -2, 0),
+        (0, 1, 1, 4, 4, 0),
+        (0, 1, -1, 8, -8, 1),
+    ),
+)
+
+
+def suits_winograd(geometry: Geometry) -> bool:
+    """Return whether a convolution is 3x3 of stride 1, with at most 2 zeros a side."""
     narrow = all(0 <= pad <= 2 for pads in geometry.padding for pad in pads)
     return geometry.window == (3, 3) and geometry.strides == (1, 1) and narrow
 
 
-def _transform(matrix: Any, a: Array) -> Array:
-    """Multiply, ``[P, Q] x [Q, ...] -> [P, ...]``."""
-    dimensions = (((1,), (0,)), ((), ()))
-    return lax.dot_general(matrix, a, dimensions, precision=lax.Precision.HIGHEST)
+def _combine(matrix: Matrix, parts: Sequence[Array]) -> Array:
+    """Multiply a matrix by a vector of arrays: ``[P, Q] x [Q, ...] -> [P, ...]``."""
+    rows = []
+    for weights in matrix.tolist():
+        terms = [
+            part if weight == 1 else weight * part
+            for weight, part in zip(weights, parts, strict=True)
+            if weight
+        ]
+        rows.append(sum(terms[1:], terms[0]))
+    return jnp.stack(rows)
 
 
-def _input_tiles(x: Array, geometry: Geometry) -> Array:
-    """Transform T overlapping 4x4 tiles, ``[N, H, W, C] -> [16, N T, C]``."""
+def _twice(matrix: Matrix, tiles: Array) -> Array:
+    """Transform both axes of tiles, ``[Q Q, ...] -> [P P, ...]``."""
+    rows, columns = matrix.shape
+    rest = tiles.shape[1:]
+    once = _combine(matrix, list(tiles.reshape(columns, columns, *rest)))
+    twice = _combine(matrix, [once[:, j] for j in range(columns)])
+    return twice.swapaxes(0, 1).reshape(rows * rows, *rest)
+
+
+def _input_tiles(x: Array, geometry: Geometry, transforms: Transforms) -> Array:
+    """Transform T overlapping tiles, ``[N, H, W, C] -> [(m + 2)^2, N T, C]``."""
+    m = transforms.size
     pads = [
-        (before, size + size % 2 + 2 - extent - before)
+        (before, -(-size // m) * m + 2 - extent - before)
         for (before, _), size, extent in zip(
             geometry.padding, geometry.output, geometry.image, strict=True
         )
     ]
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
     for axis in (2, 2):  # W, then H, which the new leading axis moves to 2
-        length = x.shape[axis] - 3
-        a, b, c, d = (lax.slice_in_dim(x, i, i + length, 2, axis) for i in range(4))
-        x = jnp.stack([a - c, b + c, c - b, b - d])
-    return x.reshape(16, -1, x.shape[-1])
+        length = x.shape[axis] - 2 - m + 1
+        parts = [lax.slice_in_dim(x, i, i + length, m, axis) for i in range(m + 2)]
+        x = _combine(transforms.inputs, parts)
+    return x.reshape((m + 2) ** 2, -1, x.shape[-1])
 
 
-def _output_tiles(y: Array) -> Array:
-    """Cut into T tiles of 2x2, ``[N, H', W', F] -> [4, N T, F]``."""
+def _output_tiles(y: Array, m: int) -> Array:
+    """Cut into T tiles of m x m, ``[N, H', W', F] -> [m m, N T, F]``."""
     batch, height, width, features = y.shape
-    y = jnp.pad(y, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-    y = y.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, features)
-    return y.transpose(2, 4, 0, 1, 3, 5).reshape(4, -1, features)
+    y = jnp.pad(y, ((0, 0), (0, -height % m), (0, -width % m), (0, 0)))
+    y = y.reshape(batch, -(-height // m), m, -(-width // m), m, features)
+    return y.transpose(2, 4, 0, 1, 3, 5).reshape(m * m, -1, features)
 
 
-def _untile(tiles: Array, batch: int, geometry: Geometry) -> Array:
+def _untile(tiles: Array, batch: int, geometry: Geometry, m: int) -> Array:
     """Invert `_output_tiles`."""
     height, width = geometry.output
-    down, right = (height + 1) // 2, (width + 1) // 2
-    y = tiles.reshape(2, 2, batch, down, right, -1).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(batch, 2 * down, 2 * right, -1)[:, :height, :width]
+    down, right = -(-height // m), -(-width // m)
+    y = tiles.reshape(m, m, batch, down, right, -1).transpose(2, 3, 0, 4, 1, 5)
+    return y.reshape(batch, m * down, m * right, -1)[:, :height, :width]
 
 
-def _winograd_forward(x: Array, w: Array, geometry: Geometry) -> Array:
-    if not _suits_winograd(geometry):
+def _window(w: Array, transforms: Transforms, *, flipped: bool = False) -> Array:
+    """Transform the weights, ``[3, 3, C, F] -> [(m + 2)^2, C, F]``."""
+    w = w.astype(jnp.float32).reshape(9, *w.shape[2:])
+    return _twice(transforms.window[:, ::-1] if flipped else transforms.window, w)
+
+
+def _forward(x: Array, w: Array, geometry: Geometry, transforms: Transforms) -> Array:
+    if not suits_winograd(geometry):
         return PATCHES.forward(x, w, geometry)
-    kernel = _transform(_KERNEL, w.astype(jnp.float32).reshape(9, *w.shape[2:]))
-    tiles = dot(_input_tiles(x, geometry), kernel, (2, 1), batch=1)
-    return _untile(_transform(_OUTPUT.T, tiles), len(x), geometry).astype(x.dtype)
+    tiles = _input_tiles(x, geometry, transforms)
+    y = _twice(transforms.outputs, dot(tiles, _window(w, transforms), (2, 1), batch=1))
+    return _untile(y, len(x), geometry, transforms.size).astype(x.dtype)
 
 
-def _winograd_input(dy: Array, w: Array, geometry: Geometry) -> Array:
-    if not _suits_winograd(geometry):
+def _wrt_input(
+    dy: Array, w: Array, geometry: Geometry, transforms: Transforms
+) -> Array:
+    if not suits_winograd(geometry):
         return PATCHES.wrt_input(dy, w, geometry)
     (top, bottom), (left, right) = geometry.padding
     back = Geometry(
         geometry.output, (3, 3), (1, 1), ((2 - top, 2 - bottom), (2 - left, 2 - right))
     )
-    kernel = _transform(_FLIPPED, w.astype(jnp.float32).reshape(9, *w.shape[2:]))
-    tiles = dot(_input_tiles(dy, back), kernel, (2, 2), batch=1)
-    return _untile(_transform(_OUTPUT.T, tiles), len(dy), back).astype(dy.dtype)
+    kernel = _window(w, transforms, flipped=True)
+    tiles = dot(_input_tiles(dy, back, transforms), kernel, (2, 2), batch=1)
+    dx = _twice(transforms.outputs, tiles)
+    return _untile(dx, len(dy), back, transforms.size).astype(dy.dtype)
 
 
-def _winograd_weights(x: Array, dy: Array, geometry: Geometry) -> Array:
-    if not _suits_winograd(geometry):
+def _wrt_weights(
+    x: Array, dy: Array, geometry: Geometry, transforms: Transforms
+) -> Array:
+    if not suits_winograd(geometry):
         return PATCHES.wrt_weights(x, dy, geometry)
-    # Without the barrier XLA keeps the forward pass's tiles, 4 times the input's size.
-    tiles = _input_tiles(lax.optimization_barrier(x), geometry)
-    seen = _transform(_OUTPUT, _output_tiles(dy.astype(jnp.float32)))
-    dw = _transform(_KERNEL.T, dot(tiles, seen, (1, 1), batch=1))
+    # Without the barrier XLA keeps the forward pass's tiles, larger than the input.
+    tiles = _input_tiles(lax.optimization_barrier(x), geometry, transforms)
+    cut = _output_tiles(dy.astype(jnp.float32), transforms.size)
+    seen = _twice(transforms.outputs.T, cut)
+    dw = _twice(transforms.window.T, dot(tiles, seen, (1, 1), batch=1))
     return dw.reshape(3, 3, *dw.shape[1:]).astype(x.dtype)
 
 
-WINOGRAD = Form(_winograd_forward, _winograd_input, _winograd_weights)
+def _form(transforms: Transforms) -> Form:
+    return Form(
+        *(
+            partial(run, transforms=transforms)
+            for run in (_forward, _wrt_input, _wrt_weights)
+        )
+    )
+
+
+WINOGRAD = _form(TWO)
+WINOGRAD4 = _form(FOUR)

@@ -30,6 +30,18 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     )
 
 
+def backend_of(mesh: Mesh | None) -> str:
+    """Return the kind of a mesh's devices: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+
+    Args:
+      mesh: the devices; None for the default device.
+    """
+    if mesh is None:
+        return jax.default_backend()
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def on_devices(fn: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Any:
     """Make a function run on each device's own part; without a mesh, on the whole."""
     if mesh is None:
@@ -82,8 +94,23 @@ def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
             np.shape(leaf), sharding, partial(_at, leaf)
         )
 
+    return _map_by_spec(put, specs, tree)
+
+
+def shapes_on(mesh: Mesh | None, tree: PyTree, specs: PyTree) -> PyTree:
+    """Return the shapes of arrays, with the shardings that `to_devices` gives them."""
+
+    def shape(spec: P, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return _map_by_spec(shape, specs, tree)
+
+
+def _map_by_spec(fn: Callable[[P, Any], Any], specs: PyTree, tree: PyTree) -> PyTree:
+    """Map each leaf, with the spec of the prefix tree that it belongs to."""
     return jax.tree.map(
-        lambda spec, part: jax.tree.map(partial(put, spec), part),
+        lambda spec, part: jax.tree.map(partial(fn, spec), part),
         specs,
         tree,
         is_leaf=lambda node: isinstance(node, P),

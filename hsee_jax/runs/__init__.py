@@ -9,6 +9,7 @@ from hsee_jax.runs.equip import Given, equip
 from hsee_jax.runs.equipment import Equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.history import History, read_history
+from hsee_jax.runs.lowering import lower
 from hsee_jax.runs.records import RoundRecord, Scores, Summary
 from hsee_jax.runs.refit import Refit, refit
 from hsee_jax.runs.reopen import evaluate, reopen
@@ -33,6 +34,7 @@ __all__ = [
     "build",
     "equip",
     "evaluate",
+    "lower",
     "read_history",
     "refit",
     "reopen",

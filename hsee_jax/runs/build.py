@@ -1,4 +1,7 @@
-"""From a `Config` to the objects of a run; no other file makes objects of one."""
+"""From a `Config` to the objects of a run.
+
+Only this file makes objects of one, and `hsee_jax.runs.model` its network.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +12,6 @@ from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.config.schema import Config, parse_absence
-from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
@@ -32,43 +34,19 @@ from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
-from hsee_jax.nn.model import Model
 from hsee_jax.nn.pretrained import load_pretrained
-from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
-from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+from hsee_jax.parallel.mesh import SAME, backend_of, make_mesh, to_devices
 from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
-from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
+from hsee_jax.runs.data import OwnData, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
+from hsee_jax.runs.model import build_model
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
-
-
-def build_model(
-    config: Config, info: DatasetInfo | None = None, *, plain: bool = False
-) -> Model:
-    """Build the network that a configuration describes.
-
-    Args:
-      config: of the run.
-      info: on its data; None looks it up.
-      plain: with the convolution itself, not with the form of it that is fastest here:
-        for costs, and for programs that run elsewhere.
-    """
-    info = info or build_info(config.data)
-    conv = config.model.active().get("conv")
-    if plain and conv is not None and "grouped" in conv.choices:
-        config = override(config, conv="grouped")
-    return NETWORKS.make(
-        config.model.network,
-        options=config.model.options,
-        num_classes=info.num_classes,
-        input_shape=info.input_shape,
-    )
 
 
 def build_optimizer(config: Config) -> Optimizer:
@@ -91,7 +69,7 @@ def build_federation(
       UserError: the cuts do not fit the network or the clients.
     """
     clients = config.clients
-    model = build_model(config, info, plain=plain)
+    model = build_model(config, info, mesh, plain=plain)
     cuts = deal_cuts(clients.cuts, clients.num_clients, model.layer_names)
     return Federation(
         model,
@@ -208,7 +186,7 @@ def _start(config: Config, info: DatasetInfo, mesh: Mesh | None) -> Federation:
 
 
 def _axis(config: Config) -> str:
-    axis = client_axis(config.run.client_axis)
+    axis = client_axis(config.run.client_axis, backend_of(None))
     if axis == "loop" and jax.process_count() > 1:
         raise UserError("client_axis: loop is not allowed with several processes")
     return axis

@@ -12,6 +12,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import client_axis
 from hsee_jax.federation.federation import Group
+from hsee_jax.parallel.mesh import backend_of
 from hsee_jax.runs.build import assemble
 from hsee_jax.runs.data import data_source
 from hsee_jax.runs.experiment import Experiment
@@ -52,7 +53,7 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     for name in ("recuts", "pretrained", "refit_exits_every"):
         if flatten(config).get(name):
             raise UserError(f"{name}: not allowed with clients on a network")
-    axis = client_axis(config.run.client_axis)
+    axis = client_axis(config.run.client_axis, backend_of(None))
     experiment = assemble(config, info, material, axis=axis)
     strategy = experiment.strategy
     if strategy.halves is None:

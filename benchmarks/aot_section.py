@@ -1,0 +1,89 @@
+"""The section of the page on performance that no device has measured."""
+
+import bench
+from sections import Cell, Part, Section, figure, value
+
+
+def _program(row: bench.Row) -> str:
+    """Name what is compiled."""
+    if row["strategy"] == "plain":
+        return "one plain network"
+    text = f"{row['strategy']}, {row['clients']} clients"
+    if row["strategy"] == "averaging":
+        text += f", {row['axis']}"
+    return text if row["form"] == "auto" else f"{text}, {row['form']}"
+
+
+def _peak(row: bench.Row) -> str:
+    """Show the memory of a chip that a program needs."""
+    if "peak GB" in row:
+        return figure(row["peak GB"])
+    needed = row["needs GiB"]
+    return "does not fit" + (f" ({needed * 2**30 / 1e9:.0f})" if needed else "")
+
+
+def _collectives(key: str) -> Cell:
+    """Show the megabytes of each kind of collective."""
+
+    def cell(row: bench.Row) -> str:
+        if key not in row:
+            return ""
+        return (
+            ", ".join(
+                f"{entry['kind']} {entry['dtype']} {figure(float(entry['MB']))}"
+                for entry in row[key]
+            )
+            or "none"
+        )
+
+    return cell
+
+
+def _share(key: str) -> Cell:
+    """Show a share in percent."""
+    return lambda row: f"{row[key]:.0%}" if key in row else ""
+
+
+AOT = Section(
+    "aot",
+    "Rounds compiled for accelerators",
+    "*Compiled for, not run on*: no figure of this section was measured on a device. "
+    "XLA compiled ResNet-18 of width 64 with batches of 128 in bfloat16. A step of "
+    "`sequential` is a turn of each client. The time is the sum of the cycles that XLA "
+    "for TPU expects; orders and factors above 1.5 can be trusted, milliseconds "
+    "cannot. The cost is that time for an image relative to one plain network on one "
+    "chip; 1 means that all chips work as well as one that trains one network. The "
+    "roofline is the least time for the plain network's FLOPs, or for the bytes that "
+    "XLA counts. Links count the bytes on a ring of the chips, and are not in the time "
+    "of a step. Memory is that of one chip, in GB. `auto` takes `grouped` on TPU and "
+    "`unrolled` on a GPU.",
+    (
+        Part(
+            "",
+            {
+                "program": _program,
+                "chips": value("count"),
+                "state GB": value("state GB"),
+                "peak GB": _peak,
+                "step ms": value("step ms"),
+                "cost": value("cost in plain networks"),
+                "roofline ms": value("roofline ms"),
+                "links ms": value("link ms"),
+                "links' share of the time": _share("link share"),
+                "compile s": value("compile s"),
+            },
+        ),
+        Part(
+            "Work of one chip in a step, and the collectives between chips in MB:",
+            {
+                "program": _program,
+                "chips": value("count"),
+                "GFLOP": value("GFLOP"),
+                "GB": value("GB"),
+                "in a step": _collectives("collectives of a step"),
+                "at the end of a round": _collectives("collectives of a round"),
+            },
+        ),
+    ),
+    {"tpu": [], "gpu": []},
+)

@@ -1,0 +1,220 @@
+"""Compile rounds for accelerators that are not there, and read what XLA expects.
+
+Shows: for TPU v5e and v6e and for the H100 what a step of both strategies needs of
+memory, of time and of the links between chips, beside plain networks and the roofline.
+Nothing runs. A time is the sum of the cycles that XLA for TPU notes in the program (for
+a GPU it notes none), and bytes over the links are those of a ring of the chips. Trust
+orders, and factors above 1.5.
+Cost: 1 to 5 minutes a row on two CPU cores; each row in a process of its own, and
+written at once. Rows that are in the file are not compiled again.
+Command: python benchmarks/bench_aot.py [ROWS ...], where a row is a name that --list
+prints. TPUs need jax 0.10.2 with `pip install 'libtpu==0.0.42.*'`, the H100 needs
+`pip install 'jax[cuda12]==0.10.2'`; rows of other chips are left out.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import bench
+import jax
+from aot_programs import Program, lower_program, programs
+from chips import CHIPS
+from compiled_text import Cost, program_cost
+from jax.stages import Compiled
+
+COLUMNS = (
+    "name",
+    "compile s",
+    "peak GB",
+    "step ms",
+    "cost in plain networks",
+    "share of roofline",
+    "link share",
+)
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+}
+COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # modules, by backend
+
+
+def compile_program(program: Program) -> bench.Row:
+    """Compile a program, and return what XLA says about it.
+
+    A program that needs more memory than the chip has gets no figures but that memory.
+    """
+    start = time.perf_counter()
+    lowered = lower_program(program)
+    row = {"name": program.name, **program._asdict()}
+    row["lower s"] = time.perf_counter() - start
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used ([\d.]+)G of ([\d.]+)G", str(error))
+        row["needs GiB"] = float(needed[1]) if needed else None
+        return row
+    row["compile s"] = time.perf_counter() - start
+    return row | figures(compiled, program)
+
+
+def figures(compiled: Compiled, program: Program) -> bench.Row:
+    """Return memory, work, estimated time and collectives of a compiled program.
+
+    XLA counts the body of a loop once, so FLOPs and bytes are those of a step. A step
+    of ``sequential`` is a turn of each client.
+    """
+    chip, memory = CHIPS[program.chip], compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
+    turns = program.clients if program.strategy == "sequential" else 1
+    found = program_cost(compiled.as_text())
+    row = {
+        "state GB": memory.argument_size_in_bytes / 1e9,
+        "peak GB": memory.peak_memory_in_bytes / 1e9,
+        "GFLOP": turns * costs["flops"] / 1e9,
+        "GB": turns * costs["bytes accessed"] / 1e9,
+        "collectives of a step": _collectives(found.step, turns),
+        "collectives of a round": _collectives(found.rest, 1),
+        "link ms": turns * found.step.link_bytes(program.count) / chip.link * 1e3,
+    }
+    if chip.clock:
+        row["step ms"] = turns * found.step.cycles / chip.clock * 1e3
+        row["average ms"] = found.rest.cycles / chip.clock * 1e3
+    return row
+
+
+def _collectives(cost: Cost, turns: int) -> list[bench.Row]:
+    """Return the number and the bytes of the collectives of each kind and dtype."""
+    return [
+        {
+            "kind": collective.kind,
+            "dtype": collective.dtype,
+            "count": turns * cost.counts[collective],
+            "MB": turns * cost.nbytes[collective] / 1e6,
+        }
+        for collective in sorted(cost.nbytes)
+    ]
+
+
+def compared(rows: Sequence[bench.Row]) -> list[bench.Row]:
+    """Add how each row compares with plain networks on the same chip, if compiled.
+
+    A cost of 1 means that the chips train as many images in the time as if each image
+    cost what it costs one plain network on one chip. The roofline is the time of the
+    plain network's FLOPs at the chip's peak, or of the bytes that XLA counts at its
+    memory's bandwidth, whichever is longer.
+    """
+    plain = {row["chip"]: row for row in rows if row["strategy"] == "plain"}
+    return [
+        row | _comparison(row, plain[row["chip"]])
+        if row["chip"] in plain and "peak GB" in row
+        else row
+        for row in rows
+    ]
+
+
+def _comparison(row: bench.Row, plain: bench.Row) -> bench.Row:
+    chip, share = CHIPS[row["chip"]], row["clients"] / row["count"]
+    bound = max(
+        share * plain["GFLOP"] * 1e9 / chip.flops, row["GB"] * 1e9 / chip.bandwidth
+    )
+    found = {"roofline ms": bound * 1e3}
+    if "step ms" in row:
+        found["cost in plain networks"] = row["step ms"] / (share * plain["step ms"])
+        found["share of roofline"] = found["roofline ms"] / row["step ms"]
+        found["link share"] = row["link ms"] / (row["step ms"] + row["link ms"])
+    return found
+
+
+def compile_apart(program: Program, arguments: argparse.Namespace) -> bench.Row | None:
+    """Compile a program in a process of its own; None if that failed, and say why."""
+    command = [sys.executable, __file__, "--one", program.name]
+    try:
+        done = subprocess.run(
+            [*command, *(["--quick"] if arguments.quick else [])],
+            env=os.environ | ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=arguments.seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{program.name}: took more than {arguments.seconds:.0f} s")
+        return None
+    if done.returncode:
+        print(f"{program.name}: failed\n{done.stderr[-2000:]}")
+        return None
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def stored(chip: str, out: Path) -> dict[str, bench.Row]:
+    """Return the rows of a chip's file by name."""
+    path = out / f"bench-aot-{chip}-{CHIPS[chip].backend}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["name"]: row for row in rows}
+
+
+def write(chip: str, rows: Sequence[bench.Row], out: Path) -> None:
+    """Write a chip's rows."""
+    device = f"{CHIPS[chip].name}, compiled for and not run on"
+    machine = bench.machine() | {"backend": CHIPS[chip].backend, "device": device}
+    bench.write(f"aot-{chip}", compared(rows), out=out, on=machine)
+
+
+def main() -> None:
+    """Compile the programs that are not in the files yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", help="names from --list; default: all")
+    parser.add_argument("--list", action="store_true", help="print the names of rows")
+    parser.add_argument("--quick", action="store_true", help="tiny, for tests")
+    parser.add_argument("--seconds", type=float, default=600, help="limit of a row")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=bench.RESULTS)
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    known = {p.name: p for p in programs(quick=arguments.quick)}
+    if arguments.list:
+        print("\n".join(known))
+        return
+    if arguments.one:
+        print(json.dumps(compile_program(known[arguments.one])))
+        return
+    if unknown := set(arguments.rows) - set(known):
+        parser.error(f"{', '.join(unknown)}: allowed are {', '.join(known)}")
+    wanted = [known[name] for name in arguments.rows] or list(known.values())
+    for chip in CHIPS:
+        own = [program for program in wanted if program.chip == chip]
+        compiler = COMPILERS[CHIPS[chip].backend]
+        if own and find_spec(compiler) is None:
+            print(f"{chip}: not compiled, {compiler} is not installed")
+            continue
+        rows = stored(chip, arguments.out)
+        for program in own:
+            if program.name in rows:
+                continue
+            row = compile_apart(program, arguments)
+            if row is not None:
+                rows[program.name] = row
+                order = [name for name in known if name in rows]
+                write(chip, [rows[name] for name in order], arguments.out)
+        if rows:
+            print(bench.table(compared(list(rows.values())), COLUMNS), flush=True)
+
+
+if __name__ == "__main__":
+    main()

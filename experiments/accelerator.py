@@ -1,0 +1,49 @@
+"""Measure on an accelerator what needs one: speed first, then the runs of the studies.
+
+Shows: the parts of benchmarks/bench_all.py, and then the next rows of the studies at
+full size, in the time that the machine is lent.
+Cost: the time that it is given. The same command goes on with the next run.
+Command: python experiments/accelerator.py --seconds 540 --data-dir FOLDER [PARTS ...],
+where a part is a name that `bench_all.py --list` prints; ``none`` leaves all out.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+STUDIES = ("cifar10", "cifar100", "stl10")
+
+
+def main() -> None:
+    """Run the benchmarks, and then the studies with the time that is left."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help="parts of bench_all.py; default: all")
+    parser.add_argument("--seconds", type=float, required=True, help="for everything")
+    parser.add_argument("--data-dir", type=Path, help="folder with the datasets")
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    if arguments.parts != ["none"]:
+        # Half of the time is for the studies.
+        within = ["--within", str(arguments.seconds / 2)]
+        script = HERE.parent / "benchmarks" / "bench_all.py"
+        _run([str(script), *arguments.parts, *within])
+    folder = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []
+    for name in STUDIES:
+        left = arguments.seconds - (time.monotonic() - begun)
+        if left > 0:
+            study = HERE / name
+            sweep = ["-m", "hsee_jax", "sweep", str(study / "study.toml")]
+            _run([*sweep, "--out", str(study), "--seconds", f"{left:.0f}", *folder])
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a script of Python; a failure does not stop what follows."""
+    print(f"== {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, *arguments], check=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Forms of convolutions that are measured, kept, and taken by the next run."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hsee_jax as hs
+from hsee_jax import cli
+from hsee_jax.cli.arguments import config_parser
+from hsee_jax.cli.flags import config_from
+from hsee_jax.core import UserError
+from hsee_jax.nn import convolution_choice as choice
+from hsee_jax.nn.convolution import convolution, pass_of
+from hsee_jax.runs.forms import forms_file, read_forms, write_forms
+from hsee_jax.runs.model import build_model
+from hsee_jax.systems.tuning import search
+
+CONVOLUTION = "stablehlo.convolution"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def recorded(shape, window, *, groups=1, clients=0):
+    """The places that a gradient of one convolution asks for, by pass."""
+    found = {}
+
+    def record(place):
+        found[place.name] = place
+        return "grouped"
+
+    def loss(x, w):
+        pad = ((window // 2,) * 2,) * 2
+        conv = convolution(record)
+        return jnp.sum(conv(x, w, (1, 1), pad, feature_group_count=groups))
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    w = jax.ShapeDtypeStruct(
+        (window, window, shape[-1] // groups, shape[-1]), jnp.float32
+    )
+    run = jax.value_and_grad(loss, (0, 1))
+    if clients:
+        run = jax.vmap(run)
+        x, w = (jax.ShapeDtypeStruct((clients, *a.shape), a.dtype) for a in (x, w))
+    jax.eval_shape(run, x, w)
+    return found
+
+
+@pytest.mark.parametrize("clients", [0, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_all_forms_of_a_place_are_equal(groups, clients):
+    rng = np.random.default_rng(0)
+    places = recorded((2, 6, 6, 4), 3, groups=groups, clients=clients)
+    assert set(places) == {"forward", "wrt_input", "wrt_weights"}
+    for place in places.values():
+        assert (place.batch, place.stack) == (2, clients)
+        leading = (clients,) if clients else ()
+        arrays = [
+            rng.standard_normal((*leading, *s)).astype(np.float32)
+            for s in place.shapes()
+        ]
+        forms = choice.forms_of(place)
+        assert ("winograd4" in forms) == (groups == 1)
+        assert ("unrolled" in forms) == bool(clients)
+        first, *others = (jax.jit(pass_of(place, form))(*arrays) for form in forms)
+        for other in others:
+            np.testing.assert_allclose(first, other, rtol=1e-4, atol=1e-4)
+
+
+def places():
+    return list(recorded((2, 6, 6, 4), 3).values())
+
+
+def cost_of(price):
+    """The seconds of steps in which each place costs the price of its form."""
+
+    def step_seconds(choices):
+        named = [c if callable(c) else choice.choice_of(c) for c in choices]
+        return [sum(price[c(p)] for p in places()) for c in named]
+
+    return step_seconds
+
+
+@pytest.mark.parametrize("fastest", ["winograd", "grouped", "patches"])
+def test_the_step_decides_and_not_the_pass_alone(fastest):
+    """Alone winograd4 is fastest and all others are near; in the step it is slowest."""
+    price = {"grouped": 3.0, "patches": 2.0, "winograd": 4.0, "winograd4": 9.0}
+    price[fastest] = 1.0
+    alone = {
+        p: {"grouped": 1.2, "patches": 1.3, "winograd": 1.4, "winograd4": 1.0}
+        for p in places()
+    }
+    tuning = search(alone, "patches", cost_of(price))
+    assert set(tuning.forms.values()) == {fastest}
+    assert tuning.tuned_s == 3 * price[fastest]
+    assert tuning.native_s == 3 * price["grouped"]
+    assert tuning.default_s == 3 * price["patches"]
+
+
+def test_what_is_far_from_the_fastest_alone_is_not_tried():
+    alone = {p: {"grouped": 2.0, "patches": 1.0} for p in places()}
+    tried = []
+
+    def step_seconds(choices):
+        tried.append(len(choices))
+        return [1.0] * (len(choices) - 1) + [0.5]
+
+    assert set(search(alone, "grouped", step_seconds).forms.values()) == {"patches"}
+    assert tried == [3]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A small network for series, and a folder of them."""
+    folder = tmp_path_factory.mktemp("series")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((40, 8, 3)).astype(np.float32), np.arange(40) % 3
+    hs.data.write_npz(folder, (x, y, x, y))
+    network = "--network conv1d --width 2 --depth 2 --num-clients 2 --cuts 1"
+    return f"{network} --batch-size 4 --dataset npz --data-dir {folder}".split()
+
+
+def convolutions(words):
+    """The convolutions in the program of the network that a run takes."""
+    config = config_from(vars(config_parser("tune", words).parse_args(words)))
+    model = build_model(config)
+    images = jnp.zeros((4, 8, 3))
+    stage = model.stages[0]
+    variables = stage.init(jax.random.key(0), images[:1])
+    run = partial(stage.apply, mask=jnp.ones(4, bool), train=True)
+    return jax.jit(run).lower(variables, images).as_text().count(CONVOLUTION)
+
+
+def test_the_command_keeps_forms_that_the_next_run_takes(words, capsys):
+    assert convolutions(words) == 1
+    assert cli.main(["tune", *words, "--repeats", "1"]) == 0
+    assert str(forms_file()) in capsys.readouterr().out
+    forms = read_forms()
+    assert {place.name for place in forms} == {"forward", "wrt_input", "wrt_weights"}
+    assert {place.batch for place in forms} == {4}
+    for form, count in (("patches", 0), ("grouped", 1)):
+        write_forms(dict.fromkeys(forms, form))
+        assert read_forms() == dict.fromkeys(forms, form)
+        assert convolutions(words) == count
+    write_forms(dict.fromkeys(forms, "patches"))
+    assert convolutions([*words, "--conv", "grouped"]) == 1
+    assert convolutions([*words[:-4], "--batch-size", "4", *words[-4:]]) == 0
+
+
+@pytest.mark.slow
+def test_stacked_clients_are_tuned_as_stacks(words):
+    assert cli.main(["tune", *words, "--repeats", "1", "--client-axis", "vmap"]) == 0
+    assert {place.stack for place in read_forms()} == {2}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"place": [], "form": "grouped"}]'])
+def test_a_file_of_another_kind_is_refused(text):
+    forms_file().parent.mkdir(parents=True)
+    forms_file().write_text(text)
+    with pytest.raises(UserError, match="delete it, and tune again"):
+        read_forms()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--network", "mlp"], "network: mlp has no convolutions to tune"),
+        (["--repeats", "0"], "repeats: 0 is not allowed; allowed is 1 or more"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(flags, message, capsys):
+    assert cli.main(["tune", *flags]) == 2
+    assert message in capsys.readouterr().err
