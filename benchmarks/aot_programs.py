@@ -28,6 +28,7 @@ class Program(NamedTuple):
     clients: int
     form: str = "auto"
     axis: str = "vmap"  # or map: the clients of a chip one after another
+    cuts: tuple[str, ...] = ("5",)  # one cut compiles three times as fast as three
     width: int = 64
     batch_size: int = 128
     steps: int = 8  # in a round
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     def name(self) -> str:
         """Return the name of the row."""
         parts = [self.chip, self.count, self.strategy, f"n{self.clients}"]
+        parts += [f"cuts{'.'.join(self.cuts)}"] if len(self.cuts) > 1 else []
         parts += [self.axis] if self.axis != "vmap" else []
         parts += [self.form] if self.form != "auto" else []
         return "-".join(map(str, parts))
@@ -59,6 +61,7 @@ def programs(*, quick: bool = False) -> list[Program]:
             for form in ("grouped", "unrolled", "patches")
             if form != AUTO[CHIPS[chip].backend]
         ]
+        found += [Program(chip, 8, s, 12, cuts=("3", "5", "7")) for s in STRATEGIES]
     return found
 
 
@@ -94,4 +97,5 @@ def _configuration(program: Program) -> hsee_jax.Config:
         dtype=program.dtype,
         conv=program.form,
         client_axis=program.axis,
+        cuts=program.cuts,
     )

@@ -8,7 +8,8 @@ def _program(row: bench.Row) -> str:
     """Name what is compiled."""
     if row["strategy"] == "plain":
         return "one plain network"
-    text = f"{row['strategy']}, {row['clients']} clients"
+    cuts = " ".join(row["cuts"])
+    text = f"{row['strategy']}, {row['clients']} clients, cuts {cuts}"
     if row["strategy"] == "averaging":
         text += f", {row['axis']}"
     return text if row["form"] == "auto" else f"{text}, {row['form']}"
@@ -55,8 +56,8 @@ AOT = Section(
     "chip; 1 means that all chips work as well as one that trains one network. Two "
     "columns are for comparison: the plain network's FLOPs at the peak of the chips, "
     "the least time there is, and all bytes that XLA counts at the bandwidth of the "
-    "memory, of which some never leave the chip. Links count the bytes on a ring of the "
-    "chips, and are not in the time of a step. Memory is that of one chip, in GB. "
+    "memory, of which some never leave the chip. Links count the bytes on a ring of "
+    "the chips, and are not in the time of a step. Memory is that of one chip, in GB. "
     "`auto` takes `grouped` on TPU and `unrolled` on a GPU.",
     (
         Part(

@@ -203,17 +203,16 @@ def main() -> None:
         if own and find_spec(compiler) is None:
             print(f"{chip}: not compiled, {compiler} is not installed")
             continue
-        rows = stored(chip, arguments.out)
         for program in own:
-            if program.name in rows:
+            if program.name in stored(chip, arguments.out):
                 continue
             row = compile_apart(program, arguments)
-            if row is not None:
-                rows[program.name] = row
-                order = [name for name in known if name in rows]
-                write(chip, [rows[name] for name in order], arguments.out)
+            if row is not None:  # another process may have written meanwhile
+                rows = stored(chip, arguments.out) | {program.name: row}
+                write(chip, [rows[n] for n in known if n in rows], arguments.out)
+        rows = stored(chip, arguments.out)
         if rows:
-            print(bench.table(compared(list(rows.values())), COLUMNS), flush=True)
+            print(bench.table(list(rows.values()), COLUMNS), flush=True)
 
 
 if __name__ == "__main__":
