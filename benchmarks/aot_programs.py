@@ -1,7 +1,7 @@
 """The programs that `bench_aot.py` compiles: rounds, and one plain network."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,11 +85,11 @@ def lower_program(program: Program) -> Lowered:
     if program.strategy == "plain":
         return lower_plain(program)
     mesh = mesh_of(program.chip, program.count)
-    config = hsee_jax.override(_configuration(program), strategy=program.strategy)
+    config = _configuration(program, strategy=program.strategy)
     return lower(config, mesh, samples=program.batch_size * program.steps)
 
 
-def _configuration(program: Program) -> hsee_jax.Config:
+def _configuration(program: Program, **changes: Any) -> hsee_jax.Config:
     return configuration(
         clients=program.clients,
         batch_size=program.batch_size,
@@ -98,4 +98,5 @@ def _configuration(program: Program) -> hsee_jax.Config:
         conv=program.form,
         client_axis=program.axis,
         cuts=program.cuts,
+        **changes,
     )
