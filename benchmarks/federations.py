@@ -54,7 +54,7 @@ def configuration(
             **changes,
         },
     )
-    if "batch_norm" in config.strategy.options:  # as in the PyTorch baseline
+    if config.strategy.strategy == "averaging":  # as in the PyTorch baseline
         config = hsee_jax.override(config, batch_norm="average")
     return config
 
