@@ -23,7 +23,7 @@ class Program(NamedTuple):
     """A program to compile."""
 
     chip: str
-    count: int
+    count: int  # type: ignore[assignment]  # of chips
     strategy: str  # or plain: one network without clients
     clients: int
     form: str = "auto"
@@ -47,9 +47,8 @@ class Program(NamedTuple):
 def programs(*, quick: bool = False) -> list[Program]:
     """Return the programs of the table, the most telling of each chip first."""
     if quick:
-        tiny = {"width": 4, "batch_size": 8, "steps": 2}
-        plain = Program("v5e", 1, "plain", 1, **tiny)
-        return [plain, *(Program("v5e", 4, s, 3, **tiny) for s in STRATEGIES)]
+        tiny = partial(Program, "v5e", width=4, batch_size=8, steps=2)
+        return [tiny(1, "plain", 1), *(tiny(4, s, 3) for s in STRATEGIES)]
     found = []
     for chip in CHIPS:
         found.append(Program(chip, 1, "plain", 1))

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bench
 import jax
@@ -79,10 +79,10 @@ def figures(compiled: Compiled, program: Program) -> bench.Row:
     XLA counts the body of a loop once, so FLOPs and bytes are those of a step. A step
     of ``sequential`` is a turn of each client.
     """
-    chip, memory = CHIPS[program.chip], compiled.memory_analysis()
-    costs: Any = compiled.cost_analysis()
+    chip, memory = CHIPS[program.chip], cast(Any, compiled.memory_analysis())
+    costs = cast(Any, compiled.cost_analysis())
     turns = program.clients if program.strategy == "sequential" else 1
-    found = program_cost(compiled.as_text())
+    found = program_cost(compiled.as_text() or "")
     row = {
         "state GB": memory.argument_size_in_bytes / 1e9,
         "peak GB": memory.peak_memory_in_bytes / 1e9,
