@@ -1,7 +1,7 @@
 """The programs that `bench_aot.py` compiles: rounds, and one plain network."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,11 +23,12 @@ class Program(NamedTuple):
     """A program to compile."""
 
     chip: str
-    count: int
+    count: int  # type: ignore[assignment]  # of chips
     strategy: str  # or plain: one network without clients
     clients: int
     form: str = "auto"
     axis: str = "vmap"  # or map: the clients of a chip one after another
+    cuts: tuple[str, ...] = ("5",)  # one cut compiles three times as fast as three
     width: int = 64
     batch_size: int = 128
     steps: int = 8  # in a round
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     def name(self) -> str:
         """Return the name of the row."""
         parts = [self.chip, self.count, self.strategy, f"n{self.clients}"]
+        parts += [f"cuts{'.'.join(self.cuts)}"] if len(self.cuts) > 1 else []
         parts += [self.axis] if self.axis != "vmap" else []
         parts += [self.form] if self.form != "auto" else []
         return "-".join(map(str, parts))
@@ -45,9 +47,8 @@ class Program(NamedTuple):
 def programs(*, quick: bool = False) -> list[Program]:
     """Return the programs of the table, the most telling of each chip first."""
     if quick:
-        tiny = {"width": 4, "batch_size": 8, "steps": 2}
-        plain = Program("v5e", 1, "plain", 1, **tiny)
-        return [plain, *(Program("v5e", 4, s, 3, **tiny) for s in STRATEGIES)]
+        tiny = partial(Program, "v5e", width=4, batch_size=8, steps=2)
+        return [tiny(1, "plain", 1), *(tiny(4, s, 3) for s in STRATEGIES)]
     found = []
     for chip in CHIPS:
         found.append(Program(chip, 1, "plain", 1))
@@ -59,6 +60,7 @@ def programs(*, quick: bool = False) -> list[Program]:
             for form in ("grouped", "unrolled", "patches")
             if form != AUTO[CHIPS[chip].backend]
         ]
+        found += [Program(chip, 8, s, 12, cuts=("3", "5", "7")) for s in STRATEGIES]
     return found
 
 
@@ -82,11 +84,11 @@ def lower_program(program: Program) -> Lowered:
     if program.strategy == "plain":
         return lower_plain(program)
     mesh = mesh_of(program.chip, program.count)
-    config = hsee_jax.override(_configuration(program), strategy=program.strategy)
+    config = _configuration(program, strategy=program.strategy)
     return lower(config, mesh, samples=program.batch_size * program.steps)
 
 
-def _configuration(program: Program) -> hsee_jax.Config:
+def _configuration(program: Program, **changes: Any) -> hsee_jax.Config:
     return configuration(
         clients=program.clients,
         batch_size=program.batch_size,
@@ -94,4 +96,6 @@ def _configuration(program: Program) -> hsee_jax.Config:
         dtype=program.dtype,
         conv=program.form,
         client_axis=program.axis,
+        cuts=program.cuts,
+        **changes,
     )

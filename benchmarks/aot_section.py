@@ -8,7 +8,8 @@ def _program(row: bench.Row) -> str:
     """Name what is compiled."""
     if row["strategy"] == "plain":
         return "one plain network"
-    text = f"{row['strategy']}, {row['clients']} clients"
+    cuts = " ".join(row["cuts"])
+    text = f"{row['strategy']}, {row['clients']} clients, cuts {cuts}"
     if row["strategy"] == "averaging":
         text += f", {row['axis']}"
     return text if row["form"] == "auto" else f"{text}, {row['form']}"
@@ -52,11 +53,12 @@ AOT = Section(
     "`sequential` is a turn of each client. The time is the sum of the cycles that XLA "
     "for TPU expects; orders and factors above 1.5 can be trusted, milliseconds "
     "cannot. The cost is that time for an image relative to one plain network on one "
-    "chip; 1 means that all chips work as well as one that trains one network. The "
-    "roofline is the least time for the plain network's FLOPs, or for the bytes that "
-    "XLA counts. Links count the bytes on a ring of the chips, and are not in the time "
-    "of a step. Memory is that of one chip, in GB. `auto` takes `grouped` on TPU and "
-    "`unrolled` on a GPU.",
+    "chip; 1 means that all chips work as well as one that trains one network. Two "
+    "columns are for comparison: the plain network's FLOPs at the peak of the chips, "
+    "the least time there is, and all bytes that XLA counts at the bandwidth of the "
+    "memory, of which some never leave the chip. Links count the bytes on a ring of "
+    "the chips, and are not in the time of a step. Memory is that of one chip, in GB. "
+    "`auto` takes `grouped` on TPU and `unrolled` on a GPU.",
     (
         Part(
             "",
@@ -67,7 +69,8 @@ AOT = Section(
                 "peak GB": _peak,
                 "step ms": value("step ms"),
                 "cost": value("cost in plain networks"),
-                "roofline ms": value("roofline ms"),
+                "FLOPs ms": value("FLOPs ms"),
+                "bytes ms": value("bytes ms"),
                 "links ms": value("link ms"),
                 "links' share of the time": _share("link share"),
                 "compile s": value("compile s"),

@@ -111,7 +111,8 @@ def test_rows_are_written_at_once_and_compiled_only_once(monkeypatch, tmp_path, 
     assert [row["name"] for row in content["rows"]] == names
     # Three clients on four chips: 9 ms where a plain network takes 3/4 of 2 ms.
     assert rows[0]["cost in plain networks"] == pytest.approx(6.0)
-    assert rows[0]["roofline ms"] == pytest.approx(2e9 / 819e9 * 1e3)
+    assert rows[0]["FLOPs ms"] == pytest.approx(0.75e9 / 197e12 * 1e3)
+    assert rows[0]["bytes ms"] == pytest.approx(2e9 / 819e9 * 1e3)
     assert rows[0]["link share"] == pytest.approx(0.1)
     assert plain["cost in plain networks"] == 1.0
     assert names[1] in capsys.readouterr().out

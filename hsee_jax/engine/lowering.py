@@ -49,8 +49,8 @@ def lower_round(
         lambda a: jax.ShapeDtypeStruct((blocks * a.shape[0], *a.shape[1:]), a.dtype),
         data,
     )
-    put = partial(shapes_on, mesh)
-    placement = Placement(put, make_no_means(strategy, mesh).eval_shape)
+    put, zeros = partial(shapes_on, mesh), make_no_means(strategy, mesh)
+    placement = Placement(put, lambda *args: put(jax.eval_shape(zeros, *args), SAME))
     num_steps, num_slots = len(plan.order), len(plan.ids)
     carry, groups, same = placement.arguments(
         strategy,

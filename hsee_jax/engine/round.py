@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Wrapped
 
 from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.engine.plan import RoundPlan
@@ -146,7 +145,7 @@ def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
     return count % strategy.period == 0
 
 
-def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Wrapped:
+def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
     """Compile a function that makes zeros in the shape of a round's means."""
     sharding = None if mesh is None else NamedSharding(mesh, SAME)
 
