@@ -18,10 +18,11 @@ from hsee_jax.parallel.mesh import SAME, SPREAD
 
 Floats = npt.NDArray[np.float32]
 Programs = dict[Hashable, Callable]  # compiled functions by what they depend on
+CLIENT_AXES = ("loop", "vmap", "map")  # see `hsee_jax.engine.compilation`
 
 
 def client_axis(choice: str) -> str:
-    """Return ``loop`` or ``vmap``, and choose by the devices for ``auto``."""
+    """Return one of `CLIENT_AXES`, and choose by the devices for ``auto``."""
     if choice != "auto":
         return choice
     one_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1

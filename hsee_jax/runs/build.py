@@ -128,7 +128,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     config = config_for(config, data)
     axis = _axis(config)
     info, read = data_source(config.data, data)
-    mesh = make_mesh() if axis == "vmap" else None
+    mesh = None if axis == "loop" else make_mesh()
 
     def material(groups: Sequence[Group]) -> Material:
         return deal(config, info, groups, *read())
@@ -157,7 +157,7 @@ def assemble(
       UserError: see `build`.
     """
     pipeline, key = build_pipeline(config, info), augment_key(config)
-    federation = _start(config, info, mesh)
+    federation = _start(config, info, mesh)._replace(one_by_one=axis == "map")
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
