@@ -256,9 +256,9 @@ class RunConfig(Section):
     ] = 2
     client_axis: Annotated[
         str,
-        "loop calls a program for one client after another; vmap and map are one program "
-        "for all, in which a device trains its clients of one cut at once, or one after "
-        "another; auto is loop on CPU and vmap elsewhere",
+        "loop calls a program for each client in turn; vmap trains the clients of one "
+        "cut at once, map one after another in one program, which needs less memory; "
+        "auto is loop on CPU and vmap elsewhere",
         one_of("auto", *CLIENT_AXES),
     ] = "auto"
     model_seed: Annotated[

@@ -100,6 +100,7 @@ def build_federation(
         mesh,
         CODECS.make(clients.link, options=clients.options),
         config.run.micro_batches,
+        one_by_one=config.run.client_axis == "map",
     )
 
 
@@ -157,7 +158,7 @@ def assemble(
       UserError: see `build`.
     """
     pipeline, key = build_pipeline(config, info), augment_key(config)
-    federation = _start(config, info, mesh)._replace(one_by_one=axis == "map")
+    federation = _start(config, info, mesh)
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
