@@ -57,9 +57,9 @@ def test_no_number_of_devices_matters_in_any_strategy(name, participation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("participation", [1.0, 0.6])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["sequential", "together", "averaging", "steps"])
 def test_no_number_of_devices_matters_one_by_one(name, participation):
-    check_devices(name, participation, (1, 2, 8), axis="map")
+    check_devices(name, participation, (2, 8), axis="map")
 
 
 def check_devices(name, participation, counts, axis="vmap"):
