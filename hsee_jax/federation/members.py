@@ -79,6 +79,7 @@ def one_by_one(
 
 def _unless_padding(fn: Callable[..., tuple], states: int) -> Callable[..., tuple]:
     """Skip a function of a client whose batch has no samples."""
+    fn = jax.jit(fn)  # so that it is traced once
 
     def run(*args: Any) -> tuple:
         shapes = jax.eval_shape(fn, *args)[states:]
