@@ -1,10 +1,11 @@
 """Time whole rounds by the form of the stacked convolutions, against plain networks.
 
 Shows: images trained a second for each form of `hsee_jax.nn.convolution` when clients
-are stacked (`--client-axis vmap`), for a loop over the clients, and for one ResNet-18
-trained on as many images by `branch_step` in one program. The cost of a form is its
-time for an image relative to that plain network: 1 means that many clients cost no more
-than one network on all of their images. `auto` rests on this table.
+are stacked (`--client-axis vmap`), for clients one after another in the same program
+(`map`), for a loop over the clients, and for one ResNet-18 trained on as many images by
+`branch_step` in one program. The cost of a form is its time for an image relative to
+that plain network: 1 means that many clients cost no more than one network on all of
+their images. `auto` rests on this table.
 Cost: about 5 minutes on a GPU; a small size on a CPU takes 10.
 Command: python benchmarks/bench_forms.py [--forms unrolled grouped ...]
 """
@@ -95,6 +96,7 @@ def measure(size: Size, forms: Sequence[str], *, repeats: int) -> list[bench.Row
     """Time the plain network and all forms in turns."""
     plain = ("plain", "", "grouped")
     places = [(s, "vmap", form) for s in STRATEGIES for form in forms]
+    places += [(s, "map", "grouped") for s in STRATEGIES]
     places.append(("averaging", "loop", "grouped"))
     calls: dict[str, Callable[[], Any]] = {" ".join(plain): plain_network(size)}
     calls |= {" ".join(place): rounds(size, *place) for place in places}

@@ -17,6 +17,7 @@ from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.core import Batch, Stage, UserError
+from hsee_jax.engine.round import CLIENT_AXES
 from hsee_jax.federation.branch import (
     client_spec,
     forward,
@@ -290,15 +291,18 @@ def accepted(make):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_an_algorithm_trains_alike_in_both_forms_of_the_engine(name):
+def test_an_algorithm_trains_alike_in_all_forms_of_the_engine(name):
     """A round moves clients and servers, and uses every sample once."""
-    federation, strategy = accepted(ALGORITHMS[name].make)
+    make = ALGORITHMS[name].make
+    federation, strategy = accepted(make)
     sizes = {i: SIZES[i] for group in federation.groups for i in group.ids}
     shards, results = tiny_shards(sizes), []
-    for axis in ("loop", "vmap"):
-        state, log = train(strategy, federation, shards, axis=axis, rounds=1)
-        results.append((branches(federation, strategy, state), log[0][2]))
-    assert_same(*results, rtol=1e-3, atol=1e-5)
+    for axis in CLIENT_AXES:
+        own = make(federation._replace(one_by_one=axis == "map"))
+        state, log = train(own, federation, shards, axis=axis, rounds=1)
+        results.append((branches(federation, own, state), log[0][2]))
+    for other in results[1:]:
+        assert_same(results[0], other, rtol=1e-3, atol=1e-5)
     found, metrics = results[0]
     assert metrics.exit.count.sum() == metrics.server.count.sum() == sum(sizes.values())
     start = branches(federation, strategy, jax.jit(strategy.init)(KEY))

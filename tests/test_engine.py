@@ -30,7 +30,9 @@ from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 
 
 @pytest.mark.parametrize("make", [sequential, averaging])
-@pytest.mark.parametrize("axis", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    "axis", ["loop", "vmap", pytest.param("map", marks=pytest.mark.slow)]
+)
 def test_one_compilation_for_each_distinct_cut(make, axis):
     """A client's first layer is traced twice: for cut 1 and for cut 3.
 
@@ -51,6 +53,7 @@ def test_one_compilation_for_each_distinct_cut(make, axis):
 
     counted = model._replace(stages=(Stage(first.init, apply), *model.stages[1:]))
     federation = tiny_federation({0: 1, 1: 3, 2: 1, 3: 3}, counted)
+    federation = federation._replace(one_by_one=axis == "map")
     train(
         make(federation), federation, tiny_shards({0: 3, 1: 6, 2: 4, 3: 2}), axis=axis
     )

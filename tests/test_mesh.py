@@ -55,7 +55,14 @@ def test_no_number_of_devices_matters_in_any_strategy(name, participation):
     check_devices(name, participation, (1, 2, 4, 8))
 
 
-def check_devices(name, participation, counts):
+@pytest.mark.slow
+@pytest.mark.parametrize("participation", [1.0, 0.6])
+@pytest.mark.parametrize("name", ["sequential", "together", "averaging", "steps"])
+def test_no_number_of_devices_matters_one_by_one(name, participation):
+    check_devices(name, participation, (2, 8), axis="map")
+
+
+def check_devices(name, participation, counts, axis="vmap"):
     """Equal to the loop on one device, in training and in evaluation."""
     make, options = STRATEGIES[name]
     shards, few = tiny_shards(SIZES), participation < 1
@@ -71,12 +78,12 @@ def check_devices(name, participation, counts):
     for count in counts:
         mesh = first_devices(count)
         federation = tiny_federation(CUTS, mesh=mesh)
-        strategy = make(federation, **options)
+        strategy = make(federation._replace(one_by_one=axis == "map"), **options)
         state, spread_log = train(
             strategy,
             federation,
             shards,
-            axis="vmap",
+            axis=axis,
             participation=participation,
             few=few,
         )
@@ -89,7 +96,7 @@ def check_devices(name, participation, counts):
         assert_same(*totals, rtol=1e-4)
         if count == counts[-1] and not few:
             evaluate = make_evaluation(
-                federation, strategy, PIPELINE, batch_size=4, axis="vmap"
+                federation, strategy, PIPELINE, batch_size=4, axis=axis
             )
             spread = evaluate(state, to_devices(data, mesh, SAME))
             assert [s[:2] for s in spread] == [s[:2] for s in scores]
@@ -113,9 +120,9 @@ def collectives(monkeypatch):
 
         return run
 
-    def collectives(make, **options):
+    def collectives(make, one_by_one=False, **options):
         federation = tiny_federation(CUTS, mesh=first_devices(4))
-        strategy = make(federation, **options)
+        strategy = make(federation._replace(one_by_one=one_by_one), **options)
         with monkeypatch.context() as patch:
             patch.setattr(jax, "jit", reading)
             train(strategy, federation, tiny_shards(SIZES), axis="vmap", rounds=1)
@@ -127,6 +134,12 @@ def collectives(monkeypatch):
 def test_clients_talk_only_when_they_are_averaged(collectives):
     assert collectives(averaging, period=0) == set()
     assert collectives(averaging) == {"all-reduce"}
+
+
+@pytest.mark.slow
+def test_clients_talk_no_more_one_by_one(collectives):
+    assert collectives(averaging, one_by_one=True, period=0) == set()
+    assert collectives(sequential, one_by_one=True) == {"all-to-all", "all-reduce"}
 
 
 @pytest.mark.slow

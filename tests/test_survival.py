@@ -127,7 +127,10 @@ def test_a_scan_can_be_stopped_as_well(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [("vmap", "loop"), ("loop", "vmap")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("vmap", "loop"), ("loop", "vmap"), ("map", "loop"), ("vmap", "map")],
+)
 def test_a_round_goes_on_in_other_slots(first, then, tmp_path, monkeypatch):
     """On eight devices each cut has eight slots for its clients, in a loop two."""
     monkeypatch.setattr(hsee_jax.engine.scan, "_SEGMENT", 2)

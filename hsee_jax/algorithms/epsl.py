@@ -49,6 +49,7 @@ from hsee_jax.federation.branch import (
     with_parts,
 )
 from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.step import (
     ForwardPass,
@@ -59,7 +60,7 @@ from hsee_jax.federation.step import (
 from hsee_jax.federation.strategy import StepFn
 from hsee_jax.link.codecs import pack_bytes
 from hsee_jax.nn.losses import masked_cross_entropy
-from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain, over_clients
+from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
 
 class _Served(NamedTuple):
@@ -112,7 +113,9 @@ def joint_together(
         del order
         of_client, of_server = rates(learning_rate)
         sent = [
-            over_clients(partial(_send, spec, exit_gradient), mesh, (0, 0))(*each)
+            over_members(
+                federation, partial(_send, spec, exit_gradient), (0, 0), states=1
+            )(*each)
             for spec, *each in zip(specs, state.clients, batches, strict=True)
         ]
         shared_rows = shared_rows_of(gradient_share, batches[0].mask.shape[1])
@@ -124,8 +127,8 @@ def joint_together(
         )
         clients, metrics = [], []
         for g, (client, message, passed) in enumerate(sent):
-            client, exits, sizes = over_clients(
-                partial(_learn, specs[g]), mesh, (0, 0, 0, 0, None)
+            client, exits, sizes = over_members(
+                federation, partial(_learn, specs[g]), (0, 0, 0, 0, None), states=1
             )(client, passed, served.gradients[g], batches[g].mask, of_client)
             clients.append(client)
             link = _link(specs[g], message, sizes, shared_rows)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, decode, encode, message_bytes
 from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
 from hsee_jax.federation.step import (
     branch_step,
@@ -19,7 +20,7 @@ from hsee_jax.federation.step import (
     server_step,
 )
 from hsee_jax.federation.strategy import StepFn, TurnFn
-from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain, over_clients
+from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
 
 class Rates(NamedTuple):
@@ -102,9 +103,13 @@ def in_parallel(federation: Federation, turn: TurnFn) -> StepFn:
     ) -> tuple[RunState, tuple[ExitMetrics, ...]]:
         del order
         results = [
-            over_clients(partial(turn, group=g), federation.mesh, (0, 0, 0, None))(
-                state.clients[g], state.servers[g], batch, learning_rate
-            )
+            over_members(
+                federation,
+                partial(turn, group=g),
+                (0, 0, 0, None),
+                states=2,
+                skip=True,
+            )(state.clients[g], state.servers[g], batch, learning_rate)
             for g, batch in enumerate(batches)
         ]
         clients, servers, metrics = zip(*results, strict=True)
@@ -143,9 +148,9 @@ def clients_then_server(federation: Federation, rates: Rates, serve: ServeFn) ->
         learning_rate: Array,
     ) -> tuple[RunState, tuple[ExitMetrics, ...]]:
         results = [
-            over_clients(partial(step_client, g), mesh, (0, 0, None))(
-                state.clients[g], batch, learning_rate
-            )
+            over_members(
+                federation, partial(step_client, g), (0, 0, None), states=1, skip=True
+            )(state.clients[g], batch, learning_rate)
             for g, batch in enumerate(batches)
         ]
         clients, messages, exits, links = zip(*results, strict=True)

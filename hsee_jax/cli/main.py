@@ -104,7 +104,7 @@ def _end(error: Exception) -> _End | None:
             2,
             f"memory: there is not enough ({reason[:200]}); a smaller batch or "
             "network needs less, and so do fewer clients at once (--batch-size, "
-            "--eval-batch-size, --width, --participation, --client-axis loop)",
+            "--eval-batch-size, --width, --participation, --client-axis map or loop)",
         )
     return None
 

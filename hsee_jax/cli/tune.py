@@ -34,7 +34,7 @@ def tune_forms(words: Sequence[str]) -> None:
     info = build_info(config.data)
     federation = build_federation(config, info)
     backend = jax.default_backend()
-    stacked = client_axis(config.run.client_axis, backend) != "loop"
+    stacked = client_axis(config.run.client_axis, backend) == "vmap"
     largest = max(len(group.ids) for group in federation.groups)
 
     def make_model(conv: str | Choice) -> Model:

@@ -14,18 +14,12 @@ from typing import Annotated, ClassVar
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.config.section import Section
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import (
-    Rule,
-    at_least,
-    between,
-    one_of,
-    positive,
-    share,
-)
+from hsee_jax.core.options import Rule, at_least, between, one_of, positive, share
 from hsee_jax.core.registry import Registry
 from hsee_jax.data.partition import PARTITIONS
 from hsee_jax.data.pipeline import AUGMENTATIONS
 from hsee_jax.data.registry import DATASETS
+from hsee_jax.engine.round import CLIENT_AXES
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn import NETWORKS
 from hsee_jax.optim import OPTIMIZERS, SCHEDULES
@@ -262,9 +256,10 @@ class RunConfig(Section):
     ] = 2
     client_axis: Annotated[
         str,
-        "loop trains the clients one after another, vmap the clients of one cut at "
-        "once; auto is loop on CPU and vmap elsewhere",
-        one_of("auto", "loop", "vmap"),
+        "loop calls a program for each client in turn; vmap trains the clients of one "
+        "cut at once, map one after another in one program, which needs less memory; "
+        "auto is loop on CPU and vmap elsewhere",
+        one_of("auto", *CLIENT_AXES),
     ] = "auto"
     model_seed: Annotated[
         int,

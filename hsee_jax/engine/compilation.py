@@ -1,10 +1,12 @@
 """Compile the rounds of a strategy for the devices at hand.
 
-`make_round` compiles a round in one of two forms, equal up to rounding. ``loop`` calls
-one compiled turn for each client and batch: on a CPU stacked convolutions, and
-convolutions inside a scan, are many times slower. ``vmap`` is one program that loops
-over the steps; in each step the clients of one cut run at once, spread over the
-devices.
+`make_round` compiles a round in one of three forms, equal up to rounding. ``loop``
+calls one compiled turn for each client and batch: on a CPU stacked convolutions, and
+convolutions inside a scan, are many times slower. ``vmap`` and ``map`` are one program
+that loops over the steps, with the clients spread over the devices. In each step of
+``vmap`` a device runs its clients of one cut at once, in ``map`` one after another:
+convolutions stay single, memory for the work of one client is enough, and clients
+without samples in the step are skipped.
 """
 
 import numpy as np
@@ -36,8 +38,9 @@ def make_round(
       strategy: an algorithm.
       pipeline: makes batches of samples.
       key: the root of the augmentation's randomness.
-      axis: ``"loop"``, ``"vmap"`` or ``"auto"``.
-      mesh: the mesh of the strategy's federation; only ``vmap`` uses it.
+      axis: ``"loop"``, ``"vmap"``, ``"map"`` or ``"auto"``; between the second and the
+        third the strategy's federation decides (`Federation.one_by_one`).
+      mesh: the mesh of the strategy's federation; ``loop`` does not use it.
       programs: compiled turns of other rounds with the same algorithm, network and
         arguments, to use and to add to; only ``loop`` does.
     """

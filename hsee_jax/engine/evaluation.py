@@ -94,8 +94,8 @@ def make_evaluation(
       strategy: the algorithm, which knows the server behind each client.
       pipeline: makes batches of samples.
       batch_size: samples in a batch; the last batch is padded, no sample is dropped.
-      axis: ``"loop"``, ``"vmap"`` (a program in which each device evaluates its clients
-        one after another) or ``"auto"``.
+      axis: ``"loop"``, ``"vmap"`` or ``"map"`` (both are a program in which each device
+        evaluates its clients one after another), or ``"auto"``.
       programs: compiled functions of other evaluations with the same network and
         arguments, to use and to add to; only ``loop`` does.
     """

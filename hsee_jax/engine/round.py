@@ -18,13 +18,14 @@ from hsee_jax.parallel.mesh import SAME, SPREAD
 
 Floats = npt.NDArray[np.float32]
 Programs = dict[Hashable, Callable]  # compiled functions by what they depend on
+CLIENT_AXES = ("loop", "vmap", "map")  # see `hsee_jax.engine.compilation`
 
 
 def client_axis(choice: str, backend: str) -> str:
-    """Return ``loop`` or ``vmap``, and for ``auto`` choose by the backend.
+    """Return one of `CLIENT_AXES`, and for ``auto`` choose by the backend.
 
     Args:
-      choice: ``"loop"``, ``"vmap"`` or ``"auto"``.
+      choice: one of them, or ``"auto"``.
       backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``, see `hsee_jax.parallel.backend_of`.
     """
     if choice != "auto":

@@ -18,6 +18,7 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.members import over_members
 from hsee_jax.federation.recut import Exits, recut
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
 from hsee_jax.federation.ridge import Sums, gram, merge, solve
@@ -75,6 +76,7 @@ __all__ = [
     "layer_mean",
     "merge",
     "message_bytes",
+    "over_members",
     "receive",
     "recut",
     "server_of",

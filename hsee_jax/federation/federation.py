@@ -48,6 +48,8 @@ class Federation(NamedTuple):
     micro_batches: int = 1  # in which a client takes a batch, if no gradient returns
     # The servers' optimizer, whose state has the same form; None for the same.
     server_optimizer: OptimizerLike | None = None
+    # Whether a device takes its clients one after another in a step, or all at once.
+    one_by_one: bool = False
 
     def with_cuts(self, cuts: Iterable[int]) -> "Federation":
         """Return the same federation of clients 0, 1, ... with these cuts."""

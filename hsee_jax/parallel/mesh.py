@@ -52,7 +52,12 @@ def on_devices(fn: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -
 
 
 def over_clients(
-    fn: Callable, mesh: Mesh | None, in_axes: Sequence[int | None], *, block: int = -1
+    fn: Callable,
+    mesh: Mesh | None,
+    in_axes: Sequence[int | None],
+    *,
+    block: int = -1,
+    each: Callable[[Callable, tuple[int | None, ...]], Callable] = jax.vmap,
 ) -> Any:
     """Map a function of one client over stacks of clients, with no communication.
 
@@ -63,11 +68,12 @@ def over_clients(
         for a value that all clients share.
       block: the position of an argument that is not a stack but is cut along its
         leading axis into one block for the clients of each device; -1 for none.
+      each: maps ``fn`` over the clients of one device, from it and ``in_axes``.
     """
     specs = [SAME if axis is None else SPREAD for axis in in_axes]
     if block >= 0:
         specs[block] = SPREAD
-    return on_devices(jax.vmap(fn, tuple(in_axes)), mesh, tuple(specs), SPREAD)
+    return on_devices(each(fn, tuple(in_axes)), mesh, tuple(specs), SPREAD)
 
 
 def constrain(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:

@@ -78,6 +78,7 @@ def build_federation(
         mesh,
         CODECS.make(clients.link, options=clients.options),
         config.run.micro_batches,
+        one_by_one=config.run.client_axis == "map",
     )
 
 
@@ -106,7 +107,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     config = config_for(config, data)
     axis = _axis(config)
     info, read = data_source(config.data, data)
-    mesh = make_mesh() if axis == "vmap" else None
+    mesh = None if axis == "loop" else make_mesh()
 
     def material(groups: Sequence[Group]) -> Material:
         return deal(config, info, groups, *read())
