@@ -4,11 +4,34 @@ import threading
 import time
 from contextlib import contextmanager
 
+import hsee_jax as hs
 from hsee_jax.core.errors import Stopped
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.device import Device, join
 from hsee_jax.deployment.reception import serve
 from hsee_jax.runs.material import shares
+
+# A run of three rounds, as flags; a client has ten samples, in batches of 4, 4 and 2.
+SMALL = dict(
+    network="mlp",
+    depth=2,
+    hidden=4,
+    num_clients=2,
+    cuts=("1",),
+    max_train_samples=20,
+    max_test_samples=10,
+    batch_size=4,
+    rounds=3,
+    eval_every=3,
+    checkpoint_every=3,
+    link="int8",
+)
+
+
+def small_run(*, rounds=3, **changes):
+    """The configuration of a small run, which is evaluated after its last round."""
+    often = dict(rounds=rounds, eval_every=rounds, checkpoint_every=rounds)
+    return hs.override(hs.preset("demo"), **SMALL | often | changes)
 
 
 class Killed(BaseException):

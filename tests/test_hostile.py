@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from client_devices import small_run
 
-import hsee_jax as hs
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import VERSION, Kind, Layers
@@ -17,24 +17,10 @@ from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
 
-CONFIG = hs.override(
-    hs.preset("demo"),
-    network="mlp",
-    depth=2,
-    hidden=4,
-    num_clients=2,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-    rounds=3,
-    link="int8",
-)
-
 
 @pytest.fixture(scope="module")
 def experiment():
-    return build_served(CONFIG)
+    return build_served(small_run())
 
 
 @pytest.fixture

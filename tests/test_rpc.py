@@ -12,7 +12,7 @@ import grpc
 import jax
 import numpy as np
 import pytest
-from client_devices import Network
+from client_devices import SMALL, Network, small_run
 
 import hsee_jax as hs
 from hsee_jax.cli import main
@@ -21,20 +21,6 @@ from hsee_jax.deployment import local
 from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.rpc import check_address, connect, open_port
-
-SMALL = dict(
-    network="mlp",
-    depth=2,
-    hidden=4,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-    rounds=3,
-    eval_every=3,
-    checkpoint_every=3,
-    link="int8",
-)
 
 
 class Echo:
@@ -183,7 +169,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.slow
 def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
     """With certificates: a device is killed at some writes, and the server twice."""
-    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL)
+    config = small_run()
     hs.train(config, tmp_path / "simulated")
     enroll(tmp_path / "keys", clients=2)
     with open_port(Echo(), "127.0.0.1:0", None) as port:
@@ -203,7 +189,7 @@ def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
         words += ["--state", f"{tmp_path}/device-{i}"]
         return start("-c", DIES, str(dies), "join", place, *words)
 
-    server = serve("demo", "--num-clients", "2", *flags(**SMALL))
+    server = serve("demo", *flags(**SMALL))
     steady = join(0, -1)
     for dies in (3, 6):
         assert join(1, dies).wait(120) == -signal.SIGKILL
@@ -229,7 +215,7 @@ def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
 def test_a_run_on_local_processes_is_an_ordinary_one(tmp_path, capsys):
     out, words = str(tmp_path / "run"), [*flags(**SMALL)]
     assert main(["serve", "demo", "--local", "2", *words, "--out", out]) == 0
-    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL)
+    config = small_run()
     summary = hs.train(config, tmp_path / "simulated")
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -277,7 +263,7 @@ def test_a_local_device_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
 
 def test_devices_over_grpc_equal_devices_without(tmp_path):
     """The service is the same, so the bytes are the same."""
-    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL | dict(rounds=1))
+    config = small_run(rounds=1)
     network = Network(config, tmp_path)
     doors, calls = network._doors, {}
 
