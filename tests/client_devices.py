@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import hsee_jax as hs
 from hsee_jax.core.errors import Stopped
@@ -44,6 +45,7 @@ class Network:
     Attributes:
       failures: the errors of devices.
       lives: how often each device was started.
+      post: carries the messages of a device: (what delivers one) -> what calls.
     """
 
     def __init__(self, config, folder):
@@ -51,6 +53,7 @@ class Network:
         self._data = dict(enumerate(shares(config)))
         self._service, self._threads = None, []
         self.failures, self.lives = [], dict.fromkeys(self._data, 0)
+        self.post = lambda call: call
 
     def start(self, i):
         """Start a device; one that is killed is started again."""
@@ -102,7 +105,7 @@ class Network:
         while not self.failures:
             self.lives[i] += 1
             try:
-                call = lambda method, message: self.call(i, method, message)  # noqa: E731
+                call = self.post(partial(self.call, i))
                 values, part = join(call, len(data.labels), self._config.run.plugin)
                 box = Box(folder)
                 box.claim(values["run"], i)

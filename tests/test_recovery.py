@@ -117,6 +117,35 @@ def test_a_server_may_be_killed_at_any_moment(
     assert_undisturbed(simulated, config, tmp_path)
 
 
+def test_a_server_that_lost_its_first_round_knows_its_devices(
+    simulated, tmp_path, monkeypatch
+):
+    """It goes on as the same run, so a device that starts anew finds its state."""
+    config = small_run()
+    network, lost = Network(config, tmp_path), []
+
+    def dies(function, applies):
+        def mortal(*arguments, **options):
+            if function not in lost and applies(*arguments):
+                lost.append(function)
+                raise Killed
+            return function(*arguments, **options)
+
+        return mortal
+
+    finish = dies(Mailbox.finish, lambda self, i: True)
+    monkeypatch.setattr(Mailbox, "finish", finish)
+    write = dies(box.write, lambda path, _: path.match("device-1/state-2"))
+    monkeypatch.setattr(box, "write", write)
+    network.start_all()
+    with pytest.raises(Killed):
+        network.serve()
+    network.serve(resume=True)
+    network.join()
+    assert network.lives == {0: 1, 1: 2}
+    assert_undisturbed(simulated, config, tmp_path)
+
+
 def test_a_client_that_comes_late_was_absent_until_then(
     simulated, tmp_path, monkeypatch
 ):

@@ -20,6 +20,7 @@ from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.deployment import local
 from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
+from hsee_jax.deployment.reception import serve
 from hsee_jax.deployment.rpc import check_address, connect, open_port
 
 
@@ -259,6 +260,38 @@ def test_a_local_device_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(local.sys, "executable", shutil.which("false"))
     assert main([*words, "--out", str(out)]) == 2
     assert "local: the process of client" in capsys.readouterr().err
+
+
+HEAVY = ("matplotlib", "tensorflow_datasets", "orbax", "tensorstore", "pooch")
+HEAVY += ("scipy.optimize", "cryptography", "tensorflow", "torch", "pandas")
+JOINS = f"""
+import sys
+from hsee_jax.cli import main
+
+assert not main(sys.argv[1:])
+print(*sorted(set({HEAVY}) & set(sys.modules)))
+"""
+
+
+def test_a_device_imports_only_what_it_needs(tmp_path):
+    """In a whole run, for which it reads its share of the dataset itself."""
+    config, said = small_run(rounds=1, num_clients=1), []
+
+    @contextmanager
+    def doors(service):
+        with open_port(service, "127.0.0.1:0", None) as port:
+            words = [f"127.0.0.1:{port}", "--client", "0", "--state", tmp_path / "state"]
+            process = subprocess.Popen(
+                [sys.executable, "-c", JOINS, "join", *map(str, words)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            yield
+            said.append(process.communicate(timeout=60)[0])
+            assert process.returncode == 0
+
+    serve(config, tmp_path / "run", doors)
+    assert said == ["\n"]
 
 
 def test_devices_over_grpc_equal_devices_without(tmp_path):

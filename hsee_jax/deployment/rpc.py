@@ -34,6 +34,8 @@ _CALL_S = 60.0  # until a call without an answer is repeated
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
 _FAULTS = 3  # errors in the server, one after another, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
+_KEEPALIVE_S = 20.0  # of silence in a call, before one side asks if the other is there
+_ANSWER_S = 10.0  # for the other side to say so, before the connection is given up
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int
         handlers=[_handler(service, keys is not None)],
         options=[
             *_sizes(service.limit() + _ROOM),
+            *_keepalive(),
             ("grpc.so_reuseport", 0),
         ],
     )
@@ -98,7 +101,8 @@ def connect(
         raises it if the server refuses a message or does not answer.
     """
     check_address(address, "server", keys)
-    options = [*_sizes(-1), ("grpc.max_reconnect_backoff_ms", 2000)]
+    reconnect = ("grpc.max_reconnect_backoff_ms", 2000)
+    options = [*_sizes(-1), *_keepalive(), reconnect]
     if keys is None:
         channel = grpc.insecure_channel(address, options)
     else:
@@ -214,4 +218,19 @@ def _sizes(limit: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", -1),
+    ]
+
+
+def _keepalive() -> list[tuple[str, int]]:
+    """Return the options that find out about a connection that died in silence.
+
+    Without them a call over it waits until TCP gives up, which takes a quarter of an
+    hour, and so do its repetitions, which use the same connection.
+    """
+    silence_ms = int(1000 * _KEEPALIVE_S)
+    return [
+        ("grpc.keepalive_time_ms", silence_ms),
+        ("grpc.keepalive_timeout_ms", int(1000 * _ANSWER_S)),
+        ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+        ("grpc.http2.min_ping_interval_without_data_ms", silence_ms // 2),
     ]
