@@ -12,21 +12,22 @@ import signal
 import sys
 
 WRITES = os.O_WRONLY | os.O_RDWR
-CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+REMOVALS = ("os.remove", "os.rmdir")
 
 
 def is_change(event, arguments, folder):
-    if event == "open":
-        path, _, flags = arguments
-        if not flags or not flags & WRITES:
-            return False
-    elif event in CHANGES:
-        path = arguments[0]
-        if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
-            return True  # in a folder that is removed with all it holds
-    else:
+    if event in REMOVALS and arguments[1] != -1:
+        return True  # in a folder that is removed with all it holds
+    path = arguments[0] if arguments else None
+    if not isinstance(path, str | os.PathLike):
         return False
-    return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder)
+    if not os.fspath(path).startswith(folder):
+        return False
+    if event == "open":
+        return bool(arguments[2] and arguments[2] & WRITES)
+    if event == "os.mkdir":
+        return not os.path.exists(path)
+    return event in ("os.rename", *REMOVALS) and os.path.exists(path)
 
 
 def die_before(number, folder):

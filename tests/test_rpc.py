@@ -71,7 +71,7 @@ def test_a_refusal_and_an_error_in_the_server_end_the_calls(echo):
             with pytest.raises(UserError, match="refuses: labels: from -1 to 3"):
                 call("push", b"bad")
             assert len(echo.calls) == 1
-            with pytest.raises(UserError, match="refuses: Exception calling"):
+            with pytest.raises(UserError, match="refuses: it has failed: ZeroDivision"):
                 call("push", b"bug")
             assert len(echo.calls) == 4
 
