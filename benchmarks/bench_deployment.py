@@ -73,7 +73,7 @@ def compare(
     _run(*command, str(clients), *flags, "--out", str(served))
     same = _same(simulated, served)
     rounds = [
-        _rounds("hsee train", simulated, clients),
+        _rounds("hsee train", simulated, clients) | {"same network": "the reference"},
         _rounds("hsee serve --local", served, clients) | {"same network": same},
     ]
     return rounds, _sizes(served, json.loads(report.read_text()))

@@ -48,16 +48,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     given = parser.parse_args()
-    size, cuts, width = (4, 1, 2) if given.quick else (32, 7, 64)
+    size, cuts, width = (8, 1, 2) if given.quick else (32, 7, 64)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), batch_size=size, cuts=cuts, width=width)
     print(bench.table(rows, COLUMNS))
     bench.write("device", rows, out=given.out)
 
 
-def measure(
-    folder: Path, *, batch_size: int, cuts: int, width: int
-) -> list[bench.Row]:
+def measure(folder: Path, *, batch_size: int, cuts: int, width: int) -> list[bench.Row]:
     """Return a row for the imports, and a row for each cut."""
     count = cuts * STEPS * batch_size
     write_npz(folder / "data", _noise(count))
@@ -76,6 +74,7 @@ def measure(
         checkpoint_every=1,
     )
     experiment = build_served(config)
+    assert experiment.learning_rates.shape[1] == STEPS
     counted = client_memory(
         layer_costs(experiment.federation.model),
         batch_size=batch_size,

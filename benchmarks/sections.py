@@ -303,11 +303,10 @@ SECTIONS = (
     Section(
         "device",
         "The memory of a device",
-        "The peak of the resident memory of `hsee join` in a round of two batches of 32 "
-        "images of 32x32x3, with ResNet-18 at width 64 and SGD with momentum on two CPU "
-        "cores. The imports are Python, JAX and gRPC before any work. Counted are "
-        "weights, gradients, the optimizer's state and the activations of a batch, as "
-        "`hsee info` shows them.",
+        "The peak of the resident memory of `hsee join` in a round of two batches of "
+        "32 images of 32x32x3, with ResNet-18 at width 64. The imports are Python, JAX "
+        "and gRPC before any work. Counted are weights, gradients, the optimizer's "
+        "state and the activations of a batch, as `hsee info` shows them.",
         (
             Part(
                 "",

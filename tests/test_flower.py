@@ -4,9 +4,9 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import client_devices
 import jax
 import numpy as np
-import client_devices
 import pytest
 
 import hsee_jax as hs

@@ -43,9 +43,11 @@ class Processes:
         enroll(folder / "keys", clients=2)
 
     def __enter__(self):
+        """Return the processes, of which none is started."""
         return self
 
     def __exit__(self, *error):
+        """End all that are left."""
         for process in self._started:
             process.kill()
             process.wait()

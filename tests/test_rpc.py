@@ -280,9 +280,10 @@ def test_a_device_imports_only_what_it_needs(tmp_path):
     @contextmanager
     def doors(service):
         with open_port(service, "127.0.0.1:0", None) as port:
-            words = [f"127.0.0.1:{port}", "--client", "0", "--state", tmp_path / "state"]
+            place, state = f"127.0.0.1:{port}", str(tmp_path / "state")
+            words = ["join", place, "--client", "0", "--state", state]
             process = subprocess.Popen(
-                [sys.executable, "-c", JOINS, "join", *map(str, words)],
+                [sys.executable, "-c", JOINS, *words],
                 stdout=subprocess.PIPE,
                 text=True,
             )
