@@ -24,11 +24,11 @@ import jax
 import numpy as np
 
 import hsee_jax as hs
+from hsee_jax.deployment.service import METHODS
 from hsee_jax.runs.history import read_history
 from hsee_jax.systems.traffic import averages_in
 
 TESTS = Path(__file__).parent.parent / "tests"  # the proxy is there
-METHODS = ("join", "begin", "next", "push", "finish")
 ROUNDS = ("run", "clients", "seconds a round", "range", "exit accuracy")
 ROUNDS += ("server accuracy", "same network")
 BYTES = ("call", "predicted up", "sent up", "predicted down", "sent down")

@@ -51,11 +51,11 @@ class Service:
           run: the id of the run.
           bound: the largest size of a feature, once its message is decoded.
         """
+        self._decode = jax.jit(experiment.federation.codec.decode, static_argnums=1)
         self._experiment, self._mailbox = experiment, mailbox
         self._run, self._bound = run, bound
         federation, strategy = experiment.federation, experiment.strategy
         self._joint = strategy.boundary == "joint"
-        self._decode = jax.jit(federation.codec.decode, static_argnums=1)
         steps = experiment.learning_rates.shape[1]
         self._forms: dict[int, Forms] = {}
         for g, group in enumerate(federation.groups):
