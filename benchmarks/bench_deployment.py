@@ -29,8 +29,15 @@ from hsee_jax.runs.history import read_history
 from hsee_jax.systems.traffic import averages_in
 
 TESTS = Path(__file__).parent.parent / "tests"  # the proxy is there
-ROUNDS = ("run", "clients", "seconds a round", "range", "exit accuracy")
-ROUNDS += ("server accuracy", "same network")
+ROUNDS = (
+    "run",
+    "clients",
+    "seconds a round",
+    "range",
+    "exit accuracy",
+    "server accuracy",
+    "same network",
+)
 BYTES = ("call", "predicted up", "sent up", "predicted down", "sent down")
 QUICK = {"network": "mlp", "hidden": 4, "cuts": ("1",), "max_train_samples": 120}
 
@@ -163,7 +170,7 @@ class Counted:
 def _serve(report: Path, words: list[str]) -> None:
     """Run a command line whose devices call through a counting proxy."""
     sys.path.insert(0, str(TESTS))
-    from proxy import Proxy
+    from proxy import Proxy  # type: ignore[import-not-found]
 
     from hsee_jax.cli import main as command_line
     from hsee_jax.deployment import rpc
@@ -178,7 +185,7 @@ def _serve(report: Path, words: list[str]) -> None:
         figures = {"calls": own.calls, "wire": [proxy.up, proxy.down]}
         report.write_text(json.dumps(figures))
 
-    rpc.open_port = counted
+    rpc.open_port = counted  # type: ignore[assignment]
     sys.exit(command_line(words))
 
 
