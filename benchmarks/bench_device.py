@@ -10,7 +10,6 @@ Command: python benchmarks/bench_device.py
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,11 +32,22 @@ from hsee_jax.runs.served import build_served
 from hsee_jax.systems import client_memory, layer_costs, optimizer_slots
 
 COLUMNS = ("cut", "peak MB", "above the imports MB", "counted MB")
+# A process says itself what its peak was: what the system says of a child may be that
+# of the process that started it.
+PEAK = """
+from pathlib import Path
+lines = Path("/proc/self/status").read_text().splitlines()
+print([line.split()[1] for line in lines if line.startswith("VmHWM")][0])
+"""
 IMPORTS = """
-import resource, jax, hsee_jax.cli.join, hsee_jax.deployment.take_part
-import grpc, safetensors.numpy
+import grpc, jax, safetensors.numpy
+import hsee_jax.cli.join, hsee_jax.deployment.take_part
 jax.devices()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+JOINS = """
+import sys
+from hsee_jax.cli import main
+assert not main(sys.argv[1:])
 """
 STEPS = 2
 
@@ -80,10 +90,7 @@ def measure(folder: Path, *, batch_size: int, cuts: int, width: int) -> list[ben
         batch_size=batch_size,
         slots=optimizer_slots(experiment.federation.optimizer),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
-    )
-    imports = int(done.stdout) / 1e3
+    imports = _peak(_start(IMPORTS))
     rows: list[bench.Row] = [{"cut": "imports alone", "peak MB": imports}]
     for i, share in enumerate(shares(config)):
         write_shard(folder / f"data-{i}.npz", share)
@@ -106,18 +113,30 @@ def device_peak(experiment: Experiment, i: int, folder: Path) -> float:
     rows = [experiment.batch_size] * STEPS
     mailbox.open(1, {i: rows}, Layers.ALL, last={}, means={})
     with open_port(service, "127.0.0.1:0", None) as port:
-        command = [sys.executable, "-m", "hsee_jax", "join", f"127.0.0.1:{port}"]
-        command += ["--client", str(i), "--data", str(folder / f"data-{i}.npz")]
-        process = subprocess.Popen([*command, "--state", str(folder / f"device-{i}")])
+        words = ["join", f"127.0.0.1:{port}", "--client", str(i)]
+        words += ["--data", str(folder / f"data-{i}.npz")]
+        words += ["--state", str(folder / f"device-{i}")]
+        process = _start(JOINS, *words)
         for step in range(STEPS):
             mailbox.take(i, step)
         mailbox.finish(i)
         mailbox.close()
         mailbox.end(last={i: 1}, means={})
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the device of cut {i + 1} has failed")
-    return usage.ru_maxrss / 1e3  # Linux counts in kB
+        return _peak(process)
+
+
+def _start(code: str, *words: str) -> subprocess.Popen[str]:
+    """Start a process that prints its peak memory, in KiB, when its code has run."""
+    command = [sys.executable, "-c", code + PEAK, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _peak(process: subprocess.Popen[str]) -> float:
+    """Return the peak memory that a process prints, in MB."""
+    said, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit("a process has failed")
+    return 1024 * int(said) / 1e6
 
 
 def _noise(count: int) -> Arrays:
