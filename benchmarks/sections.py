@@ -269,6 +269,53 @@ SECTIONS = (
         {"cpu": []},
     ),
     Section(
+        "deployment",
+        "The demo on processes, beside its simulation",
+        "`hsee serve demo --local 3` runs a server and three devices on this machine, "
+        "which share its cores; `hsee train demo --num-clients 3` trains the same run "
+        "in one process. The first round compiles and does not count.",
+        (
+            Part(
+                "",
+                {
+                    **_values("run", "clients"),
+                    "seconds a round": both("seconds a round", "range"),
+                    **_values("exit accuracy", "server accuracy", "same network"),
+                },
+                {"table": "rounds"},
+            ),
+            Part(
+                "Bytes of the whole run, by call. The prediction is that of the "
+                "traffic on the links, which a simulation reports: features and labels "
+                "up, and the layers of each average up and down. It leaves out what a "
+                "deployment sends besides: a device's whole state at each evaluation "
+                "and checkpoint, its first layers, and the configuration. A counting "
+                "proxy between devices and server saw what is on the wire, without "
+                "the encryption of certificates.",
+                _values(
+                    "call", "predicted up", "sent up", "predicted down", "sent down"
+                ),
+                {"table": "bytes"},
+            ),
+        ),
+        {"cpu": []},
+    ),
+    Section(
+        "device",
+        "The memory of a device",
+        "The peak of the resident memory of `hsee join` in a round of two batches of "
+        "32 images of 32x32x3, with ResNet-18 at width 64. The imports are Python, JAX "
+        "and gRPC before any work. Counted are weights, gradients, the optimizer's "
+        "state and the activations of a batch, as `hsee info` shows them.",
+        (
+            Part(
+                "",
+                _values("cut", "peak MB", "above the imports MB", "counted MB"),
+            ),
+        ),
+        {"cpu": []},
+    ),
+    Section(
         "conv",
         "Forms of one convolution",
         "Milliseconds of a pass. A convolution is named by its channels, its window, "

@@ -3,12 +3,36 @@
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
+import hsee_jax as hs
 from hsee_jax.core.errors import Stopped
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.device import Device, join
 from hsee_jax.deployment.reception import serve
 from hsee_jax.runs.material import shares
+
+# A run of three rounds, as flags; a client has ten samples, in batches of 4, 4 and 2.
+SMALL = dict(
+    network="mlp",
+    depth=2,
+    hidden=4,
+    num_clients=2,
+    cuts=("1",),
+    max_train_samples=20,
+    max_test_samples=10,
+    batch_size=4,
+    rounds=3,
+    eval_every=3,
+    checkpoint_every=3,
+    link="int8",
+)
+
+
+def small_run(*, rounds=3, **changes):
+    """The configuration of a small run, which is evaluated after its last round."""
+    often = dict(rounds=rounds, eval_every=rounds, checkpoint_every=rounds)
+    return hs.override(hs.preset("demo"), **SMALL | often | changes)
 
 
 class Killed(BaseException):
@@ -21,6 +45,7 @@ class Network:
     Attributes:
       failures: the errors of devices.
       lives: how often each device was started.
+      post: carries the messages of a device: (what delivers one) -> what calls.
     """
 
     def __init__(self, config, folder):
@@ -28,6 +53,7 @@ class Network:
         self._data = dict(enumerate(shares(config)))
         self._service, self._threads = None, []
         self.failures, self.lives = [], dict.fromkeys(self._data, 0)
+        self.post = lambda call: call
 
     def start(self, i):
         """Start a device; one that is killed is started again."""
@@ -79,7 +105,7 @@ class Network:
         while not self.failures:
             self.lives[i] += 1
             try:
-                call = lambda method, message: self.call(i, method, message)  # noqa: E731
+                call = self.post(partial(self.call, i))
                 values, part = join(call, len(data.labels), self._config.run.plugin)
                 box = Box(folder)
                 box.claim(values["run"], i)

@@ -1,4 +1,4 @@
-"""A TCP proxy that counts bytes, and delays, cuts, drops or refuses what passes.
+"""A TCP proxy that counts bytes, and delays, cuts, drops, changes or refuses them.
 
 It stands between clients and a server on this machine, and knows no protocol::
 
@@ -27,16 +27,18 @@ class Proxy:
       accepted: connections that it has forwarded.
       refused: connections that it has cut at once.
       delay: seconds that each chunk of at most 64 KiB waits on its way.
+      change: what to pass on instead of a chunk: (chunk) -> some chunks.
     """
 
     def __init__(self, target: int, *, delay: float = 0.0):
         """Listen on a free port, and forward to another."""
         self.up = self.down = self.accepted = self.refused = 0
-        self.delay = delay
+        self.delay, self.change = delay, lambda chunk: [chunk]
         self._target = target
         self._mode = "pass"  # or "drop", "refuse"
         self._lock = threading.Lock()
         self._ends: set[socket.socket] = set()  # of all connections
+        self._forgotten: set[socket.socket] = set()  # of some of them
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server((_HOST, 0))
         self.port = self._listener.getsockname()[1]
@@ -62,6 +64,14 @@ class Proxy:
         New connections are accepted, and get no answer.
         """
         self._mode = "drop"
+
+    def forget(self):
+        """Throw all bytes of these connections away for ever; new ones are served.
+
+        So does a router that restarts, or a device that moves to another network.
+        """
+        with self._lock:
+            self._forgotten |= self._ends
 
     def refuse(self):
         """Cut all connections, and cut new ones at once, until `allow`."""
@@ -125,11 +135,12 @@ class Proxy:
         with contextlib.suppress(OSError):
             while chunk := source.recv(_CHUNK):
                 time.sleep(self.delay)
-                if self._mode == "drop":
+                if self._mode == "drop" or source in self._forgotten:
                     continue
-                sink.sendall(chunk)
-                with self._lock:
-                    setattr(self, way, getattr(self, way) + len(chunk))
+                for part in self.change(chunk):
+                    sink.sendall(part)
+                    with self._lock:
+                        setattr(self, way, getattr(self, way) + len(part))
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 

@@ -241,3 +241,27 @@ def test_start_writes_its_file(tmp_path):
     assert [cold["programs kept"], warm["programs kept"]] == ["no", "yes"]
     assert 0 < cold["programs"] == warm["programs"] <= 30
     assert cold["first step s"] > 0 < warm["first step s"]
+
+
+@pytest.mark.slow
+def test_deployment_writes_its_file(tmp_path):
+    done = run("bench_deployment.py", "--quick", "--clients", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = written(tmp_path, "deployment")
+    simulated, served = [row for row in rows if row["table"] == "rounds"]
+    assert served["same network"] == "bit for bit"
+    assert served["server accuracy"] == simulated["server accuracy"]
+    calls = {row["call"]: row for row in rows if row["table"] == "bytes"}
+    for way in ("up", "down"):
+        for call in ("push", "finish", "next"):
+            assert calls[call][f"predicted {way}"] <= calls[call][f"sent {way}"]
+        assert calls["all"][f"sent {way}"] < calls["all, on the wire"][f"sent {way}"]
+
+
+@pytest.mark.slow
+def test_device_writes_its_file(tmp_path):
+    done = run("bench_device.py", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    imports, device = written(tmp_path, "device")
+    assert 0 < imports["peak MB"] < device["peak MB"]
+    assert 0 < device["counted MB"] < device["above the imports MB"]

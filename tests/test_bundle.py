@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from client_devices import small_run
 
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError
@@ -28,21 +29,7 @@ from hsee_jax.runs.flat import config_from_flat
 from hsee_jax.runs.material import shares
 
 ROOT = Path(__file__).parents[1]
-CONFIG = hs.override(
-    hs.preset("demo"),
-    num_clients=2,
-    network="mlp",
-    depth=2,
-    hidden=4,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-    rounds=2,
-    eval_every=2,
-    checkpoint_every=2,
-    link="int8",
-)
+CONFIG = small_run(rounds=2)
 
 
 class Devices:
@@ -153,7 +140,7 @@ def test_a_lost_reply_is_given_again_and_a_server_goes_on(tmp_path, simulated):
 
 def test_what_a_device_returns_is_refused_and_counted(tmp_path, caplog):
     """A client with too many refusals is left out, and the run goes on."""
-    config = hs.override(CONFIG, rounds=1, eval_every=1, checkpoint_every=1)
+    config = small_run(rounds=1)
     devices = Devices(tmp_path, config)
     bad = [
         ("next", b""),

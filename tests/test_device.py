@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from client_devices import small_run
 
-import hsee_jax as hs
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.deployment.box import Box, DeviceState, read, write
@@ -14,23 +14,12 @@ from hsee_jax.deployment.protocol import pack
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
 
-CONFIG = hs.override(
-    hs.preset("demo"),
-    network="mlp",
-    depth=2,
-    hidden=4,
-    num_clients=2,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-)
 DATA = Dataset(np.zeros((10, 28, 28, 1), np.uint8), np.zeros(10, np.int32))
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return build_served(CONFIG)
+    return build_served(small_run())
 
 
 @pytest.fixture(scope="module")

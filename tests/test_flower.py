@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import client_devices
 import jax
 import numpy as np
 import pytest
@@ -20,20 +21,15 @@ from flower_processes import Federation, toml  # noqa: E402
 
 APP = Path(__file__).parents[1] / "examples" / "flower" / "pyproject.toml"
 LIMIT_S = 1200
-SMALL = dict(
+SMALL = client_devices.SMALL | dict(
     preset="demo",
     num_clients=3,
-    network="mlp",
     depth=3,
-    hidden=4,
     cuts="1 2",
     max_train_samples=36,
-    max_test_samples=10,
-    batch_size=4,
     rounds=2,
     eval_every=2,
     checkpoint_every=2,
-    link="int8",
 )
 
 

@@ -1,12 +1,14 @@
 """What devices send is checked, and a client whose messages are refused is left out."""
 
 import json
+import pickle
 
 import jax
 import numpy as np
 import pytest
+from client_devices import small_run
+from page_tables import read_table
 
-import hsee_jax as hs
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import VERSION, Kind, Layers
@@ -17,24 +19,12 @@ from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
 
-CONFIG = hs.override(
-    hs.preset("demo"),
-    network="mlp",
-    depth=2,
-    hidden=4,
-    num_clients=2,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-    rounds=3,
-    link="int8",
-)
+PAGE, TRIED = "explanation/security.md", "What was sent"
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return build_served(CONFIG)
+    return build_served(small_run())
 
 
 @pytest.fixture
@@ -66,25 +56,90 @@ def push(step, tensors, number=1):
     return pack({"round": number, "step": step}, tensors)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "reason"),
-    [
-        (batch(labels=np.full(4, -1, np.int32)), "labels: from -1 to -1; allowed are"),
-        (batch(labels=np.full(4, 10, np.int32)), "labels: from 10 to 10"),
-        (batch(inputs_step=np.full((4, 1), 1e6, np.float32)), "a value of 1e+06"),
-        (batch(inputs_step=np.full((4, 1), np.nan, np.float32)), "a value of nan"),
-        (batch(inputs_codes=np.zeros((4, 5), np.int8)), "allowed is int8[4, 4]"),
-        (batch(inputs_codes=np.zeros((4, 4), np.uint8)), "inputs.codes: uint8"),
-        (batch(rows=3), "allowed is int8[4, 4]"),
-        (batch(client=np.zeros(1, np.int32)), "client is missing or one too many"),
-    ],
-)
-def test_hostile_batches_are_refused(call, mailbox, tensors, reason):
+def without(name):
+    tensors = batch()
+    del tensors[name]
+    return push(0, tensors)
+
+
+def full(value):
+    return np.full((4, 1), value, np.float32)
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        """Say what unpickling runs."""
+        return (exec, ("raise SystemExit",))
+
+
+FINISH = dict(losses=(1.0, 1.0, 0.5), correct=(1, 0, 0), counts=(4, 4, 2), layers=0)
+
+
+def finish(**changes):
+    own = FINISH | changes
+    dtypes = (np.float32, np.int32, np.int32)
+    columns = zip((own["losses"], own["correct"], own["counts"]), dtypes, strict=True)
+    metrics = Metrics(*(np.array(values, dtype) for values, dtype in columns))
+    return pack({"round": 1, "layers": own["layers"]}, named(metrics, "exit"))
+
+
+# What a hostile client sends, and to which call; the page has the server's answers.
+BATCHES = {
+    "a label of -1": push(0, batch(labels=np.full(4, -1, np.int32))),
+    "a label of K": push(0, batch(labels=np.full(4, 10, np.int32))),
+    "features times 1,000,000": push(0, batch(inputs_step=full(1e6))),
+    "a step of 1,000, which decodes to 255,000": push(
+        0, batch(inputs_step=full(1e3), inputs_codes=np.full((4, 4), 127, np.int8))
+    ),
+    "a NaN": push(0, batch(inputs_step=full(np.nan))),
+    "an infinite number": push(0, batch(inputs_offset=full(np.inf))),
+    "codes of another shape": push(0, batch(inputs_codes=np.zeros((4, 5), np.int8))),
+    "codes of another type": push(0, batch(inputs_codes=np.zeros((4, 4), np.uint8))),
+    "fewer rows than the batch has": push(0, batch(rows=3)),
+    "a tensor more": push(0, batch(client=np.zeros(1, np.int32))),
+    "a tensor less": without("labels"),
+    "a message that is too large": push(0, batch(inputs_codes=np.zeros(9999, np.int8))),
+    "a step that has no batch": push(3, batch()),
+    "a field that is no whole number": b'{"round": 1, "step": 0.5}\n',
+    "another id in the message": pack({"round": 1, "step": 0, "client": 1}, batch()),
+    "a pickle": pickle.dumps(Evil()),
+    "a pickle behind a good first line": push(0, {}) + pickle.dumps(Evil()),
+}
+ENDS = {
+    "more samples than the client has": finish(counts=(4, 4, 4)),
+    "more right answers than samples": finish(correct=(5, 0, 0)),
+    "a negative number of right answers": finish(correct=(-1, 0, 0)),
+    "a negative loss": finish(losses=(-1.0, 1.0, 1.0)),
+    "an infinite loss": finish(losses=(np.inf, 1.0, 1.0)),
+    "layers that were not asked for": finish(layers=1),
+}
+HELLOS = {
+    "another number of samples": pack({"samples": 99, "version": VERSION}),
+    "another version": pack({"samples": -1, "version": VERSION + 1}),
+}
+HOSTILE = {
+    name: (method, message)
+    for method, messages in (("push", BATCHES), ("finish", ENDS), ("join", HELLOS))
+    for name, message in messages.items()
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_hostile_is_refused(name, call, mailbox):
+    """With the answer of the page; what is good is taken all the same."""
+    (row,) = [row for row in read_table(PAGE, TRIED) if row["what is sent"] == name]
+    method, message = HOSTILE[name]
     with pytest.raises(Refusal) as refusal:
-        call("push", 0, push(0, tensors))
-    assert reason in str(refusal.value)
-    call("push", 0, push(0, batch()))  # the good one is taken
+        call(method, 0, message)
+    assert row["answer"] == f"`{refusal.value}`" and row["call"] == f"`{method}`"
+    call("push", 0, push(0, batch()))
     assert mailbox.take(0, 0)["labels"].tolist() == [0, 0, 0, 0]
+
+
+def test_the_page_lists_what_is_hostile():
+    assert [row["what is sent"] for row in read_table(PAGE, TRIED)] == [*HOSTILE]
 
 
 def test_there_is_one_message_for_a_batch(call, mailbox):
@@ -119,31 +174,6 @@ def test_a_client_is_left_out_after_too_many_refusals(call, mailbox, caplog):
             call("push", 1, push(1, batch(labels=np.full(4, -1, np.int32))))
     with pytest.raises(UserError, match="no client is left in round 1"):
         mailbox.take(1, 1)
-
-
-def finish(losses=(1.0, 1.0, 0.5), correct=(1, 0, 0), counts=(4, 4, 2), layers=0):
-    metrics = Metrics(
-        np.array(losses, np.float32),
-        np.array(correct, np.int32),
-        np.array(counts, np.int32),
-    )
-    return pack({"round": 1, "layers": layers}, named(metrics, "exit"))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(counts=(4, 4, 4)),
-        dict(correct=(5, 0, 0)),
-        dict(correct=(-1, 0, 0)),
-        dict(losses=(-1.0, 1.0, 1.0)),
-        dict(losses=(np.inf, 1.0, 1.0)),
-        dict(layers=1),
-    ],
-)
-def test_metrics_that_cannot_be_are_refused(call, changes):
-    with pytest.raises(Refusal):
-        call("finish", 0, finish(**changes))
 
 
 def test_a_round_ends_after_its_batches(call, mailbox):

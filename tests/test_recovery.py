@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from client_devices import Killed, Network
+from client_devices import Killed, Network, small_run
 
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError
@@ -16,22 +16,6 @@ from hsee_jax.deployment import box, journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.history import read_records
-
-SMALL = hs.override(
-    hs.preset("demo"),
-    network="mlp",
-    depth=2,
-    hidden=4,
-    num_clients=2,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-    rounds=3,
-    eval_every=3,
-    checkpoint_every=3,
-    link="int8",
-)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +65,7 @@ def test_a_device_may_be_killed_at_any_write(
     moment, strategy, simulated, tmp_path, monkeypatch
 ):
     """In a life it dies at its first write, in the next at its second, and so on."""
-    config = hs.override(SMALL, strategy=strategy)
+    config = small_run(strategy=strategy)
     network = Network(config, tmp_path)
     monkeypatch.setattr(box, "write", killer(box.write, network, moment))
     network.start_all()
@@ -99,7 +83,7 @@ def test_a_server_may_be_killed_at_any_moment(
     strategy, simulated, tmp_path, monkeypatch
 ):
     """Between two messages, and before and after each of its writes."""
-    config = hs.override(SMALL, strategy=strategy)
+    config = small_run(strategy=strategy)
     network, counts = Network(config, tmp_path), dict(life=0, moment=0)
 
     def dies(function):
@@ -133,11 +117,40 @@ def test_a_server_may_be_killed_at_any_moment(
     assert_undisturbed(simulated, config, tmp_path)
 
 
+def test_a_server_that_lost_its_first_round_knows_its_devices(
+    simulated, tmp_path, monkeypatch
+):
+    """It goes on as the same run, so a device that starts anew finds its state."""
+    config = small_run()
+    network, lost = Network(config, tmp_path), []
+
+    def dies(function, applies):
+        def mortal(*arguments, **options):
+            if function not in lost and applies(*arguments):
+                lost.append(function)
+                raise Killed
+            return function(*arguments, **options)
+
+        return mortal
+
+    finish = dies(Mailbox.finish, lambda self, i: True)
+    monkeypatch.setattr(Mailbox, "finish", finish)
+    write = dies(box.write, lambda path, _: path.match("device-1/state-2"))
+    monkeypatch.setattr(box, "write", write)
+    network.start_all()
+    with pytest.raises(Killed):
+        network.serve()
+    network.serve(resume=True)
+    network.join()
+    assert network.lives == {0: 1, 1: 2}
+    assert_undisturbed(simulated, config, tmp_path)
+
+
 def test_a_client_that_comes_late_was_absent_until_then(
     simulated, tmp_path, monkeypatch
 ):
     """Round 1 goes on without it, and the end is that of a client with an absence."""
-    config = hs.override(SMALL, rounds=2, eval_every=2)
+    config = small_run(rounds=2)
     network, close = Network(config, tmp_path), Mailbox.close
 
     def overdue(self):
@@ -163,7 +176,7 @@ def test_a_client_that_comes_late_was_absent_until_then(
 
 
 def test_a_run_that_was_not_served_does_not_go_on_with_devices(tmp_path):
-    config = hs.override(SMALL, rounds=1, eval_every=1, checkpoint_every=1)
+    config = small_run(rounds=1)
     hs.train(config, tmp_path / "run")
     network = Network(hs.override(config, rounds=2), tmp_path)
     with pytest.raises(UserError, match="holds no devices after round 1"):

@@ -12,7 +12,7 @@ import grpc
 import jax
 import numpy as np
 import pytest
-from client_devices import Network
+from client_devices import SMALL, Network, small_run
 
 import hsee_jax as hs
 from hsee_jax.cli import main
@@ -20,21 +20,8 @@ from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.deployment import local
 from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
+from hsee_jax.deployment.reception import serve
 from hsee_jax.deployment.rpc import check_address, connect, open_port
-
-SMALL = dict(
-    network="mlp",
-    depth=2,
-    hidden=4,
-    cuts=("1",),
-    max_train_samples=20,
-    max_test_samples=10,
-    batch_size=4,
-    rounds=3,
-    eval_every=3,
-    checkpoint_every=3,
-    link="int8",
-)
 
 
 class Echo:
@@ -84,7 +71,7 @@ def test_a_refusal_and_an_error_in_the_server_end_the_calls(echo):
             with pytest.raises(UserError, match="refuses: labels: from -1 to 3"):
                 call("push", b"bad")
             assert len(echo.calls) == 1
-            with pytest.raises(UserError, match="refuses: Exception calling"):
+            with pytest.raises(UserError, match="refuses: it has failed: ZeroDivision"):
                 call("push", b"bug")
             assert len(echo.calls) == 4
 
@@ -183,7 +170,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.slow
 def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
     """With certificates: a device is killed at some writes, and the server twice."""
-    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL)
+    config = small_run()
     hs.train(config, tmp_path / "simulated")
     enroll(tmp_path / "keys", clients=2)
     with open_port(Echo(), "127.0.0.1:0", None) as port:
@@ -203,7 +190,7 @@ def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
         words += ["--state", f"{tmp_path}/device-{i}"]
         return start("-c", DIES, str(dies), "join", place, *words)
 
-    server = serve("demo", "--num-clients", "2", *flags(**SMALL))
+    server = serve("demo", *flags(**SMALL))
     steady = join(0, -1)
     for dies in (3, 6):
         assert join(1, dies).wait(120) == -signal.SIGKILL
@@ -229,7 +216,7 @@ def test_processes_that_are_killed_end_as_if_they_were_not(tmp_path):
 def test_a_run_on_local_processes_is_an_ordinary_one(tmp_path, capsys):
     out, words = str(tmp_path / "run"), [*flags(**SMALL)]
     assert main(["serve", "demo", "--local", "2", *words, "--out", out]) == 0
-    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL)
+    config = small_run()
     summary = hs.train(config, tmp_path / "simulated")
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -275,9 +262,42 @@ def test_a_local_device_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):
     assert "local: the process of client" in capsys.readouterr().err
 
 
+HEAVY = ("matplotlib", "tensorflow_datasets", "orbax", "tensorstore", "pooch")
+HEAVY += ("scipy.optimize", "cryptography", "tensorflow", "torch", "pandas")
+JOINS = f"""
+import sys
+from hsee_jax.cli import main
+
+assert not main(sys.argv[1:])
+print(*sorted(set({HEAVY}) & set(sys.modules)))
+"""
+
+
+def test_a_device_imports_only_what_it_needs(tmp_path):
+    """In a whole run, for which it reads its share of the dataset itself."""
+    config, said = small_run(rounds=1, num_clients=1), []
+
+    @contextmanager
+    def doors(service):
+        with open_port(service, "127.0.0.1:0", None) as port:
+            place, state = f"127.0.0.1:{port}", str(tmp_path / "state")
+            words = ["join", place, "--client", "0", "--state", state]
+            process = subprocess.Popen(
+                [sys.executable, "-c", JOINS, *words],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            yield
+            said.append(process.communicate(timeout=60)[0])
+            assert process.returncode == 0
+
+    serve(config, tmp_path / "run", doors)
+    assert said == ["\n"]
+
+
 def test_devices_over_grpc_equal_devices_without(tmp_path):
     """The service is the same, so the bytes are the same."""
-    config = hs.override(hs.preset("demo"), num_clients=2, **SMALL | dict(rounds=1))
+    config = small_run(rounds=1)
     network = Network(config, tmp_path)
     doors, calls = network._doors, {}
 

@@ -197,5 +197,5 @@ def _add_devices(parser: Parser) -> None:
         "--feature-bound",
         type=float,
         metavar="FLOAT",
-        help="a message with a number larger than this is refused (10000)",
+        help="a batch with a feature larger than this is refused (10000)",
     )

@@ -82,8 +82,10 @@ class Box:
 
     def save(self, state: DeviceState) -> None:
         """Write a state; what was sent before is on the disk then, too."""
-        for path in self._outbox(state.round).glob("*"):
-            _sync(path)
+        outbox = self._outbox(state.round)
+        if outbox.exists():
+            for path in (*outbox.iterdir(), outbox, outbox.parent):
+                _sync(path)
         fields = {"round": state.round, "since": state.since}
         data = pack(fields, named(jax.device_get(state.client)))
         write(self._folder / f"{_STATE}{state.round}", data)

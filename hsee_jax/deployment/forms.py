@@ -39,6 +39,7 @@ class Forms(NamedTuple):
     """The trees of a client's messages as shapes, and the forms made of them."""
 
     batch: Form  # of one sample, [1, ...]: the message and its label
+    message: Message  # of one sample
     gradient: Form  # of one sample; empty with a detached boundary
     metrics: Form  # of the T steps of a round
     client: Branch
@@ -73,6 +74,7 @@ def forms_of(
     joint = strategy.boundary == "joint"
     return Forms(
         batch=form_of(message, "inputs") | {"labels": label},
+        message=message,
         gradient=form_of(features, "gradient") if joint else {},
         metrics=form_of(_metrics(steps), "exit"),
         client=clients[group],

@@ -47,7 +47,7 @@ def serve(
       folder: see `hsee_jax.train`, like `resume`, `overwrite` and `callbacks`.
       doors: lets the calls of devices in.
       patience: how long to wait for devices; a deadline of the run replaces its own.
-      bound: the largest size of a float in a batch's message.
+      bound: the largest size of a feature, once its message is decoded.
       samples: see `build_served`.
       resume: go on after the last round that ended.
       overwrite: replace the run in the folder.

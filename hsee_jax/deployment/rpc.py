@@ -34,7 +34,13 @@ _CALL_S = 60.0  # until a call without an answer is repeated
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
 _FAULTS = 3  # errors in the server, one after another, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_KEEPALIVE_S = 20.0  # of silence in a call, before one side asks if the other is there
+_ANSWER_S = 10.0  # for the other side to say so, before the connection is given up
+_AWAY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,  # such as bytes on the way that TLS does not accept
+)
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +63,7 @@ def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int
         handlers=[_handler(service, keys is not None)],
         options=[
             *_sizes(service.limit() + _ROOM),
+            *_keepalive(),
             ("grpc.so_reuseport", 0),
         ],
     )
@@ -98,7 +105,8 @@ def connect(
         raises it if the server refuses a message or does not answer.
     """
     check_address(address, "server", keys)
-    options = [*_sizes(-1), ("grpc.max_reconnect_backoff_ms", 2000)]
+    reconnect = ("grpc.max_reconnect_backoff_ms", 2000)
+    options = [*_sizes(-1), *_keepalive(), reconnect]
     if keys is None:
         channel = grpc.insecure_channel(address, options)
     else:
@@ -147,7 +155,7 @@ class _Caller:
                 code, details = error.code(), error.details()
             if code not in _AWAY:
                 faults += 1
-                if code != grpc.StatusCode.UNKNOWN or faults == _FAULTS:
+                if code != grpc.StatusCode.INTERNAL or faults == _FAULTS:
                     raise UserError(f"server: {self._address} refuses: {details}")
             if time.monotonic() - begin > self._patience_s:
                 raise UserError(
@@ -184,9 +192,13 @@ def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
                 i = _caller(context, secure)
                 return service.call(name, i, message, context.is_active)
             except PermissionError as error:
-                context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+                code, details = grpc.StatusCode.PERMISSION_DENIED, str(error)
             except Refusal as refusal:
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(refusal))
+                code, details = grpc.StatusCode.INVALID_ARGUMENT, str(refusal)
+            except Exception as error:
+                _log.exception("%s of a device has failed", name)
+                code, details = grpc.StatusCode.INTERNAL, f"it has failed: {error!r}"
+            context.abort(code, details)
             raise AssertionError("abort raises")
 
         return grpc.unary_unary_rpc_method_handler(answer)
@@ -214,4 +226,20 @@ def _sizes(limit: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", limit),
         ("grpc.max_send_message_length", -1),
+    ]
+
+
+def _keepalive() -> list[tuple[str, int]]:
+    """Return the options that find out about a connection that died in silence.
+
+    Without them a call over it waits until TCP gives up, which takes a quarter of an
+    hour, and so do its repetitions, which use the same connection.
+    """
+    silence_ms = int(1000 * _KEEPALIVE_S)
+    return [
+        ("grpc.keepalive_time_ms", silence_ms),
+        ("grpc.keepalive_timeout_ms", int(1000 * _ANSWER_S)),
+        ("grpc.http2.ping_timeout_ms", int(1000 * _ANSWER_S)),
+        ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+        ("grpc.http2.min_ping_interval_without_data_ms", silence_ms // 2),
     ]

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Metrics
@@ -26,6 +27,7 @@ from hsee_jax.deployment.protocol import (
 )
 from hsee_jax.deployment.types import Finished
 from hsee_jax.federation.state import Means
+from hsee_jax.link.codecs import Message
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.restore import seat
 from hsee_jax.runs.served import describe
@@ -47,8 +49,9 @@ class Service:
           experiment: the run.
           mailbox: what arrives is put in there.
           run: the id of the run.
-          bound: the largest size of a float in a batch's message.
+          bound: the largest size of a feature, once its message is decoded.
         """
+        self._decode = jax.jit(experiment.federation.codec.decode, static_argnums=1)
         self._experiment, self._mailbox = experiment, mailbox
         self._run, self._bound = run, bound
         federation, strategy = experiment.federation, experiment.strategy
@@ -152,9 +155,17 @@ class Service:
         rows = mailbox.rows(i, number, step)
         tensors = unpack(data, with_rows(forms.batch, rows))
         check_labels(tensors["labels"], num_classes=self._experiment.info.num_classes)
-        check_finite(tensors, bound=self._bound)
+        self._check_features(tree_from(tensors, forms.message, "inputs"))
         answer = mailbox.put(i, number, step, tensors, joint=self._joint, alive=alive)
         return pack({"closed": 0}, answer)
+
+    def _check_features(self, message: Message) -> None:
+        """Refuse a message that decodes to features that are not finite, or too large.
+
+        Small numbers may decode to large ones: int8 codes are multiplied by a step.
+        """
+        features = np.asarray(self._decode(message, jnp.float32))
+        check_finite({"features": features}, bound=self._bound)
 
     def _finish(self, i: int, message: bytes, alive: Alive) -> bytes:
         del alive

@@ -23,7 +23,7 @@ class ServerSettings:
     deadline: Annotated[float | None, "seconds of a round", positive] = None
     min_clients: Annotated[int, "clients that a round waits for"] = 1
     max_refusals: Annotated[int, "refusals before a client is left out"] = 3
-    feature_bound: Annotated[float, "largest number in a message", positive] = 1e4
+    feature_bound: Annotated[float, "largest size of a feature", positive] = 1e4
 
 
 @dataclasses.dataclass(frozen=True)

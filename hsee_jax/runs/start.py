@@ -39,9 +39,10 @@ _DERIVED = (
     "tracking",
     "tensorboard",
     "wandb",
-    "deployment",
-    "devices",
 )
+# What a server and its devices know of each other; a run that begins anew after a kill
+# in its first round is still the run that its devices have joined.
+_OF_DEVICES = ("deployment", "devices")
 
 
 class Start(NamedTuple):
@@ -54,6 +55,7 @@ class Start(NamedTuple):
     wall_seconds: float = 0.0  # and in all
     checkpoint: Checkpoint | None = None
     shelf: Shelf = {}  # see `recut`
+    joined: bool = False  # whether devices may have joined before
 
 
 def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Start:
@@ -75,7 +77,7 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     experiment = phases.at(1)
     if checkpoint is None:
         _log.warning("%s has no checkpoint; the run begins anew", folder)
-        return Start(experiment.init())
+        return Start(experiment.init(), joined=True)
     rounds = experiment.cadence.rounds
     if rounds < checkpoint.rounds + (checkpoint.steps > 0):
         raise UserError(
@@ -141,7 +143,7 @@ def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     The configuration comes first: with it alone a run can be resumed.
     """
     if start.checkpoint is None:
-        for derived in _DERIVED:
+        for derived in _DERIVED if start.joined else (*_DERIVED, *_OF_DEVICES):
             _remove(folder / derived)
     _remove(folder / "summary.json")
     replace_file(folder / "config.json", to_json(experiment.config) + "\n")

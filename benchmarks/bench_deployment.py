@@ -1,0 +1,194 @@
+"""Train the demo with a process for each client, beside the simulation of the same run.
+
+Shows: `hsee serve demo --local 3` ends with the network and the accuracies of `hsee
+train demo --num-clients 3`, bit for bit; the seconds of a round of both; and the bytes
+that a counting proxy sees between devices and server, beside the bytes of the messages
+and what `hsee_jax.systems.traffic` predicts.
+Expected: equal networks; upwards less than 1 % more on the wire than predicted. Less
+goes down, in which first layers and the frames of gRPC weigh more.
+Cost: about ten minutes on two CPU cores; --rounds shortens it.
+Command: python benchmarks/bench_deployment.py [--rounds 12] [--clients 3]
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bench
+import jax
+import numpy as np
+
+import hsee_jax as hs
+from hsee_jax.deployment.service import METHODS
+from hsee_jax.runs.history import read_history
+from hsee_jax.systems.traffic import averages_in
+
+TESTS = Path(__file__).parent.parent / "tests"  # the proxy is there
+ROUNDS = (
+    "run",
+    "clients",
+    "seconds a round",
+    "range",
+    "exit accuracy",
+    "server accuracy",
+    "same network",
+)
+BYTES = ("call", "predicted up", "sent up", "predicted down", "sent down")
+QUICK = {"network": "mlp", "hidden": 4, "cuts": ("1",), "max_train_samples": 120}
+
+
+def main() -> None:
+    """Train both runs, print two tables, and write their rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny, for tests")
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=bench.RESULTS)
+    parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        _serve(Path(given.child[0]), given.child[1:])
+        return
+    changes: dict[str, Any] = dict(QUICK if given.quick else {})
+    changes["rounds"] = 2 if given.quick else given.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        rounds, sizes = compare(Path(folder), given.clients, changes)
+    print(bench.table(rounds, ROUNDS))
+    print(bench.table(sizes, BYTES))
+    tables = {"rounds": rounds, "bytes": sizes}
+    rows = [{"table": name} | row for name, own in tables.items() for row in own]
+    bench.write("deployment", rows, out=given.out)
+
+
+def compare(
+    folder: Path, clients: int, changes: dict[str, Any]
+) -> tuple[list[bench.Row], list[bench.Row]]:
+    """Train a run twice; return the rows on its rounds and those on its bytes."""
+    words = [f"--{name.replace('_', '-')}" for name in changes]
+    values = [v if isinstance(v, tuple) else (v,) for v in changes.values()]
+    flags = [w for pair in zip(words, values, strict=True) for w in (pair[0], *pair[1])]
+    flags = [*map(str, flags), "--compilation-cache", str(folder / "programs")]
+    simulated, served, report = (folder / n for n in ("train", "serve", "report"))
+    command = ["-m", "hsee_jax", "train", "demo", "--num-clients", str(clients)]
+    _run(*command, *flags, "--out", str(simulated))
+    command = [__file__, "--child", str(report), "serve", "demo", "--local"]
+    _run(*command, str(clients), *flags, "--out", str(served))
+    same = _same(simulated, served)
+    rounds = [
+        _rounds("hsee train", simulated, clients) | {"same network": "the reference"},
+        _rounds("hsee serve --local", served, clients) | {"same network": same},
+    ]
+    return rounds, _sizes(served, json.loads(report.read_text()))
+
+
+def _run(*words: str) -> None:
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def _rounds(name: str, folder: Path, clients: int) -> bench.Row:
+    """Return the figures of a run; its first round compiles, and does not count."""
+    history = read_history(folder)
+    seconds = [record.seconds for record in history.records[1:]]
+    assert history.summary is not None
+    scores = history.summary.scores
+    return {
+        "run": name,
+        "clients": clients,
+        "seconds a round": float(np.median(seconds)),
+        "range": f"{min(seconds):.3g}-{max(seconds):.3g} s",
+        "exit accuracy": f"{scores.mean_exit_accuracy:.4f}",
+        "server accuracy": f"{scores.mean_server_accuracy:.4f}",
+    }
+
+
+def _same(one: Path, other: Path) -> str:
+    """Return whether two runs ended with the same network."""
+    leaves = zip(
+        *(jax.tree.leaves(hs.restore(folder).state) for folder in (one, other)),
+        strict=True,
+    )
+    equal = all(np.array_equal(a, b, equal_nan=True) for a, b in leaves)
+    return "bit for bit" if equal else "no"
+
+
+def _sizes(folder: Path, report: dict[str, Any]) -> list[bench.Row]:
+    """Return the bytes of all rounds by call, and of the whole run."""
+    records, run = read_history(folder).records, hs.restore(folder)
+    experiment = hs.build(run.config)
+    steps = experiment.learning_rates.shape[1]
+    averages = sum(averages_in(run.strategy, r.round, steps) for r in records)
+    held = {traffic.cut: traffic.weights for traffic in experiment.traffic}
+    weights = averages * sum(held[share.cut] for share in experiment.manifest)
+    up, down = (sum(r.link[way] for r in records) for way in range(2))
+    predicted = {
+        "push": (up - weights, down - weights),
+        "finish": (weights, 0),
+        "next": (0, weights),
+    }
+    rows = [
+        _bytes_row(method, predicted.get(method, (0, 0)), report["calls"][method])
+        for method in METHODS
+    ]
+    sent = [sum(report["calls"][m][way] for m in METHODS) for way in range(2)]
+    rows.append(_bytes_row("all", (up, down), sent))
+    rows.append(_bytes_row("all, on the wire", (up, down), report["wire"]))
+    return rows
+
+
+def _bytes_row(call: str, predicted: Any, sent: Any) -> bench.Row:
+    return {
+        "call": call,
+        "predicted up": float(predicted[0]),
+        "sent up": float(sent[0]),
+        "predicted down": float(predicted[1]),
+        "sent down": float(sent[1]),
+    }
+
+
+class Counted:
+    """A service that counts the bytes of all calls."""
+
+    def __init__(self, service: Any) -> None:
+        """Count for a `Service`."""
+        self._service = service
+        self.clients, self.limit = service.clients, service.limit
+        self.calls = {method: [0, 0] for method in METHODS}
+
+    def call(self, method: str, i: int, message: bytes, alive: Any) -> bytes:
+        """Answer a call."""
+        answer: bytes = self._service.call(method, i, message, alive)
+        self.calls[method][0] += len(message)
+        self.calls[method][1] += len(answer)
+        return answer
+
+
+def _serve(report: Path, words: list[str]) -> None:
+    """Run a command line whose devices call through a counting proxy."""
+    sys.path.insert(0, str(TESTS))
+    from proxy import Proxy  # type: ignore[import-not-found]
+
+    from hsee_jax.cli import main as command_line
+    from hsee_jax.deployment import rpc
+
+    open_port = rpc.open_port
+
+    @contextlib.contextmanager
+    def counted(service: Any, *place: Any) -> Iterator[int]:
+        own = Counted(service)
+        with open_port(own, *place) as port, Proxy(port) as proxy:  # type: ignore
+            yield proxy.port
+        figures = {"calls": own.calls, "wire": [proxy.up, proxy.down]}
+        report.write_text(json.dumps(figures))
+
+    rpc.open_port = counted  # type: ignore[assignment]
+    sys.exit(command_line(words))
+
+
+if __name__ == "__main__":
+    main()
