@@ -146,6 +146,11 @@ class ClientsConfig(Section):
         "hsee train they are simulated, and need --devices",
         positive,
     ] = None
+    keep_layers_private: Annotated[
+        bool,
+        "with hsee serve, devices never send their layers to the server: they send "
+        "features of the test set, so that it can score them",
+    ] = False
     on_nonfinite: Annotated[
         str,
         "if a client's loss or gradient is not finite it skips the step, and leave_out "

@@ -8,7 +8,7 @@ asks again for this round answers again, and does not train again.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from hsee_jax.deployment.protocol import (
 )
 from hsee_jax.federation.branch import Branch
 
-_RUN, _STATE, _OUTBOX, _FINISH = "run", "state-", "outbox", "finish"
+_RUN, _STATE, _OUTBOX, _FINISH, _TEST = "run", "state-", "outbox", "finish", "test"
 
 
 class DeviceState(NamedTuple):
@@ -116,6 +116,13 @@ class Box:
     def finish(self, number: int) -> bytes:
         """Return the last message of a round."""
         return read(self._outbox(number) / _FINISH)
+
+    def inputs(self, step: int, fetch: Callable[[], bytes]) -> bytes:
+        """Return a batch of test inputs, and fetch it if it is not kept here yet."""
+        path = self._folder / _TEST / f"{step:08}"
+        if not path.exists():
+            write(path, fetch())
+        return read(path)
 
     def _outbox(self, number: int) -> Path:
         return self._folder / _OUTBOX / str(number)

@@ -25,6 +25,7 @@ class Kind(IntEnum):
     WAIT = 0
     TRAIN = 1
     END = 2
+    EVALUATE = 3
 
 
 class Layers(IntEnum):
@@ -41,13 +42,19 @@ class Forms(NamedTuple):
     batch: Form  # of one sample, [1, ...]: the message and its label
     gradient: Form  # of one sample; empty with a detached boundary
     metrics: Form  # of the T steps of a round
+    answers: Form  # to one test input, [1, ...]: the message, and logits of the exit
     client: Branch
     layers: dict[Layers, Form]
     means: Means  # of the layers that the client receives
 
 
 def forms_of(
-    federation: Federation, strategy: Strategy, group: int, *, steps: int
+    federation: Federation,
+    strategy: Strategy,
+    group: int,
+    *,
+    steps: int,
+    classes: int,
 ) -> Forms:
     """Return the forms of the messages of a group's clients.
 
@@ -56,6 +63,7 @@ def forms_of(
       strategy: the algorithm.
       group: the group.
       steps: the steps of a round, T.
+      classes: the number of classes.
     """
     assert strategy.halves is not None
     features = layer_inputs(federation.model)[federation.groups[group].cut]
@@ -70,11 +78,13 @@ def forms_of(
     )
     _, means = jax.eval_shape(strategy.aggregate, state, weights)
     label = jax.ShapeDtypeStruct((1,), np.int32)
+    logits = jax.ShapeDtypeStruct((1, classes), np.float32)
     joint = strategy.boundary == "joint"
     return Forms(
         batch=form_of(message, "inputs") | {"labels": label},
         gradient=form_of(features, "gradient") if joint else {},
         metrics=form_of(_metrics(steps), "exit"),
+        answers=form_of(message, "inputs") | {"logits": logits},
         client=clients[group],
         layers={
             Layers.NONE: {},

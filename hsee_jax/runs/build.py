@@ -126,6 +126,11 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
       UserError: the configuration does not fit the data, the network or the devices.
     """
     config = config_for(config, data)
+    if config.clients.keep_layers_private:
+        raise UserError(
+            "keep_layers_private: true is not allowed in a simulation, which holds the "
+            "layers of all clients; allowed is `hsee serve`"
+        )
     axis = _axis(config)
     info, read = data_source(config.data, data)
     mesh = make_mesh() if axis == "vmap" else None

@@ -38,6 +38,9 @@ class Participant(NamedTuple):
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     batch_size: int
     seed: int  # of the order of the data
+    test_samples: int  # of the server's test set
+    test_batch_size: int
+    private: bool  # whether no layer leaves the device
 
     @property
     def halves(self) -> Halves:
@@ -52,8 +55,8 @@ def build_participant(
     """Build what a device needs from what the server says of the run.
 
     Args:
-      values: ``client``, ``cut``, ``batch_size``, ``steps`` (of a round), and as JSON
-        ``config`` and ``info``.
+      values: ``client``, ``cut``, ``batch_size``, ``steps`` (of a round),
+        ``test_samples``, ``test_batch_size``, and as JSON ``config`` and ``info``.
       plugins: modules that the device's own user named; the server cannot make it
         import others.
 
@@ -84,6 +87,9 @@ def build_participant(
         build_rates(config, values["steps"]),
         values["batch_size"],
         config.run.data_seed,
+        values["test_samples"],
+        values["test_batch_size"],
+        config.clients.keep_layers_private,
     )
 
 

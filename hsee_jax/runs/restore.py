@@ -52,8 +52,13 @@ class Restored(NamedTuple):
         return self.federation.specs(seat(self.federation, i)[0])
 
     def client(self, i: int) -> Branch:
-        """Return the layers of client i and its exit head."""
+        """Return the layers of client i and its exit head.
+
+        Raises:
+          UserError: there is no such client, or it kept them private.
+        """
         group, member = seat(self.federation, i)
+        check_layers(self.config)
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
     def server(self, i: int) -> Branch:
@@ -82,10 +87,11 @@ def restore(
       path: the run's folder.
       which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
       only: a client's id, to read only the clients of its cut; all other leaves of the
-        state are then ``...``.
+        state are then ``...``. So are the clients of a run that kept them private.
 
     Raises:
-      UserError: there is no such run or client, or it has no checkpoint.
+      UserError: there is no such run or client, it has no checkpoint, or ``only`` asks
+        for layers that are private.
     """
     folder = Path(path)
     config, info = read_config(folder), read_info(folder)
@@ -95,7 +101,10 @@ def restore(
     strategy = build_strategy(config, federation)
     like = jax.eval_shape(strategy.init, jax.random.key(0))
     if only is not None:
+        check_layers(config)
         like = _of_group(like, seat(federation, only)[0])
+    elif config.clients.keep_layers_private:
+        like = like.replace(clients=jax.tree.map(lambda leaf: ..., like.clients))
     state = load(checkpoint, like)
     return Restored(config, info, federation, strategy, state)
 
@@ -133,6 +142,20 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
             "first one (see checkpoint_every)"
         )
     return checkpoint
+
+
+def check_layers(config: Config) -> None:
+    """Refuse to read clients that kept their layers private.
+
+    Raises:
+      UserError: they did.
+    """
+    if config.clients.keep_layers_private:
+        raise UserError(
+            "run: holds no layers of clients, as its devices kept them private "
+            "(keep_layers_private); allowed are the scores that `hsee report` shows, "
+            "and the server's layers"
+        )
 
 
 def seat(federation: Federation, i: int) -> tuple[int, int]:

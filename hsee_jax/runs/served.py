@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from hsee_jax.config.schema import Config
@@ -70,7 +71,25 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"period_unit: {strategy.period_unit} is not allowed with clients on a "
             "network; allowed is rounds"
         )
+    if config.clients.keep_layers_private:
+        _check_private(experiment)
     return experiment
+
+
+def _check_private(experiment: Experiment) -> None:
+    """Refuse a strategy that averages layers of clients.
+
+    Raises:
+      UserError: it is one.
+    """
+    strategy = experiment.strategy
+    state = jax.eval_shape(strategy.init, jax.random.key(0))
+    if jax.tree.leaves(strategy.messages(state)):
+        raise UserError(
+            "keep_layers_private: true is not allowed with a strategy whose server "
+            "averages layers of clients; allowed are others, such as sequential, or "
+            "averaging with --average servers"
+        )
 
 
 def describe(experiment: Experiment, i: int) -> dict[str, Any]:
@@ -81,6 +100,8 @@ def describe(experiment: Experiment, i: int) -> dict[str, Any]:
         "cut": cut,
         "batch_size": experiment.batch_size,
         "steps": experiment.learning_rates.shape[1],
+        "test_samples": len(experiment.test.labels),
+        "test_batch_size": experiment.eval_batch_size,
         "config": json.loads(to_json(experiment.config)),
         "info": experiment.info._asdict(),
     }
