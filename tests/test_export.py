@@ -121,6 +121,7 @@ def test_an_export_stands_alone(run):
         "format": 1,
         "client": 2,
         "dataset": "fashion_mnist_small",
+        "network": "tiny",
         "rounds": 1,
         "cut": 1,
         "layer": "layer1",

@@ -19,5 +19,18 @@ def export(words: Sequence[str]) -> None:
         help="folder to write (RUN/export/client-ID); an earlier export there is "
         "replaced",
     )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="write segment.onnx, too, and a program that takes part in a run with it "
+        "on a device without JAX",
+    )
     given = parse_run(parser, words)
-    print(export_client(given.run, given.client, which=given.checkpoint, out=given.out))
+    folder = export_client(
+        given.run,
+        given.client,
+        which=given.checkpoint,
+        out=given.out,
+        onnx=given.onnx,
+    )
+    print(folder)

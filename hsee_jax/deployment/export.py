@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
-import optax
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
-from hsee_jax.data.pipeline import normalize
-from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, forward
+from hsee_jax.deployment import frozen
+from hsee_jax.deployment.onnx_program import onnx_program
+from hsee_jax.deployment.segment import Segment, make_segment, up_to
+from hsee_jax.federation.branch import Branch, LayerState
 from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.link.codecs import sample_bytes
 from hsee_jax.nn.model import Model, layer_inputs
@@ -35,6 +36,7 @@ Figures = dict[str, Any]  # values of JSON
 _FORMAT = 1  # version of the card
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _WEIGHTS, _CARD = "segment.jaxexport", "weights.safetensors", "card.json"
+_ONNX, _FROZEN = "segment.onnx", "frozen.py"
 _README = """\
 # Client {client}: the layers up to {layer}, and its exit
 
@@ -64,6 +66,22 @@ This needs jax, flatbuffers and safetensors, and runs on {places}.
 The program was written by jax {versions[jax]}; JAX promises that its versions of the
 next six months can read it.
 """
+_README_ONNX = """
+## Without JAX
+
+`segment.onnx` is the same program, with its weights, for onnxruntime:
+
+```python
+import onnxruntime
+
+program = onnxruntime.InferenceSession("segment.onnx")
+logits, uncertainty = program.run(["logits", "uncertainty"], {{"{name}": {name}}})
+```
+
+The outputs whose names begin with `inputs` are the message of the link. `frozen.py` takes
+part in a training with it, and trains nothing; `python frozen.py --help` says how. It needs
+numpy, onnxruntime and grpcio.
+"""
 
 
 def export_client(
@@ -72,6 +90,7 @@ def export_client(
     *,
     which: str = "latest",
     out: str | os.PathLike[str] | None = None,
+    onnx: bool = False,
 ) -> Path:
     """Write a client's layers and exit to a folder that needs no other files.
 
@@ -81,13 +100,15 @@ def export_client(
       which: see `restore`.
       out: the folder to write; an earlier export there is replaced. None for
         ``export/client-I`` in the run's folder.
+      onnx: write the client as ``segment.onnx``, too, for devices without JAX, and the
+        program with which they take part in a run.
 
     Returns:
       The folder that was written.
 
     Raises:
-      UserError: there is no such run or client, the folder holds other files, or it
-        cannot be written to.
+      UserError: there is no such run or client, the folder holds other files, it cannot
+        be written to, or the client cannot be written as ONNX.
     """
     folder = Path(path)
     place = folder / "export" / f"client-{i}" if out is None else Path(out)
@@ -104,26 +125,23 @@ def export_client(
     known |= _known(folder / "gate" / "thresholds.json", rounds, i)
     known.setdefault("criterion", "entropy")
     branch = _bare(run.client(i))
-    client = _up_to(run.plain_model(), cut=len(branch.layers))
+    client = up_to(run.plain_model(), cut=len(branch.layers))
     weights = _by_name(branch, client.layer_names)
+    segment = make_segment(client, run.info, known["criterion"])
     files = {
-        _PROGRAM: _program(client, branch, weights, run.info, known["criterion"]),
+        _PROGRAM: _program(segment, branch, weights, run.info),
         _WEIGHTS: save(weights),
     }
+    if onnx:
+        name, codec = _input_name(run.info.dtype), run.federation.codec
+        files |= {
+            _ONNX: onnx_program(segment, branch, run.info, codec, name),
+            _FROZEN: Path(frozen.__file__).read_bytes(),
+        }
     card = _card(run, i, client, known, files)
     texts = {_CARD: json.dumps(card, indent=2) + "\n", "README.md": _readme(card)}
     _write({name: text.encode() for name, text in texts.items()} | files, place)
     return place
-
-
-def _up_to(model: Model, cut: int) -> Model:
-    """Return the network of a client: the layers up to its cut, and its exit."""
-    return model._replace(
-        stages=model.stages[:cut],
-        exit_heads=model.exit_heads[:cut],
-        final_head=model.exit_heads[cut - 1],
-        layer_names=model.layer_names[:cut],
-    )
 
 
 def _bare(branch: Branch) -> Branch:
@@ -147,35 +165,27 @@ def _by_name(branch: Branch, layers: Sequence[str]) -> dict[str, npt.NDArray]:
 
 
 def _program(
-    client: Model,
+    segment: Segment,
     branch: Branch,
     weights: dict[str, npt.NDArray],
     info: DatasetInfo,
-    criterion: str,
 ) -> bytes:
     """Export a function of named weights and samples ``[b, ...]``, for every b."""
     from jax import export
 
-    spec = BranchSpec(client.stages, client.final_head, optax.identity())
-    uncertainty = CRITERIA.make(criterion).uncertainty
     names, structure = list(weights), jax.tree.structure(branch)
 
-    def segment(weights: dict[str, Array], images: Array) -> dict[str, Array]:
-        branch = jax.tree.unflatten(structure, [weights[name] for name in names])
-        mask = jnp.ones(images.shape[:1], bool)
-        inputs = normalize(images, info.mean, info.std)
-        features, logits, _ = forward(spec, branch, inputs, mask, train=False)
-        return {
-            "logits": logits,
-            "uncertainty": uncertainty(logits),
-            "features": features,
-        }
+    def program(weights: dict[str, Array], images: Array) -> dict[str, Array]:
+        leaves = [weights[name] for name in names]
+        return segment(jax.tree.unflatten(structure, leaves), images)
 
     shape = export.symbolic_shape("b, ...", like=(None, *info.input_shape))
     images = jax.ShapeDtypeStruct(shape, jnp.dtype(info.dtype))
     with _without_sources():
-        program = export.export(jax.jit(segment), platforms=_PLATFORMS)(weights, images)
-    return bytes(program.serialize())
+        exported = export.export(jax.jit(program), platforms=_PLATFORMS)(
+            weights, images
+        )
+    return bytes(exported.serialize())
 
 
 @contextlib.contextmanager
@@ -213,6 +223,7 @@ def _card(
         "format": _FORMAT,
         "client": i,
         "dataset": run.config.data.dataset,
+        "network": run.config.model.network,
         "rounds": int(run.state.round),
         "cut": len(client.stages),
         "layer": client.layer_names[-1],
@@ -246,9 +257,10 @@ def _readme(card: Figures) -> str:
         name: ", ".join(map(str, card[name]["shape"])) for name in ("input", "features")
     }
     stored = card["input"]["dtype"] == "uint8"
-    return _README.format(
+    text = _README + (_README_ONNX if _ONNX in card["sha256"] else "")
+    return text.format(
         **card,
-        name="images" if stored else "samples",
+        name=_input_name(card["input"]["dtype"]),
         formula="(images / 255 - mean) / std" if stored else "(samples - mean) / std",
         shapes=shapes,
         measure=CRITERIA.entry(card["criterion"]).summary,
@@ -256,9 +268,15 @@ def _readme(card: Figures) -> str:
     )
 
 
+def _input_name(dtype: str) -> str:
+    return "images" if dtype == "uint8" else "samples"
+
+
 def _write(files: dict[str, bytes], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in {_ONNX, _FROZEN} - files.keys():
+            (folder / name).unlink(missing_ok=True)  # of an earlier export
         for name, content in files.items():
             (folder / name).write_bytes(content)
     except OSError as error:

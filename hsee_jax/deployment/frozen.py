@@ -87,10 +87,13 @@ class Segment:
         """
         import onnxruntime
 
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
         try:
             self.card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
             self._session = onnxruntime.InferenceSession(
                 (folder / "segment.onnx").read_bytes(),
+                options,
                 providers=["CPUExecutionProvider"],
             )
         except Exception as error:  # of files, JSON or onnxruntime
