@@ -234,7 +234,7 @@ def serve_frozen(config, folder, segment):
 def reference(config, trained):
     """The server after a run with client 0 alone, by JAX and without a network."""
     experiment = build_served(config)
-    federation, strategy = experiment.federation, experiment.strategy
+    strategy = experiment.strategy
     state = experiment.store.to_checkpoint(experiment.init())
     spec, client = restore_client(trained, 0)
     server, data = state.servers[0], shares(config)[0]

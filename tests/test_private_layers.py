@@ -44,8 +44,7 @@ class Wire(Network):
 
 
 def serve_and_listen(config, folder, **options):
-    """Serve a run to devices that are threads; return what they sent, and the last
-    state of each."""
+    """Serve a run to devices that are threads; return what they sent."""
     network = Wire(config, folder)
     network.start_all()
     network.serve(**options)
@@ -135,6 +134,23 @@ def test_what_needs_layers_says_so_and_the_rest_works(runs, capsys, tmp_path):
     with pytest.raises(UserError, match="kept them private"):
         restored.client(0)
     assert restored.server(0).layers
+
+
+def test_a_device_exports_its_client(runs, tmp_path, capsys):
+    """As the client of the simulation, whose run is exported."""
+    state, simulated = runs[0] / "device-1", runs[0] / "simulated"
+    assert main(["export", str(state), "--out", str(tmp_path / "own")]) == 0
+    assert main(["export", str(simulated), "--client", "1"]) == 0
+    places = tmp_path / "own", simulated / "export" / "client-1"
+    assert capsys.readouterr().out.split() == [str(place) for place in places]
+    own, expected = ((p / "weights.safetensors").read_bytes() for p in places)
+    assert own == expected
+    own, expected = (json.loads((p / "card.json").read_text()) for p in places)
+    for card in own, expected:
+        del card["exit_accuracy"], card["server_accuracy"]
+    assert own == expected
+    assert main(["export", str(state), "--client", "1"]) == 2
+    assert "not allowed for the folder of a device" in capsys.readouterr().err
 
 
 def test_a_private_run_goes_on(tmp_path, runs):
@@ -227,7 +243,9 @@ def test_a_device_refuses_a_run_that_asks_for_layers(tmp_path):
 def service():
     experiment = build_served(PRIVATE)
     mailbox = Mailbox(Patience(max_refusals=100), lambda: False)
-    mailbox.open(2, {0: [10, 10, 5]}, Layers.NONE, last={}, means={}, kind=Kind.EVALUATE)
+    mailbox.open(
+        2, {0: [10, 10, 5]}, Layers.NONE, last={}, means={}, kind=Kind.EVALUATE
+    )
     return Service(experiment, mailbox, "a run", bound=100.0), mailbox
 
 
@@ -241,7 +259,9 @@ def test_answers_are_checked_as_batches_are(service):
     service, mailbox = service
 
     def score(step, rows, number=2, **changes):
-        message = pack(dict(round=number, step=step), answers_of(service, rows, **changes))
+        message = pack(
+            dict(round=number, step=step), answers_of(service, rows, **changes)
+        )
         return service.call("score", 0, message, lambda: True)
 
     assert score(0, 10) == pack({"closed": 0}) == score(0, 10)

@@ -221,7 +221,10 @@ class Device:
         size = part.test_batch_size
         for step, start in enumerate(range(0, part.test_samples, size)):
             rows = min(size, part.test_samples - start)
-            images, mask = padded(self._inputs(step, rows), size), np.arange(size) < rows
+            images, mask = (
+                padded(self._inputs(step, rows), size),
+                np.arange(size) < rows,
+            )
             answers = self._programs.answer(self.state.client, images, mask)
             message = jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], answers.message)
             logits = np.asarray(answers.logits)[:rows]

@@ -69,7 +69,7 @@ def forms_of(
     features = layer_inputs(federation.model)[federation.groups[group].cut]
     message = message_of(federation, group)
     state = jax.eval_shape(strategy.init, jax.random.key(0))
-    clients = [_one(stack) for stack in state.clients]
+    clients = client_shapes(strategy)
     whole = form_of(clients[group], "client")
     sent = _numbers_sent(strategy, clients)[group]
     names = list(whole)
@@ -93,6 +93,12 @@ def forms_of(
         },
         means={name: means[name] for name in strategy.halves.means(group)},
     )
+
+
+def client_shapes(strategy: Strategy) -> list[Branch]:
+    """Return one client of each group as shapes."""
+    state = jax.eval_shape(strategy.init, jax.random.key(0))
+    return [_one(stack) for stack in state.clients]
 
 
 def message_of(federation: Federation, group: int) -> Message:

@@ -4,8 +4,8 @@ This file runs by itself, with numpy, onnxruntime and grpcio and without this pa
 
     python frozen.py server.example.org:7443 --keys keys/client-0 --data mine.npz
 
-`hsee export --onnx` copies it into the folder of the segment. It speaks the protocol of
-`hsee_jax.deployment.device`, and keeps no state: the same samples give the same messages.
+`hsee export --onnx` copies it into the folder of the segment. It speaks the protocol
+of `hsee_jax.deployment.device`. It keeps no state: equal samples give equal messages.
 """
 
 import argparse
@@ -24,13 +24,10 @@ _BATCHES = 1  # the stream of the draws of batches, see `hsee_jax.engine.plan`
 _CALL_S, _PAUSE_S = 60.0, 2.0
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _DTYPES = {
-    "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
     "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
     "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
@@ -151,15 +148,15 @@ class FrozenDevice:
         self._segment, self._samples, self._call = segment, samples, call
         joined = {"samples": len(samples.labels), "version": _VERSION}
         self._run = json.loads(call("join", pack(joined)))
-        clients, features = self._run["config"]["clients"], segment.card["features"]
+        config, card = self._run["config"], segment.card
         for name, own, its in (
-            ("cut", segment.card["cut"], self._run["cut"]),
-            ("link", features["link"], clients["link"]),
-            ("network", segment.card["network"], self._run["config"]["model"]["network"]),
+            ("cut", card["cut"], self._run["cut"]),
+            ("link", card["features"]["link"], config["clients"]["link"]),
+            ("network", card["network"], config["model"]["network"]),
         ):
             if own != its:
                 raise Failure(f"segment: has {name} {own}; allowed is {its}")
-        if not clients.get("keep_layers_private"):
+        if not config["clients"].get("keep_layers_private"):
             raise Failure(
                 "run: the server asks for layers, which this device does not train; "
                 "allowed is a run of `hsee serve --keep-layers-private`"
@@ -168,8 +165,7 @@ class FrozenDevice:
     def run(self) -> None:
         """Take part until the run ends."""
         while True:
-            answer = self._call("next", pack({"round": 0, "since": 0}))
-            fields, _ = unpack(answer)
+            fields, _ = unpack(self._call("next", pack({"round": 0, "since": 0})))
             if fields["kind"] == _END:
                 return
             if fields["kind"] == _TRAIN:
@@ -184,9 +180,10 @@ class FrozenDevice:
             if not len(rows):
                 continue
             labels = self._samples.labels[rows]
-            answers = self._segment(self._samples.inputs[rows])
-            scores[:, step] = exit_scores(answers.pop("logits"), labels)
-            message = pack({"round": number, "step": step}, answers | {"labels": labels})
+            sent = self._segment(self._samples.inputs[rows])
+            scores[:, step] = exit_scores(sent.pop("logits"), labels)
+            sent["labels"] = labels
+            message = pack({"round": number, "step": step}, sent)
             if not self._told("push", message):
                 return
         kinds = {"loss_sum": np.float32, "correct": np.int32, "count": np.int32}

@@ -176,7 +176,6 @@ class Service:
         self._mailbox.put_finish(i, fields["round"], Finished(metrics, kept))
         return pack({"closed": 0})
 
-
     def _test(self, i: int, message: bytes, alive: Alive) -> bytes:
         """Return a batch of test inputs, without their labels."""
         del i, alive

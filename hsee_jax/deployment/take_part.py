@@ -49,6 +49,7 @@ def take_part(
             )
         box = Box(state)
         box.claim(values["run"], part.client)
+        box.put_about(values)
         own = own_share(values) if raw is None else as_known(raw, part.info)
         return Device(part, own, box, call).run(stop)
     except Refusal as refusal:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.config.schema import Config
 from hsee_jax.config.values import from_dict
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
@@ -30,6 +31,7 @@ class Participant(NamedTuple):
     """All that a device needs to take part in a run."""
 
     client: int
+    config: Config
     info: DatasetInfo
     federation: Federation  # of this client alone
     strategy: Strategy
@@ -79,6 +81,7 @@ def build_participant(
     )
     return Participant(
         values["client"],
+        config,
         info,
         federation,
         build_strategy(config, federation),
