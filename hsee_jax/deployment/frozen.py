@@ -23,7 +23,7 @@ _TRAIN, _END, _EVALUATE = 1, 2, 3  # what a server asks for; it may also say: wa
 _BATCHES = 1  # the stream of the draws of batches, see `hsee_jax.engine.plan`
 _CALL_S, _PAUSE_S = 60.0, 2.0
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-_DTYPES = {
+_DTYPES: dict[str, Any] = {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
     "U16": np.dtype(np.uint16),

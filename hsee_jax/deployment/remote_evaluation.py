@@ -17,12 +17,7 @@ from hsee_jax.deployment.batches import padded, padded_tree
 from hsee_jax.deployment.forms import Kind, Layers, message_of
 from hsee_jax.deployment.journal import Journal
 from hsee_jax.deployment.mailbox import Mailbox
-from hsee_jax.engine.evaluation import (
-    ClientResult,
-    EvaluateFn,
-    all_rows,
-    results_of,
-)
+from hsee_jax.engine.evaluation import ClientResult, all_rows, results_of
 from hsee_jax.engine.likeness import References
 from hsee_jax.engine.plan import EMPTY, take_seats
 from hsee_jax.engine.programs import take
@@ -32,86 +27,104 @@ from hsee_jax.federation.state import RunState, split_stacks, stack_sizes
 from hsee_jax.runs.experiment import Experiment
 
 
-def make_remote_evaluation(
-    experiment: Experiment, mailbox: Mailbox, journal: Journal
-) -> EvaluateFn:
-    """Make an evaluation for which devices answer test inputs.
+class RemoteEvaluation:
+    """Scores clients by what their devices answer; see `EvaluateFn`."""
 
-    Args:
-      experiment: the run.
-      mailbox: the answers of devices arrive there.
-      journal: what the server knows of the devices after each round.
-    """
-    federation, strategy = experiment.federation, experiment.strategy
-    groups = range(len(federation.groups))
-    messages = [message_of(federation, group) for group in groups]
+    def __init__(
+        self, experiment: Experiment, mailbox: Mailbox, journal: Journal
+    ) -> None:
+        """Prepare the server's half.
 
-    @partial(jax.jit, static_argnames="group")
-    def score(
-        server: Branch, answers: Answers, labels: Array, mask: Array, *, group: int
-    ) -> BothMetrics:
-        spec = federation.specs(group)[1]
-        return score_answers(spec, server, answers, labels, mask)
+        Args:
+          experiment: the run.
+          mailbox: the answers of devices arrive there.
+          journal: what the server knows of the devices after each round.
+        """
+        self._experiment, self._mailbox, self._journal = experiment, mailbox, journal
+        federation = experiment.federation
+        groups = range(len(federation.groups))
+        self._messages = [message_of(federation, group) for group in groups]
 
-    def server_of(state: RunState, group: int, slot: int) -> Branch:
-        if strategy.shared:
-            return strategy.part(state.servers[0], group)
-        return take(state.servers[group], np.int32(slot))
+        @partial(jax.jit, static_argnames="group")
+        def score(
+            server: Branch, answers: Answers, labels: Array, mask: Array, *, group: int
+        ) -> BothMetrics:
+            spec = federation.specs(group)[1]
+            return score_answers(spec, server, answers, labels, mask)
 
-    def score_batch(i: int, t: int, server: Branch, batch: Any, group: int) -> Any:
-        labels, mask = batch
-        tensors = mailbox.take(i, t)
-        if tensors is None:
-            return unanswered(labels[mask], experiment.info.num_classes)
-        message = padded_tree(tensors, messages[group], len(mask))
-        answers = Answers(message, padded(tensors["logits"], len(mask)))
-        return score(server, answers, labels, mask, group=group)
+        self._score = score
 
-    def evaluate(
+    def __call__(
+        self,
         state: RunState,
         data: Dataset,
         ids: npt.NDArray[np.int32] | None = None,
         references: References | None = None,
     ) -> list[ClientResult]:
+        """See `EvaluateFn`."""
         del references
         sizes, labels = stack_sizes(state), np.asarray(data.labels)
-        rows = all_rows(len(labels), experiment.eval_batch_size)
+        groups = self._experiment.federation.groups
+        rows = all_rows(len(labels), self._experiment.eval_batch_size)
         if ids is None:
-            ids = take_seats(federation.groups, sizes, set())
+            ids = take_seats(groups, sizes, set())
         places = {
             int(i): (group, slot)
             for group, seats in enumerate(split_stacks(ids, sizes))
             for slot, i in enumerate(seats)
             if i != EMPTY
         }
-        _open(int(state.round), list(places), rows)
-        servers = {i: server_of(state, *place) for i, place in places.items()}
-        sums: dict[int, list[Any]] = {i: [] for i in places}
+        self._open(int(state.round), list(places), rows)
+        servers = {i: self._server(state, *place) for i, place in places.items()}
+        sums: dict[int, list[BothMetrics]] = {i: [] for i in places}
         for t, (indices, mask) in enumerate(zip(*rows, strict=True)):
             for i, (group, _) in places.items():
                 batch = labels[indices], mask
-                sums[i].append(score_batch(i, t, servers[i], batch, group))
-        mailbox.close()
+                sums[i].append(self._batch(i, t, servers[i], *batch, group=group))
+        self._mailbox.close()
         return sorted(
             result
             for i, (group, _) in places.items()
             for result in results_of(
-                federation.groups[group], [i], [_stacked(sums[i])], len(labels)
+                groups[group], [i], [_stacked(sums[i])], len(labels)
             )
         )
 
-    def _open(number: int, clients: list[int], rows: Rows) -> None:
-        journal.recall(number)
-        mailbox.open(
+    def _open(self, number: int, clients: list[int], rows: Rows) -> None:
+        """Ask devices for their answers after a round."""
+        self._journal.recall(number)
+        self._mailbox.open(
             number,
             dict.fromkeys(clients, rows.mask.sum(axis=1).tolist()),
             Layers.NONE,
-            last=journal.last,
-            means=journal.means,
+            last=self._journal.last,
+            means=self._journal.means,
             kind=Kind.EVALUATE,
         )
 
-    return evaluate
+    def _server(self, state: RunState, group: int, slot: int) -> Branch:
+        strategy = self._experiment.strategy
+        if strategy.shared:
+            return strategy.part(state.servers[0], group)
+        return take(state.servers[group], np.int32(slot))
+
+    def _batch(
+        self,
+        i: int,
+        t: int,
+        server: Branch,
+        labels: npt.NDArray[np.int32],
+        mask: npt.NDArray[np.bool_],
+        *,
+        group: int,
+    ) -> BothMetrics:
+        """Wait for a client's answers to a batch, and score them."""
+        tensors = self._mailbox.take(i, t)
+        if tensors is None:
+            return unanswered(labels[mask], self._experiment.info.num_classes)
+        message = padded_tree(tensors, self._messages[group], len(mask))
+        logits: Any = padded(tensors["logits"], len(mask))
+        return self._score(server, Answers(message, logits), labels, mask, group=group)
 
 
 def unanswered(labels: npt.NDArray[np.int32], classes: int) -> BothMetrics:

@@ -17,7 +17,7 @@ from hsee_jax.deployment.forms import Layers, message_of
 from hsee_jax.deployment.journal import Journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Tensors, named, tree_from
-from hsee_jax.deployment.remote_evaluation import make_remote_evaluation
+from hsee_jax.deployment.remote_evaluation import RemoteEvaluation
 from hsee_jax.engine.loop import loop_round
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import Floats, RoundProgress, due_after
@@ -81,7 +81,7 @@ def over_network(
 
     if not private:
         return experiment._replace(round_fn=run)
-    evaluate = make_remote_evaluation(experiment, mailbox, journal)
+    evaluate = RemoteEvaluation(experiment, mailbox, journal)
     return experiment._replace(round_fn=run, evaluate_fn=evaluate)
 
 

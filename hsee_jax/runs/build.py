@@ -43,6 +43,7 @@ from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, build_info, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
+from hsee_jax.runs.private import check_simulated
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -126,11 +127,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
       UserError: the configuration does not fit the data, the network or the devices.
     """
     config = config_for(config, data)
-    if config.clients.keep_layers_private:
-        raise UserError(
-            "keep_layers_private: true is not allowed in a simulation, which holds the "
-            "layers of all clients; allowed is `hsee serve`"
-        )
+    check_simulated(config)
     axis = _axis(config)
     info, read = data_source(config.data, data)
     mesh = make_mesh() if axis == "vmap" else None

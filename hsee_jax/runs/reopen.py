@@ -13,8 +13,9 @@ from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
 from hsee_jax.runs.phases import Phases
+from hsee_jax.runs.private import check_layers
 from hsee_jax.runs.records import Scores
-from hsee_jax.runs.restore import check_layers, checkpoint_of
+from hsee_jax.runs.restore import checkpoint_of
 
 
 def reopen(

@@ -23,6 +23,7 @@ from hsee_jax.runs.build import build_federation, build_model, build_strategy
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
 from hsee_jax.runs.cut_schedule import config_in_round
 from hsee_jax.runs.folder import read_config, read_info
+from hsee_jax.runs.private import check_layers
 
 
 class Restored(NamedTuple):
@@ -142,20 +143,6 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
             "first one (see checkpoint_every)"
         )
     return checkpoint
-
-
-def check_layers(config: Config) -> None:
-    """Refuse to read clients that kept their layers private.
-
-    Raises:
-      UserError: they did.
-    """
-    if config.clients.keep_layers_private:
-        raise UserError(
-            "run: holds no layers of clients, as its devices kept them private "
-            "(keep_layers_private); allowed are the scores that `hsee report` shows, "
-            "and the server's layers"
-        )
 
 
 def seat(federation: Federation, i: int) -> tuple[int, int]:

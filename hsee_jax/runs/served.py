@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from hsee_jax.config.schema import Config
@@ -17,6 +16,7 @@ from hsee_jax.runs.build import assemble
 from hsee_jax.runs.data import data_source
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.material import Material, deal
+from hsee_jax.runs.private import check_no_layers_sent
 
 
 def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
@@ -72,24 +72,8 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             "network; allowed is rounds"
         )
     if config.clients.keep_layers_private:
-        _check_private(experiment)
+        check_no_layers_sent(strategy)
     return experiment
-
-
-def _check_private(experiment: Experiment) -> None:
-    """Refuse a strategy that averages layers of clients.
-
-    Raises:
-      UserError: it is one.
-    """
-    strategy = experiment.strategy
-    state = jax.eval_shape(strategy.init, jax.random.key(0))
-    if jax.tree.leaves(strategy.messages(state)):
-        raise UserError(
-            "keep_layers_private: true is not allowed with a strategy whose server "
-            "averages layers of clients; allowed are others, such as sequential, or "
-            "averaging with --average servers"
-        )
 
 
 def describe(experiment: Experiment, i: int) -> dict[str, Any]:
