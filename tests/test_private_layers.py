@@ -1,6 +1,8 @@
 """Devices that keep their layers: the same run, and no layer on the wire."""
 
 import json
+import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,13 +13,14 @@ from tiny import TINY
 
 import hsee_jax as hs
 from hsee_jax.cli import main
+from hsee_jax.cli.arguments import config_parser
 from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.bundle import check_detached
 from hsee_jax.deployment.device import Device
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Closed, Refusal, pack
-from hsee_jax.deployment.remote_evaluation import unanswered
+from hsee_jax.deployment.remote_evaluation import RemoteEvaluation, unanswered
 from hsee_jax.deployment.service import Service
 from hsee_jax.deployment.types import Patience
 from hsee_jax.engine.scoring import score_logits
@@ -180,6 +183,15 @@ def test_other_strategies_have_the_same_scores(changes, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "value"), [("", True), ("true", True), ("false", False)]
+)
+def test_a_flag_that_is_true_or_false_needs_no_word(words, value):
+    flags = ["--keep-layers-private", *words.split(), "--rounds", "3"]
+    given = config_parser("serve", flags).parse(flags)
+    assert given.keep_layers_private is value and given.rounds == 3
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         dict(strategy="averaging", average="all_holders"),
@@ -302,3 +314,32 @@ def test_a_client_that_does_not_answer_has_all_wrong():
     for part in (found.exit, found.server):
         np.testing.assert_allclose(part.loss_sum, undecided.exit.loss_sum, rtol=1e-6)
         assert (part.correct, part.count) == (0, 4)
+
+
+def test_an_evaluation_goes_on_without_a_late_client():
+    """Client 0 answers class 3 to everything, the others answer nothing in time."""
+    experiment = build_served(PRIVATE)
+    mailbox = Mailbox(Patience(deadline_s=0.05), lambda: False)
+    journal = SimpleNamespace(recall=lambda number: None, last={}, means={})
+    service = Service(experiment, mailbox, "a run", bound=100.0)
+    logits = np.zeros((10, 10), np.float32)
+    logits[:, 3] = 1
+
+    def answer():
+        while mailbox.task(0, lambda: True).kind != Kind.EVALUATE:
+            continue
+        for step, rows in enumerate((10, 10, 5)):
+            tensors = answers_of(service, rows, logits=logits[:rows])
+            message = pack(dict(round=0, step=step), tensors)
+            service.call("score", 0, message, lambda: True)
+
+    device = threading.Thread(target=answer)
+    device.start()
+    evaluate = RemoteEvaluation(experiment, mailbox, journal)
+    scores = evaluate(experiment.init(), experiment.test)
+    device.join()
+    right = np.mean(np.asarray(experiment.test.labels) == 3)
+    assert [score.exit_accuracy for score in scores] == [right, 0, 0]
+    for score in scores[1:]:
+        assert score.server_accuracy == 0
+        assert score.exit_loss == pytest.approx(np.log(10))
