@@ -58,9 +58,9 @@ program = onnxruntime.InferenceSession("segment.onnx")
 logits, uncertainty = program.run(["logits", "uncertainty"], {{"{name}": {name}}})
 ```
 
-The outputs whose names begin with `inputs` are the message of the link. `frozen.py`
-takes part in a training with it, and trains nothing; `python frozen.py --help` says
-how. It needs numpy, onnxruntime and grpcio.
+The outputs whose names begin with `inputs` are the message of the link; without such
+outputs, it is `features`. `frozen.py` takes part in a training with it, and trains
+nothing; `python frozen.py --help` says how. It needs numpy, onnxruntime and grpcio.
 """
 
 

@@ -98,11 +98,13 @@ class Segment:
             raise Failure(f"segment: {folder} cannot be read: {line}") from error
         self._input = self._session.get_inputs()[0].name
         names = [output.name for output in self._session.get_outputs()]
-        self._names = [n for n in names if n == "logits" or n.startswith("inputs")]
+        sent = {name: name for name in names if name.startswith("inputs")}
+        self._names = {"logits": "logits"} | (sent or {"inputs": "features"})
 
     def __call__(self, samples: np.ndarray) -> Tensors:
         """Return the encoded features and the exit's logits of samples ``[b, ...]``."""
-        arrays = self._session.run(self._names, {self._input: samples})
+        outputs = list(self._names.values())
+        arrays = self._session.run(outputs, {self._input: samples})
         return dict(zip(self._names, arrays, strict=True))
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ def onnx_program(
     """Convert a client to ONNX, with its weights, for any number of samples.
 
     The outputs are those of the segment, and behind them the message of the link, with
-    the names that it has in the protocol: ``inputs`` and what follows.
+    the names that it has in the protocol: ``inputs`` and what follows. There is none if
+    the message is the features as they are.
 
     Args:
       segment: of the client.
@@ -37,12 +39,6 @@ def onnx_program(
       UserError: the converter is not installed, or cannot convert this network or link;
         or the link keeps a state.
     """
-    try:
-        from jax2onnx import to_onnx
-    except ImportError as error:
-        raise UserError(
-            "onnx: needs a package; `pip install 'hsee-jax[onnx]'`"
-        ) from error
     inputs = jax.ShapeDtypeStruct((1, *info.input_shape), jnp.dtype(info.dtype))
     features = jax.eval_shape(segment, branch, inputs)["features"]
     if jax.tree.leaves(codec.init(features)):
@@ -55,24 +51,43 @@ def onnx_program(
         answers = segment(branch, samples)
         mask = jnp.ones(samples.shape[:1], bool)
         message, _ = codec.encode(answers["features"], (), mask)
+        if message is answers["features"]:
+            return answers
         return answers | named(message, "inputs")
 
     names = sorted(jax.eval_shape(outputs, inputs))  # in the order of leaves
-    shape: Any = jax.ShapeDtypeStruct(("b", *info.input_shape), inputs.dtype)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    shape = jax.ShapeDtypeStruct(("b", *info.input_shape), inputs.dtype)  # type: ignore
+    return _convert(outputs, shape, name, names)
+
+
+def _convert(
+    outputs: Callable[[Array], dict[str, Array]],
+    samples: jax.ShapeDtypeStruct,
+    name: str,
+    names: Sequence[str],
+) -> bytes:
+    """Convert a function of samples, in quiet; see `onnx_program`."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names in JAX that will go away
+        try:
+            from jax2onnx import to_onnx
+        except ImportError as error:
+            raise UserError(
+                "onnx: needs a package; `pip install 'hsee-jax[onnx]'`"
+            ) from error
+        try:
             model = to_onnx(
                 outputs,
-                [shape],
+                [samples],
                 model_name="client",
                 opset=_OPSET,
                 input_names=[name],
                 output_names=names,
             )
-    except Exception as error:  # of any kind, from any primitive
-        line = str(error).partition("\n")[0]
-        raise UserError(
-            f"onnx: jax2onnx cannot convert this network: {type(error).__name__}: "
-            f"{line}"
-        ) from error
+        except Exception as error:  # of any kind, from any primitive
+            line = str(error).partition("\n")[0]
+            raise UserError(
+                "onnx: jax2onnx cannot convert this network: "
+                f"{type(error).__name__}: {line}"
+            ) from error
     return model.SerializeToString()
