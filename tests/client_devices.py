@@ -109,6 +109,7 @@ class Network:
                 values, part = join(call, len(data.labels), self._config.run.plugin)
                 box = Box(folder)
                 box.claim(values["run"], i)
+                box.put_about(values)
                 Device(part, data, box, call).run(lambda: bool(self.failures))
                 return
             except Killed:

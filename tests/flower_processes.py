@@ -61,8 +61,9 @@ class Federation:
             f'[superlink]\ndefault = "here"\n[superlink.here]\n'
             f'address = "127.0.0.1:{self._port}"\ninsecure = true\n'
         )
-        address = ["--host", "127.0.0.1", "--port", str(self._port)]
-        self._start("superlink", "flower-superlink", "--insecure", INSTALL, *address)
+        words = ["--host", "127.0.0.1", "--port", str(self._port)]
+        words += ["--database", str(self.folder / "superlink.db")]
+        self._start("superlink", "flower-superlink", "--insecure", INSTALL, *words)
         self.wait_for(lambda: connects(self._port))
 
     def end(self):

@@ -111,6 +111,7 @@ def test_a_configuration_of_version_0_1_is_read():
             "trim_share",
             "recuts",
             "deadline",
+            "keep_layers_private",
             "norm",
             "pretrained",
             "refit_exits_every",

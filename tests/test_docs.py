@@ -195,6 +195,7 @@ def test_links_lead_to_pages():
 
 def test_flags_in_the_text_exist():
     flower = {
+        "--database",
         "--disable-runtime-dependency-installation",
         "--enable-supernode-auth",
         "--node-config",

@@ -121,6 +121,7 @@ def test_an_export_stands_alone(run):
         "format": 1,
         "client": 2,
         "dataset": "fashion_mnist_small",
+        "network": "tiny",
         "rounds": 1,
         "cut": 1,
         "layer": "layer1",
@@ -150,6 +151,13 @@ def test_an_export_stands_alone(run):
         "layer1/Conv_0/kernel",
     ]
     assert b".py" not in (place / "segment.jaxexport").read_bytes()
+
+
+def test_a_client_whose_link_keeps_a_state_is_exported(tmp_path):
+    write_run(tmp_path, override(SMALL, link="topk"))
+    place = export_client(tmp_path, 0)
+    card = json.loads((place / "card.json").read_text())
+    assert card["features"]["link"] == "topk"
 
 
 def test_what_is_known_of_another_round_is_not_told(run):
@@ -220,7 +228,7 @@ def test_the_command_exports(run, monkeypatch, capsys):
         ("--client 0 --out /dev/null/x", "out: /dev/null is not a folder"),
         ("--client 0 --checkpoint bset", "did you mean best?"),
         ("--client first", "--client: invalid int value"),
-        ("", "--client"),
+        ("", "--client: missing"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(run, capsys, words, message):

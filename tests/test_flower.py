@@ -96,6 +96,25 @@ def test_what_is_killed_changes_nothing(tmp_path):
     same(out, tmp_path / "simulated")
 
 
+@pytest.mark.slow
+def test_a_superlink_that_is_killed_goes_on(tmp_path):
+    """Started again with its database, in the middle of a round; nobody does more."""
+    settings = SMALL | dict(rounds=3, eval_every=3, checkpoint_every=3)
+    config, out = config_from_flat(settings), tmp_path / "run"
+    app = make_app(tmp_path / "app", settings, out=str(out), resume=False)
+    with Federation.start(tmp_path) as federation:
+        for i, share in enumerate(shares(config)):
+            federation.start_node(i, share)
+        federation.begin(app)
+        federation.wait_for(lambda: (out / "deployment" / "rounds" / "1").exists())
+        federation.kill(signal.SIGKILL, "flower-superlink")
+        federation.start_link()
+        federation.wait_for(lambda: (out / "summary.json").exists())
+        federation.wait_for(lambda: not federation.processes("flwr-serverapp"))
+    hs.train(config, tmp_path / "simulated")
+    same(out, tmp_path / "simulated")
+
+
 def test_messages_of_flower_carry_the_bytes():
     """No bytes and many bytes; what is no record of parts has none."""
     from flwr.app import ConfigRecord, RecordDict

@@ -184,7 +184,14 @@ def test_each_library_has_one_home():
         "tensorflow_datasets": {"data.prepared"},
         "pyarrow": {"data.parquet"},
         "PIL": {"data.pictures"},
-        "grpc": {"cli.serve", "deployment.credentials", "deployment.rpc"},
+        "grpc": {
+            "cli.serve",
+            "deployment.credentials",
+            "deployment.frozen",
+            "deployment.rpc",
+        },
+        "jax2onnx": {"deployment.onnx_program"},
+        "onnxruntime": {"deployment.frozen"},
         "cryptography": {"deployment.certificates", "deployment.enroll"},
     }
     for library, allowed in homes.items():

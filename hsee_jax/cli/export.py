@@ -4,14 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.cli.arguments import parse_run, run_parser
-from hsee_jax.deployment.export import export_client
+from hsee_jax.core.errors import UserError
+from hsee_jax.deployment.box import is_device
+from hsee_jax.deployment.export import export_client, export_device
 
 
 def export(words: Sequence[str]) -> None:
     """Export a client of a run, and print the folder."""
     parser = run_parser("export")
     parser.add_argument(
-        "--client", type=int, required=True, metavar="ID", help="id of the client"
+        "--client",
+        type=int,
+        metavar="ID",
+        help="id of the client; not needed for the folder of a device (--state of hsee "
+        "join), which has one client",
+    )
+    parser.add_argument(
+        "--plugin", nargs="+", default=(), help="modules that a device's run needs"
     )
     parser.add_argument(
         "--out",
@@ -19,5 +28,27 @@ def export(words: Sequence[str]) -> None:
         help="folder to write (RUN/export/client-ID); an earlier export there is "
         "replaced",
     )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="write segment.onnx, too, and a program that takes part in a run with it "
+        "on a device without JAX",
+    )
     given = parse_run(parser, words)
-    print(export_client(given.run, given.client, which=given.checkpoint, out=given.out))
+    if is_device(given.run):
+        if given.client is not None:
+            raise UserError("client: is not allowed for the folder of a device")
+        place = export_device(
+            given.run, out=given.out, onnx=given.onnx, plugins=given.plugin
+        )
+    elif given.client is None:
+        raise UserError("--client: missing; allowed is the id of a client of the run")
+    else:
+        place = export_client(
+            given.run,
+            given.client,
+            which=given.checkpoint,
+            out=given.out,
+            onnx=given.onnx,
+        )
+    print(place)

@@ -146,10 +146,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_option(place: Any, option: Option, text: str) -> None:
     """Add the flag of an option, with a help, to a parser or a group of one."""
+    nargs = "?" if option.kind is bool else None
     place.add_argument(
         f"--{option.name.replace('_', '-')}",
         type=_parsed(option),
-        nargs="+" if option.many else None,
+        nargs="+" if option.many else nargs,
+        const=True if nargs else None,
         metavar="|".join(option.choices) or option.kind.__name__.upper(),
         help=text.replace("%", "%%"),
     )

@@ -45,7 +45,14 @@ def join(words: Sequence[str]) -> int | None:
                 patience_s=given.patience,
                 stop=signals,
             ) as call:
-                ended = take_part(call, state, data, given.plugin, signals)
+                ended = take_part(
+                    call,
+                    state,
+                    data,
+                    given.plugin,
+                    signals,
+                    private=given.keep_layers_private,
+                )
         except Stopped:
             ended = False
     if ended:
@@ -84,6 +91,11 @@ def _parser(words: Sequence[str]) -> Parser:
         default=600.0,
         metavar="SECONDS",
         help="how long to call a server that does not answer (600)",
+    )
+    parser.add_argument(
+        "--keep-layers-private",
+        action="store_true",
+        help="refuse a run in which this device sends its layers to the server",
     )
     parser.add_argument(
         "--plugin", nargs="+", default=(), help="modules that the run may need"

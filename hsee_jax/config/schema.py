@@ -6,12 +6,12 @@ names are unique over all sections. The mark [ours] stands where the paper leave
 choice open.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from hsee_jax.algorithms import ALGORITHMS
+from hsee_jax.config.entries import not_an_absence, parse_absence, parse_recut
 from hsee_jax.config.section import Section
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Rule, at_least, between, one_of, positive, share
@@ -140,6 +140,11 @@ class ClientsConfig(Section):
         "hsee train they are simulated, and need --devices",
         positive,
     ] = None
+    keep_layers_private: Annotated[
+        bool,
+        "with hsee serve, devices never send their layers to the server: they send "
+        "features of the test set, so that it can score them",
+    ] = False
     on_nonfinite: Annotated[
         str,
         "if a client's loss or gradient is not finite it skips the step, and leave_out "
@@ -152,7 +157,7 @@ class ClientsConfig(Section):
         for absence in self.absences:
             client, first, last = parse_absence(absence)
             if not (0 <= client < self.num_clients and 1 <= first <= last):
-                raise _not_an_absence(absence)
+                raise not_an_absence(absence)
         last = 1
         for text in self.recuts:
             number, cuts = parse_recut(text)
@@ -162,40 +167,6 @@ class ClientsConfig(Section):
                     f"2, and at most {self.num_clients} cuts, one for each client"
                 )
             last = number
-
-
-def parse_recut(text: str) -> tuple[int, tuple[str, ...]]:
-    """Return round and cuts of an entry of `recuts`.
-
-    Raises:
-      UserError: the entry has another form.
-    """
-    found = re.fullmatch(r"(\d{1,9}):([^,:]+(?:,[^,:]+)*)", text)
-    if found is None:
-        raise UserError(
-            f"recuts: {text} is not allowed; allowed is ROUND:CUT,CUT,... such as "
-            "10:3,5"
-        )
-    return int(found[1]), tuple(found[2].split(","))
-
-
-def parse_absence(text: str) -> tuple[int, int, int]:
-    """Return client, first and last round of an entry of `absences`.
-
-    Raises:
-      UserError: the entry has another form.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)-(\d+)", text)
-    if found is None:
-        raise _not_an_absence(text)
-    return int(found[1]), int(found[2]), int(found[3])
-
-
-def _not_an_absence(text: str) -> UserError:
-    return UserError(
-        f"absences: {text} is not allowed; allowed is CLIENT:FROM-TO with a client's "
-        "id and rounds from 1"
-    )
 
 
 @dataclass(frozen=True)

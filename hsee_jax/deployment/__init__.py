@@ -3,7 +3,7 @@
 from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.bundle import Ask, Courier, take_turn
 from hsee_jax.deployment.device import Device, join
-from hsee_jax.deployment.export import export_client
+from hsee_jax.deployment.export import export_client, export_device
 from hsee_jax.deployment.fleet import Engine, Fleet, Reply
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.reception import serve
@@ -28,6 +28,7 @@ __all__ = [
     "ServerSettings",
     "Service",
     "export_client",
+    "export_device",
     "join",
     "serve",
     "take_part",

@@ -6,11 +6,12 @@ asks again for this round answers again, and does not train again.
 """
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,7 +28,8 @@ from hsee_jax.deployment.protocol import (
 )
 from hsee_jax.federation.branch import Branch
 
-_RUN, _STATE, _OUTBOX, _FINISH = "run", "state-", "outbox", "finish"
+_RUN, _ABOUT, _STATE, _TEST = "run", "about", "state-", "test"
+_OUTBOX, _FINISH = "outbox", "finish"
 
 
 class DeviceState(NamedTuple):
@@ -59,6 +61,18 @@ class Box:
                 f"state: {self._folder} holds the state of another run or client; "
                 "allowed is a new folder"
             )
+
+    def put_about(self, values: Mapping[str, Any]) -> None:
+        """Keep what the server said of the run."""
+        write(self._folder / _ABOUT, json.dumps(values).encode())
+
+    def about(self) -> bytes:
+        """Return what the server said of the run, as JSON.
+
+        Raises:
+          UserError: the file is missing or damaged.
+        """
+        return read(self._folder / _ABOUT)
 
     def rounds(self) -> list[int]:
         """Return the rounds after which a state is kept, the latest last."""
@@ -119,8 +133,20 @@ class Box:
         """Return the last message of a round."""
         return read(self._outbox(number) / _FINISH)
 
+    def inputs(self, step: int, fetch: Callable[[], bytes]) -> bytes:
+        """Return a batch of test inputs, and fetch it if it is not kept here yet."""
+        path = self._folder / _TEST / f"{step:08}"
+        if not path.exists():
+            write(path, fetch())
+        return read(path)
+
     def _outbox(self, number: int) -> Path:
         return self._folder / _OUTBOX / str(number)
+
+
+def is_device(folder: Path) -> bool:
+    """Return whether a folder is the one of a device."""
+    return (folder / _ABOUT).is_file()
 
 
 def write(path: Path, content: bytes, *, sync: bool = True) -> None:

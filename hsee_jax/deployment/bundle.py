@@ -96,7 +96,7 @@ def calls_of(parts: Mapping[str, bytes]) -> Calls:
 
 
 def check_detached(experiment: Experiment) -> None:
-    """Refuse a run whose devices wait for a gradient after each batch.
+    """Refuse a run whose devices need an answer within a round.
 
     Raises:
       UserError: it is one.
@@ -106,6 +106,11 @@ def check_detached(experiment: Experiment) -> None:
         raise UserError(
             f"boundary: {boundary} is not allowed with one message a round; allowed is "
             "detached, or `hsee serve`"
+        )
+    if experiment.config.clients.keep_layers_private:
+        raise UserError(
+            "keep_layers_private: true is not allowed with one message a round; "
+            "allowed is false, or `hsee serve`"
         )
 
 

@@ -6,6 +6,7 @@ and the layers that are asked for (``finish``). All calls go from the device to 
 server, through a function of bytes; this file knows no network.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
+from hsee_jax.deployment.batches import padded
 from hsee_jax.deployment.box import Box, DeviceState
 from hsee_jax.deployment.forms import VERSION, Kind, Layers, forms_of
 from hsee_jax.deployment.protocol import (
@@ -81,7 +83,13 @@ class Device:
         self._labels = np.asarray(data.labels, np.int32)
         self._programs = make_programs(part, data)
         steps = part.learning_rates.shape[1]
-        self._forms = forms_of(part.federation, part.strategy, 0, steps=steps)
+        self._forms = forms_of(
+            part.federation,
+            part.strategy,
+            0,
+            steps=steps,
+            classes=part.info.num_classes,
+        )
         self.state = self._load()
 
     def run(self, stop: Callable[[], bool]) -> bool:
@@ -95,11 +103,11 @@ class Device:
             if kind == Kind.END:
                 self._box.save(self.state)
                 return True
-            if kind == Kind.TRAIN:
-                try:
+            with contextlib.suppress(Closed):  # the next answer says what counts
+                if kind == Kind.TRAIN:
                     self._take_part(number, layers)
-                except Closed:  # the next answer says what counts
-                    continue
+                elif kind == Kind.EVALUATE:
+                    self._evaluate(number)
         return False
 
     def _load(self) -> DeviceState:
@@ -124,7 +132,7 @@ class Device:
         kind, number = Kind(fields["kind"]), fields["round"]
         again = kind == Kind.TRAIN and number == state.round
         if kind != Kind.WAIT and not again and fields["last"] != state.round:
-            behind = kind == Kind.TRAIN and number < state.round
+            behind = kind != Kind.END and number < state.round
             if self._go_back(fields["last"], behind=behind):
                 return self._next()
         if fields["means"] > state.since:
@@ -164,8 +172,17 @@ class Device:
         return True
 
     def _take_part(self, number: int, layers: Layers) -> None:
-        """Train a round, or answer again with what it was answered with."""
+        """Train a round, or answer again with what it was answered with.
+
+        Raises:
+          UserError: the server asks for layers that are private.
+        """
         box = self._box
+        if self._part.private and layers != Layers.NONE:
+            raise UserError(
+                "keep_layers_private: the server asks for layers all the same; they "
+                "were not sent"
+            )
         if number == self.state.round:
             for message in box.messages(number):
                 self._answer("push", message)
@@ -197,6 +214,33 @@ class Device:
         box.save(self.state)
         box.forget(number)
         self._answer("finish", message)
+
+    def _evaluate(self, number: int) -> None:
+        """Send what the client makes of the server's test inputs."""
+        part = self._part
+        size = part.test_batch_size
+        for step, start in enumerate(range(0, part.test_samples, size)):
+            rows = min(size, part.test_samples - start)
+            images, mask = (
+                padded(self._inputs(step, rows), size),
+                np.arange(size) < rows,
+            )
+            answers = self._programs.answer(self.state.client, images, mask)
+            message = jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], answers.message)
+            logits = np.asarray(answers.logits)[:rows]
+            tensors = named(message, "inputs") | {"logits": logits}
+            self._answer("score", pack({"round": number, "step": step}, tensors))
+
+    def _inputs(self, step: int, rows: int) -> npt.NDArray:
+        """Return a batch of test inputs, which the server sends once."""
+        shape = (rows, *self._part.info.input_shape)
+        form = {"images": jax.ShapeDtypeStruct(shape, self._part.info.dtype)}
+
+        def fetch() -> bytes:
+            answer = self._call("test", pack({"step": step}))
+            return split(answer, (), limit=size_limit(form)).tensors
+
+        return unpack(self._box.inputs(step, fetch), form)["images"]
 
     def _answer(self, method: str, message: bytes, limit: int = 0) -> bytes:
         """Call the server, and return the tensors of its answer.

@@ -5,65 +5,40 @@ weights, ``card.json`` describes both, and ``README.md`` says how to load them.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
-import optax
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
-from hsee_jax.data.pipeline import normalize
-from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, forward
-from hsee_jax.inference.gate import CRITERIA
-from hsee_jax.link.codecs import sample_bytes
-from hsee_jax.nn.model import Model, layer_inputs
+from hsee_jax.deployment import frozen
+from hsee_jax.deployment.box import Box
+from hsee_jax.deployment.export_card import (
+    FROZEN,
+    ONNX,
+    PLATFORMS,
+    Figures,
+    Trained,
+    card_of,
+    input_name,
+    readme_of,
+)
+from hsee_jax.deployment.forms import client_shapes
+from hsee_jax.deployment.onnx_program import onnx_program
+from hsee_jax.deployment.segment import Segment, make_segment, up_to
+from hsee_jax.federation.branch import Branch, LayerState
+from hsee_jax.runs.build import build_model
 from hsee_jax.runs.folder import check_writable
-from hsee_jax.runs.restore import Restored, restore
-from hsee_jax.systems.costs import layer_costs
+from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.restore import restore
 
-Figures = dict[str, Any]  # values of JSON
-
-_FORMAT = 1  # version of the card
-_PLATFORMS = ("cpu", "cuda", "tpu")
 _PROGRAM, _WEIGHTS, _CARD = "segment.jaxexport", "weights.safetensors", "card.json"
-_README = """\
-# Client {client}: the layers up to {layer}, and its exit
-
-```python
-from pathlib import Path
-from jax import export
-from safetensors.numpy import load_file
-
-weights = load_file("weights.safetensors")
-segment = export.deserialize(bytearray(Path("segment.jaxexport").read_bytes()))
-answers = segment.call(weights, {name})
-```
-
-`{name}` are {input[dtype]} `[b, {shapes[input]}]`, for any b. The program normalises
-them to `{formula}` with the figures of `card.json`. It returns
-
-* `logits` of the exit, float32 `[b, {classes}]`,
-* `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
-* `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
-
-The exit answers the samples with an uncertainty below `threshold`, the server answers
-the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
-sample; the bytes are the size of its features on the link `{features[link]}` of the
-training.
-
-This needs jax, flatbuffers and safetensors, and runs on {places}.
-The program was written by jax {versions[jax]}; JAX promises that its versions of the
-next six months can read it.
-"""
 
 
 def export_client(
@@ -72,6 +47,7 @@ def export_client(
     *,
     which: str = "latest",
     out: str | os.PathLike[str] | None = None,
+    onnx: bool = False,
 ) -> Path:
     """Write a client's layers and exit to a folder that needs no other files.
 
@@ -81,59 +57,120 @@ def export_client(
       which: see `restore`.
       out: the folder to write; an earlier export there is replaced. None for
         ``export/client-I`` in the run's folder.
+      onnx: write the client as ``segment.onnx``, too, for devices without JAX, and the
+        program with which they take part in a run.
 
     Returns:
       The folder that was written.
 
     Raises:
-      UserError: there is no such run or client, the folder holds other files, or it
-        cannot be written to.
+      UserError: there is no such run or client, the folder holds other files, it cannot
+        be written to, or the client cannot be written as ONNX.
     """
     folder = Path(path)
     place = folder / "export" / f"client-{i}" if out is None else Path(out)
+    _check(place)
+    run = restore(folder, which, only=i)
+    rounds = int(run.state.round)
+    known = _known(folder / "summary.json", rounds, i)
+    known |= _known(folder / "gate" / "thresholds.json", rounds, i)
+    trained = Trained(
+        i,
+        run.config,
+        run.info,
+        run.federation.codec,
+        rounds,
+        run.client(i),
+        run.plain_model(),
+    )
+    return _export(trained, place, known, onnx=onnx)
+
+
+def export_device(
+    state: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    onnx: bool = False,
+    plugins: Sequence[str] = (),
+) -> Path:
+    """Write the client of a device to a folder that needs no other files.
+
+    Args:
+      state: the folder of the device, which `take_part` wrote.
+      out: see `export_client`; None for ``export`` in the device's folder.
+      onnx: see `export_client`.
+      plugins: modules that the run of the device needs.
+
+    Returns:
+      The folder that was written.
+
+    Raises:
+      UserError: see `export_client`, or the device has not trained a round yet.
+    """
+    box = Box(Path(state))
+    place = Path(state) / "export" if out is None else Path(out)
+    _check(place)
+    part = build_participant(json.loads(box.about()), plugins)
+    if not box.rounds():
+        raise UserError(
+            f"state: {state} holds no layers yet; allowed is the folder of a device "
+            "that has trained a round"
+        )
+    like = client_shapes(part.strategy)[0]
+    kept = box.load(like, box.rounds()[-1])
+    trained = Trained(
+        part.client,
+        part.config,
+        part.info,
+        part.federation.codec,
+        kept.round,
+        kept.client,
+        build_model(part.config, part.info, plain=True),
+    )
+    return _export(trained, place, {}, onnx=onnx)
+
+
+def _check(place: Path) -> None:
+    """Refuse a folder that cannot be written to, or holds other files."""
     check_writable(place)
     if place.exists() and any(place.iterdir()) and not (place / _CARD).is_file():
         raise UserError(
             f"out: {place} is neither empty nor an export; allowed is a new folder"
         )
+
+
+def _export(trained: Trained, place: Path, known: Figures, *, onnx: bool) -> Path:
     from safetensors.numpy import save
 
-    run = restore(folder, which, only=i)
-    rounds = int(run.state.round)
-    known = _known(folder / "summary.json", rounds, i)
-    known |= _known(folder / "gate" / "thresholds.json", rounds, i)
-    known.setdefault("criterion", "entropy")
-    branch = _bare(run.client(i))
-    client = _up_to(run.plain_model(), cut=len(branch.layers))
+    info, branch = trained.info, _bare(trained.branch)
+    known = {"criterion": "entropy"} | known
+    client = up_to(trained.model, cut=len(branch.layers))
     weights = _by_name(branch, client.layer_names)
+    segment = make_segment(client, info, known["criterion"])
     files = {
-        _PROGRAM: _program(client, branch, weights, run.info, known["criterion"]),
+        _PROGRAM: _program(segment, branch, weights, info),
         _WEIGHTS: save(weights),
     }
-    card = _card(run, i, client, known, files)
-    texts = {_CARD: json.dumps(card, indent=2) + "\n", "README.md": _readme(card)}
+    if onnx:
+        name = input_name(info.dtype)
+        files |= {
+            ONNX: onnx_program(segment, branch, info, trained.codec, name),
+            FROZEN: Path(frozen.__file__).read_bytes(),
+        }
+    card = card_of(trained, client, known, files)
+    texts = {_CARD: json.dumps(card, indent=2) + "\n", "README.md": readme_of(card)}
     _write({name: text.encode() for name, text in texts.items()} | files, place)
     return place
-
-
-def _up_to(model: Model, cut: int) -> Model:
-    """Return the network of a client: the layers up to its cut, and its exit."""
-    return model._replace(
-        stages=model.stages[:cut],
-        exit_heads=model.exit_heads[:cut],
-        final_head=model.exit_heads[cut - 1],
-        layer_names=model.layer_names[:cut],
-    )
 
 
 def _bare(branch: Branch) -> Branch:
     """Copy a branch to the host, without optimizer and link state."""
     bare = jax.tree.map(
         lambda layer: layer.replace(opt_state=()),
-        branch,
+        branch.replace(link=()),
         is_leaf=lambda node: isinstance(node, LayerState),
     )
-    return jax.device_get(bare.replace(link=()))
+    return jax.device_get(bare)
 
 
 def _by_name(branch: Branch, layers: Sequence[str]) -> dict[str, npt.NDArray]:
@@ -147,35 +184,25 @@ def _by_name(branch: Branch, layers: Sequence[str]) -> dict[str, npt.NDArray]:
 
 
 def _program(
-    client: Model,
+    segment: Segment,
     branch: Branch,
     weights: dict[str, npt.NDArray],
     info: DatasetInfo,
-    criterion: str,
 ) -> bytes:
     """Export a function of named weights and samples ``[b, ...]``, for every b."""
     from jax import export
 
-    spec = BranchSpec(client.stages, client.final_head, optax.identity())
-    uncertainty = CRITERIA.make(criterion).uncertainty
     names, structure = list(weights), jax.tree.structure(branch)
 
-    def segment(weights: dict[str, Array], images: Array) -> dict[str, Array]:
-        branch = jax.tree.unflatten(structure, [weights[name] for name in names])
-        mask = jnp.ones(images.shape[:1], bool)
-        inputs = normalize(images, info.mean, info.std)
-        features, logits, _ = forward(spec, branch, inputs, mask, train=False)
-        return {
-            "logits": logits,
-            "uncertainty": uncertainty(logits),
-            "features": features,
-        }
+    def program(weights: dict[str, Array], images: Array) -> dict[str, Array]:
+        leaves = [weights[name] for name in names]
+        return segment(jax.tree.unflatten(structure, leaves), images)
 
     shape = export.symbolic_shape("b, ...", like=(None, *info.input_shape))
     images = jax.ShapeDtypeStruct(shape, jnp.dtype(info.dtype))
     with _without_sources():
-        program = export.export(jax.jit(segment), platforms=_PLATFORMS)(weights, images)
-    return bytes(program.serialize())
+        exported = export.export(jax.jit(program), platforms=PLATFORMS)(weights, images)
+    return bytes(exported.serialize())
 
 
 @contextlib.contextmanager
@@ -202,63 +229,11 @@ def _known(path: Path, rounds: int, i: int) -> Figures:
         raise UserError(f"run: {path} cannot be read: {error!r}") from error
 
 
-def _card(
-    run: Restored, i: int, client: Model, known: Figures, files: dict[str, bytes]
-) -> Figures:
-    """Describe client i and its files in values of JSON, with costs of a sample."""
-    *layers, exit_head = layer_costs(client)
-    own = (*layers[: len(client.stages)], exit_head)
-    features = layer_inputs(client)[-1]
-    return {
-        "format": _FORMAT,
-        "client": i,
-        "dataset": run.config.data.dataset,
-        "rounds": int(run.state.round),
-        "cut": len(client.stages),
-        "layer": client.layer_names[-1],
-        "input": {"shape": list(client.input_shape), "dtype": run.info.dtype},
-        "classes": run.info.num_classes,
-        "label_values": run.info.label_values,
-        "mean": run.info.mean,
-        "std": run.info.std,
-        "criterion": known["criterion"],
-        "threshold": known.get("threshold"),
-        "exit_accuracy": known.get("exit_accuracy"),
-        "server_accuracy": known.get("server_accuracy"),
-        "parameters": sum(cost.parameters for cost in own),
-        "flops": sum(cost.flops for cost in own),
-        "features": {
-            "shape": features.shape[1:],
-            "dtype": features.dtype.name,
-            "link": run.config.clients.link,
-            "bytes": sample_bytes(run.federation.codec, features),
-        },
-        "platforms": _PLATFORMS,
-        "versions": {name: metadata.version(name) for name in ("hsee-jax", "jax")},
-        "sha256": {
-            name: hashlib.sha256(content).hexdigest() for name, content in files.items()
-        },
-    }
-
-
-def _readme(card: Figures) -> str:
-    shapes = {
-        name: ", ".join(map(str, card[name]["shape"])) for name in ("input", "features")
-    }
-    stored = card["input"]["dtype"] == "uint8"
-    return _README.format(
-        **card,
-        name="images" if stored else "samples",
-        formula="(images / 255 - mean) / std" if stored else "(samples - mean) / std",
-        shapes=shapes,
-        measure=CRITERIA.entry(card["criterion"]).summary,
-        places=", ".join(card["platforms"]),
-    )
-
-
 def _write(files: dict[str, bytes], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in {ONNX, FROZEN} - files.keys():
+            (folder / name).unlink(missing_ok=True)  # of an earlier export
         for name, content in files.items():
             (folder / name).write_bytes(content)
     except OSError as error:

@@ -25,6 +25,7 @@ class Kind(IntEnum):
     WAIT = 0
     TRAIN = 1
     END = 2
+    EVALUATE = 3
 
 
 class Layers(IntEnum):
@@ -42,13 +43,19 @@ class Forms(NamedTuple):
     message: Message  # of one sample
     gradient: Form  # of one sample; empty with a detached boundary
     metrics: Form  # of the T steps of a round
+    answers: Form  # to one test input, [1, ...]: the message, and logits of the exit
     client: Branch
     layers: dict[Layers, Form]
     means: Means  # of the layers that the client receives
 
 
 def forms_of(
-    federation: Federation, strategy: Strategy, group: int, *, steps: int
+    federation: Federation,
+    strategy: Strategy,
+    group: int,
+    *,
+    steps: int,
+    classes: int,
 ) -> Forms:
     """Return the forms of the messages of a group's clients.
 
@@ -57,12 +64,13 @@ def forms_of(
       strategy: the algorithm.
       group: the group.
       steps: the steps of a round, T.
+      classes: the number of classes.
     """
     assert strategy.halves is not None
     features = layer_inputs(federation.model)[federation.groups[group].cut]
     message = message_of(federation, group)
     state = jax.eval_shape(strategy.init, jax.random.key(0))
-    clients = [_one(stack) for stack in state.clients]
+    clients = client_shapes(strategy)
     whole = form_of(clients[group], "client")
     sent = _numbers_sent(strategy, clients)[group]
     names = list(whole)
@@ -71,12 +79,14 @@ def forms_of(
     )
     _, means = jax.eval_shape(strategy.aggregate, state, weights)
     label = jax.ShapeDtypeStruct((1,), np.int32)
+    logits = jax.ShapeDtypeStruct((1, classes), np.float32)
     joint = strategy.boundary == "joint"
     return Forms(
         batch=form_of(message, "inputs") | {"labels": label},
         message=message,
         gradient=form_of(features, "gradient") if joint else {},
         metrics=form_of(_metrics(steps), "exit"),
+        answers=form_of(message, "inputs") | {"logits": logits},
         client=clients[group],
         layers={
             Layers.NONE: {},
@@ -85,6 +95,12 @@ def forms_of(
         },
         means={name: means[name] for name in strategy.halves.means(group)},
     )
+
+
+def client_shapes(strategy: Strategy) -> list[Branch]:
+    """Return one client of each group as shapes."""
+    state = jax.eval_shape(strategy.init, jax.random.key(0))
+    return [_one(stack) for stack in state.clients]
 
 
 def message_of(federation: Federation, group: int) -> Message:

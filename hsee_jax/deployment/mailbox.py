@@ -10,16 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.errors import Stopped
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.protocol import Closed, Refusal, Tensors
-from hsee_jax.deployment.refusals import Refusals
+from hsee_jax.deployment.refusals import Refusals, nobody_left
 from hsee_jax.deployment.types import Finished, Patience, Task
 from hsee_jax.federation.state import Means
 
 _AHEAD = 4  # messages of a device that wait here
 _POLL_S = 10.0  # that a device waits for the answer to `next`
 _TICK_S = 0.2  # between two looks at the clock and for a stop
+_Rows = Mapping[int, Sequence[int]]  # of the batches of each client
 _log = logging.getLogger(__name__)
 
 
@@ -36,17 +37,14 @@ class Mailbox:
         self._patience, self._stop = patience, stop
         self._change = threading.Condition()
         self._refusals = Refusals(patience.max_refusals)
-        self._last: dict[int, int] = {}
-        self._means: Means = {}
+        self._last, self._means = dict[int, int](), Means()
         self._away: set[int] = set()  # were late, and have not called since
         self._told: set[int] = set()  # that the run has ended
         self._ended = False
-        self._clear(0, {}, Layers.NONE)
+        self._clear(0, {}, Layers.NONE, Kind.TRAIN)
 
-    def _clear(
-        self, number: int, rows: Mapping[int, Sequence[int]], layers: Layers
-    ) -> None:
-        self._open = bool(rows)
+    def _clear(self, number: int, rows: _Rows, layers: Layers, kind: Kind) -> None:
+        self._open, self._kind = bool(rows), kind
         self._number, self._rows, self._layers = number, dict(rows), layers
         self._taken = dict.fromkeys(rows, 0)  # steps
         self._waiting: dict[int, dict[int, Tensors]] = {i: {} for i in rows}
@@ -60,17 +58,19 @@ class Mailbox:
     def open(
         self,
         number: int,
-        rows: Mapping[int, Sequence[int]],
+        rows: _Rows,
         layers: Layers,
         *,
         last: Mapping[int, int],
         means: Means,
+        kind: Kind = Kind.TRAIN,
     ) -> None:
         """Open a round.
 
         Args:
           number: its number, from 1.
           rows: of each client that is to take part, the rows of its batches.
+          kind: of the round: `TRAIN`, or `EVALUATE` after the round of this number.
           layers: what each of them sends at its end.
           last: the last round of each client that counts.
           means: the latest, for the clients.
@@ -82,7 +82,7 @@ class Mailbox:
             if self._stop():
                 raise Stopped(number - 1, 0)
             self._last, self._means = dict(last), means
-            self._clear(number, rows, layers)
+            self._clear(number, rows, layers, kind)
             for i in sorted(self._away & rows.keys()):
                 if self._spare():
                     self._be_late(i, "has not called since")
@@ -146,15 +146,13 @@ class Mailbox:
         end = time.monotonic() + _POLL_S
         with self._change:
             self._away.discard(i)
-            while alive():
+            while alive() and time.monotonic() < end:
                 if self._ended:
                     self._told.add(i)
                     self._change.notify_all()
                     return self._task(i, Kind.END)
-                if self._wanted(i) and i not in self._finished:
-                    return self._task(i, Kind.TRAIN)
-                if time.monotonic() >= end:
-                    break
+                if self._wanted(i) and not self._done(i):
+                    return self._task(i, self._kind)
                 self._change.wait(_TICK_S)
             return self._task(i, Kind.WAIT)
 
@@ -167,6 +165,7 @@ class Mailbox:
         *,
         joint: bool,
         alive: Callable[[], bool],
+        kind: Kind = Kind.TRAIN,
     ) -> Tensors:
         """Put a client's message in, once there is room, and return the answer to it.
 
@@ -177,7 +176,7 @@ class Mailbox:
         """
         with self._change:
             while True:
-                self._check_open(i, number)
+                self._check_open(i, number, kind)
                 mine, first = self._waiting[i], self._taken[i]
                 if step < first or step in mine:
                     break
@@ -201,13 +200,12 @@ class Mailbox:
         """
         with self._change:
             self._check_open(i, number)
-            count = sum(rows > 0 for rows in self._rows[i])
-            if self._taken[i] + len(self._waiting[i]) < count:
+            if self._missing(i):
                 raise Closed
             self._finished.setdefault(i, finished)
             self._change.notify_all()
 
-    def rows(self, i: int, number: int, step: int) -> int:
+    def rows(self, i: int, number: int, step: int, kind: Kind = Kind.TRAIN) -> int:
         """Return the rows of a client's batch.
 
         Raises:
@@ -215,7 +213,7 @@ class Mailbox:
           Refusal: it has no such batch.
         """
         with self._change:
-            self._check_open(i, number)
+            self._check_open(i, number, kind)
             found = self._rows[i]
             if not 0 <= step < len(found) or found[step] == 0:
                 raise Refusal(f"step: {step} has no batch")
@@ -253,8 +251,16 @@ class Mailbox:
         last = self._last.get(i, 0)
         return Task(kind, self._number, self._layers, last, self._means)
 
-    def _check_open(self, i: int, number: int) -> None:
-        if number != self._number or not self._wanted(i):
+    def _done(self, i: int) -> bool:
+        evaluated = self._kind == Kind.EVALUATE and not self._missing(i)
+        return evaluated or i in self._finished
+
+    def _missing(self, i: int) -> bool:
+        count = sum(rows > 0 for rows in self._rows[i])
+        return self._taken[i] + len(self._waiting[i]) < count
+
+    def _check_open(self, i: int, number: int, kind: Kind = Kind.TRAIN) -> None:
+        if (number, kind) != (self._number, self._kind) or not self._wanted(i):
             raise Closed
 
     def _pause(self, alive: Callable[[], bool]) -> None:
@@ -283,8 +289,7 @@ class Mailbox:
 
     def _spare(self) -> bool:
         """Return whether enough clients are left if one more is late."""
-        left = len(self._rows) - len(self._late) - 1
-        return left >= max(1, self._patience.min_clients)
+        return len(self._rows) - len(self._late) > max(1, self._patience.min_clients)
 
     def _be_late(self, i: int, why: str) -> None:
         _log.warning("client %d %s; round %d goes on", i, why, self._number)
@@ -292,7 +297,4 @@ class Mailbox:
         self._away.add(i)
         self._change.notify_all()
         if len(self._late) == len(self._rows):
-            raise UserError(
-                f"max_refusals: no client is left in round {self._number}; all were "
-                "left out"
-            )
+            raise nobody_left(self._number)

@@ -2,9 +2,17 @@
 
 import logging
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.protocol import Refusal
 
 _log = logging.getLogger(__name__)
+
+
+def nobody_left(number: int) -> UserError:
+    """Return the error that ends a round in which all clients were left out."""
+    return UserError(
+        f"max_refusals: no client is left in round {number}; all were left out"
+    )
 
 
 class Refusals:

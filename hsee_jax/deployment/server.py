@@ -12,10 +12,12 @@ import jax
 import numpy as np
 
 from hsee_jax.core.types import Batch, Dataset, ExitMetrics, Metrics
+from hsee_jax.deployment.batches import padded, padded_tree
 from hsee_jax.deployment.forms import Layers, message_of
 from hsee_jax.deployment.journal import Journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Tensors, named, tree_from
+from hsee_jax.deployment.remote_evaluation import RemoteEvaluation
 from hsee_jax.engine.loop import loop_round
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import Floats, RoundProgress, due_after
@@ -51,6 +53,7 @@ def over_network(
     attendance = experiment.attendance
     seldom |= attendance.participation < 1 or attendance.dropout > 0
     seldom |= bool(attendance.absences)
+    private = experiment.config.clients.keep_layers_private
     take_turns = loop_round(strategy, partial(RemoteTurns, experiment, mailbox, serve))
 
     def run(
@@ -68,7 +71,7 @@ def over_network(
         mailbox.open(
             number,
             _rows(plan),
-            _layers(experiment, number, seldom=seldom),
+            Layers.NONE if private else _layers(experiment, number, seldom=seldom),
             last=journal.last,
             means=journal.means,
         )
@@ -76,7 +79,10 @@ def over_network(
         journal.note(number, mailbox.close(), jax.device_get(means))
         return state, means, progress
 
-    return experiment._replace(round_fn=run)
+    if not private:
+        return experiment._replace(round_fn=run)
+    evaluate = RemoteEvaluation(experiment, mailbox, journal)
+    return experiment._replace(round_fn=run, evaluate_fn=evaluate)
 
 
 class RemoteTurns:
@@ -172,12 +178,8 @@ _NOTHING = ExitMetrics(_NO_ROWS, _NO_ROWS, np.zeros((2, 2), np.int32))  # type: 
 
 def _batch(tensors: Tensors, like: Message, mask: Any) -> Batch:
     """Return a message as a batch of encoded inputs, padded to the rows of a mask."""
-
-    def padded(rows: Any) -> Any:
-        return np.pad(rows, [(0, len(mask) - len(rows))] + [(0, 0)] * (rows.ndim - 1))
-
-    inputs = jax.tree.map(padded, tree_from(tensors, like, "inputs"))
-    return Batch(inputs, padded(tensors["labels"]), mask)
+    inputs = padded_tree(tensors, like, len(mask))
+    return Batch(inputs, padded(tensors["labels"], len(mask)), mask)  # type: ignore
 
 
 def _rows(plan: RoundPlan) -> dict[int, list[int]]:

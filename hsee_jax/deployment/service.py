@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Metrics
-from hsee_jax.deployment.forms import VERSION, Forms, forms_of
+from hsee_jax.deployment.forms import VERSION, Forms, Kind, forms_of
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import (
     Closed,
@@ -32,7 +32,7 @@ from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.restore import seat
 from hsee_jax.runs.served import describe
 
-METHODS = ("join", "begin", "next", "push", "finish")
+METHODS = ("join", "begin", "next", "push", "finish", "test", "score")
 _log = logging.getLogger(__name__)
 Alive = Callable[[], bool]
 
@@ -56,10 +56,12 @@ class Service:
         self._run, self._bound = run, bound
         federation, strategy = experiment.federation, experiment.strategy
         self._joint = strategy.boundary == "joint"
+        self._private = experiment.config.clients.keep_layers_private
         steps = experiment.learning_rates.shape[1]
+        classes = experiment.info.num_classes
         self._forms: dict[int, Forms] = {}
         for g, group in enumerate(federation.groups):
-            forms = forms_of(federation, strategy, g, steps=steps)
+            forms = forms_of(federation, strategy, g, steps=steps, classes=classes)
             self._forms |= dict.fromkeys(group.ids, forms)
 
     @property
@@ -69,12 +71,13 @@ class Service:
 
     def limit(self) -> int:
         """Return the bytes of the largest message of any device."""
-        rows = self._experiment.batch_size
+        rows, test_rows = self._experiment.batch_size, self._experiment.eval_batch_size
         return max(
             size_limit(form)
             for forms in self._forms.values()
             for form in (
                 with_rows(forms.batch, rows),
+                with_rows(forms.answers, test_rows),
                 forms.metrics | max(forms.layers.values(), key=len),
                 form_of(forms.means),
             )
@@ -182,6 +185,31 @@ class Service:
         kept = {name: tensors[name] for name in forms.layers[layers]}
         check_finite(kept)
         self._mailbox.put_finish(i, fields["round"], Finished(metrics, kept))
+        return pack({"closed": 0})
+
+    def _test(self, i: int, message: bytes, alive: Alive) -> bytes:
+        """Return a batch of test inputs, without their labels."""
+        del i, alive
+        step, test = split(message, ("step",))[0]["step"], self._experiment.test
+        size, private = self._experiment.eval_batch_size, self._private
+        if not private or not 0 <= step * size < len(test.labels):
+            raise Refusal(f"step: {step} has no test inputs")
+        inputs = test.images[step * size : (step + 1) * size]
+        return pack({}, {"images": np.asarray(inputs)})
+
+    def _score(self, i: int, message: bytes, alive: Alive) -> bytes:
+        """Take what a client makes of a batch of test inputs."""
+        form, mailbox = self._forms[i].answers, self._mailbox
+        limit = size_limit(with_rows(form, self._experiment.eval_batch_size))
+        fields, data = split(message, ("round", "step"), limit=limit)
+        number, step = fields["round"], fields["step"]
+        rows = mailbox.rows(i, number, step, Kind.EVALUATE)
+        tensors = unpack(data, with_rows(form, rows))
+        features = {name: tensors[name] for name in tensors if name != "logits"}
+        check_finite(features, bound=self._bound)
+        mailbox.put(
+            i, number, step, tensors, joint=False, alive=alive, kind=Kind.EVALUATE
+        )
         return pack({"closed": 0})
 
 

@@ -18,6 +18,8 @@ def take_part(
     data: Path | None,
     plugins: Sequence[str],
     stop: Callable[[], bool],
+    *,
+    private: bool = False,
 ) -> bool:
     """Take part in a run until it ends.
 
@@ -27,6 +29,7 @@ def take_part(
       data: the file of its samples; None for its share of the run's dataset.
       plugins: modules that the run may need.
       stop: true ends it before.
+      private: refuse a run in which the device sends its layers.
 
     Returns:
       Whether the run has ended.
@@ -39,8 +42,14 @@ def take_part(
     samples = -1 if raw is None else len(raw.labels)
     try:
         values, part = join(call, samples, tuple(plugins))
+        if private and not part.private:
+            raise UserError(
+                "keep_layers_private: the server's run asks for layers; allowed is one "
+                "of `hsee serve --keep-layers-private`"
+            )
         box = Box(state)
         box.claim(values["run"], part.client)
+        box.put_about(values)
         own = own_share(values) if raw is None else as_known(raw, part.info)
         return Device(part, own, box, call).run(stop)
     except Refusal as refusal:

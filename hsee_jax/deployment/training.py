@@ -9,9 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.types import Array, Dataset, Metrics
+from hsee_jax.data.pipeline import normalize
+from hsee_jax.deployment.batches import padded
 from hsee_jax.deployment.protocol import Tensors, named
 from hsee_jax.engine.plan import own_batches
 from hsee_jax.engine.round import step_key
+from hsee_jax.engine.scoring import Answers, client_answers
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.strategy import Sent
@@ -40,6 +43,8 @@ class Programs(NamedTuple):
     send: Callable[[Branch, tuple[Any, Any], Any, Any], Sent]
     # client, what `Halves.finish` needs, gradient, learning rate
     finish: Callable[[Branch, Any, Any, Any], tuple[Branch, Metrics]]
+    # client, test inputs, mask
+    answer: Callable[[Branch, Any, Any], Answers]
     # client, means, the round of the last means that it received
     receive: Callable[[Branch, Means, Any], Branch]
 
@@ -64,6 +69,12 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
         return halves.send(client, batch, rate, group=0)
 
     @jax.jit
+    def answer(client: Branch, images: Array, mask: Array) -> Answers:
+        spec = part.federation.specs(0)[0]
+        inputs = normalize(images, part.info.mean, part.info.std)
+        return client_answers(spec, client, inputs, mask)
+
+    @jax.jit
     def receive(client: Branch, means: Means, since: Array) -> Branch:
         stack = jax.tree.map(lambda leaf: leaf[None], client)
         state = RunState(since, (stack,), ())
@@ -73,6 +84,7 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
     return Programs(
         send=lambda client, rows, step, rate: send(client, here, rows, who, step, rate),
         finish=jax.jit(finish),
+        answer=answer,
         receive=receive,
     )
 
@@ -121,8 +133,8 @@ def train_round(
         client, own = sent.client, sent.metrics
         if sent.passed is not None:
             assert gradient is not None
-            padded = _padded(gradient, part.batch_size)
-            client, own = programs.finish(client, sent.passed, padded, rates[t])
+            rows_down = padded(gradient, part.batch_size)
+            client, own = programs.finish(client, sent.passed, rows_down, rates[t])
         for total, value in zip(metrics, own, strict=True):
             total[t] = value
     return client, metrics
@@ -130,11 +142,6 @@ def train_round(
 
 def _member(stack: Branch) -> Branch:
     return jax.tree.map(lambda leaf: leaf[0], stack)
-
-
-def _padded(rows: npt.NDArray, count: int) -> npt.NDArray:
-    """Return rows followed by zeros, ``[count, ...]``."""
-    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
 
 
 def _no_finish(*_: Any) -> Any:

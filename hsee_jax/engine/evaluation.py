@@ -114,7 +114,7 @@ def make_evaluation(
         references: References | None = None,
     ) -> list[ClientResult]:
         count, sizes = len(data.labels), stack_sizes(state)
-        rows = _all_rows(count, batch_size)
+        rows = all_rows(count, batch_size)
         references = {} if references is None else references
         if ids is None:
             ids = take_seats(federation.groups, sizes, set())
@@ -122,13 +122,13 @@ def make_evaluation(
         for g, seats in enumerate(split_stacks(ids, sizes)):
             taken = seats != EMPTY
             scores = scores_of(Task(g, state, taken, data, rows, references))
-            results += _results(federation.groups[g], seats.tolist(), scores, count)
+            results += results_of(federation.groups[g], seats.tolist(), scores, count)
         return sorted(results)
 
     return evaluate
 
 
-def _all_rows(count: int, batch_size: int) -> Rows:
+def all_rows(count: int, batch_size: int) -> Rows:
     """Return every sample once; pad the last batch with the first samples."""
     numbers = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32)
     return Rows(
@@ -137,7 +137,7 @@ def _all_rows(count: int, batch_size: int) -> Rows:
     )
 
 
-def _results(
+def results_of(
     group: Group,
     seats: Sequence[int],
     scores: Sequence[BothMetrics | None],

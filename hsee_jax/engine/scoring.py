@@ -21,10 +21,11 @@ from hsee_jax.engine.likeness import (
 )
 from hsee_jax.engine.programs import take
 from hsee_jax.engine.round import Programs
-from hsee_jax.federation.branch import Branch, decode, encode, forward
+from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forward
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
 
@@ -35,6 +36,13 @@ class BothMetrics(NamedTuple):
     exit: Metrics
     server: Metrics
     agreement: Array  # int32 [4, K], see `count_agreement`
+
+
+class Answers(NamedTuple):
+    """What a client makes of a batch without training."""
+
+    message: Message  # the encoded features, [B, ...]
+    logits: Array  # of the exit, float32 [B, K]
 
 
 class ScoreFn(Protocol):
@@ -97,19 +105,53 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
         client, server = pair
         client_spec, server_spec = federation.specs(group)
         batch = pipeline.evaluation(data, indices, mask)
-        features, exit_logits, _ = forward(
-            client_spec, client, batch.inputs, mask, train=False
-        )
-        message, _ = encode(client_spec, client, features, mask)
-        decoded = decode(server_spec, message)
-        _, logits, _ = forward(server_spec, server, decoded, mask, train=False)
-        return BothMetrics(
-            masked_cross_entropy(exit_logits, batch.labels, mask)[1],
-            masked_cross_entropy(logits, batch.labels, mask)[1],
-            count_agreement(exit_logits, logits, batch.labels, mask),
-        )
+        answers = client_answers(client_spec, client, batch.inputs, mask)
+        return score_answers(server_spec, server, answers, batch.labels, mask)
 
     return score
+
+
+def client_answers(
+    spec: BranchSpec, client: Branch, inputs: Array, mask: Array
+) -> Answers:
+    """Return what a client makes of inputs ``[B, ...]``.
+
+    Args:
+      spec: what the client computes.
+      client: its state.
+      inputs: samples after `normalize`.
+      mask: ``bool [B]``, false on padding.
+    """
+    features, logits, _ = forward(spec, client, inputs, mask, train=False)
+    return Answers(encode(spec, client, features, mask)[0], logits)
+
+
+def score_answers(
+    spec: BranchSpec, server: Branch, answers: Answers, labels: Array, mask: Array
+) -> BothMetrics:
+    """Return the scores of a client's answers, and of its server's.
+
+    Args:
+      spec: what the server computes.
+      server: the layers behind the client.
+      answers: of the client.
+      labels: ``int32 [B]``.
+      mask: ``bool [B]``, false on padding.
+    """
+    decoded = decode(spec, answers.message)
+    _, logits, _ = forward(spec, server, decoded, mask, train=False)
+    return score_logits(answers.logits, logits, labels, mask)
+
+
+def score_logits(
+    exit_logits: Array, logits: Array, labels: Array, mask: Array
+) -> BothMetrics:
+    """Return the scores of the logits ``[B, K]`` of an exit and of its server."""
+    return BothMetrics(
+        masked_cross_entropy(exit_logits, labels, mask)[1],
+        masked_cross_entropy(logits, labels, mask)[1],
+        count_agreement(exit_logits, logits, labels, mask),
+    )
 
 
 def make_loop(

@@ -44,6 +44,7 @@ from hsee_jax.runs.data import OwnData, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.runs.model import build_model
+from hsee_jax.runs.private import check_simulated
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -105,6 +106,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
       UserError: the configuration does not fit the data, the network or the devices.
     """
     config = config_for(config, data)
+    check_simulated(config)
     axis = _axis(config)
     info, read = data_source(config.data, data)
     mesh = None if axis == "loop" else make_mesh()

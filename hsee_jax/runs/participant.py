@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.config.schema import Config
 from hsee_jax.config.values import from_dict
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
@@ -30,6 +31,7 @@ class Participant(NamedTuple):
     """All that a device needs to take part in a run."""
 
     client: int
+    config: Config
     info: DatasetInfo
     federation: Federation  # of this client alone
     strategy: Strategy
@@ -38,6 +40,9 @@ class Participant(NamedTuple):
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     batch_size: int
     seed: int  # of the order of the data
+    test_samples: int  # of the server's test set
+    test_batch_size: int
+    private: bool  # whether no layer leaves the device
 
     @property
     def halves(self) -> Halves:
@@ -52,8 +57,8 @@ def build_participant(
     """Build what a device needs from what the server says of the run.
 
     Args:
-      values: ``client``, ``cut``, ``batch_size``, ``steps`` (of a round), and as JSON
-        ``config`` and ``info``.
+      values: ``client``, ``cut``, ``batch_size``, ``steps`` (of a round),
+        ``test_samples``, ``test_batch_size``, and as JSON ``config`` and ``info``.
       plugins: modules that the device's own user named; the server cannot make it
         import others.
 
@@ -76,6 +81,7 @@ def build_participant(
     )
     return Participant(
         values["client"],
+        config,
         info,
         federation,
         build_strategy(config, federation),
@@ -84,6 +90,9 @@ def build_participant(
         build_rates(config, values["steps"]),
         values["batch_size"],
         config.run.data_seed,
+        values["test_samples"],
+        values["test_batch_size"],
+        config.clients.keep_layers_private,
     )
 
 

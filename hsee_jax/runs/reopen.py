@@ -13,6 +13,7 @@ from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
 from hsee_jax.runs.phases import Phases
+from hsee_jax.runs.private import check_layers
 from hsee_jax.runs.records import Scores
 from hsee_jax.runs.restore import checkpoint_of
 
@@ -37,11 +38,12 @@ def reopen(
       checkpoint holds it.
 
     Raises:
-      UserError: there is no such run, it has no checkpoint, or its data are missing, or
-        differ from the data of the run.
+      UserError: there is no such run, it has no checkpoint, its clients kept their
+        layers private, or its data are missing, or differ from the data of the run.
     """
     folder = Path(folder)
     config = override(read_config(folder), pretrained=None)  # weights are there
+    check_layers(config)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
     source = data_source(config.data, data)

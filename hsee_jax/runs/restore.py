@@ -23,6 +23,7 @@ from hsee_jax.runs.build import build_federation, build_model, build_strategy
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
 from hsee_jax.runs.cut_schedule import config_in_round
 from hsee_jax.runs.folder import read_config, read_info
+from hsee_jax.runs.private import check_layers
 
 
 class Restored(NamedTuple):
@@ -52,8 +53,13 @@ class Restored(NamedTuple):
         return self.federation.specs(seat(self.federation, i)[0])
 
     def client(self, i: int) -> Branch:
-        """Return the layers of client i and its exit head."""
+        """Return the layers of client i and its exit head.
+
+        Raises:
+          UserError: there is no such client, or it kept them private.
+        """
         group, member = seat(self.federation, i)
+        check_layers(self.config)
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
     def server(self, i: int) -> Branch:
@@ -82,10 +88,11 @@ def restore(
       path: the run's folder.
       which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
       only: a client's id, to read only the clients of its cut; all other leaves of the
-        state are then ``...``.
+        state are then ``...``. So are the clients of a run that kept them private.
 
     Raises:
-      UserError: there is no such run or client, or it has no checkpoint.
+      UserError: there is no such run or client, it has no checkpoint, or ``only`` asks
+        for layers that are private.
     """
     folder = Path(path)
     config, info = read_config(folder), read_info(folder)
@@ -95,7 +102,10 @@ def restore(
     strategy = build_strategy(config, federation)
     like = jax.eval_shape(strategy.init, jax.random.key(0))
     if only is not None:
+        check_layers(config)
         like = _of_group(like, seat(federation, only)[0])
+    elif config.clients.keep_layers_private:
+        like = like.replace(clients=jax.tree.map(lambda leaf: ..., like.clients))
     state = load(checkpoint, like)
     return Restored(config, info, federation, strategy, state)
 

@@ -17,6 +17,7 @@ from hsee_jax.runs.build import assemble
 from hsee_jax.runs.data import data_source
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.material import Material, deal
+from hsee_jax.runs.private import check_no_layers_sent
 
 
 def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
@@ -71,6 +72,8 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"period_unit: {strategy.period_unit} is not allowed with clients on a "
             "network; allowed is rounds"
         )
+    if config.clients.keep_layers_private:
+        check_no_layers_sent(strategy)
     return experiment
 
 
@@ -82,6 +85,8 @@ def describe(experiment: Experiment, i: int) -> dict[str, Any]:
         "cut": cut,
         "batch_size": experiment.batch_size,
         "steps": experiment.learning_rates.shape[1],
+        "test_samples": len(experiment.test.labels),
+        "test_batch_size": experiment.eval_batch_size,
         "config": json.loads(to_json(experiment.config)),
         "info": experiment.info._asdict(),
     }

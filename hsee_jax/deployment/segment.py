@@ -1,0 +1,50 @@
+"""A client's layers and exit as a function of samples, to export it as a program."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from hsee_jax.core.types import Array
+from hsee_jax.data.info import DatasetInfo
+from hsee_jax.data.pipeline import normalize
+from hsee_jax.federation.branch import Branch, BranchSpec, forward
+from hsee_jax.inference.gate import CRITERIA
+from hsee_jax.nn.model import Model
+
+# Of a client and its samples [b, ...]: logits, uncertainty and features, by name.
+Segment = Callable[[Branch, Array], dict[str, Array]]
+
+
+def up_to(model: Model, cut: int) -> Model:
+    """Return the network of a client: the layers up to its cut, and its exit."""
+    return model._replace(
+        stages=model.stages[:cut],
+        exit_heads=model.exit_heads[:cut],
+        final_head=model.exit_heads[cut - 1],
+        layer_names=model.layer_names[:cut],
+    )
+
+
+def make_segment(client: Model, info: DatasetInfo, criterion: str) -> Segment:
+    """Make the function of a client.
+
+    Args:
+      client: its network, see `up_to`.
+      info: on the data.
+      criterion: the uncertainty of its exit.
+    """
+    spec = BranchSpec(client.stages, client.final_head, optax.identity())
+    uncertainty = CRITERIA.make(criterion).uncertainty
+
+    def segment(branch: Branch, images: Array) -> dict[str, Array]:
+        mask = jnp.ones(images.shape[:1], bool)
+        inputs = normalize(images, info.mean, info.std)
+        features, logits, _ = forward(spec, branch, inputs, mask, train=False)
+        return {
+            "logits": logits,
+            "uncertainty": uncertainty(logits),
+            "features": features,
+        }
+
+    return segment
