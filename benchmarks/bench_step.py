@@ -41,8 +41,8 @@ KINDS = {
     "activations and shortcuts": r"Block|ConvNorm|relu|Stem",
 }
 REST = "optimizer, checks and rest"
-COLUMNS = ("width", "batch", "step ms", "operations", *KINDS, REST)
-_OPERATION = re.compile(r"%?([\w.-]+) = .*?(?:op_name=\"([^\"]*)\")?.*$")
+ALL_KINDS = (*KINDS, REST)
+COLUMNS = ("width", "batch", "step ms", "operations", *ALL_KINDS)
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def measure(width: int, batch_size: int) -> bench.Row:
         "batch": batch_size,
         "step ms": 1e3 * float(np.median(seconds[1:])),
         "operations": count,
-        **{kind: found[kind] for kind in (*KINDS, REST)},
+        **{kind: found[kind] for kind in ALL_KINDS},
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import bench
 import bench_round
+import bench_step
 
 Cell = Callable[[bench.Row], str]  # the text of a cell; empty if it is not measured
 BACKENDS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
@@ -225,6 +226,25 @@ SECTIONS = (
                 },
             ),
         ),
+    ),
+    Section(
+        "step",
+        "What a step consists of",
+        "Milliseconds of a training step of a whole ResNet-18, and of its operations by "
+        "what they are for, as XLA's profiler sees them. Two cores work at once, so the "
+        "operations can take more than the step.",
+        (
+            Part(
+                "",
+                {
+                    **_values("width", "batch"),
+                    "step ms": value("step ms"),
+                    "operations": value("operations"),
+                    **{kind: value(kind) for kind in bench_step.ALL_KINDS},
+                },
+            ),
+        ),
+        {"cpu": []},
     ),
     Section(
         "start",

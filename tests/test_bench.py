@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench  # noqa: E402
 import bench_all  # noqa: E402
 import bench_scaling  # noqa: E402
+import bench_step  # noqa: E402
 import federations  # noqa: E402
 import performance  # noqa: E402
 import sections  # noqa: E402
@@ -231,6 +232,15 @@ def test_scaling_writes_its_files(part, tmp_path):
     for row in rows:
         assert set(bench_scaling.COLUMNS[part]) - optional <= set(row)
         assert all(row[column] is not None for column in bench_scaling.COLUMNS[part])
+
+
+@pytest.mark.slow
+def test_step_writes_its_file(tmp_path):
+    done = run("bench_step.py", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = written(tmp_path, "step")
+    kinds = [row[kind] for kind in bench_step.ALL_KINDS]
+    assert min(kinds) > 0 and row["operations"] > 100
 
 
 @pytest.mark.slow
