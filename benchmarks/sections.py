@@ -230,9 +230,9 @@ SECTIONS = (
     Section(
         "step",
         "What a step consists of",
-        "Milliseconds of a training step of a whole ResNet-18, and of its operations by "
-        "what they are for, as XLA's profiler sees them. Two cores work at once, so the "
-        "operations can take more than the step.",
+        "Milliseconds of a training step of a whole ResNet-18, and of its operations "
+        "by what they are for, as XLA's profiler sees them. Two cores work at once, so "
+        "the operations can take more than the step.",
         (
             Part(
                 "",
