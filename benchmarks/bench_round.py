@@ -4,8 +4,9 @@ Shows: images trained a second by hsee_jax and by `pytorch_baseline.py` (eager, 
 torch.compile), their ratio, and the share of the machine's matrix-product peak that
 each reaches. Before the timing both train from the same weights, and their losses must
 agree: step by step in a small federation, and over the first round of the timed one.
-Expected: on two idle CPU cores about 1.25 times eager PyTorch at width 8, 1.0 times at
-width 16 and 0.73 times at width 64; on one H100 at least 3 times at width 64.
+Run `hsee tune` before, for the width and the batch size; a row says whether it was.
+Expected: on two idle CPU cores about 1.25 times eager PyTorch at width 8 and 1.0 times
+at width 16, untuned; at width 64 0.74 times, and 0.87 times tuned; on one H100 at least 3 times at width 64.
 Cost: about 25 minutes on two CPU cores; --compile adds minutes.
 Command: python benchmarks/bench_round.py [--sizes w8-b8-n32 ...]
 """
@@ -28,6 +29,7 @@ from federations import STRATEGIES, Runner, federation
 from hsee_jax.config import override
 from hsee_jax.runs.build import build_model
 from hsee_jax.runs.experiment import Experiment
+from hsee_jax.runs.forms import read_forms
 from hsee_jax.systems.costs import layer_costs
 
 try:
@@ -151,7 +153,11 @@ def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.
             calls |= {f"{name} {strategy}": call for name, call in found.items()}
     timings = bench.time_in_turns(calls, repeats=size.repeats, warmups=size.warmups)
     flops = flops_per_image(_build(size, STRATEGIES[0]))
-    shared = {"GFLOP per image": flops / 1e9, "peak TFLOP/s": peak / 1e12}
+    shared = {
+        "GFLOP per image": flops / 1e9,
+        "peak TFLOP/s": peak / 1e12,
+        "tuned": bool(read_forms()),
+    }
     return [
         _row(size, strategy, timings, flops / peak)
         | shared

@@ -41,6 +41,7 @@ KINDS = {
     "activations and shortcuts": r"Block|ConvNorm|relu|Stem",
 }
 REST = "optimizer, checks and rest"
+_PLACE = re.compile(r"%?([\w.-]+) = .*op_name=\"([^\"]*)\"")
 ALL_KINDS = (*KINDS, REST)
 COLUMNS = ("width", "batch", "step ms", "operations", *ALL_KINDS)
 
@@ -78,7 +79,7 @@ def measure(width: int, batch_size: int) -> bench.Row:
         start = time.perf_counter()
         jax.block_until_ready(program(branch, batch))
         seconds.append(time.perf_counter() - start)
-    names = dict(re.findall(r"%?([\w.-]+) = .*op_name=\"([^\"]*)\"", program.as_text()))
+    names = dict(_PLACE.findall(program.as_text() or ""))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program(branch, batch))

@@ -90,12 +90,13 @@ SECTIONS = (
         "PyTorch runs the same algorithm from the same weights, and its losses must "
         "agree before anything is timed. In a size, w is the width of the network, b "
         "the batch size and n the number of clients. A ratio above 1 means that "
-        "hsee_jax is faster.",
+        "hsee_jax is faster. Tuned rows were timed after `hsee tune`.",
         (
             Part(
                 "",
                 {
                     **_SIZE,
+                    "tuned": lambda row: "yes" if row.get("tuned") else "no",
                     "hsee images/s": both("hsee images/s", "hsee range"),
                     "PyTorch images/s": both("PyTorch images/s", "PyTorch range"),
                     "ratio": value("ratio"),
