@@ -6,7 +6,8 @@ each reaches. Before the timing both train from the same weights, and their loss
 agree: step by step in a small federation, and over the first round of the timed one.
 Run `hsee tune` before, for the width and the batch size; a row says whether it was.
 Expected: on two idle CPU cores about 1.25 times eager PyTorch at width 8 and 1.0 times
-at width 16, untuned; at width 64 0.74 times, and 0.87 times tuned; on one H100 at least 3 times at width 64.
+at width 16, untuned; at width 64 0.74 times, and 0.87 times tuned; on one H100 at least
+3 times at width 64.
 Cost: about 25 minutes on two CPU cores; --compile adds minutes.
 Command: python benchmarks/bench_round.py [--sizes w8-b8-n32 ...]
 """

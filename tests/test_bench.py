@@ -112,7 +112,9 @@ def test_the_page_shows_what_is_there_and_says_once_what_is_missing():
     text = performance.render([RESULT, other])
     assert "- **A**: 1 x abacus, 2 cores of an old one; jax 1.2.3\n" in text
     (row,) = [line for line in text.splitlines() if "1,234" in line]
-    assert row == "| w8-b8-n32 | float32 | averaging | 1,234 (1,100 to 1,300) | 1.5 |"
+    assert row == (
+        "| w8-b8-n32 | float32 | averaging | no | 1,234 (1,100 to 1,300) | 1.5 |"
+    )
     assert "compiled" not in text  # no row has it
     assert "beads" not in text
     assert text.count("## Not measured") == 1
@@ -127,7 +129,7 @@ def test_the_page_shows_what_is_there_and_says_once_what_is_missing():
 def test_a_gap_in_a_column_is_marked():
     full = {**RESULT["rows"][0], "strategy": "sequential", "PyTorch images/s": 8.0}
     text = performance.render([{**RESULT, "rows": [*RESULT["rows"], full]}])
-    assert "| averaging | 1,234 (1,100 to 1,300) | – | 1.5 |" in text
+    assert "| averaging | no | 1,234 (1,100 to 1,300) | – | 1.5 |" in text
     assert text.count("–: not measured.") == 1
 
 
