@@ -56,7 +56,7 @@ def onnx_program(
         return answers | named(message, "inputs")
 
     names = sorted(jax.eval_shape(outputs, inputs))  # in the order of leaves
-    shape = jax.ShapeDtypeStruct(("b", *info.input_shape), inputs.dtype)  # type: ignore
+    shape = jax.ShapeDtypeStruct(("b", *info.input_shape), inputs.dtype)
     return _convert(outputs, shape, name, names)
 
 
