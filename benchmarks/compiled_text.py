@@ -172,7 +172,7 @@ def _conditional(computations: Computations, i: Instruction, *, longest: bool) -
         _total(_cost(computations, j, longest=longest) for j in computations[name])
         for name in names
     ]
-    most = max(branches, key=lambda cost: cost.cycles)
+    most = max(branches, key=lambda cost: (cost.cycles, sum(cost.nbytes.values())))
     if longest:
         return most
     alike = [cost for cost in branches if cost.cycles >= most.cycles / 20]
