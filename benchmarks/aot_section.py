@@ -56,8 +56,8 @@ AOT = Section(
     "trains one network. Two columns are for comparison: the plain network's FLOPs at "
     "the peak of the chips, the least time there is, and all bytes that XLA counts at "
     "the bandwidth of the memory, of which some never leave the chip. Links count the "
-    "bytes on a ring of the chips, and are not in the time of a step. Memory is that of "
-    "one chip, in GB. `auto` takes `grouped` on TPU and `unrolled` on a GPU.",
+    "bytes on a ring of the chips, and are not in the time of a step. Memory is that "
+    "of one chip, in GB. `auto` takes `grouped` on TPU and `unrolled` on a GPU.",
     (
         Part(
             "",
