@@ -8,7 +8,7 @@ import bench
 import bench_round
 
 Cell = Callable[[bench.Row], str]  # the text of a cell; empty if it is not measured
-BACKENDS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
+BACKENDS = {"cpu": "CPU", "gpu": "GPU"}
 
 
 class Part(NamedTuple):
