@@ -49,16 +49,15 @@ AOT = Section(
     "aot",
     "Rounds compiled for accelerators",
     "*Compiled for, not run on*: no figure of this section was measured on a device. "
-    "XLA compiled ResNet-18 of width 64 with batches of 128 in bfloat16. A step of "
-    "`sequential` is a turn of each client. The time is the sum of the cycles that XLA "
-    "for TPU expects; orders and factors above 1.5 can be trusted, milliseconds "
-    "cannot. The cost is that time for an image relative to one plain network on one "
-    "chip; 1 means that all chips work as well as one that trains one network. Two "
-    "columns are for comparison: the plain network's FLOPs at the peak of the chips, "
-    "the least time there is, and all bytes that XLA counts at the bandwidth of the "
-    "memory, of which some never leave the chip. Links count the bytes on a ring of "
-    "the chips, and are not in the time of a step. Memory is that of one chip, in GB. "
-    "`auto` takes `grouped` on TPU and `unrolled` on a GPU.",
+    "XLA compiled ResNet-18 of width 64 with batches of 128 in bfloat16. The time is "
+    "the sum of the cycles that XLA for TPU expects; orders and factors above 1.5 can "
+    "be trusted, milliseconds cannot. The cost is that time for an image relative to "
+    "one plain network on one chip; 1 means that all chips work as well as one that "
+    "trains one network. Two columns are for comparison: the plain network's FLOPs at "
+    "the peak of the chips, the least time there is, and all bytes that XLA counts at "
+    "the bandwidth of the memory, of which some never leave the chip. Links count the "
+    "bytes on a ring of the chips, and are not in the time of a step. Memory is that "
+    "of one chip, in GB. `auto` takes `grouped` on TPU and `unrolled` on a GPU.",
     (
         Part(
             "",
@@ -77,7 +76,9 @@ AOT = Section(
             },
         ),
         Part(
-            "Work of one chip in a step, and the collectives between chips in MB:",
+            "Work of one chip in a step, as XLA counts it (a loop over the clients "
+            "counts once, in `sequential` and in `map`), and the collectives between "
+            "chips in MB:",
             {
                 "program": _program,
                 "chips": value("count"),
@@ -88,5 +89,5 @@ AOT = Section(
             },
         ),
     ),
-    {"tpu": [], "gpu": []},
+    {},
 )

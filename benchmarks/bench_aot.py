@@ -13,6 +13,7 @@ prints. TPUs need jax 0.10.2 with `pip install 'libtpu==0.0.42.*'`, the H100 nee
 """
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -51,10 +52,14 @@ ENVIRONMENT = {
 COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # modules, by backend
 
 
-def compile_program(program: Program) -> bench.Row:
+def compile_program(program: Program, text: Path | None = None) -> bench.Row:
     """Compile a program, and return what XLA says about it.
 
     A program that needs more memory than the chip has gets no figures but that memory.
+
+    Args:
+      program: the program.
+      text: a folder that keeps the text of the compiled program, or None.
     """
     start = time.perf_counter()
     lowered = lower_program(program)
@@ -70,42 +75,45 @@ def compile_program(program: Program) -> bench.Row:
         row["needs GiB"] = float(needed[1]) if needed else None
         return row
     row["compile s"] = time.perf_counter() - start
+    if text is not None:
+        text.mkdir(parents=True, exist_ok=True)
+        with gzip.open(text / f"{program.name}.txt.gz", "wt") as file:
+            file.write(compiled.as_text() or "")
     return row | figures(compiled, program)
 
 
 def figures(compiled: Compiled, program: Program) -> bench.Row:
     """Return memory, work, estimated time and collectives of a compiled program.
 
-    XLA counts the body of a loop once, so FLOPs and bytes are those of a step. A step
-    of ``sequential`` is a turn of each client.
+    XLA's FLOPs and bytes count the body of every loop once: that of the steps, and in
+    ``sequential`` and with the client axis ``map`` also that of the clients.
     """
     chip, memory = CHIPS[program.chip], cast(Any, compiled.memory_analysis())
     costs = cast(Any, compiled.cost_analysis())
-    turns = program.clients if program.strategy == "sequential" else 1
     found = program_cost(compiled.as_text() or "")
     row = {
         "state GB": memory.argument_size_in_bytes / 1e9,
         "peak GB": memory.peak_memory_in_bytes / 1e9,
-        "GFLOP": turns * costs["flops"] / 1e9,
-        "GB": turns * costs["bytes accessed"] / 1e9,
-        "collectives of a step": _collectives(found.step, turns),
-        "collectives of a round": _collectives(found.rest, 1),
-        "link ms": turns * found.step.link_bytes(program.count) / chip.link * 1e3,
+        "GFLOP": costs["flops"] / 1e9,
+        "GB": costs["bytes accessed"] / 1e9,
+        "collectives of a step": _collectives(found.step),
+        "collectives of a round": _collectives(found.rest),
+        "link ms": found.step.link_bytes(program.count) / chip.link * 1e3,
     }
     if chip.clock:
-        row["step ms"] = turns * found.step.cycles / chip.clock * 1e3
+        row["step ms"] = found.step.cycles / chip.clock * 1e3
         row["average ms"] = found.rest.cycles / chip.clock * 1e3
     return row
 
 
-def _collectives(cost: Cost, turns: int) -> list[bench.Row]:
+def _collectives(cost: Cost) -> list[bench.Row]:
     """Return the number and the bytes of the collectives of each kind and dtype."""
     return [
         {
             "kind": collective.kind,
             "dtype": collective.dtype,
-            "count": turns * cost.counts[collective],
-            "MB": turns * cost.nbytes[collective] / 1e6,
+            "count": cost.counts[collective],
+            "MB": cost.nbytes[collective] / 1e6,
         }
         for collective in sorted(cost.nbytes)
     ]
@@ -130,10 +138,9 @@ def compared(rows: Sequence[bench.Row]) -> list[bench.Row]:
 
 def _comparison(row: bench.Row, plain: bench.Row) -> bench.Row:
     chip, share = CHIPS[row["chip"]], row["clients"] / row["count"]
-    found = {
-        "FLOPs ms": share * plain["GFLOP"] * 1e9 / chip.flops * 1e3,
-        "bytes ms": row["GB"] * 1e9 / chip.bandwidth * 1e3,
-    }
+    found = {"FLOPs ms": share * plain["GFLOP"] * 1e9 / chip.flops * 1e3}
+    if row["strategy"] != "sequential" and row["axis"] == "vmap":
+        found["bytes ms"] = row["GB"] * 1e9 / chip.bandwidth * 1e3
     if "step ms" in row:
         found["cost in plain networks"] = row["step ms"] / (share * plain["step ms"])
         found["share of peak"] = found["FLOPs ms"] / row["step ms"]
@@ -144,9 +151,11 @@ def _comparison(row: bench.Row, plain: bench.Row) -> bench.Row:
 def compile_apart(program: Program, arguments: argparse.Namespace) -> bench.Row | None:
     """Compile a program in a process of its own; None if that failed, and say why."""
     command = [sys.executable, __file__, "--one", program.name]
+    command += ["--quick"] if arguments.quick else []
+    command += ["--text", str(arguments.text)] if arguments.text else []
     try:
         done = subprocess.run(
-            [*command, *(["--quick"] if arguments.quick else [])],
+            command,
             env=os.environ | ENVIRONMENT,
             capture_output=True,
             text=True,
@@ -183,6 +192,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the names of rows")
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--seconds", type=float, default=600, help="limit of a row")
+    parser.add_argument("--text", type=Path, help="folder for the compiled programs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     arguments = parser.parse_args()
@@ -192,7 +202,7 @@ def main() -> None:
         print("\n".join(known))
         return
     if arguments.one:
-        print(json.dumps(compile_program(known[arguments.one])))
+        print(json.dumps(compile_program(known[arguments.one], arguments.text)))
         return
     if unknown := set(arguments.rows) - set(known):
         parser.error(f"{', '.join(unknown)}: allowed are {', '.join(known)}")

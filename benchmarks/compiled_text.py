@@ -23,6 +23,8 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]+)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 _CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _NAME = re.compile(r"[\w.\-]+")
@@ -148,25 +150,49 @@ def _cost(computations: Computations, i: Instruction, *, longest: bool) -> Cost:
     cycles = _CYCLES.search(i.text)
     own = Cost(float(cycles[1]) if cycles else 0.0, *_collectives(i))
     if i.opcode == "conditional":
-        names = _BRANCHES.findall(i.text) or _NAME.findall(
-            _BRANCH_LIST.findall(i.text)[0]
-        )
-        branches = [
-            _total(_cost(computations, j, longest=longest) for j in computations[name])
-            for name in names
-        ]
-        if longest:
-            return max(branches, key=lambda cost: cost.cycles)
-        return _scale(_total(branches), 1 / len(branches))
+        return _conditional(computations, i, longest=longest)
     if i.opcode == "while":
-        trips = _TRIPS.search(i.text)
         body = _body(computations, i, longest=longest)
-        return _scale(body, float(trips[1]) if trips else 1.0)
+        return _scale(body, _trips(computations, i))
     if i.opcode in ("call", "async-start", "fusion"):
         inner = _body(computations, i, longest=longest)
         # The cycles of a fusion are noted beside it.
         return _total([own, inner._replace(cycles=0.0) if cycles else inner])
     return own
+
+
+def _conditional(computations: Computations, i: Instruction, *, longest: bool) -> Cost:
+    """Return the cost of the longest branch, or the mean of all that are alike.
+
+    A branch that does almost nothing is for clients without samples; it does not count.
+    """
+    listed = _BRANCH_LIST.search(i.text)
+    names = _NAME.findall(listed[1]) if listed else _BRANCHES.findall(i.text)
+    branches = [
+        _total(_cost(computations, j, longest=longest) for j in computations[name])
+        for name in names
+    ]
+    most = max(branches, key=lambda cost: (cost.cycles, sum(cost.nbytes.values())))
+    if longest:
+        return most
+    alike = [cost for cost in branches if cost.cycles >= most.cycles / 20]
+    return _scale(_total(alike), 1 / len(alike))
+
+
+def _trips(computations: Computations, loop: Instruction) -> float:
+    """Return how often a loop runs: what XLA notes, or the end in its condition.
+
+    A loop whose end the program computes counts once.
+    """
+    noted = _TRIPS.search(loop.text)
+    if noted:
+        return float(noted[1])
+    condition = _CONDITION.search(loop.text)
+    texts = [i.text for i in computations.get(condition[1] if condition else "", ())]
+    called = [name for text in texts for name in _CALLED.findall(text)]
+    texts += [i.text for name in called for i in computations.get(name, ())]
+    ends = _CONSTANT.findall("\n".join(texts))
+    return float(ends[0]) if len(ends) == 1 else 1.0
 
 
 def _collectives(i: Instruction) -> tuple[Counter[Collective], Counter[Collective]]:

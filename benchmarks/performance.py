@@ -34,10 +34,11 @@ Result = dict[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    """Read all results, by name of the file."""
-    return [
-        json.loads(path.read_text()) for path in sorted(folder.glob("bench-*.json"))
-    ]
+    """Read all results, by name of the file, and what no device has measured last."""
+    paths = sorted(
+        folder.glob("bench-*.json"), key=lambda path: ("bench-aot" in path.name, path)
+    )
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def render(results: Sequence[Result]) -> str:

@@ -9,7 +9,7 @@ import bench_round
 import bench_step
 
 Cell = Callable[[bench.Row], str]  # the text of a cell; empty if it is not measured
-BACKENDS = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
+BACKENDS = {"cpu": "CPU", "gpu": "GPU"}
 
 
 class Part(NamedTuple):

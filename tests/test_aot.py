@@ -42,8 +42,14 @@ HloModule jit_run, is_scheduled=true, num_partitions=4
 %step (t: (s32[], f32[4])) -> (s32[], f32[4]) {
   %v = bf16[8]{0} fusion(%t), calls=%fused, backend_config={"estimated_cycles":"100"}
   %w = (s32[]) while(%t), body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %y = (s32[]) while(%t), condition=%end, body=%inner
   %x = bf16[6]{0} all-to-all(%v), dimensions={0}
   ROOT %s = f32[4]{0} conditional(%t), branch_computations={%short, %long}
+}
+
+%end (t: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(4)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
 }
 
 %none (a: f32[4]) -> f32[4] {
@@ -67,7 +73,7 @@ false_computation=%none
 
 def test_cycles_and_collectives_are_read_from_the_text():
     step, rest = program_cost(TEXT)
-    assert step.cycles == 100 + 3 * 7 + (10 + 30) / 2
+    assert step.cycles == 100 + (3 + 4) * 7 + (10 + 30) / 2
     assert step.nbytes == {
         Collective("all-to-all", "bf16"): 12,
         Collective("all-reduce", "bf16"): 16 / 2,
