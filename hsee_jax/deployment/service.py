@@ -205,8 +205,7 @@ class Service:
         number, step = fields["round"], fields["step"]
         rows = mailbox.rows(i, number, step, Kind.EVALUATE)
         tensors = unpack(data, with_rows(form, rows))
-        features = {name: tensors[name] for name in tensors if name != "logits"}
-        check_finite(features, bound=self._bound)
+        self._check_features(tree_from(tensors, self._forms[i].message, "inputs"))
         mailbox.put(
             i, number, step, tensors, joint=False, alive=alive, kind=Kind.EVALUATE
         )
