@@ -24,7 +24,7 @@ def _peak(row: bench.Row) -> str:
 
 
 def _collectives(key: str) -> Cell:
-    """Show the megabytes of each kind of collective."""
+    """Show the megabytes of each kind of collective, from 10 kilobytes up."""
 
     def cell(row: bench.Row) -> str:
         if key not in row:
@@ -33,6 +33,7 @@ def _collectives(key: str) -> Cell:
             ", ".join(
                 f"{entry['kind']} {entry['dtype']} {figure(float(entry['MB']))}"
                 for entry in row[key]
+                if entry["MB"] >= 0.01
             )
             or "none"
         )
@@ -57,7 +58,8 @@ AOT = Section(
     "the peak of the chips, the least time there is, and all bytes that XLA counts at "
     "the bandwidth of the memory, of which some never leave the chip. Links count the "
     "bytes on a ring of the chips, and are not in the time of a step. Memory is that "
-    "of one chip, in GB. `auto` takes `grouped` on TPU and `unrolled` on a GPU.",
+    "of one chip, in GB. The compiler shared its cores with other work. `auto` takes "
+    "`grouped` on TPU and `unrolled` on a GPU.",
     (
         Part(
             "",
