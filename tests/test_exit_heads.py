@@ -106,6 +106,7 @@ def test_stacked_heads_are_looped_heads(conv):
         )
 
 
+@pytest.mark.slow
 def test_what_it_costs():
     """Weights by hand at 16 channels, and few FLOPs against those of a block."""
     model = resnet18(

@@ -186,7 +186,11 @@ def test_sequential_refuses_averages_that_cannot_be(options, message):
             {"average": "all_holders", "weights": "uniform"},
             marks=pytest.mark.slow,
         ),
-        (1.0, {"period": 2, "unit": "steps", "optimizer_state": "reset"}),
+        pytest.param(
+            1.0,
+            {"period": 2, "unit": "steps", "optimizer_state": "reset"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             0.6,
             {"batch_norm": "keep_local", "optimizer_state": "average"},
@@ -227,7 +231,7 @@ ALIKE = dict.fromkeys(CUTS, 2)
             1.0,
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             splitfed_v2,
             ALIKE,
             {
@@ -236,6 +240,7 @@ ALIKE = dict.fromkeys(CUTS, 2)
                 "policy": CLIENTS,
             },
             0.6,
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             fedavg,

@@ -55,6 +55,7 @@ from hsee_jax.systems.traffic import (
     traffic_of,
     training_bytes,
 )
+from hsee_jax.systems.tuning import Tuning, tune
 from hsee_jax.systems.work import Schedule, Work, schedule_of
 from hsee_jax.systems.workload import (
     CutSeconds,
@@ -64,6 +65,8 @@ from hsee_jax.systems.workload import (
 )
 
 __all__ = [
+    "Tuning",
+    "tune",
     "Bytes",
     "Cluster",
     "Clock",
