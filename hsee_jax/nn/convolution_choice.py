@@ -91,7 +91,7 @@ def auto_form(backend: str) -> str:
     convolutions with windows as large as the image, so each client gets its own
     convolution: benchmarks/bench_forms.py measured rounds 1.6 times as fast as with
     groups. XLA for TPU makes one convolution of a group, with the client as a spatial
-    axis: benchmarks/bench_aot.py compares the forms there.
+    axis: benchmarks/bench_aot.py shows what XLA expects of whole rounds.
 
     Args:
       backend: ``"cpu"``, ``"gpu"``, ``"tpu"`` or another.
