@@ -5,18 +5,18 @@ with slow gradients, and on CPU even the gradient of a single convolution by its
 is slow. `convolution` returns a replacement for `jax.lax.conv_general_dilated` that is
 equal to it up to rounding and runs in one of these forms:
 
-============  ====================================================================
-``grouped``   the native convolution; stacked weights become its groups
-``unrolled``  the native convolution, called once for each of the stacked weights
-``patches``   shifted slices times matrices: no convolution, more memory
-``winograd``  F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
-              others take 36; only for 3x3 of stride 1, else it is ``patches``
-``winograd4`` F(4x4, 3x3), 36 products where the others take 144; as ``winograd``, and
-              rounds about five times as coarsely
-``mixed``     on a CPU, the form that is not slower than the native one on any machine
-              that was measured
-``auto``      the form of the default backend, see `auto_form`
-============  ====================================================================
+=============  ===================================================================
+``grouped``    the native convolution; stacked weights become its groups
+``unrolled``   the native convolution, called once for each of the stacked weights
+``patches``    shifted slices times matrices: no convolution, more memory
+``winograd``   F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
+               others take 36; only for 3x3 of stride 1, else it is ``patches``
+``winograd4``  F(4x4, 3x3), 36 products where the others take 144; otherwise as
+               ``winograd``, and rounds about five times as coarsely
+``mixed``      on a CPU, the native form, or another that was about as fast or faster
+               where it was measured
+``auto``       the form of the default backend, see `auto_form`
+=============  ===================================================================
 
 In every form, inputs that `jax.vmap` batches under shared weights become one
 convolution of a larger batch. Images are NHWC and weights HWIO. A series, NWC, is an

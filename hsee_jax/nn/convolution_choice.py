@@ -122,7 +122,6 @@ def always(form: str) -> Choice:
 _CPU = (
     (1, None, 1, ("patches", "patches", "patches")),
     (3, 1, 256, ("winograd", "winograd", "winograd")),
-    (3, 2, 128, ("patches", "patches", "patches")),
     (3, 2, 16, ("grouped", "grouped", "patches")),
 )
 
