@@ -120,7 +120,13 @@ def assert_undisturbed(folder, state, caplog):
 @pytest.mark.parametrize(
     "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("post", MESSAGES.values(), ids=MESSAGES)
+@pytest.mark.parametrize(
+    "post",
+    [
+        pytest.param(post, id=text, marks=[] if post is twice else pytest.mark.slow)
+        for text, post in MESSAGES.items()
+    ],
+)
 def test_messages_may_be_disturbed(post, strategy, simulated, tmp_path, caplog):
     config = small_run(strategy=strategy)
     network = Network(config, tmp_path)

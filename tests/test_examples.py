@@ -245,6 +245,7 @@ def test_the_page_has_the_figures_of_the_refit():
     assert example("refit").table(rows) in page
 
 
+@pytest.mark.slow
 def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
     gate = example("gate")
     found = []
@@ -270,7 +271,13 @@ def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
         gate.main(["--run", "nowhere"])
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "first_run"))
+        for name in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     nbclient, nbformat = (
         pytest.importorskip(library) for library in ("nbclient", "nbformat")

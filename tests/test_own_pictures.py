@@ -285,6 +285,7 @@ RUN = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_run_on_folders(packaged, tmp_path, capsys, said):
     """Trained, restored, evaluated, gated and exported, with the names of classes."""
     data, run = tmp_path / "data", tmp_path / "run"

@@ -286,7 +286,13 @@ def test_a_joint_boundary_equals_the_reference(make, turn, exit_gradient):
 
 
 @pytest.mark.parametrize(
-    ("make", "cut"), [(splitfed_v1, 2), (splitfed_v2, 1), (fedavg, 3), (centralized, 2)]
+    ("make", "cut"),
+    [
+        pytest.param(splitfed_v1, 2, marks=pytest.mark.slow),
+        (splitfed_v2, 1),
+        (fedavg, 3),
+        (centralized, 2),
+    ],
 )
 def test_with_one_client_and_one_cut_a_baseline_is_plain_training(make, cut):
     """One network on one head's loss, by the plain step of the reference."""
