@@ -148,6 +148,7 @@ def test_a_step_is_the_gradient_of_the_joined_batch(cuts, options, absent):
             assert_same(weighted, joined, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_identical_clients_may_share_all_gradients():
     """Equal rows and weights: phi = 1 is phi = 0, with BatchNorm and running means."""
     federation = federation_of({0: 1, 1: 1, 2: 1})
@@ -262,6 +263,7 @@ def test_a_broken_client_is_left_out_of_the_step(options):
         assert_same(*moved, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_absent_client_with_batch_norm_leaves_the_step_to_the_others():
     """Its features are NaN, because BatchNorm has no row to take a mean of."""
     federation = federation_of({0: 1, 1: 1}, tiny_model())

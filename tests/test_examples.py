@@ -64,9 +64,8 @@ def numbers(line):
     return [float(text) for text in re.findall(r"\d+\.\d+", line)]
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param("averaging", marks=pytest.mark.slow), "sequential"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
 def test_the_plain_loop_gives_the_figures_of_train(strategy, monkeypatch, capsys):
     """Losses of every round, all weights, and what is printed; up to rounding."""
     loop = example("hetero_splitee")
@@ -271,13 +270,8 @@ def test_the_gate_answers_as_the_study_says(demo, monkeypatch, capsys):
         gate.main(["--run", "nowhere"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name == "first_run"))
-        for name in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     nbclient, nbformat = (
         pytest.importorskip(library) for library in ("nbclient", "nbformat")

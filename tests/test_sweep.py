@@ -33,6 +33,7 @@ def sweep(*words):
     return cli.main(["sweep", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_all_runs_as_if_alone(study, tmp_path, capfd):
     """In two processes at once, where there are two cores; then nothing is left."""
     study.write_text(STUDY.replace(*SHORT))
