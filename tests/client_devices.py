@@ -125,3 +125,17 @@ def serve_in_process(config, folder, **options):
     summary = network.serve(**options)
     network.join()
     return summary
+
+
+def simulator(tmp_path_factory):
+    """Return a function from a configuration to the state of its undisturbed run."""
+    states = {}
+
+    def state(config):
+        if config not in states:
+            folder = tmp_path_factory.mktemp("simulated") / "run"
+            hs.train(config, folder)
+            states[config] = hs.restore(folder).state
+        return states[config]
+
+    return state

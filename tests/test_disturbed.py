@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from client_devices import Network, small_run
+from client_devices import Network, simulator, small_run
 from grpc_devices import GrpcNetwork
 from page_tables import read_table
 
@@ -98,16 +98,7 @@ MESSAGES = {
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """The states of runs that nobody disturbs."""
-    states = {}
-
-    def state(config):
-        if config not in states:
-            folder = tmp_path_factory.mktemp("simulated") / "run"
-            hs.train(config, folder)
-            states[config] = hs.restore(folder).state
-        return states[config]
-
-    return state
+    return simulator(tmp_path_factory)
 
 
 def assert_undisturbed(folder, state, caplog):

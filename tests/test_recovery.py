@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from client_devices import Killed, Network, small_run
+from client_devices import Killed, Network, simulator, small_run
 
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError
@@ -21,16 +21,7 @@ from hsee_jax.runs.history import read_records
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """The state of a run that nobody disturbs, by strategy."""
-    states = {}
-
-    def state(config):
-        if config not in states:
-            folder = tmp_path_factory.mktemp("simulated") / "run"
-            hs.train(config, folder)
-            states[config] = hs.restore(folder).state
-        return states[config]
-
-    return state
+    return simulator(tmp_path_factory)
 
 
 def assert_undisturbed(simulated, config, folder):

@@ -37,9 +37,8 @@ class Place(NamedTuple):
         x = self.batch, *geometry.image, inputs * geometry.groups
         y = self.batch, *geometry.output, features
         w = *geometry.window, inputs, features
-        return {"forward": (x, w), "wrt_input": (y, w), "wrt_weights": (x, y)}[
-            self.name
-        ]
+        arrays = {"forward": (x, w), "wrt_input": (y, w), "wrt_weights": (x, y)}
+        return arrays[self.name]
 
 
 Choice = Callable[[Place], str]  # hashable; returns the name of a form
@@ -64,7 +63,7 @@ def place_of(name: str, geometry: Geometry, a: Array, b: Array, stack: int) -> P
 
 @dataclass(frozen=True)
 class FormTable:
-    """FormTable forms of some places, and the name of a form for all others."""
+    """The forms of some places, and the name of a form for all others."""
 
     forms: tuple[tuple[Place, str], ...]
     other: str

@@ -45,8 +45,8 @@ DtypeName = Annotated[
 ]
 ConvForm = Annotated[
     str,
-    "form of the convolutions; all are equal up to rounding, and auto chooses by "
-    "backend and shape",
+    "form of the convolutions; all are equal up to rounding, and auto takes what "
+    "`hsee tune` measured, or else chooses by backend and shape",
     one_of(FORMS),
 ]
 

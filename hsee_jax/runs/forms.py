@@ -72,14 +72,20 @@ def read_forms() -> Forms:
 
 
 def write_forms(forms: Forms) -> Path:
-    """Keep forms, beside those of other places; return the file."""
+    """Keep forms beside those of other places; return the file.
+
+    Raises:
+      UserError: the file cannot be written, or is not one of this function.
+    """
     path = forms_file()
     entries = [
         {"place": place, "form": form} for place, form in (read_forms() | forms).items()
     ]
+    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path
