@@ -5,8 +5,9 @@ are stacked (`--client-axis vmap`), for clients one after another in the same pr
 (`map`), for a loop over the clients, and for one ResNet-18 trained on as many images by
 `branch_step` in one program. The cost of a form is its time for an image relative to
 that plain network: 1 means that many clients cost no more than one network on all of
-their images. `auto` rests on this table.
-Cost: about 5 minutes on a GPU; a small size on a CPU takes 10.
+their images. `auto` rests on this table. On an accelerator there are two sizes: width 64
+in bfloat16, and a thin network with small batches.
+Cost: about 5 minutes a size on a GPU; a small size on a CPU takes 10.
 Command: python benchmarks/bench_forms.py [--forms unrolled grouped ...]
 """
 
@@ -23,10 +24,11 @@ from federations import STRATEGIES, Runner, federation, plain_branch, plain_prog
 
 from hsee_jax.nn.convolution_choice import FORMS
 
+PLACE = ("strategy", "client axis", "form")
 COLUMNS = (
-    "strategy",
-    "client axis",
-    "form",
+    "width",
+    "batch_size",
+    *PLACE,
     "images/s",
     "range",
     "cost in plain networks",
@@ -48,9 +50,9 @@ class Size(NamedTuple):
         return self.clients * self.batch_size * self.steps
 
 
-ACCELERATOR = Size(64, 128, 12, 4, "bfloat16")
-CPU = Size(8, 8, 6, 2, "float32")
-QUICK = Size(2, 4, 3, 1, "float32")
+ACCELERATOR = (Size(64, 128, 12, 4, "bfloat16"), Size(16, 32, 12, 8, "float32"))
+CPU = (Size(8, 8, 6, 2, "float32"),)
+QUICK = (Size(2, 4, 3, 1, "float32"),)
 
 
 def plain_network(size: Size) -> Callable[[], Any]:
@@ -106,7 +108,7 @@ def measure(size: Size, forms: Sequence[str], *, repeats: int) -> list[bench.Row
         time = times[" ".join(place)]
         rows.append(
             {
-                **dict(zip(COLUMNS[:3], place, strict=True)),
+                **dict(zip(PLACE, place, strict=True)),
                 **size._asdict(),
                 "images/s": size.images / time.median,
                 "range": f"{size.images / time.high:.3g}-{size.images / time.low:.3g}",
@@ -124,10 +126,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     arguments = parser.parse_args()
     forms = arguments.forms or [form for form in FORMS if form != "auto"]
-    size, repeats = (CPU if jax.default_backend() == "cpu" else ACCELERATOR), 7
+    sizes, repeats = (CPU if jax.default_backend() == "cpu" else ACCELERATOR), 7
     if arguments.quick:
-        size, repeats, forms = QUICK, 1, ["unrolled"]
-    rows = measure(size, forms, repeats=repeats)
+        sizes, repeats, forms = QUICK, 1, ["unrolled"]
+    rows = [row for size in sizes for row in measure(size, forms, repeats=repeats)]
     print(bench.table(rows, COLUMNS))
     print(f"\nwrote {bench.write('forms', rows, out=arguments.out)}")
 

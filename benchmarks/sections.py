@@ -200,7 +200,7 @@ SECTIONS = (
             Part(
                 "",
                 {
-                    **_values("strategy", "client axis", "form"),
+                    **_values("width", "batch_size", "strategy", "client axis", "form"),
                     "images/s": both("images/s", "range"),
                     "cost": value("cost in plain networks"),
                 },

@@ -4,17 +4,19 @@ Shows: the parts of benchmarks/bench_all.py, and then the next rows of the studi
 full size, in the time that the machine is lent.
 Cost: the time that it is given. The same command goes on with the next run.
 Command: python experiments/accelerator.py --seconds 540 --data-dir FOLDER [PARTS ...],
-where a part is a name that `bench_all.py --list` prints; ``none`` leaves all out.
+where a part is a name that `bench_all.py --list` prints; ``none`` leaves all out. Runs
+of a narrow network leave a large device idle: ``--jobs 5`` trains five at once.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STUDIES = ("cifar10", "cifar100", "stl10")
+STUDIES = ("cifar10-w16", "cifar10", "cifar100", "stl10")
 
 
 def main() -> None:
@@ -23,6 +25,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="parts of bench_all.py; default: all")
     parser.add_argument("--seconds", type=float, required=True, help="for everything")
     parser.add_argument("--data-dir", type=Path, help="folder with the datasets")
+    parser.add_argument("--studies", nargs="+", default=STUDIES, metavar="STUDY")
+    parser.add_argument("--jobs", default="1", help="runs at once, see hsee sweep")
     arguments = parser.parse_args()
     begun = time.monotonic()
     if arguments.parts != ["none"]:
@@ -31,12 +35,14 @@ def main() -> None:
         script = HERE.parent / "benchmarks" / "bench_all.py"
         _run([str(script), *arguments.parts, *within])
     folder = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []
-    for name in STUDIES:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs share it
+    for name in arguments.studies:
         left = arguments.seconds - (time.monotonic() - begun)
         if left > 0:
             study = HERE / name
             sweep = ["-m", "hsee_jax", "sweep", str(study / "study.toml")]
-            _run([*sweep, "--out", str(study), "--seconds", f"{left:.0f}", *folder])
+            limits = ["--seconds", f"{left:.0f}", "--jobs", arguments.jobs]
+            _run([*sweep, "--out", str(study), *limits, *folder])
 
 
 def _run(arguments: list[str]) -> None:
