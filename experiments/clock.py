@@ -1,0 +1,63 @@
+"""Compute the simulated seconds and joules of a study's rows on its devices.
+
+Shows: what each row would cost on the devices of STUDY/fleet.toml, by the clock of
+`hsee plan`. The clock depends on the settings and not on what is learned, so nothing is
+trained, and the images are blank.
+Expected: STUDY/clock.json.
+Cost: some seconds a row.
+Command: python experiments/clock.py experiments/cifar10-w16
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hsee_jax import studies
+from hsee_jax.core.types import Dataset
+from hsee_jax.data import dataset_info
+from hsee_jax.runs.build import build
+from hsee_jax.runs.clock import with_clock
+from hsee_jax.runs.data import DataSource
+from hsee_jax.runs.equip import Given, equip
+
+FILE = "clock.json"
+SIZES = {"cifar10": (50_000, 10_000)}  # training and test images
+
+
+def main() -> None:
+    """Write the seconds and joules of all rounds of each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path, help="the folder of a study")
+    given = parser.parse_args()
+    fleet = given.study / "fleet.toml"
+    found = {}
+    for row in studies.load(given.study / "study.toml").rows:
+        equipment = equip(row.config, Given(devices=fleet), resume=None)
+        experiment = with_clock(
+            build(row.config, blank(row.config.data.dataset)), equipment
+        )
+        found[row.name] = {
+            "seconds": sum(one.seconds for one in experiment.clock),
+            "joules": sum(one.joules for one in experiment.clock),
+        }
+        print(row.name, found[row.name], flush=True)
+    text = json.dumps(found, indent=2) + "\n"
+    (given.study / FILE).write_text(text, encoding="utf-8")
+
+
+def blank(dataset: str) -> DataSource:
+    """Return images without content, as many as the dataset has."""
+    info = dataset_info(dataset)
+
+    def images(count: int) -> Dataset:
+        labels = np.arange(count, dtype=np.int32) % info.num_classes
+        return Dataset(np.zeros((count, *info.input_shape), np.uint8), labels)
+
+    train, test = SIZES[dataset]
+    return DataSource(info, lambda: (images(train), images(test)))
+
+
+if __name__ == "__main__":
+    main()

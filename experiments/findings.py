@@ -1,0 +1,147 @@
+"""Write docs/results/findings.md: what the study cifar10-w16 shows, in plain words.
+
+Shows: its figures, all of them read from the study's results.jsonl, answers.jsonl (see
+`answers.py`) and clock.json (see `clock.py`); the words are here.
+Cost: a second.
+Command: python experiments/findings.py
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import answers
+import clock
+import numpy as np
+import tables
+
+from hsee_jax import studies
+from hsee_jax.report.tables import Table, markdown
+from hsee_jax.studies.results import Result
+
+NAME = "cifar10-w16"
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "findings.md"
+TEXT = Path(__file__).parent / NAME / "findings.md"  # the words, with {row.figure}
+
+
+class Row(NamedTuple):
+    """The figures of a row: accuracies are percentages, means over clients and seeds."""
+
+    exit: float
+    server: float
+    gb: float  # that the clients send
+    hours: float  # simulated
+    mj: float  # megajoules, simulated
+    by_cut: Mapping[str, tuple[float, float]]  # exit and server
+
+    def __getattr__(self, name: str) -> float:
+        """Return ``exit3`` or ``server5``: an accuracy at a cut."""
+        kind, cut = name[:-1], name[-1]
+        if kind not in ("exit", "server") or cut not in self.by_cut:
+            raise AttributeError(name)
+        return self.by_cut[cut][kind == "server"]
+
+
+def rows() -> dict[str, Row]:
+    """Return the rows that have results, by name."""
+    study, results = tables.load(NAME)
+    times = json.loads((tables.HERE / NAME / clock.FILE).read_text("utf-8"))
+    return {
+        name: _row(own, times[name])
+        for name, own in studies.by_row(study, results).items()
+    }
+
+
+def _row(results: tuple[Result, ...], time: Mapping[str, float]) -> Row:
+    summaries = [result.summary for result in results if result.summary]
+    clients = [client for one in summaries for client in one.scores.clients]
+    by_cut = {
+        str(cut): tuple(
+            100 * np.mean([(c.exit_accuracy, c.server_accuracy)
+                           for c in clients if c.cut == cut], axis=0)
+        )
+        for cut in sorted({client.cut for client in clients})
+    }
+    return Row(
+        exit=100 * float(np.mean([s.scores.mean_exit_accuracy for s in summaries])),
+        server=100 * float(np.mean([s.scores.mean_server_accuracy for s in summaries])),
+        gb=float(np.mean([one.link.up_bytes for one in summaries])) / 1e9,
+        hours=time["seconds"] / 3600,
+        mj=time["joules"] / 1e6,
+        by_cut=by_cut,
+    )
+
+
+def costs_table(found: Mapping[str, Row]) -> str:
+    """Return accuracies and costs of all rows."""
+    header = ("row", "exit %", "server %", "GB up", "simulated hours", "MJ")
+    lines = [
+        (
+            f"`{name}`",
+            *(f"{value:.1f}" for value in (row.exit, row.server, row.gb)),
+            *(f"{value:.2f}" for value in (row.hours, row.mj)),
+        )
+        for name, row in found.items()
+    ]
+    return markdown(Table("", header, lines)).rstrip()
+
+
+def cuts_table() -> str:
+    """Return the accuracies by cut with their intervals, and the gated ones."""
+    known = {one["row"]: one["cuts"] for one in answers.read(tables.HERE / NAME / answers.FILE)}
+    study, _ = tables.load(NAME)
+    header = ("row", "cut", "exit %", "server %", "30 % on the device", "60 %")
+    lines = [
+        (
+            f"`{row.name}`",
+            cut,
+            _interval(own["exit"]),
+            _interval(own["server"]),
+            *(f"{100 * own['gated'][str(s)]['accuracy']:.1f}" for s in answers.ON_DEVICE),
+        )
+        for row in study.rows
+        for cut, own in known.get(row.name, {}).items()
+    ]
+    return markdown(Table("", header, lines)).rstrip()
+
+
+def _interval(figures: Mapping[str, float]) -> str:
+    mean, low, high = (100 * figures[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def page() -> str:
+    """Return the page."""
+    found = rows()
+    values: dict[str, Any] = {name.replace("-", "_"): row for name, row in found.items()}
+    text = TEXT.read_text(encoding="utf-8")
+    return text.format(
+        costs=costs_table(found), cuts=cuts_table(), **values, **_differences(found)
+    )
+
+
+def _differences(found: Mapping[str, Row]) -> dict[str, float]:
+    """Return the differences that the text names, in points and GB."""
+    mixed, clients = found["sequential-mixed"], found["sequential-clients-mixed"]
+    averaging = found["averaging-mixed"]
+    return {
+        "gain_clients": clients.server - mixed.server,
+        "loss_clients": mixed.exit - clients.exit,
+        "price_clients": clients.gb - mixed.gb,
+        "mix_sequential": found["sequential-equal"].server - mixed.server,
+        "mix_averaging": found["averaging-equal"].server - averaging.server,
+        "lead7": mixed.server7 - mixed.exit7,
+        "shared": mixed.server - averaging.server,
+    }
+
+
+def main() -> None:
+    """Write the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
