@@ -5,8 +5,8 @@ are stacked (`--client-axis vmap`), for clients one after another in the same pr
 (`map`), for a loop over the clients, and for one ResNet-18 trained on as many images by
 `branch_step` in one program. The cost of a form is its time for an image relative to
 that plain network: 1 means that many clients cost no more than one network on all of
-their images. `auto` rests on this table. On an accelerator there are two sizes: width 64
-in bfloat16, and a thin network with small batches.
+their images. `auto` rests on this table. On an accelerator there are two sizes: width
+64 in bfloat16, and a thin network with small batches.
 Cost: about 5 minutes a size on a GPU; a small size on a CPU takes 10.
 Command: python benchmarks/bench_forms.py [--forms unrolled grouped ...]
 """

@@ -27,7 +27,7 @@ TEXT = Path(__file__).parent / NAME / "findings.md"  # the words, with {row.figu
 
 
 class Row(NamedTuple):
-    """The figures of a row: accuracies are percentages, means over clients and seeds."""
+    """The figures of a row: accuracies in percent, means over clients and seeds."""
 
     exit: float
     server: float
@@ -59,8 +59,11 @@ def _row(results: tuple[Result, ...], time: Mapping[str, float]) -> Row:
     clients = [client for one in summaries for client in one.scores.clients]
     by_cut = {
         str(cut): tuple(
-            100 * np.mean([(c.exit_accuracy, c.server_accuracy)
-                           for c in clients if c.cut == cut], axis=0)
+            100
+            * np.mean(
+                [(c.exit_accuracy, c.server_accuracy) for c in clients if c.cut == cut],
+                axis=0,
+            )
         )
         for cut in sorted({client.cut for client in clients})
     }
@@ -90,7 +93,8 @@ def costs_table(found: Mapping[str, Row]) -> str:
 
 def cuts_table() -> str:
     """Return the accuracies by cut with their intervals, and the gated ones."""
-    known = {one["row"]: one["cuts"] for one in answers.read(tables.HERE / NAME / answers.FILE)}
+    measured = answers.read(tables.HERE / NAME / answers.FILE)
+    known = {one["row"]: one["cuts"] for one in measured}
     study, _ = tables.load(NAME)
     header = ("row", "cut", "exit %", "server %", "30 % on the device", "60 %")
     lines = [
@@ -99,7 +103,7 @@ def cuts_table() -> str:
             cut,
             _interval(own["exit"]),
             _interval(own["server"]),
-            *(f"{100 * own['gated'][str(s)]['accuracy']:.1f}" for s in answers.ON_DEVICE),
+            *(f"{100 * gated['accuracy']:.1f}" for gated in own["gated"].values()),
         )
         for row in study.rows
         for cut, own in known.get(row.name, {}).items()
@@ -115,10 +119,10 @@ def _interval(figures: Mapping[str, float]) -> str:
 def page() -> str:
     """Return the page."""
     found = rows()
-    values: dict[str, Any] = {name.replace("-", "_"): row for name, row in found.items()}
+    by_name: dict[str, Any] = {n.replace("-", "_"): row for n, row in found.items()}
     text = TEXT.read_text(encoding="utf-8")
     return text.format(
-        costs=costs_table(found), cuts=cuts_table(), **values, **_differences(found)
+        costs=costs_table(found), cuts=cuts_table(), **by_name, **_differences(found)
     )
 
 
