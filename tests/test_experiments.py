@@ -46,7 +46,7 @@ def test_a_study_says_what_it_is_and_can_be_composed(name):
 
 
 def test_every_dataset_has_all_rows():
-    paths = EXPERIMENTS.glob("*/study.toml")
+    paths = sorted(EXPERIMENTS.glob("*/study.toml"))
     files = [path for path in paths if "extends" in path.read_text(encoding="utf-8")]
     names = [{row.name for row in studies.load(path).rows} for path in files]
     # full size is computed in bfloat16, of which float16 would save nothing

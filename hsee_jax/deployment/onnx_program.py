@@ -67,7 +67,11 @@ def _convert(
     names: Sequence[str],
 ) -> bytes:
     """Convert a function of samples, in quiet; see `onnx_program`."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        jax.numpy_rank_promotion("allow"),  # the converter's own layers need it
+    ):
         warnings.simplefilter("ignore")  # of names in JAX that will go away
         try:
             from jax2onnx import to_onnx
