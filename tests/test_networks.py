@@ -29,6 +29,7 @@ RUNS = {
     "vit": f"--hidden 32 --depth 4 --heads 2 --patch-size 7 {ADAM}",
     "conv1d": f"--width 16 {STEP}",
     "mlp": f"--hidden 64 --depth 4 {ADAM}",
+    "sian": f"--order 4 {ADAM}",
 }
 COMMON = (
     "--num-clients 2 --cuts 2 4 --rounds 6 --eval-every 6 --checkpoint-every 6 "
@@ -39,12 +40,28 @@ COMMON = (
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
     """The packaged images as series: 28 rows of 28 values."""
-    folder = tmp_path_factory.mktemp("series")
-    train, test = hs.data.load_dataset("fashion_mnist_small")
+    return write(tmp_path_factory.mktemp("series"), lambda images: images)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """The mean grey of 9 parts of each packaged image."""
+
+    def parts(images):
+        return images[:, :27, :27].reshape(-1, 3, 9, 3, 9).mean((2, 4)).reshape(-1, 9)
+
+    return write(tmp_path_factory.mktemp("table"), parts)
+
+
+def write(folder, of_images):
+    """The packaged images in another form, as files of arrays."""
     arrays = [
         part
-        for split in (train, test)
-        for part in (np.asarray(split.images, np.float32)[..., 0], split.labels)
+        for split in hs.data.load_dataset("fashion_mnist_small")
+        for part in (
+            of_images(np.asarray(split.images, np.float32)[..., 0]),
+            split.labels,
+        )
     ]
     hs.data.write_npz(folder, tuple(arrays))
     return folder
@@ -52,11 +69,12 @@ def series(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_network_trains_is_gated_and_exported(name, tmp_path, series, capsys):
+def test_a_network_trains_is_gated_and_exported(name, tmp_path, series, table, capsys):
     """The server is right three times as often as chance, 0.1, and the exits twice."""
     words = f"train --network {name} {RUNS[name]} {COMMON} --max-train-samples 1500"
-    if name == "conv1d":
-        words += f" --dataset npz --data-dir {series}"
+    own = {"conv1d": series, "sian": table}
+    if name in own:
+        words += f" --dataset npz --data-dir {own[name]}"
     out = tmp_path / "run"
     assert cli.main([*words.split(), "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())

@@ -19,9 +19,8 @@ def read_interactions(path: Path) -> tuple[str, ...]:
         chosen = json.loads(path.read_text(encoding="utf-8-sig"))["chosen"]
         found = [",".join(str(int(c)) for c in one["columns"]) for one in chosen]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _refusal(
-            path, f"cannot be read: {getattr(error, 'strerror', None) or error!r}"
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        raise _refusal(path, f"cannot be read: {reason}") from error
     if not found:
         raise _refusal(path, "holds no interaction")
     return tuple(found)
