@@ -193,6 +193,8 @@ def configurations():
         numbers.pop("pretrained", None)  # a file
         if "heads" in numbers:  # they divide the values and the image
             numbers |= {"hidden": 16, "heads": 4, "patch_size": 7}
+        if changes["strategy"] == "fedavg" and "depth" in numbers:
+            numbers["depth"] = 9  # the clients hold all layers
         if "order" in numbers:
             numbers["interactions"] = ("0,1",)
         if "trim_share" in numbers:

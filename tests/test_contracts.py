@@ -221,7 +221,7 @@ def test_padding_does_not_leak_into_real_rows(name):
     assert_equal(*results)
 
 
-@of_all(*SLOW, "vit")
+@of_all(*SLOW, "vit", "sian")
 def test_stacked_is_looped(name):
     """Two clients with weights of their own, side by side and one by one."""
     cut = middle_of(name)

@@ -68,6 +68,7 @@ def write(folder, of_images):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_network_trains_is_gated_and_exported(name, tmp_path, series, table, capsys):
     """The server is right three times as often as chance, 0.1, and the exits twice."""

@@ -1,23 +1,20 @@
 """The interactions of columns in the network of a run on a table."""
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.types import Array
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.branch import forward, server_spec
 from hsee_jax.nn.interactions import Function, Interaction, select_interactions
-from hsee_jax.runs.data import OwnData, data_source, own_field
-from hsee_jax.runs.folder import check_info
-from hsee_jax.runs.material import deal_parts
+from hsee_jax.runs.data import OwnData
+from hsee_jax.runs.reopen import samples_of
 from hsee_jax.runs.restore import Restored, restore
 
 _MAX_SAMPLES = Option("max_samples", int, 500, rules=(at_least(2),))
@@ -88,7 +85,7 @@ def find_interactions(
             "rows of a table, [F]"
         )
     logits = _logits(run, client)
-    rows = _rows(run, Path(folder), client, data_dir, data)
+    rows = samples_of(run, folder, client, data_dir=data_dir, data=data).images
     if len(rows) < 2:
         raise UserError(f"client: {client} has 1 sample; allowed are 2 or more")
     order = np.random.default_rng(0).permutation(len(rows))[:max_samples]
@@ -112,20 +109,3 @@ def _logits(run: Restored, client: int) -> Function:
         return found - found.mean(axis=1, keepdims=True)
 
     return logits
-
-
-def _rows(
-    run: Restored,
-    folder: Path,
-    client: int,
-    data_dir: str | None,
-    data: OwnData | None,
-) -> Any:
-    """Return the training samples of a client, ``float32 [M, F]``."""
-    config = run.config
-    if data_dir is not None:
-        config = override(config, data_dir=data_dir)
-    source = data_source(config.data, data)
-    check_info(folder, source.info, own_field(config.data))
-    train, _ = source.read()
-    return np.asarray(train.images)[deal_parts(config, train)[0][client]]

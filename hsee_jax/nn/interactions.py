@@ -108,7 +108,8 @@ def select_interactions(
     max_order, count = _MAX_ORDER.checked(max_order), _COUNT.checked(count)
     x = np.asarray(x, np.float32)
     chosen: list[Interaction] = []
-    candidates = list(itertools.combinations(range(x.shape[1]), 2))
+    pairs = itertools.combinations(range(x.shape[1]), 2)
+    candidates: list[Columns] = list(pairs)
     while candidates and len(candidates[0]) <= max_order:
         scores = _scores(f, x, baseline, candidates)
         found = map(Interaction, candidates, scores)

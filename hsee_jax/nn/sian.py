@@ -104,7 +104,7 @@ class SumHead(nn.Module):
 
 def _identity(key: Key, shape: Sequence[int], dtype: jnp.dtype) -> Array:
     del key
-    return jnp.eye(*shape, dtype=dtype)
+    return jnp.eye(shape[0], shape[1], dtype=dtype)
 
 
 @NETWORKS.register(
