@@ -37,29 +37,30 @@ Sets = tuple[tuple[Columns, ...], ...]  # those of 1 column, of 2 columns ...
 _MOST_SETS = 10_000  # of a network, unless they are given one by one
 
 
-class Term(nn.Module):
-    """A perceptron of two hidden layers: ``[B, k] -> float32 [B, K]``.
+class BlockDense(nn.Module):
+    """A linear layer for each of n terms: ``[B, n, k] -> float32 [B, n, features]``.
 
-    The biases of its first layer are random, so that the bends of its function lie at
-    different values of the columns.
+    This is a dense layer whose matrix has n blocks on its diagonal, and 0 elsewhere.
     """
 
-    hidden: int
-    classes: int
+    features: int
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Run the perceptron."""
-        init, bends = nn.initializers.he_normal(), nn.initializers.normal(1.0)
-        zeros = nn.initializers.zeros
-        x = nn.Dense(self.hidden, kernel_init=init, bias_init=bends, name="dense1")(x)
-        x = nn.Dense(self.hidden, kernel_init=init, name="dense2")(nn.relu(x))
-        out = nn.Dense(self.classes, use_bias=False, kernel_init=zeros, name="out")
-        return out(nn.relu(x))
+        """Run the layers."""
+        count, size = x.shape[1:]
+        init = nn.initializers.he_normal(batch_axis=0)
+        kernel = self.param("kernel", init, (count, size, self.features))
+        bias = self.param("bias", self.bias_init, (count, self.features))
+        return jnp.einsum("bnk,nkh->bnh", x, kernel) + bias[None]
 
 
 class Terms(nn.Module):
     """The terms of one order: ``[B, S + C] -> float32 [B, K + C']``.
+
+    A term is a perceptron of two hidden layers on its own columns. The biases of the
+    first are random, so that the bends of its function lie at different values.
 
     The inputs are a sum of terms, S numbers, and C columns; S is 0 in the first layer.
     The outputs are the sum with the terms of this layer, and C' of the columns.
@@ -76,15 +77,13 @@ class Terms(nn.Module):
         """Run the layer; rows do not mix, so the mask is not needed."""
         del mask, train
         total, columns = x[:, : self.sums], x[:, self.sums :]
-        terms = nn.vmap(
-            Term,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=1,
-            out_axes=1,
-        )(self.hidden, self.classes, name="terms")
-        members = columns[:, np.array(self.sets)]  # [B, n, k]
-        own = terms(members).sum(axis=1) / math.sqrt(len(self.sets))
+        y = columns[:, np.array(self.sets)]  # [B, n, k]
+        bends = nn.initializers.normal(1.0)
+        y = nn.relu(BlockDense(self.hidden, bends, name="dense1")(y))
+        y = nn.relu(BlockDense(self.hidden, name="dense2")(y))
+        y = y.reshape(y.shape[0], -1) / math.sqrt(len(self.sets))
+        zeros = nn.initializers.zeros
+        own = nn.Dense(self.classes, use_bias=False, kernel_init=zeros, name="sum")(y)
         rest = columns[:, np.array(self.rest, int)]
         return jnp.concatenate([total + own if self.sums else own, rest], axis=1)
 
