@@ -170,6 +170,7 @@ def test_costs_are_those_that_torchvision_states(name, products, options):
         ("resnet50", (32, 32, 3), 23_520_842),
         ("mobilenet_v2", (32, 32, 3), 2_236_682),
         ("vit", (32, 32, 3), 5_362_762),
+        ("sian", (10,), 26_350),
     ],
 )
 def test_parameters(name, shape, parameters):
@@ -178,12 +179,15 @@ def test_parameters(name, shape, parameters):
     ResNet-34: 21,797,672 - 990 * 513 - 40 * 3 * 64; ResNet-50: 25,557,032 - 990 * 2,049
     - 7,680; MobileNetV2: 3,504,872 - 990 * 1,281. ViT: 12 blocks of 12 * 192^2 + 13 *
     192, 48 * 192 + 192 of patches, 66 * 192 of token and places, 384 + 1,930 behind.
+    SIAN: 10 terms of a column and 45 of a pair, each with 16 * (1 or 2) + 16, 16 * 16 +
+    16 and 16 * 10; and the final head.
     """
     assert {
         "resnet34": 21_797_672 - 990 * 513 - 7_680,
         "resnet50": 25_557_032 - 990 * 2_049 - 7_680,
         "mobilenet_v2": 3_504_872 - 990 * 1_281,
         "vit": 12 * (12 * 192**2 + 13 * 192) + 49 * 192 + 66 * 192 + 384 + 1_930,
+        "sian": 10 * 464 + 45 * 480 + 110,
     }[name] == parameters
     model = network(name, shape)
     init = jax.eval_shape(lambda: hs.nn.init_network(model, jax.random.key(0)))
