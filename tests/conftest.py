@@ -52,3 +52,11 @@ def said(caplog, monkeypatch):
     monkeypatch.setattr(log, "handlers", [])
     caplog.set_level(logging.INFO, "hsee_jax")
     return lambda: [r.message for r in caplog.records if "datasets" in r.name]
+
+
+@pytest.fixture
+def lenient():
+    """No strict dtypes: a step of optax's Adam multiplies numbers of two types."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -26,6 +26,7 @@ NEEDS = {
     "splitfed_v1": {"cuts": ("3",)},
     "splitfed_v2": {"cuts": ("3",)},
     "centralized": {"num_clients": 1, "cuts": ("3",), "link": "full"},
+    "sian": {"order": 3},
 }
 LAYERS = {
     "mlp": 8,
@@ -34,7 +35,10 @@ LAYERS = {
     "mobilenet_v2": 19,
     "vit": 12,
     "conv1d": 6,
+    "sian": 3,
 }
+SHAPES = {"conv1d": (28, 1), "sian": (28,)}  # of samples, where it takes no images
+
 # They name a module and a file, or belong to the clock.
 NOT_BUILT = ("plugin", "pretrained", "deadline")
 ROBUST = {"weights": "uniform", "aggregate": "trimmed_mean", "trim_share": 0.25}
@@ -147,8 +151,7 @@ def test_every_choice_can_be_built(field, name, changes):
         assert callable(DATASETS.make(name, options=config.data.options).read)
         return
     info = build_info(config.data)
-    if name == "conv1d":
-        info = info._replace(input_shape=(28, 1))
+    info = info._replace(input_shape=SHAPES.get(name, info.input_shape))
     federation = build_federation(config, info)
     strategy = build_strategy(config, federation)
     assert len(federation.model.stages) == LAYERS.get(name, 9)
@@ -190,6 +193,10 @@ def configurations():
         numbers.pop("pretrained", None)  # a file
         if "heads" in numbers:  # they divide the values and the image
             numbers |= {"hidden": 16, "heads": 4, "patch_size": 7}
+        if changes["strategy"] == "fedavg" and "depth" in numbers:
+            numbers["depth"] = 9  # the clients hold all layers
+        if "order" in numbers:
+            numbers["interactions"] = ("0,1",)
         if "trim_share" in numbers:
             numbers |= ROBUST
         if "exit_gradient" in numbers:
@@ -217,7 +224,7 @@ def reads():
             found.setdefault(key, set()).add(options.get(key))
         if registry is DATASETS:  # whatever it is, its data are those of the package
             return make(registry, "fashion_mnist_small")
-        if name == "conv1d":  # takes no images
+        if name in SHAPES:
             return make(registry, "tiny", *context, **more)
         return make(registry, name, *context, options=options, **more)
 

@@ -31,7 +31,9 @@ from hsee_jax.nn import NETWORKS, masked_cross_entropy, parse_cut
 from hsee_jax.nn.model import Network, init_network, layer_inputs
 
 SMALL = {"width": 2, "features": 2, "hidden": 4, "depth": 3, "heads": 2, "window": 3}
-CLASSES, INPUT_SHAPES = 3, {2: (12, 2), 3: (8, 8, 1)}  # by rank: series and images
+SMALL |= {"order": 3}
+CLASSES = 3
+INPUT_SHAPES = {1: (4,), 2: (12, 2), 3: (8, 8, 1)}  # by rank: tables, series, images
 # Further forms of networks, with their options.
 FORMS = {
     f"{name} group": (name, {"norm": "group"})
@@ -219,7 +221,7 @@ def test_padding_does_not_leak_into_real_rows(name):
     assert_equal(*results)
 
 
-@of_all(*SLOW, "vit")
+@of_all(*SLOW, "vit", "sian")
 def test_stacked_is_looped(name):
     """Two clients with weights of their own, side by side and one by one."""
     cut = middle_of(name)

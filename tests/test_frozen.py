@@ -163,6 +163,7 @@ NETWORK_OPTIONS = {
     "tiny": dict(TINY, cuts=("3",)),
     "mlp": dict(depth=3, hidden=8, cuts=("2",)),
     "conv1d": dict(cuts=("2",), dataset="npz"),
+    "sian": dict(cuts=("1",), dataset="npz"),
     "resnet18": dict(width=4, cuts=("6",), exit_head="bn_linear"),
     "resnet34": dict(width=4, cuts=("5",), norm="group"),
     "resnet50": dict(width=4, cuts=("4",)),
@@ -178,9 +179,10 @@ def test_onnx_answers_as_jax_does(network, link, tmp_path, converter):
     options = NETWORK_OPTIONS[network]
     if options.get("dataset") == "npz":
         rng = np.random.default_rng(0)
-        x, y = rng.normal(size=(20, 16, 2)).astype(np.float32), np.arange(20) % 3
-        hs.data.write_npz(tmp_path / "series", (x, y, x, y))
-        options = options | {"data_dir": str(tmp_path / "series")}
+        shape = (20, 16) if network == "sian" else (20, 16, 2)
+        x, y = rng.normal(size=shape).astype(np.float32), np.arange(20) % 3
+        hs.data.write_npz(tmp_path / "data", (x, y, x, y))
+        options = options | {"data_dir": str(tmp_path / "data")}
     config = hs.override(
         hs.preset("demo"), **{"network": network} | options, num_clients=1, link=link
     )

@@ -41,6 +41,11 @@ COMMANDS = {
     "refit": Command(
         "refit", "refit", "Fit the exits of a run exactly, in one round of messages."
     ),
+    "interactions": Command(
+        "interactions",
+        "interactions",
+        "Find the interactions of columns in a run on a table.",
+    ),
     "export": Command(
         "export", "export", "Write a client's layers and exit as a portable folder."
     ),
@@ -87,7 +92,7 @@ COMMANDS = {
 
 def usage() -> str:
     """Return the help of ``hsee`` without a command."""
-    lines = [f"  {name:8}{command.description}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:14}{command.description}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: hsee COMMAND ...; hsee COMMAND --help lists its flags", "", *lines]
     )

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import jax
 
 from hsee_jax.cli.absences import read_absences
+from hsee_jax.cli.interactions_file import read_interactions
 from hsee_jax.config import (
     PRESETS,
     SECTIONS,
@@ -142,6 +143,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="CSV with the columns client,from,to: sets --absences",
     )
+    parser.add_argument(
+        "--interactions-file",
+        type=Path,
+        metavar="FILE",
+        help="interactions.json of hsee interactions: sets --interactions",
+    )
 
 
 def add_option(place: Any, option: Option, text: str) -> None:
@@ -201,8 +208,9 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     changes = {name: given[name] for name in options() if name in given}
     for name in {"data_dir", "pretrained"} & changes.keys():
         changes[name] = str(expand_home(changes[name], name).resolve())
-    if "absences_file" in given and "absences" in changes:
-        raise UserError("absences_file: is not allowed together with absences")
+    for name in ("absences", "interactions"):
+        if f"{name}_file" in given and name in changes:
+            raise UserError(f"{name}_file: is not allowed together with {name}")
     if "seed" in given:
         changes = {name: given["seed"] for name in SEEDS} | changes
     if "preset" in given and "config" in given:
@@ -219,4 +227,6 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     if "absences_file" in given:
         clients = changes.get("num_clients", base.clients.num_clients)
         changes["absences"] = read_absences(given["absences_file"], clients)
+    if "interactions_file" in given:
+        changes["interactions"] = read_interactions(given["interactions_file"])
     return override(base, **changes)

@@ -9,6 +9,7 @@ from hsee_jax.inference.gate import (
     make_gate,
     register,
 )
+from hsee_jax.inference.interactions import Interactions, find_interactions
 from hsee_jax.inference.predict import predict
 from hsee_jax.inference.study import Study, study
 
@@ -17,8 +18,10 @@ __all__ = [
     "Answers",
     "Criterion",
     "Gate",
+    "Interactions",
     "Study",
     "Target",
+    "find_interactions",
     "make_gate",
     "predict",
     "register",

@@ -4,13 +4,24 @@ from hsee_jax.nn.conv1d import conv1d
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import auto_form
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
+from hsee_jax.nn.interactions import (
+    Interaction,
+    interaction_effects,
+    select_interactions,
+)
 from hsee_jax.nn.layers import ConvNorm, Head, Norm
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
 from hsee_jax.nn.mobilenet import InvertedResidual, mobilenet_v2
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
 from hsee_jax.nn.pretrained import load_pretrained
-from hsee_jax.nn.registry import NETWORKS, images_only, register, series_only
+from hsee_jax.nn.registry import (
+    NETWORKS,
+    images_only,
+    register,
+    series_only,
+    tables_only,
+)
 from hsee_jax.nn.resnet import (
     BasicBlock,
     Bottleneck,
@@ -20,6 +31,7 @@ from hsee_jax.nn.resnet import (
     resnet34,
     resnet50,
 )
+from hsee_jax.nn.sian import sian
 from hsee_jax.nn.vit import Block, FirstBlock, Patches, TokenHead, vit
 
 __all__ = [
@@ -32,6 +44,7 @@ __all__ = [
     "DenseLayer",
     "FirstBlock",
     "Head",
+    "Interaction",
     "InvertedResidual",
     "LinearHead",
     "Model",
@@ -47,6 +60,7 @@ __all__ = [
     "from_linen",
     "images_only",
     "init_network",
+    "interaction_effects",
     "layer_inputs",
     "load_pretrained",
     "masked_cross_entropy",
@@ -58,6 +72,9 @@ __all__ = [
     "resnet18",
     "resnet34",
     "resnet50",
+    "select_interactions",
     "series_only",
+    "sian",
+    "tables_only",
     "vit",
 ]

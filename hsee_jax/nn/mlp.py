@@ -14,7 +14,9 @@ from hsee_jax.core.types import Array
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS
 
-Hidden = Annotated[int, "values of a sample, or of a token, in each layer", at_least(1)]
+Hidden = Annotated[
+    int, "values of a sample, a token or an interaction, in each layer", at_least(1)
+]
 Depth = Annotated[int, "number of layers, and so of cuts", at_least(1)]
 
 

@@ -32,6 +32,14 @@ def series_only(make: F) -> F:
     return _only(make, "series", "[T, C]", 2)
 
 
+def tables_only(make: F) -> F:
+    """Decorate the factory of a network that takes no other inputs than tables.
+
+    This is `images_only` for an ``input_shape`` of ``(F,)``.
+    """
+    return _only(make, "tables", "[F]", 1)
+
+
 def _only(make: F, kind: str, letters: str, rank: int) -> F:
     @functools.wraps(make)
     def checked(

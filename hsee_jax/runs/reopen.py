@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 from hsee_jax.config.values import override
+from hsee_jax.core.types import Dataset
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import load
@@ -12,10 +15,11 @@ from hsee_jax.runs.data import OwnData, data_source, own_field
 from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import check_info, read_config
+from hsee_jax.runs.material import deal_parts
 from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.private import check_layers
 from hsee_jax.runs.records import Scores
-from hsee_jax.runs.restore import checkpoint_of
+from hsee_jax.runs.restore import Restored, checkpoint_of
 
 
 def reopen(
@@ -69,3 +73,33 @@ def evaluate(
     experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
     slots = experiment.store.from_checkpoint(state)
     return int(state.round), Scores.of(experiment.evaluate(slots, experiment.test))
+
+
+def samples_of(
+    run: Restored,
+    folder: str | os.PathLike[str],
+    client: int,
+    *,
+    data_dir: str | None = None,
+    data: OwnData | None = None,
+) -> Dataset:
+    """Read the training samples of a client again.
+
+    Args:
+      run: the restored run.
+      folder: of the run.
+      client: its id.
+      data_dir: see `reopen`.
+      data: see `reopen`.
+
+    Raises:
+      UserError: the data are missing, or differ from the data of the run.
+    """
+    config = run.config
+    if data_dir is not None:
+        config = override(config, data_dir=data_dir)
+    source = data_source(config.data, data)
+    check_info(Path(folder), source.info, own_field(config.data))
+    train, _ = source.read()
+    part = deal_parts(config, train)[0][client]
+    return Dataset(*(np.asarray(array)[part] for array in train))
