@@ -63,7 +63,10 @@ class Restored(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
     def server(self, i: int) -> Branch:
-        """Return the layers behind client i and the final head."""
+        """Return the layers behind client i and the final head.
+
+        With a junction they follow it, and read what it merges.
+        """
         return server_of(self.strategy, self.state, *seat(self.federation, i))
 
     def network(self, i: int) -> Branch:
