@@ -1,7 +1,7 @@
 """Several clients see one event: their views, and the server that merges them."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from rounds import KEY, assert_same, branches, train
 from tiny import (
     CLASSES,
     PIPELINE,
-    TINY,
     DenseLayer,
     tiny_data,
     tiny_federation,
@@ -40,9 +39,12 @@ from hsee_jax.systems.device_file import Fleet
 DENSE = tiny_model((DenseLayer(8), DenseLayer(5)))  # compiles fast
 THREE = dict.fromkeys(range(3), 1)  # clients of cut 1
 RATE = jnp.float32(1.0)
+SLOW_MEAN = pytest.param("mean", marks=pytest.mark.slow)
 SETTING = hs.override(
     hs.preset("demo"),
-    **TINY,
+    network="mlp",
+    hidden=8,
+    depth=2,
     strategy="fpl",
     partition="views",
     num_clients=4,
@@ -128,10 +130,13 @@ def test_the_mean_is_over_the_views_that_are_there():
         junction.mixer.init(KEY, beside), beside, jnp.ones(4, bool), train=True
     )[0]
     counts = present.sum(axis=0)[:, None, None]
-    np.testing.assert_allclose(mixed, merged * counts / 3, rtol=1e-5, atol=1e-7)
+    expected = np.asarray(merged) * counts / 3
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("boundary", ["detached", "joint"])
+@pytest.mark.parametrize(
+    "boundary", [pytest.param("detached", marks=pytest.mark.slow), "joint"]
+)
 def test_identical_views_and_a_mean_equal_one_client(boundary):
     """The clients stay alike, and the server is that of a single client."""
     found = []
@@ -185,7 +190,7 @@ def draw_events(absent=(), infinite=()):
     return Batch(*map(jnp.asarray, (views, labels, mask)))
 
 
-@pytest.mark.parametrize("name", ["mean", "concat"])
+@pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])
 def test_a_joint_step_descends_the_loss_of_the_event(name):
     """At rate 1 weights move by the gradient, those of clients by two times theirs.
 
@@ -215,7 +220,7 @@ def member(state, n):
 
 
 @pytest.mark.parametrize("boundary", ["detached", "joint"])
-@pytest.mark.parametrize("name", ["mean", "concat"])
+@pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])
 def test_a_view_that_is_not_finite_is_absent(name, boundary):
     """The server learns from the others, and the client takes no step."""
     federation = tiny_federation(THREE, DENSE)
@@ -248,7 +253,7 @@ def test_a_client_that_misses_a_round_leaves_the_mean_to_the_others():
     assert_same(*servers, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mean", "concat"])
+@pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])
 def test_a_mesh_changes_nothing(name):
     """Three clients in the slots of eight devices, in training and in an evaluation."""
     results = []
@@ -269,10 +274,16 @@ def test_a_mesh_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"junction": "concat"}, {"strategy": "sequential"}]
+    ("axis", "changes"),
+    [
+        ("loop", {"junction": "concat"}),
+        ("loop", {"strategy": "sequential"}),
+        pytest.param("loop", {}, marks=pytest.mark.slow),
+        pytest.param("vmap", {}, marks=pytest.mark.slow),
+        pytest.param("vmap", {"strategy": "sequential"}, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("axis", ["loop", "vmap"])
-def test_scores_are_those_of_the_views(changes, axis):
+def test_scores_are_those_of_the_views(axis, changes):
     """By hand, for clients with the same weights and a view of their own."""
     experiment = build(hs.override(SETTING, client_axis=axis, **changes))
     state, data = experiment.init(), experiment.test
@@ -305,26 +316,29 @@ def test_scores_are_those_of_the_views(changes, axis):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Runs of both junctions from the command line."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name in ("mean", "concat"):
+    """Train a run with a junction from the command line, once."""
+
+    @cache
+    def run(name):
+        folder = tmp_path_factory.mktemp("runs") / name
         flags = (
-            f"--plugin tiny --network tiny --strategy fpl --junction {name} "
+            f"--network mlp --hidden 16 --depth 2 --strategy fpl --junction {name} "
             "--partition views --num-clients 4 --cuts 1 --max-train-samples 600 "
             "--max-test-samples 200 --validation-share 0.1 --rounds 3 "
-            "--batch-size 16 --learning-rate 0.05"
+            "--batch-size 16 --server-lr-scale 0.3"
         )
-        assert main(["train", "demo", *flags.split(), "--out", str(folder / name)]) == 0
-    return folder
+        assert main(["train", "demo", *flags.split(), "--out", str(folder)]) == 0
+        return folder
+
+    return run
 
 
-@pytest.mark.parametrize("name", ["mean", "concat"])
+@pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])
 def test_a_run_learns_is_restored_and_gated(trained, name):
     """Every answer of the server is from all views, whichever client is asked."""
-    folder = trained / name
+    folder = trained(name)
     scores = json.loads((folder / "summary.json").read_text())["clients"]
     assert main(["gate", str(folder), "--target-offload", "0.5"]) == 0
-    assert main(["eval", str(folder)]) == 0
     run = hs.restore(folder)
     _, test = hs.data.load_dataset("fashion_mnist_small")
     images, labels = test.images[:200], test.labels[:200]
@@ -340,7 +354,7 @@ def test_a_run_learns_is_restored_and_gated(trained, name):
 def test_a_client_is_exported_with_its_own_view(trained):
     from jax import export
 
-    folder = trained / "mean"
+    folder = trained("concat")
     assert main(["export", str(folder), "--client", "3"]) == 0
     program = (folder / "export" / "client-3" / "segment.jaxexport").read_bytes()
     assert export.deserialize(bytearray(program)).in_avals[-1].shape[1:] == (14, 14, 1)
