@@ -57,7 +57,7 @@ def measure_clients(
     held_out, test = (_samples(data, info, batch_size) for data in datasets)
     federation, layers = experiment.federation, experiment.costs()
     for g, group in enumerate(federation.groups):
-        strategy, view = experiment.strategy, experiment.views.take
+        strategy, view = experiment.strategy, experiment.pipeline.view
         gate = gate_of(
             federation, strategy, g, batch_size=batch_size, criterion=criterion
         )

@@ -143,8 +143,7 @@ def assemble(
     Raises:
       UserError: see `build`.
     """
-    pipeline, key = build_pipeline(config, info), augment_key(config)
-    federation = _start(config, info, mesh)
+    pipeline, federation = build_pipeline(config, info), _start(config, info, mesh)
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
@@ -156,11 +155,13 @@ def assemble(
     placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
     if train is not None:
         placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    compilers = make_compilers(pipeline, key, axis, mesh, eval_batch_size)
+    compilers = make_compilers(
+        pipeline, augment_key(config), axis, mesh, eval_batch_size
+    )
     return Experiment(
         config=config,
         info=info,
-        views=views_in(config, info),
+        pipeline=pipeline,
         federation=federation,
         strategy=strategy,
         manifest=shares,

@@ -13,7 +13,6 @@ from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
 from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.data.views import Views
 from hsee_jax.engine.compilation import check_finite
 from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
 from hsee_jax.engine.likeness import References
@@ -104,7 +103,7 @@ class Experiment(NamedTuple):
 
     config: Config  # as it is written to the run's folder
     info: DatasetInfo
-    views: Views  # of the samples, by client
+    pipeline: InputPipeline  # makes the batches of a client
     federation: Federation
     strategy: Strategy
     manifest: list[Share]  # each client's share of the training set
@@ -251,7 +250,7 @@ class Experiment(NamedTuple):
         samples = Samples(
             self.train,
             self.shards,
-            InputPipeline(self.info.mean, self.info.std, view=self.views.take),
+            self.pipeline,
             self.eval_batch_size,
             self.info.num_classes,
         )
