@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.types import Array, Key, Stage
+from hsee_jax.core.types import Array, Stage
 from hsee_jax.federation.branch import Branch, BranchSpec
+from hsee_jax.nn.mixer import Mixer
 from hsee_jax.nn.model import from_linen
 
 # Features [S, B, ...] and whether they are there, bool [S, B] -> merged, [B, ...].
@@ -51,9 +51,7 @@ def mean_junction() -> Junction:
 def concat_junction(num_views: int, features: jax.ShapeDtypeStruct) -> Junction:
     """Concatenate the channels of all views, and mix them in a layer with weights.
 
-    A view that is absent is zero. The layer is dense over the last axis (for images a
-    1x1 convolution), from all channels of all views to those of one; it starts as the
-    sum over the views, divided by their number.
+    A view that is absent is zero. The layer is a `hsee_jax.nn.mixer.Mixer`.
 
     Args:
       num_views: V; the views are the first V of a stack.
@@ -67,27 +65,7 @@ def concat_junction(num_views: int, features: jax.ShapeDtypeStruct) -> Junction:
         beside = jnp.moveaxis(real, 0, -2)  # [B, ..., V, C]
         return beside.reshape(*beside.shape[:-2], -1)
 
-    return Junction(merge, from_linen(_Mixer(num_views, features.shape[-1])))
-
-
-class _Mixer(nn.Module):
-    """A dense layer over the channels of all views."""
-
-    num_views: int
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        del mask, train
-        dense = nn.Dense(
-            self.features, use_bias=False, dtype=x.dtype, kernel_init=self._mean
-        )
-        return dense(x)
-
-    def _mean(self, key: Key, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
-        del key
-        same = jnp.eye(self.features, dtype=dtype) / self.num_views
-        return jnp.tile(same, (self.num_views, 1)).reshape(shape)
+    return Junction(merge, from_linen(Mixer(num_views, features.shape[-1])))
 
 
 def _like(flags: Array, values: Array) -> Array:

@@ -18,7 +18,7 @@ from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import Indices
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
 from hsee_jax.engine.host_store import HostStore
-from hsee_jax.engine.placement import Shards, place_data
+from hsee_jax.engine.placement import place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
 from hsee_jax.engine.refit import check_exits
 from hsee_jax.engine.round import client_axis
@@ -148,16 +148,14 @@ def assemble(
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
     parts, shares, test, train, held = material(federation.groups)
-    shards: Shards = dict(enumerate(parts))
+    key, shards = augment_key(config), dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = make_store(config, federation, strategy)
     placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
     if train is not None:
         placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    compilers = make_compilers(
-        pipeline, augment_key(config), axis, mesh, eval_batch_size
-    )
+    compilers = make_compilers(pipeline, key, axis, mesh, eval_batch_size)
     return Experiment(
         config=config,
         info=info,
