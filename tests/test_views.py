@@ -314,6 +314,14 @@ def test_scores_are_those_of_the_views(axis, changes):
     assert len({result.exit_loss for result in found}) == 4
 
 
+def test_every_view_keeps_its_place_where_few_clients_take_part():
+    experiment = build(hs.override(SETTING, participation=0.5))
+    for number in range(2):
+        plan = experiment.plan(number)
+        np.testing.assert_array_equal(plan.ids, range(4))
+        assert plan.active.sum() == 2
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Train a run with a junction from the command line, once."""
@@ -340,6 +348,8 @@ def test_a_run_learns_is_restored_and_gated(trained, name):
     scores = json.loads((folder / "summary.json").read_text())["clients"]
     assert main(["gate", str(folder), "--target-offload", "0.5"]) == 0
     run = hs.restore(folder)
+    with pytest.raises(UserError, match="strategy: fpl has no network of one client"):
+        run.network(0)
     _, test = hs.data.load_dataset("fashion_mnist_small")
     images, labels = test.images[:200], test.labels[:200]
     for i, score in enumerate(scores):

@@ -73,7 +73,16 @@ class Restored(NamedTuple):
         """Return the layers of client i, the layers behind it, and the final head.
 
         Its spec is ``server_spec(model, 0, optimizer)``.
+
+        Raises:
+          UserError: the layers behind it read the views of several clients.
         """
+        if self.strategy.junction is not None:
+            raise UserError(
+                f"strategy: {self.config.strategy.strategy} has no network of one "
+                "client, as its server reads the views of all; allowed are `client` "
+                "and `server`"
+            )
         client, server = self.client(i), self.server(i)
         return Branch(client.layers + server.layers, server.head)
 
