@@ -105,7 +105,7 @@ def plain_program(model: Model, optimizer: Optimizer, dataset: str) -> Wrapped:
         mask = jnp.ones(rows.shape[1], bool)
 
         def step(t: Array, branch: Branch) -> Branch:
-            batch = pipeline.evaluation(data, rows[t], mask)
+            batch = pipeline.evaluation(data, rows[t], mask, jnp.int32(0))
             return branch_step(spec, branch, batch, jnp.float32(0.01))[0]
 
         return jax.lax.fori_loop(0, len(rows), step, branch)

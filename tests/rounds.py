@@ -57,6 +57,7 @@ def train(
             number=number,
             slots=slots,
             missing=(missing or {}).get(number, ()),
+            one_draw=strategy.junction is not None,
             **draw,
         )
         rates = np.linspace(peak, 0.4 * peak, len(plan.indices), dtype=np.float32)

@@ -158,6 +158,7 @@ def test_each_library_has_one_home():
     homes = {
         "flax.linen": {
             "nn.layers",
+            "nn.mixer",
             "nn.mlp",
             "nn.mobilenet",
             "nn.resnet",

@@ -1,6 +1,7 @@
 """Training algorithms, with a file for each paper."""
 
 from hsee_jax.algorithms.fedavg import fedavg
+from hsee_jax.algorithms.fpl import fpl
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import centralized, local
 from hsee_jax.algorithms.registry import ALGORITHMS, register
@@ -11,6 +12,7 @@ __all__ = [
     "averaging",
     "centralized",
     "fedavg",
+    "fpl",
     "local",
     "register",
     "sequential",

@@ -21,17 +21,20 @@ not finite, nobody takes it.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hsee_jax.algorithms.rows import (
+    ServedRows,
+    ServeRowsFn,
     are_finite,
     by_client,
+    decode_rows,
     forward_rows,
-    like,
+    of_own_mean,
+    reported,
     rows_of,
     without,
 )
@@ -39,7 +42,6 @@ from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
 from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
-    decode,
     decode_gradient,
     encode,
     encode_gradient,
@@ -63,14 +65,6 @@ from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
 
-class _Served(NamedTuple):
-    """The result of the server's step."""
-
-    server: Branch
-    metrics: tuple[Metrics, ...]  # of each group, leaves [S]
-    gradients: tuple[Array, ...]  # of each group's features, [S, B, ...]
-
-
 def serve_together(
     federation: Federation,
     server: Branch,
@@ -91,7 +85,8 @@ def joint_together(
     federation: Federation,
     rates: Callable[[Array], tuple[Array, Array]],
     exit_gradient: float,
-    gradient_share: float,
+    gradient_share: float = 0.0,
+    serve: ServeRowsFn | None = None,
 ) -> StepFn:
     """Step all clients at once with a joint boundary.
 
@@ -100,6 +95,7 @@ def joint_together(
       rates: the learning rate of a step -> those of client and server.
       exit_gradient: see `hsee_jax.federation.joint_step`.
       gradient_share: phi.
+      serve: the server's step; None for that of EPSL.
     """
     mesh = federation.mesh
     specs = [federation.specs(g)[0] for g in range(len(federation.groups))]
@@ -122,9 +118,8 @@ def joint_together(
         messages = tuple(
             constrain(message, mesh, P(None, CLIENTS)) for _, message, _ in sent
         )
-        served = _serve(
-            federation, state.servers[0], messages, of_server, shared_rows=shared_rows
-        )
+        take_rows = serve or partial(_serve, federation, shared_rows=shared_rows)
+        served = take_rows(state.servers[0], messages, of_server)
         clients, metrics = [], []
         for g, (client, message, passed) in enumerate(sent):
             client, exits, sizes = over_members(
@@ -195,11 +190,11 @@ def _serve(
     learning_rate: Array,
     *,
     shared_rows: int,
-) -> _Served:
+) -> ServedRows:
     """Step the server on all rows; see `serve_together` for the arguments."""
     mesh, spec = federation.mesh, federation.specs(0)[1]
     specs = [federation.specs(g)[1] for g in range(len(messages))]
-    decoded = list(map(_decoded, specs, messages))
+    decoded = list(map(decode_rows, specs, messages))
     fine = list(map(are_finite, decoded))
     batches = list(map(without, decoded, fine))
     server = constrain(server, mesh, SAME)
@@ -219,11 +214,11 @@ def _serve(
         for *pair, s in zip(parts_of(moved), parts_of(server), seen, strict=True)
     )
     refused = [~ok | jnp.isnan(total.loss_sum) for ok in fine]
-    return _Served(
+    return ServedRows(
         constrain(with_parts(server, parts), mesh, SAME),
-        tuple(map(_reported, metrics, decoded, refused)),
+        tuple(map(reported, metrics, decoded, refused)),
         tuple(
-            _of_own_mean(gradient, one.count, total.count, no)
+            of_own_mean(gradient, one.count, total.count, no)
             for gradient, one, no in zip(gradients, metrics, refused, strict=True)
         ),
     )
@@ -260,11 +255,6 @@ def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Calla
     return run
 
 
-def _decoded(spec: BranchSpec, message: Batch) -> Batch:
-    """Decode the messages of a group's clients, ``[S, B, ...]``."""
-    return message._replace(inputs=jax.vmap(partial(decode, spec))(message.inputs))
-
-
 def _sum(trees: list) -> PyTree:
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
 
@@ -280,17 +270,3 @@ def _mean_loss(
     total = _sum([jax.tree.map(jnp.sum, one) for one in metrics])
     count = jnp.maximum(total.count, 1).astype(jnp.float32)
     return total.loss_sum / count, metrics
-
-
-def _reported(metrics: Metrics, batch: Batch, refused: Array) -> Metrics:
-    """Return a group's metrics, with a loss of NaN for clients without a step."""
-    count = jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
-    loss_sum = jnp.where(refused & (count > 0), jnp.nan, metrics.loss_sum)
-    return Metrics(loss_sum, metrics.correct, count)
-
-
-def _of_own_mean(gradient: Array, own: Array, total: Array, refused: Array) -> Array:
-    """Scale gradients of the joint mean to those of each client's own, ``[S, ...]``."""
-    scale = total.astype(jnp.float32) / jnp.maximum(own, 1).astype(jnp.float32)
-    scale = jnp.where(refused, jnp.nan, scale).astype(gradient.dtype)
-    return gradient * like(scale, gradient)

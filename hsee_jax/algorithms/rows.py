@@ -1,12 +1,14 @@
 """The rows of all clients on their way through one server, where they join by depth."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.types import Array, Batch, PyTree
-from hsee_jax.federation.branch import BranchSpec, LayerState
+from hsee_jax.core.types import Array, Batch, Metrics, PyTree
+from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, decode
 
 
 class Rows(NamedTuple):
@@ -16,6 +18,18 @@ class Rows(NamedTuple):
     weights: Array  # float32 [k]: the clients in each mean
     own: Array  # [R, ...]: each of one client
     mask: Array  # bool [R]
+
+
+class ServedRows(NamedTuple):
+    """The result of a server's step on the rows of all clients."""
+
+    server: Branch
+    metrics: tuple[Metrics, ...]  # of each group, leaves [S]
+    gradients: tuple[Array, ...]  # of each group's features, [S, B, ...]
+
+
+# The server, one message a group with leaves [S, B, ...], the server's rate.
+ServeRowsFn = Callable[[Branch, tuple[Batch, ...], Array], ServedRows]
 
 
 def like(flags: Array, values: Array) -> Array:
@@ -119,3 +133,22 @@ def by_client(values: Array, masks: list[Array]) -> list[Array]:
         found.append(jnp.swapaxes(part, 0, 1))
         start += mask.size
     return found
+
+
+def decode_rows(spec: BranchSpec, message: Batch) -> Batch:
+    """Decode the messages of a group's clients, ``[S, B, ...]``."""
+    return message._replace(inputs=jax.vmap(partial(decode, spec))(message.inputs))
+
+
+def reported(metrics: Metrics, batch: Batch, refused: Array) -> Metrics:
+    """Return a group's metrics, with a loss of NaN for clients without a step."""
+    count = jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
+    loss_sum = jnp.where(refused & (count > 0), jnp.nan, metrics.loss_sum)
+    return Metrics(loss_sum, metrics.correct, count)
+
+
+def of_own_mean(gradient: Array, own: Array, total: Array, refused: Array) -> Array:
+    """Scale gradients of the joint mean to those of each client's own, ``[S, ...]``."""
+    scale = total.astype(jnp.float32) / jnp.maximum(own, 1).astype(jnp.float32)
+    scale = jnp.where(refused, jnp.nan, scale).astype(gradient.dtype)
+    return gradient * like(scale, gradient)

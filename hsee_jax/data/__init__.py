@@ -23,6 +23,7 @@ from hsee_jax.data.partition import (
 )
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline, normalize
 from hsee_jax.data.registry import DATASETS, Form, register
+from hsee_jax.data.views import VIEWS, ViewFn, Views, views_of
 
 __all__ = [
     "AUGMENTATIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "KNOWN",
     "PACKAGED",
     "PARTITIONS",
+    "VIEWS",
     "Arrays",
     "Data",
     "DatasetInfo",
@@ -38,6 +40,8 @@ __all__ = [
     "Limits",
     "OnBytes",
     "Share",
+    "ViewFn",
+    "Views",
     "dataset_info",
     "from_arrays",
     "hold_out",
@@ -50,5 +54,6 @@ __all__ = [
     "read_arrays",
     "read_dataset",
     "register",
+    "views_of",
     "write_npz",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array, Batch, Dataset, Key
+from hsee_jax.data.views import ViewFn
 
 _PAD = 4  # pixels, the usual margin for 32x32 images
 
@@ -105,9 +106,10 @@ class InputPipeline(NamedTuple):
     mean: tuple[float, ...]  # of each entry of the last axis, see `normalize`
     std: tuple[float, ...]
     augment: AugmentFn = none()
+    view: ViewFn | None = None  # of each client; None for whole samples
 
     def check(self, input_shape: tuple[int, ...]) -> None:
-        """Refuse an augmentation that does not take samples of this shape.
+        """Refuse an augmentation that does not take views of this shape.
 
         Raises:
           UserError: the augmentation raises it.
@@ -115,12 +117,26 @@ class InputPipeline(NamedTuple):
         rows = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
         jax.eval_shape(self.augment, jax.random.key(0), rows)
 
-    def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
-        """Return the samples at ``int32 [B]``, normalised and augmented."""
-        batch = self.evaluation(data, indices, mask)
+    def training(
+        self, key: Key, data: Dataset, indices: Array, mask: Array, client: Array
+    ) -> Batch:
+        """Return the samples at ``int32 [B]`` like `evaluation`, but augmented."""
+        batch = self.evaluation(data, indices, mask, client)
         return batch._replace(inputs=self.augment(key, batch.inputs))
 
-    def evaluation(self, data: Dataset, indices: Array, mask: Array) -> Batch:
-        """Return the samples at ``int32 [B]``, normalised."""
-        images = normalize(data.images[indices], self.mean, self.std)
+    def evaluation(
+        self, data: Dataset, indices: Array, mask: Array, client: Array
+    ) -> Batch:
+        """Return a client's view of the samples at ``int32 [B]``, normalised.
+
+        Args:
+          data: the samples.
+          indices: of the batch, ``int32 [B]``.
+          mask: ``bool [B]``, false on padding.
+          client: the id of the client, ``int32 []``, for its view.
+        """
+        images = data.images[indices]
+        if self.view is not None:
+            images = self.view(images, client)
+        images = normalize(images, self.mean, self.std)
         return Batch(images, data.labels[indices], mask)

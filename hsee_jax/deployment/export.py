@@ -142,9 +142,9 @@ def _check(place: Path) -> None:
 def _export(trained: Trained, place: Path, known: Figures, *, onnx: bool) -> Path:
     from safetensors.numpy import save
 
-    info, branch = trained.info, _bare(trained.branch)
-    known = {"criterion": "entropy"} | known
+    branch, known = _bare(trained.branch), {"criterion": "entropy"} | known
     client = up_to(trained.model, cut=len(branch.layers))
+    info = trained.info._replace(input_shape=client.input_shape)  # of its own view
     weights = _by_name(branch, client.layer_names)
     segment = make_segment(client, info, known["criterion"])
     files = {

@@ -65,7 +65,8 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
         client: Branch, data: Dataset, rows: Any, who: Array, step: Array, rate: Array
     ) -> Sent:
         key = step_key(part.augment_key, who, step)
-        batch = part.pipeline.training(key, data, *rows)
+        indices, mask = rows
+        batch = part.pipeline.training(key, data, indices, mask, who)
         return halves.send(client, batch, rate, group=0)
 
     @jax.jit

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import Agreement
+from hsee_jax.engine.event_scoring import make_event_scores
 from hsee_jax.engine.likeness import References
 from hsee_jax.engine.plan import EMPTY, take_seats
 from hsee_jax.engine.round import Programs, client_axis
@@ -100,7 +101,9 @@ def make_evaluation(
         arguments, to use and to add to; only ``loop`` does.
     """
     score = make_score(federation, pipeline)
-    if client_axis(axis, backend_of(federation.mesh)) == "loop":
+    if strategy.junction is not None:
+        scores_of = make_event_scores(federation, strategy.junction, pipeline)
+    elif client_axis(axis, backend_of(federation.mesh)) == "loop":
         cuts = [group.cut for group in federation.groups]
         known = {} if programs is None else programs
         scores_of = make_loop(score, strategy, cuts, known)
@@ -121,7 +124,8 @@ def make_evaluation(
         results: list[ClientResult] = []
         for g, seats in enumerate(split_stacks(ids, sizes)):
             taken = seats != EMPTY
-            scores = scores_of(Task(g, state, taken, data, rows, references))
+            views = seats if pipeline.view else np.zeros_like(seats)
+            scores = scores_of(Task(g, state, taken, views, data, rows, references))
             results += results_of(federation.groups[g], seats.tolist(), scores, count)
         return sorted(results)
 

@@ -135,6 +135,7 @@ def plan_round(
     number: int,
     slots: Sequence[int] | None = None,
     missing: Collection[int] = (),
+    one_draw: bool = False,
 ) -> RoundPlan:
     """Draw the plan of a round.
 
@@ -151,6 +152,8 @@ def plan_round(
       slots: the slots of each group, see `num_slots`; None for a slot for each member.
       missing: clients that miss the round even if they were drawn; they keep their
         turns, without samples.
+      one_draw: whether all clients have as many samples, and take them in one order,
+        so that those that see the same events take the same in a step.
     """
     who = participants(groups, participation=participation, seed=seed, number=number)
     slots = [len(group.ids) for group in groups] if slots is None else slots
@@ -162,8 +165,9 @@ def plan_round(
     (seats,) = np.nonzero(np.isin(ids, list(who)))
     for n in seats:
         i = int(ids[n])
+        stream = 0 if one_draw else i
         indices[n], own = own_batches(
-            shards[i], indices[n].shape, seed=seed, client=i, number=number
+            shards[i], indices[n].shape, seed=seed, client=stream, number=number
         )
         mask[n] = own & active[n]
     order = turn_order(ids[seats], steps=steps, turn=turn, seed=seed, number=number)

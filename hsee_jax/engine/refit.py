@@ -162,9 +162,9 @@ def _sums(
     """Return what client i sends: the sums over its samples."""
     shard, size = samples.shards[i], samples.batch_size
     padded = np.resize(shard, -(-len(shard) // size) * size)
-    client = jax.device_put(client)
+    client, who = jax.device_put(client), np.int32(i)
     features = [
-        _features(spec, path, samples.pipeline, client, samples.data, indices)
+        _features(spec, path, samples.pipeline, client, samples.data, indices, who)
         for indices in padded.reshape(-1, size)
     ]
     rows, labels = to_host((features, samples.data.labels))
@@ -183,10 +183,11 @@ def _features(
     client: Branch,
     data: Dataset,
     indices: Array,
+    who: Array,
 ) -> Array:
     """Return what the last layer of an exit reads of some samples, ``[B, F]``."""
     mask = jnp.ones(len(indices), bool)
-    batch = pipeline.evaluation(data, indices, mask)
+    batch = pipeline.evaluation(data, indices, mask, who)
     features, _, _ = forward(spec, client, batch.inputs, batch.mask, train=False)
     variables = {"params": client.head.params, "batch_stats": client.head.batch_stats}
     return last_inputs(spec.head, variables, path, features, batch.mask)

@@ -162,7 +162,7 @@ def _fetch_batch(
     rows: Array,
     mask: Array,
 ) -> Batch:
-    return pipeline.training(step_key(key, who, step), data, rows, mask)
+    return pipeline.training(step_key(key, who, step), data, rows, mask, who)
 
 
 def _all_at_once(

@@ -52,6 +52,7 @@ class ScoreFn(Protocol):
         self,
         pair: tuple[Branch, Branch],
         data: Dataset,
+        who: Array,
         indices: Array,
         mask: Array,
         *,
@@ -59,7 +60,7 @@ class ScoreFn(Protocol):
     ) -> BothMetrics:
         """Return the sums over the samples at ``int32 [B]`` with a true mask.
 
-        ``pair`` is the client and the server behind it.
+        ``pair`` is the client and the server behind it, ``who`` the client's id.
         """
 
 
@@ -76,6 +77,7 @@ class Task(NamedTuple):
     group: int
     state: RunState
     taken: npt.NDArray[np.bool_]  # [S], false for empty slots
+    views: npt.NDArray[np.int32]  # [S], the clients' ids; 0 where all see the same
     data: Dataset
     rows: Rows
     references: References
@@ -97,6 +99,7 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
     def score(
         pair: tuple[Branch, Branch],
         data: Dataset,
+        who: Array,
         indices: Array,
         mask: Array,
         *,
@@ -104,7 +107,7 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
     ) -> BothMetrics:
         client, server = pair
         client_spec, server_spec = federation.specs(group)
-        batch = pipeline.evaluation(data, indices, mask)
+        batch = pipeline.evaluation(data, indices, mask, who)
         answers = client_answers(client_spec, client, batch.inputs, mask)
         return score_answers(server_spec, server, answers, batch.labels, mask)
 
@@ -168,7 +171,8 @@ def make_loop(
 
     def client(task: Task, slot: int) -> BothMetrics:
         own = take(task.stacks(strategy), np.int32(slot))
-        weights = jax.device_get(weights_of(own))
+        who = task.views[slot]
+        weights = (jax.device_get(weights_of(own)), who)
         known = task.references.get(task.group)
         if known is not None and alike(weights, known.weights):
             return known.scores
@@ -177,7 +181,7 @@ def make_loop(
         if cut not in programs:
             programs[cut] = jax.jit(partial(score, group=task.group))
         batches = zip(*task.rows, strict=True)
-        sums = [programs[cut](pair, task.data, *row) for row in batches]
+        sums = [programs[cut](pair, task.data, who, *row) for row in batches]
         scores = jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
         task.references.setdefault(task.group, Reference(weights, scores))
         return scores
@@ -200,7 +204,7 @@ def make_map(score: ScoreFn, strategy: Strategy, mesh: Mesh | None) -> ScoresFn:
         shared: tuple[Branch, ...],
         data: Dataset,
         rows: Rows,
-        taken: Array,
+        slots: tuple[Array, Array],
         *,
         group: int,
     ) -> BothMetrics:
@@ -209,27 +213,32 @@ def make_map(score: ScoreFn, strategy: Strategy, mesh: Mesh | None) -> ScoresFn:
             shared: tuple[Branch, ...],
             data: Dataset,
             rows: Rows,
-            taken: Array,
+            slots: tuple[Array, Array],
         ) -> BothMetrics:
-            def client(own: tuple[Branch, ...]) -> BothMetrics:
+            taken, views = slots
+
+            def client(member: tuple[tuple[Branch, ...], Array]) -> BothMetrics:
+                own, who = member
                 pair = _pair(strategy, own, shared, group)
                 return jax.lax.map(
-                    lambda row: score(pair, data, *row, group=group), rows
+                    lambda row: score(pair, data, who, *row, group=group), rows
                 )
 
-            return map_unlike(client, stacks, weights_of(stacks), taken)
+            weights = (weights_of(stacks), views)
+            return map_unlike(client, (stacks, views), weights, taken)
 
         specs = (SPREAD, SAME, SAME, SAME, SPREAD)
         return on_devices(on_device, mesh, specs, SPREAD)(
-            stacks, shared, data, rows, taken
+            stacks, shared, data, rows, slots
         )
 
     def clients(task: Task) -> list[BothMetrics | None]:
         shared = task.state.servers if strategy.shared else ()
-        rows, taken = to_devices((task.rows, task.taken), mesh, (SAME, SPREAD))
+        given = task.rows, (task.taken, task.views)
+        rows, slots = to_devices(given, mesh, (SAME, SPREAD))
         sums = to_host(
             clients_map(
-                task.stacks(strategy), shared, task.data, rows, taken, group=task.group
+                task.stacks(strategy), shared, task.data, rows, slots, group=task.group
             )
         )
         slots = range(len(task.taken))

@@ -66,7 +66,7 @@ def by_turns(
         group: int,
     ) -> tuple[Branch, Branch, ExitMetrics]:
         assert strategy.turn is not None
-        batch = pipeline.training(step_key(key, who, step), data, *rows)
+        batch = pipeline.training(step_key(key, who, step), data, *rows, who)
         return strategy.turn(client, server, batch, rate, group=group)
 
     new: set[Callable] = set()
@@ -185,7 +185,7 @@ def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
     def fetch_batch(
         who: Array, step: Array, data: Dataset, rows: Array, mask: Array
     ) -> Batch:
-        return pipeline.training(step_key(key, who, step), data, rows, mask)
+        return pipeline.training(step_key(key, who, step), data, rows, mask, who)
 
     @partial(jax.jit, donate_argnums=0)
     def step(

@@ -18,6 +18,7 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.junction import Junction, concat_junction, mean_junction
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.recut import Exits, recut
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
@@ -47,6 +48,7 @@ __all__ = [
     "ForwardPass",
     "Group",
     "Halves",
+    "Junction",
     "LayerMean",
     "LayerState",
     "ReduceFn",
@@ -61,6 +63,7 @@ __all__ = [
     "client_backward",
     "client_forward",
     "client_spec",
+    "concat_junction",
     "decode",
     "decode_gradient",
     "detached_step",
@@ -74,6 +77,7 @@ __all__ = [
     "init_server",
     "joint_step",
     "layer_mean",
+    "mean_junction",
     "merge",
     "message_bytes",
     "over_members",

@@ -7,6 +7,7 @@ import jax
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Key, Metrics, PyTree
 from hsee_jax.federation.branch import Branch
+from hsee_jax.federation.junction import Junction
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.step import ForwardPass
 from hsee_jax.link.codecs import Message
@@ -133,6 +134,9 @@ class Strategy(NamedTuple):
     # For clients and server in processes of their own; None if nothing can cross a
     # network between them.
     halves: Halves | None = None
+    # Where the clients see one event each in its own way: how the shared server reads
+    # them together. All clients then take the same samples in a step.
+    junction: Junction | None = None
     # What the turn of each group depends on, beside the algorithm, its options and the
     # network: where it is equal, so is the compiled turn. Empty where nobody says.
     turn_kinds: tuple[Hashable, ...] = ()

@@ -6,6 +6,9 @@ Hetero-SplitEE gates by entropy). The features of the other samples are gathered
 padded to one of a few static sizes, and the server runs only on them. BatchNorm uses
 its running statistics, so a sample's answer depends neither on the padding nor on the
 other samples of its batch.
+
+Where several clients see one event, each in its own way, the exit of one of them
+answers if it is sure; if not, the server answers from the views of all.
 """
 
 import math
@@ -21,6 +24,7 @@ import numpy.typing as npt
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array
 from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forward
+from hsee_jax.federation.junction import Junction
 from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
 
@@ -29,7 +33,8 @@ _PARTS = 8  # equal parts of a batch; the server runs on one to eight of them
 # (client, inputs [B, ...]) -> the message on the device, with at least B rows, and
 # the exit's logits [B, K] and uncertainty [B] on the host.
 ClientFn = Callable[[Branch, Array], tuple[Message, npt.NDArray, npt.NDArray]]
-# (server, message, rows int [R]) -> logits [R, K] of these rows, on the host.
+# (server, message, rows int [R]) -> logits [R, K] of these rows, on the host. With a
+# junction the leaves of the message are those of all clients, [N, B, ...].
 ServerFn = Callable[[Branch, Message, npt.NDArray[np.int64]], npt.NDArray]
 
 
@@ -115,12 +120,45 @@ class Gate(NamedTuple):
           ValueError: there are no inputs, or more than a whole batch.
         """
         message, exit_logits, uncertainty = self.on_client(client, inputs)
-        exited = np.isfinite(uncertainty) & (uncertainty < threshold)
-        (rows,) = np.nonzero(~exited)
-        logits = exit_logits.copy()
-        if len(rows):
-            logits[rows] = self.on_server(server, message, rows)
-        return Answers(logits, exited, exit_logits, uncertainty)
+        return _gated(
+            exit_logits,
+            uncertainty,
+            threshold,
+            lambda rows: self.on_server(server, message, rows),
+        )
+
+    def answer_events(
+        self,
+        clients: Sequence[Branch],
+        server: Branch,
+        views: Sequence[Array],
+        threshold: float,
+        *,
+        asked: int,
+    ) -> Answers:
+        """Answer a batch of events that all clients see; for a gate with a junction.
+
+        Args:
+          clients: all of them; only the exit of one is asked.
+          server: all that the server holds, also its mixer.
+          views: of each client, see the inputs of `answer`.
+          threshold: see `answer`.
+          asked: the position of the client whose exit is asked.
+
+        Raises:
+          ValueError: see `answer`.
+        """
+        message, exit_logits, uncertainty = self.on_client(clients[asked], views[asked])
+
+        def from_all(rows: npt.NDArray[np.int64]) -> npt.NDArray:
+            messages = [
+                message if n == asked else self.on_client(client, inputs)[0]
+                for n, (client, inputs) in enumerate(zip(clients, views, strict=True))
+            ]
+            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *messages)
+            return self.on_server(server, stack, rows)
+
+        return _gated(exit_logits, uncertainty, threshold, from_all)
 
 
 def make_gate(
@@ -130,6 +168,7 @@ def make_gate(
     batch_size: int,
     criterion: str = "entropy",
     sizes: Sequence[int] | None = None,
+    junction: Junction | None = None,
 ) -> Gate:
     """Compile gated inference for the clients of one cut.
 
@@ -142,13 +181,30 @@ def make_gate(
       criterion: a name in `CRITERIA`.
       sizes: the numbers of rows that the server runs on, up to B; the samples that go
         to the server are padded to the next size. None for the eighths of B.
+      junction: of the strategy, see `Gate.answer_events`; None where each client is
+        answered by itself.
     """
     if sizes is None:
         sizes = [-(-batch_size * part // _PARTS) for part in range(1, _PARTS + 1)]
     return Gate(
         _client_part(client_spec, CRITERIA.make(criterion), batch_size),
-        _server_part(server_spec, sizes),
+        _server_part(server_spec, sizes, junction),
     )
+
+
+def _gated(
+    exit_logits: npt.NDArray[np.float32],
+    uncertainty: npt.NDArray[np.float32],
+    threshold: float,
+    answer_rows: Callable[[npt.NDArray[np.int64]], npt.NDArray],
+) -> Answers:
+    """Replace the answers of an unsure exit by those of the server."""
+    exited = np.isfinite(uncertainty) & (uncertainty < threshold)
+    (rows,) = np.nonzero(~exited)
+    logits = exit_logits.copy()
+    if len(rows):
+        logits[rows] = answer_rows(rows)
+    return Answers(logits, exited, exit_logits, uncertainty)
 
 
 def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> ClientFn:
@@ -178,13 +234,24 @@ def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> Cli
     return on_client
 
 
-def _server_part(spec: BranchSpec, sizes: Sequence[int]) -> ServerFn:
+def _server_part(
+    spec: BranchSpec, sizes: Sequence[int], junction: Junction | None
+) -> ServerFn:
     """Compile the server's layers and final head for some numbers of rows."""
+    wide = spec if junction is None else junction.widen(spec)
 
     @jax.jit
     def run(server: Branch, message: Message, rows: Array, mask: Array) -> Array:
-        features = decode(spec, jax.tree.map(lambda leaf: leaf[rows], message))
-        return forward(spec, server, features, mask, train=False)[1]
+        def read(message: Message) -> Array:
+            return decode(spec, jax.tree.map(lambda leaf: leaf[rows], message))
+
+        if junction is None:
+            features = read(message)
+        else:
+            views = jax.vmap(read)(message)
+            present = jnp.broadcast_to(mask[None], (len(views), len(mask)))
+            features = junction.merge(views, present)
+        return forward(wide, server, features, mask, train=False)[1]
 
     def on_server(
         server: Branch, message: Message, rows: npt.NDArray[np.int64]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from hsee_jax.core.types import Array, Dataset
@@ -13,7 +12,7 @@ from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.state import RunState
-from hsee_jax.federation.strategy import Strategy, server_of
+from hsee_jax.inference.answering import AnswerFn, answers_of, gate_of
 from hsee_jax.inference.calibration import (
     Labels,
     OffloadCurve,
@@ -24,7 +23,7 @@ from hsee_jax.inference.calibration import (
     point_in_budget,
 )
 from hsee_jax.inference.client_study import TIMED_OFFLOADS, ClientStudy, SampleCosts
-from hsee_jax.inference.gate import CRITERIA, Answers, Gate, make_gate
+from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.link.codecs import sample_bytes
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.mesh import to_host
@@ -32,8 +31,6 @@ from hsee_jax.runs.experiment import Experiment
 from hsee_jax.systems.costs import LayerCost
 
 _REPEATS = 5
-
-AnswerFn = Callable[[Array, float], Answers]  # a gate: inputs and threshold -> answers
 
 
 class _Samples(NamedTuple):
@@ -60,10 +57,13 @@ def measure_clients(
     held_out, test = (_samples(data, info, batch_size) for data in datasets)
     federation, layers = experiment.federation, experiment.costs()
     for g, group in enumerate(federation.groups):
-        specs = federation.specs(g)
-        gate = make_gate(*specs, batch_size=batch_size, criterion=criterion)
-        answer_of = partial(_answer_fn, gate, experiment.strategy, state, g)
-        costs = _sample_costs(federation, layers, group.cut)
+        strategy, view = experiment.strategy, experiment.pipeline.view
+        gate = gate_of(
+            federation, strategy, g, batch_size=batch_size, criterion=criterion
+        )
+        answer_of = partial(answers_of, gate, federation, strategy, state, view, g)
+        seen_by = 1 if strategy.junction is None else len(group.ids)
+        costs = _sample_costs(federation, layers, group.cut, seen_by)
         yield from _group_studies(answer_of, group, costs, largest, held_out, test)
 
 
@@ -74,26 +74,23 @@ def _samples(data: Dataset, info: DatasetInfo, batch_size: int) -> _Samples:
     return _Samples(batches, data.labels)
 
 
-def _answer_fn(
-    gate: Gate, strategy: Strategy, state: RunState, group: int, member: int
-) -> AnswerFn:
-    """Put a client and its server on the device, and return their gate."""
-    client = jax.tree.map(lambda leaf: leaf[member], state.clients[group])
-    server = server_of(strategy, state, group, member)
-    return partial(gate.answer, *jax.device_put((client, server)))
-
-
 def _sample_costs(
-    federation: Federation, layers: Sequence[LayerCost], cut: int
+    federation: Federation, layers: Sequence[LayerCost], cut: int, seen_by: int
 ) -> SampleCosts:
-    """Add up the costs of a sample, from the result of `layer_costs`."""
+    """Add up the costs of a sample, from the result of `layer_costs`.
+
+    Where several clients see it, they all send their features if one is not sure, and
+    the work of the others counts with that of the server.
+    """
     features = layer_inputs(federation.model)
     flops = [layer.flops for layer in layers]  # L layers, L exits, final head
     count = len(flops) // 2
     return SampleCosts(
-        feature_bytes=sample_bytes(federation.codec, features[cut]),
+        feature_bytes=seen_by * sample_bytes(federation.codec, features[cut]),
         client_flops=sum(flops[:cut]) + flops[count + cut - 1],
-        server_flops=sum(flops[cut:count]) + flops[-1],
+        server_flops=(seen_by - 1) * sum(flops[:cut])
+        + sum(flops[cut:count])
+        + flops[-1],
     )
 
 

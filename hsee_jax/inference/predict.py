@@ -9,8 +9,11 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, Rule, at_least
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
-from hsee_jax.inference.gate import Answers, make_gate
-from hsee_jax.runs.restore import Restored
+from hsee_jax.inference.answering import answers_of, gate_of
+from hsee_jax.inference.gate import Answers
+from hsee_jax.runs.model import views_in
+from hsee_jax.runs.private import check_layers
+from hsee_jax.runs.restore import Restored, seat
 
 _BATCH_SIZE = Option("batch_size", int, 256, rules=(at_least(1),))
 _THRESHOLD = Option(
@@ -32,7 +35,8 @@ def predict(
     Args:
       run: the networks, see `restore`.
       i: the client's id.
-      inputs: samples as the dataset stores them, ``[M, ...]``, before `normalize`.
+      inputs: samples as the dataset stores them, ``[M, ...]``, before `normalize`; of
+        a run with views the whole samples, of which each client sees its own.
       threshold: the exit answers the samples with an uncertainty below it; with 0 the
         server answers every sample. `hsee gate` finds one for each client.
       criterion: the measure of uncertainty, a name in `CRITERIA`.
@@ -46,12 +50,19 @@ def predict(
     samples = _samples(inputs, run.info)
     batch_size = _BATCH_SIZE.checked(batch_size)
     threshold = _THRESHOLD.checked(threshold)
-    gate = make_gate(*run.specs(i), batch_size=batch_size, criterion=criterion)
-    client, server = run.client(i), run.server(i)
+    place = seat(run.federation, i)
+    check_layers(run.config)
+    gate = gate_of(
+        run.federation,
+        run.strategy,
+        place[0],
+        batch_size=batch_size,
+        criterion=criterion,
+    )
+    view = views_in(run.config, run.info).take
+    answer = answers_of(gate, run.federation, run.strategy, run.state, view, *place)
     parts = [
-        gate.answer(
-            client,
-            server,
+        answer(
             normalize(
                 jnp.asarray(samples[first : first + batch_size]),
                 run.info.mean,

@@ -18,7 +18,7 @@ from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import Indices
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
 from hsee_jax.engine.host_store import HostStore
-from hsee_jax.engine.placement import Shards, place_data
+from hsee_jax.engine.placement import place_data
 from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
 from hsee_jax.engine.refit import check_exits
 from hsee_jax.engine.round import client_axis
@@ -43,7 +43,7 @@ from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
-from hsee_jax.runs.model import build_model
+from hsee_jax.runs.model import build_model, views_in
 from hsee_jax.runs.private import check_simulated
 from hsee_jax.systems.traffic import traffic_of
 
@@ -90,7 +90,13 @@ def build_strategy(config: Config, federation: Federation) -> Strategy:
       UserError: the strategy is not made for such a federation.
     """
     name, options = config.strategy.strategy, config.strategy.options
-    return ALGORITHMS.make(name, federation, options=options)
+    strategy = ALGORITHMS.make(name, federation, options=options)
+    if strategy.junction is not None and config.data.partition != "views":
+        raise UserError(
+            f"partition: {config.data.partition} is not allowed with {name}, which "
+            "merges the views of one event; allowed is views"
+        )
+    return strategy
 
 
 def build(config: Config, data: OwnData | None = None) -> Experiment:
@@ -137,13 +143,12 @@ def assemble(
     Raises:
       UserError: see `build`.
     """
-    pipeline, key = build_pipeline(config, info), augment_key(config)
-    federation = _start(config, info, mesh)
+    pipeline, federation = build_pipeline(config, info), _start(config, info, mesh)
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
     parts, shares, test, train, held = material(federation.groups)
-    shards: Shards = dict(enumerate(parts))
+    key, shards = augment_key(config), dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = make_store(config, federation, strategy)
@@ -154,6 +159,7 @@ def assemble(
     return Experiment(
         config=config,
         info=info,
+        pipeline=pipeline,
         federation=federation,
         strategy=strategy,
         manifest=shares,
@@ -201,7 +207,9 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
     if len(schedule.cuts) > 1 and jax.process_count() > 1:
         raise UserError("recuts: not allowed with several processes")
     for cuts in schedule.cuts[1:]:
-        build_strategy(config, federation.with_cuts(cuts))
+        if build_strategy(config, federation.with_cuts(cuts)).junction is not None:
+            name = config.strategy.strategy
+            raise UserError(f"recuts: not allowed with {name}, which has one cut")
     return schedule
 
 
@@ -245,8 +253,9 @@ def _cadence(config: Config, federation: Federation) -> Cadence:
 def build_pipeline(config: Config, info: DatasetInfo) -> InputPipeline:
     """Build what makes batches of samples, and refuse samples that it cannot take."""
     augment = AUGMENTATIONS.make(config.data.augment, options=config.data.options)
-    pipeline = InputPipeline(info.mean, info.std, augment)
-    pipeline.check(info.input_shape)
+    views = views_in(config, info)
+    pipeline = InputPipeline(info.mean, info.std, augment, views.take)
+    pipeline.check(views.shape)
     return pipeline
 
 
@@ -269,6 +278,7 @@ def make_store(
     """Choose where the clients' state is kept; return the slots of a round, too."""
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
+    on_host = on_host and strategy.junction is None  # a view has its place in the stack
     slots = num_slots(
         federation.groups,
         participation=config.clients.participation if on_host else 1.0,

@@ -2,6 +2,7 @@
 
 import math
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.engine.plan import turn_order
 from hsee_jax.runs.equipment import Equipment, clock_devices
 from hsee_jax.runs.experiment import Experiment
@@ -30,6 +31,11 @@ def with_clock(experiment: Experiment, equipment: Equipment | None) -> Experimen
     """
     if equipment is None:
         return experiment
+    if experiment.strategy.junction is not None:
+        raise UserError(
+            "devices: not allowed with a strategy whose server takes all clients' "
+            "views as one; its time is not simulated"
+        )
     phases, clocks, now_s, rounds = Phases(experiment), {}, 0.0, []
     for number in range(1, experiment.cadence.rounds + 1):
         phase, devices = phases.at(number), _devices(experiment, equipment, number)

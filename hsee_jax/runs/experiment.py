@@ -103,6 +103,7 @@ class Experiment(NamedTuple):
 
     config: Config  # as it is written to the run's folder
     info: DatasetInfo
+    pipeline: InputPipeline  # makes the batches of a client
     federation: Federation
     strategy: Strategy
     manifest: list[Share]  # each client's share of the training set
@@ -153,6 +154,7 @@ class Experiment(NamedTuple):
             number=number,
             slots=self.slots,
             missing=absent,
+            one_draw=self.strategy.junction is not None,
         )
 
     def run_round(
@@ -248,7 +250,7 @@ class Experiment(NamedTuple):
         samples = Samples(
             self.train,
             self.shards,
-            InputPipeline(self.info.mean, self.info.std),
+            self.pipeline,
             self.eval_batch_size,
             self.info.num_classes,
         )

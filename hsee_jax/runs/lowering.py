@@ -48,6 +48,7 @@ def lower(config: Config, mesh: Mesh, *, samples: int) -> Lowered:
         seed=config.run.data_seed,
         number=0,
         slots=slots,
+        one_draw=strategy.junction is not None,
     )
     return lower_round(
         strategy,

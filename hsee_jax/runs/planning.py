@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
@@ -16,7 +15,7 @@ from hsee_jax.engine.plan import participants
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.runs.build import attendance_of, build_federation
+from hsee_jax.runs.build import attendance_of, build_federation, build_strategy
 from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import build_data, build_info
 from hsee_jax.systems.cluster import Pipelines, best_pipelines, cluster_device
@@ -203,8 +202,13 @@ def _present(config: Config, number: int) -> Bools:
 
 
 def _make(config: Config, federation: Federation) -> Strategy:
-    name, options = config.strategy.strategy, config.strategy.options
-    return ALGORITHMS.make(name, federation, options=options)
+    strategy = build_strategy(config, federation)
+    if strategy.junction is not None:
+        raise UserError(
+            f"strategy: {config.strategy.strategy} is not planned yet, as its server "
+            "takes all clients' views as one; allowed are the others"
+        )
+    return strategy
 
 
 def _with_cuts(federation: Federation, cuts: list[int]) -> Federation:

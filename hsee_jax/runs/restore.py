@@ -63,14 +63,26 @@ class Restored(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
     def server(self, i: int) -> Branch:
-        """Return the layers behind client i and the final head."""
+        """Return the layers behind client i and the final head.
+
+        With a junction they follow it, and read what it merges.
+        """
         return server_of(self.strategy, self.state, *seat(self.federation, i))
 
     def network(self, i: int) -> Branch:
         """Return the layers of client i, the layers behind it, and the final head.
 
         Its spec is ``server_spec(model, 0, optimizer)``.
+
+        Raises:
+          UserError: the layers behind it read the views of several clients.
         """
+        if self.strategy.junction is not None:
+            raise UserError(
+                f"strategy: {self.config.strategy.strategy} has no network of one "
+                "client, as its server reads the views of all; allowed are `client` "
+                "and `server`"
+            )
         client, server = self.client(i), self.server(i)
         return Branch(client.layers + server.layers, server.head)
 

@@ -54,6 +54,11 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     for name in ("recuts", "pretrained", "refit_exits_every"):
         if flatten(config).get(name):
             raise UserError(f"{name}: not allowed with clients on a network")
+    if config.data.partition == "views":
+        raise UserError(
+            "partition: views is not allowed with clients on a network, which have "
+            "samples of their own; allowed are the others"
+        )
     axis = client_axis(config.run.client_axis, backend_of(None))
     experiment = assemble(config, info, material, axis=axis)
     strategy = experiment.strategy
