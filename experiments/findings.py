@@ -1,4 +1,4 @@
-"""Write docs/results/findings.md: what the study cifar10-w16 shows, in plain words.
+"""Write docs/results/findings.md, what the study cifar10-w16 shows, and its picture.
 
 Shows: its figures, all of them read from the study's results.jsonl, answers.jsonl (see
 `answers.py`) and clock.json (see `clock.py`); the words are here.
@@ -19,10 +19,13 @@ import tables
 
 from hsee_jax import studies
 from hsee_jax.report.tables import Table, markdown
+from hsee_jax.studies.picture import draw
 from hsee_jax.studies.results import Result
 
 NAME = "cifar10-w16"
-PAGE = Path(__file__).parent.parent / "docs" / "results" / "findings.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "results" / "findings.md"
+PICTURE = DOCS / "images" / f"{NAME}.png"
 TEXT = Path(__file__).parent / NAME / "findings.md"  # the words, with {row.figure}
 
 
@@ -142,9 +145,10 @@ def _differences(found: Mapping[str, Row]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and the picture."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
+    PICTURE.write_bytes(draw(*tables.load(NAME)))
 
 
 if __name__ == "__main__":
