@@ -32,6 +32,7 @@ LAYERS = {
     "resnet34": 17,
     "resnet50": 17,
     "mobilenet_v2": 19,
+    "mobilenet_v3_small": 13,
     "vit": 12,
     "conv1d": 6,
 }

@@ -160,6 +160,7 @@ def test_each_library_has_one_home():
             "nn.layers",
             "nn.mlp",
             "nn.mobilenet",
+            "nn.mobilenet_v3",
             "nn.resnet",
             "nn.vit",
         },

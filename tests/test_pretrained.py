@@ -12,7 +12,13 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import save_file
-from torch_networks import import_torch, torch_mobilenet, torch_resnet, torch_vit
+from torch_networks import (
+    import_torch,
+    torch_mobilenet,
+    torch_mobilenet_v3,
+    torch_resnet,
+    torch_vit,
+)
 
 import hsee_jax as hs
 from hsee_jax.core import UserError
@@ -31,7 +37,13 @@ COUNTS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4,
 RESNET = {"width": 4, "conv": "grouped"}
 MOBILENET = {"width": 8, "conv": "grouped"}
 VIT = {"hidden": 12, "depth": 2, "heads": 3, "patch_size": 8}
-SMALL = {"vit": VIT, "mobilenet_v2": MOBILENET} | dict.fromkeys(COUNTS, RESNET)
+MOBILENET_V3 = {"width": 4, "conv": "grouped"}
+SMALL = {
+    "vit": VIT,
+    "mobilenet_v2": MOBILENET,
+    "mobilenet_v3_small": MOBILENET_V3,
+    **dict.fromkeys(COUNTS, RESNET),
+}
 
 
 def network(name, options, *, size=SIZE, classes=CLASSES, channels=3):
@@ -49,6 +61,8 @@ def plain_torch(name, *, size=SIZE, classes=CLASSES):
         found = torch_vit(**shape, classes=classes)
     elif name == "mobilenet_v2":
         found = torch_mobilenet(width=8, classes=classes, small=size <= 64)
+    elif name == "mobilenet_v3_small":
+        found = torch_mobilenet_v3(width=4, classes=classes, small=size <= 64)
     else:
         found = torch_resnet(
             COUNTS[name],
@@ -150,7 +164,8 @@ def check_parity(model, module, size, *, train):
         "vit",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("resnet34", "resnet50", "mobilenet_v2")
+            for name in SMALL
+            if name not in ("vit", "resnet18")  # test_resnet.py has ResNet-18
         ),
     ],
 )
@@ -160,7 +175,7 @@ def test_logits_and_gradients_equal_pytorchs(name, train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "vit"])
 def test_the_form_for_large_images(name):
     model = network(name, SMALL[name], size=72)
     check_parity(model, plain_torch(name, size=72), 72, train=False)
@@ -177,8 +192,8 @@ def test_logits_and_gradients_equal_torchvisions(name, train):
     if name == "vit":
         size, options = SIZE, VIT
         theirs = models.VisionTransformer(SIZE, 8, 2, 3, 12, 48, num_classes=CLASSES)
-    elif name == "mobilenet_v2":
-        theirs = models.mobilenet_v2(num_classes=CLASSES, dropout=0.0)
+    elif name.startswith("mobilenet"):
+        theirs = getattr(models, name)(num_classes=CLASSES, dropout=0.0)
     else:
         theirs = getattr(models, name)(num_classes=CLASSES)
     check_parity(network(name, options, size=size), noisy(theirs), size, train=train)
@@ -217,7 +232,7 @@ def logits_at(model, network, cut, images):
         "vit",
         *(
             pytest.param(n, marks=pytest.mark.slow)
-            for n in ("resnet50", "mobilenet_v2")
+            for n in ("resnet50", "mobilenet_v2", "mobilenet_v3_small")
         ),
     ],
 )
@@ -342,7 +357,7 @@ def test_other_files_and_networks_are_refused(file_of, tmp_path):
     with pytest.raises(UserError, match="allowed is a file of safetensors"):
         load_pretrained(network("vit", VIT), path)
     perceptron = hs.nn.mlp(num_classes=CLASSES, input_shape=(SIZE, SIZE, 3))
-    with pytest.raises(UserError, match="allowed are ResNet, MobileNetV2 and ViT"):
+    with pytest.raises(UserError, match="allowed are ResNet, MobileNet and ViT"):
         load_pretrained(perceptron, file_of("vit"))
 
 

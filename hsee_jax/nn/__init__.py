@@ -7,7 +7,12 @@ from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.layers import ConvNorm, Head, Norm
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
-from hsee_jax.nn.mobilenet import InvertedResidual, mobilenet_v2
+from hsee_jax.nn.mobilenet import (
+    InvertedResidual,
+    SqueezeExcitation,
+    mobilenet_v2,
+)
+from hsee_jax.nn.mobilenet_v3 import HiddenHead, mobilenet_v3_small
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
 from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import NETWORKS, images_only, register, series_only
@@ -32,12 +37,14 @@ __all__ = [
     "DenseLayer",
     "FirstBlock",
     "Head",
+    "HiddenHead",
     "InvertedResidual",
     "LinearHead",
     "Model",
     "Network",
     "Norm",
     "Patches",
+    "SqueezeExcitation",
     "Stem",
     "TokenHead",
     "auto_form",
@@ -52,6 +59,7 @@ __all__ = [
     "masked_cross_entropy",
     "mlp",
     "mobilenet_v2",
+    "mobilenet_v3_small",
     "parse_cut",
     "predictive_entropy",
     "register",
