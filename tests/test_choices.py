@@ -28,6 +28,7 @@ NEEDS = {
     "centralized": {"num_clients": 1, "cuts": ("3",), "link": "full"},
 }
 LAYERS = {
+    "tiny": 3,
     "mlp": 8,
     "resnet34": 17,
     "resnet50": 17,
@@ -197,6 +198,9 @@ def configurations():
             numbers["boundary"] = "joint"
         if "gradient_share" in numbers:
             numbers["turn"] = "together"
+        if changes["strategy"] == "fedavg":  # whose clients hold all layers
+            count = LAYERS.get(changes["network"], 9) + ("depth" in numbers)
+            numbers["cuts"] = (str(count),)
         yield override(config, **numbers)
 
 

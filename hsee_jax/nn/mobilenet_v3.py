@@ -145,7 +145,8 @@ def _weight_names(layer: str) -> dict[str, str]:
     if layer in ("stem", "last"):
         places = [f"features.{number}.0", f"features.{number}.1"]
         return paired(("conv/conv", "bn"), places)
-    block, names = _BLOCKS[number - 1], {}
+    block = _BLOCKS[number - 1]
+    names: dict[str, str] = {}
     expand = ["expand"] if block is not _BLOCKS[0] else []
     squeeze = ["se"] if block.squeeze else []
     for i, part in enumerate((*expand, "depthwise", *squeeze, "project")):
