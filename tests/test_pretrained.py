@@ -6,6 +6,7 @@ torchvision's own.
 
 import copy
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,45 +131,41 @@ def gradients_of(model, *, train):
     return jax.jit(jax.grad(loss, has_aux=True))
 
 
+@pytest.fixture
+def smooth(monkeypatch):
+    """Put SiLU in the place of every ReLU and ReLU6, in Flax and in PyTorch.
+
+    Rounding turns the sign of some inputs of a ReLU, and a single one changes the
+    gradient of all layers before it by a part in 100. Without corners, it is exact.
+    """
+    torch = import_torch()
+    for place, name, silu in (
+        (nn, "relu", nn.silu),
+        (nn, "relu6", nn.silu),
+        (torch, "relu", torch.nn.functional.silu),
+        (torch.nn, "ReLU", torch.nn.SiLU),
+        (torch.nn, "ReLU6", torch.nn.SiLU),
+    ):
+        monkeypatch.setattr(place, name, silu)
+
+
 def check_parity(model, module, size, *, train):
     """Logits, and the gradient of every parameter, from the same weights.
 
-    The truth is PyTorch in float64. In training BatchNorm over a few pixels magnifies
-    rounding, and some gradients are 0 but for it, so there the whole gradient counts,
-    and its error may be a few times PyTorch's own in float32. Where rounding turns the
-    sign of an input of a ReLU the gradient is another one, so one batch of three has to
-    agree: a wrong gradient is wrong for all.
-    """
-    start = whole(model, arrays_of(module.state_dict()))
-    gradients, errors = gradients_of(model, train=train), []
-    for seed in (2, 3, 4):
-        rng = np.random.default_rng(seed)
-        images = rng.standard_normal((len(LABELS), size, size, 3), np.float32)
-        ours, logits = gradients(start, images)
-        found = {path: leaf for path, leaf in _leaves(ours) if "/params/" in path}
-        assert len(found) == sum(1 for _ in module.parameters())
-        error, own = error_of(model, module, images, logits, found, train=train)
-        if error < 2e-4 + 5 * own:
-            return
-        errors.append((error, own))
-    pytest.fail(f"errors of the gradient, ours and PyTorch's own: {errors}")
-
-
-def error_of(model, module, images, logits, found, *, train):
-    """Check logits; return the errors of the whole gradient, ours and PyTorch's own.
-
-    Gradients become ours as weights do, so that one table of names serves both.
+    Gradients become ours as weights do, so that one table of names serves both. The
+    truth is PyTorch in float64. In training the whole gradient counts: some parts are 0
+    but for rounding, as BatchNorm takes away what the layer before it adds.
     """
     torch = import_torch()
-    (exact, grads), (rounded, rounded_grads) = (
-        torch_gradients(module, images, train=train, dtype=dtype)
-        for dtype in (torch.float64, torch.float32)
-    )
-    own = distance(rounded, exact)
-    assert distance(np.asarray(logits), exact) < 1e-5 + 5 * own
-    expected, theirs = (
-        dict(_leaves(whole(model, tensors))) for tensors in (grads, rounded_grads)
-    )
+    rng = np.random.default_rng(2)
+    images = rng.standard_normal((len(LABELS), size, size, 3), np.float32)
+    exact, grads = torch_gradients(module, images, train=train, dtype=torch.float64)
+    start = whole(model, arrays_of(module.state_dict()))
+    ours, logits = gradients_of(model, train=train)(start, images)
+    assert distance(logits, exact) < 2e-4
+    found = {path: leaf for path, leaf in _leaves(ours) if "/params/" in path}
+    assert len(found) == sum(1 for _ in module.parameters())
+    expected = dict(_leaves(whole(model, grads)))
     if not train:
         for path, leaf in found.items():
             assert distance(leaf, expected[path]) < 2e-4, path
@@ -176,8 +173,7 @@ def error_of(model, module, images, logits, found, *, train):
     def vector(leaves):
         return np.concatenate([np.ravel(leaves[path]) for path in found])
 
-    truth = vector(expected)
-    return distance(vector(found), truth), distance(vector(theirs), truth)
+    assert distance(vector(found), vector(expected)) < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -192,7 +188,9 @@ def error_of(model, module, images, logits, found, *, train):
     ],
 )
 @pytest.mark.parametrize("train", [True, False])
-def test_logits_and_gradients_equal_pytorchs(name, train):
+def test_logits_and_gradients_equal_pytorchs(name, train, request):
+    if train:
+        request.getfixturevalue("smooth")
     check_parity(network(name, SMALL[name]), plain_torch(name), SIZE, train=train)
 
 
@@ -206,9 +204,11 @@ def test_the_form_for_large_images(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("train", [True, False])
-def test_logits_and_gradients_equal_torchvisions(name, train):
+def test_logits_and_gradients_equal_torchvisions(name, train, request):
     """Its own modules, at full width where they know no other."""
-    import_torch()
+    import_torch().manual_seed(0)
+    if train:
+        request.getfixturevalue("smooth")
     models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
     size, options = 72, {"conv": "grouped"}
     if name == "vit":

@@ -93,7 +93,7 @@ class InvertedResidual(nn.Module):
     conv: str
     norm: str = "batch"
     size: int = 3  # of the depthwise window
-    activation: Callable[[Array], Array] = nn.relu6
+    activation: Callable[[Array], Array] = nn.relu
     squeeze: int = 0
     epsilon: float = EPSILON
 
@@ -156,9 +156,10 @@ def mobilenet_v2(
     for group, (expansion, channels, count, stride) in enumerate(_GROUPS):
         for number in range(count):
             step = stride if number == 0 and not (small and group == 1) else 1
-            features, inner = scaled(channels), expansion * before
-            modules.append(InvertedResidual(features, step, inner, *common))
-            before = features
+            sizes = scaled(channels), step, expansion * before
+            block = InvertedResidual(*sizes, *common, activation=nn.relu6)
+            modules.append(block)
+            before = sizes[0]
     modules.append(ConvNorm(scaled(_LAST), 1, 1, *common, nn.relu6))
     exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(

@@ -6,7 +6,6 @@ to 64 pixels the stem and the first block keep the size of the image, so that 32
 become 4 [ours].
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -36,22 +35,22 @@ class _Block(NamedTuple):
     inner: int
     features: int
     squeeze: int  # channels of the squeeze, 0 for none
-    activation: Callable[[Array], Array]
+    swish: bool  # hard-swish, else ReLU
     stride: int
 
 
 _BLOCKS = (
-    _Block("layer1.0", 3, 16, 16, 8, nn.relu, 2),
-    _Block("layer2.0", 3, 72, 24, 0, nn.relu, 2),
-    _Block("layer2.1", 3, 88, 24, 0, nn.relu, 1),
-    _Block("layer3.0", 5, 96, 40, 24, nn.hard_swish, 2),
-    _Block("layer3.1", 5, 240, 40, 64, nn.hard_swish, 1),
-    _Block("layer3.2", 5, 240, 40, 64, nn.hard_swish, 1),
-    _Block("layer4.0", 5, 120, 48, 32, nn.hard_swish, 1),
-    _Block("layer4.1", 5, 144, 48, 40, nn.hard_swish, 1),
-    _Block("layer5.0", 5, 288, 96, 72, nn.hard_swish, 2),
-    _Block("layer5.1", 5, 576, 96, 144, nn.hard_swish, 1),
-    _Block("layer5.2", 5, 576, 96, 144, nn.hard_swish, 1),
+    _Block("layer1.0", 3, 16, 16, 8, False, 2),
+    _Block("layer2.0", 3, 72, 24, 0, False, 2),
+    _Block("layer2.1", 3, 88, 24, 0, False, 1),
+    _Block("layer3.0", 5, 96, 40, 24, True, 2),
+    _Block("layer3.1", 5, 240, 40, 64, True, 1),
+    _Block("layer3.2", 5, 240, 40, 64, True, 1),
+    _Block("layer4.0", 5, 120, 48, 32, True, 1),
+    _Block("layer4.1", 5, 144, 48, 40, True, 1),
+    _Block("layer5.0", 5, 288, 96, 72, True, 2),
+    _Block("layer5.1", 5, 576, 96, 144, True, 1),
+    _Block("layer5.2", 5, 576, 96, 144, True, 1),
 )
 _LAST, _HIDDEN = 576, 1024  # channels behind the blocks, and in the final head
 _EPSILON = 1e-3  # of its normalisations
@@ -120,7 +119,7 @@ def mobilenet_v3_small(
             scaled(block.inner),
             *common,
             block.size,
-            block.activation,
+            nn.hard_swish if block.swish else nn.relu,
             block.squeeze and scaled(block.squeeze),
             _EPSILON,
         )
