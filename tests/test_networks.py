@@ -57,6 +57,7 @@ def words_of(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*OWN, "resnet18 --norm group"])
+@jax.numpy_dtype_promotion("standard")  # the Adam of optax relies on it
 def test_a_network_trains_is_restored_gated_and_exported(
     case, tmp_path, series, capsys
 ):
