@@ -29,10 +29,12 @@ NEEDS = {
     "sian": {"order": 3},
 }
 LAYERS = {
+    "tiny": 3,
     "mlp": 8,
     "resnet34": 17,
     "resnet50": 17,
     "mobilenet_v2": 19,
+    "mobilenet_v3_small": 13,
     "vit": 12,
     "conv1d": 6,
     "sian": 3,
@@ -203,6 +205,9 @@ def configurations():
             numbers["boundary"] = "joint"
         if "gradient_share" in numbers:
             numbers["turn"] = "together"
+        if changes["strategy"] == "fedavg":  # whose clients hold all layers
+            count = LAYERS.get(changes["network"], 9) + ("depth" in numbers)
+            numbers["cuts"] = (str(count),)
         yield override(config, **numbers)
 
 

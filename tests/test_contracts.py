@@ -39,7 +39,7 @@ FORMS = {
     f"{name} group": (name, {"norm": "group"})
     for name in ("conv1d", "resnet18", "resnet50", "mobilenet_v2")
 }
-SLOW = ("resnet34", "resnet50", "mobilenet_v2", "resnet18 group", "conv1d group")
+SLOW = ("resnet34", "resnet50", "mobilenet", "resnet18 group", "conv1d group")
 DESCENT = optax.scale(-1.0)  # the change of the weights is the gradient
 RATES = (jnp.float32(1.0), jnp.float32(1.0))
 REAL, ROWS = 6, 8

@@ -168,6 +168,7 @@ NETWORK_OPTIONS = {
     "resnet34": dict(width=4, cuts=("5",), norm="group"),
     "resnet50": dict(width=4, cuts=("4",)),
     "mobilenet_v2": dict(cuts=("5",)),
+    "mobilenet_v3_small": dict(cuts=("5",)),
     "vit": dict(cuts=("2",)),
 }
 

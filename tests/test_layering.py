@@ -161,6 +161,7 @@ def test_each_library_has_one_home():
             "nn.mixer",
             "nn.mlp",
             "nn.mobilenet",
+            "nn.mobilenet_v3",
             "nn.resnet",
             "nn.sian",
             "nn.vit",

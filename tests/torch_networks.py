@@ -122,6 +122,75 @@ def torch_mobilenet(*, width, classes, channels=3, small=True):
     return MobileNetV2()
 
 
+def torch_mobilenet_v3(*, width, classes, channels=3, small=True):
+    torch = import_torch()
+    from torch import nn
+    from torch.nn import functional
+
+    def scaled(count):
+        return round(count * width / 16)
+
+    def unit(before, after, size, activation, stride=1, groups=1):
+        return nn.Sequential(
+            nn.Conv2d(before, after, size, stride, size // 2, 1, groups, bias=False),
+            nn.BatchNorm2d(after, eps=1e-3),
+            activation(),
+        )
+
+    class Squeeze(nn.Module):
+        def __init__(self, features, inner):
+            super().__init__()
+            self.fc1 = nn.Conv2d(features, inner, 1)
+            self.fc2 = nn.Conv2d(inner, features, 1)
+
+        def forward(self, x):
+            weights = self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+            return x * functional.hardsigmoid(weights)
+
+    class Block(nn.Module):
+        def __init__(self, before, size, inner, after, squeeze, activation, stride):
+            super().__init__()
+            layers = [unit(before, inner, 1, activation)] if inner != before else []
+            layers.append(unit(inner, inner, size, activation, stride, inner))
+            layers += [Squeeze(inner, squeeze)] if squeeze else []
+            layers.append(unit(inner, after, 1, nn.Identity))
+            self.block = nn.Sequential(*layers)
+            self.adds = stride == 1 and before == after
+
+        def forward(self, x):
+            return x + self.block(x) if self.adds else self.block(x)
+
+    class MobileNetV3(nn.Module):
+        def __init__(self):
+            super().__init__()
+            swish, first = nn.Hardswish, 1 if small else 2
+            layers, before = [unit(channels, width, 3, swish, first)], width
+            sizes = (3, 3, 3, 5, 5, 5, 5, 5, 5, 5, 5)
+            inner = (16, 72, 88, 96, 240, 240, 120, 144, 288, 576, 576)
+            outputs = (16, 24, 24, 40, 40, 40, 48, 48, 96, 96, 96)
+            # A quarter of the inner channels, to the nearest multiple of 8.
+            squeezes = (8, 0, 0, 24, 64, 64, 32, 40, 72, 144, 144)
+            strides = (first, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1)
+            for i, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+                counts = map(scaled, (inner[i], outputs[i], squeezes[i]))
+                activation = nn.ReLU if i < 3 else swish
+                layers.append(Block(before, size, *counts, activation, stride))
+                before = scaled(outputs[i])
+            last, hidden = scaled(576), scaled(1024)
+            self.features = nn.Sequential(*layers, unit(before, last, 1, swish))
+            self.classifier = nn.Sequential(
+                nn.Linear(last, hidden),
+                swish(),
+                nn.Identity(),
+                nn.Linear(hidden, classes),
+            )
+
+        def forward(self, x):
+            return self.classifier(self.features(x).mean(dim=(2, 3)))
+
+    return MobileNetV3()
+
+
 def torch_vit(*, size, patch, hidden, depth, heads, classes, channels=3):
     torch = import_torch()
     from torch import nn

@@ -12,7 +12,12 @@ from hsee_jax.nn.interactions import (
 from hsee_jax.nn.layers import ConvNorm, Head, Norm
 from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
-from hsee_jax.nn.mobilenet import InvertedResidual, mobilenet_v2
+from hsee_jax.nn.mobilenet import (
+    InvertedResidual,
+    SqueezeExcitation,
+    mobilenet_v2,
+)
+from hsee_jax.nn.mobilenet_v3 import HiddenHead, mobilenet_v3_small
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
 from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import (
@@ -44,6 +49,7 @@ __all__ = [
     "DenseLayer",
     "FirstBlock",
     "Head",
+    "HiddenHead",
     "Interaction",
     "InvertedResidual",
     "LinearHead",
@@ -51,6 +57,7 @@ __all__ = [
     "Network",
     "Norm",
     "Patches",
+    "SqueezeExcitation",
     "Stem",
     "TokenHead",
     "auto_form",
@@ -66,6 +73,7 @@ __all__ = [
     "masked_cross_entropy",
     "mlp",
     "mobilenet_v2",
+    "mobilenet_v3_small",
     "parse_cut",
     "predictive_entropy",
     "register",

@@ -50,10 +50,10 @@ ConvForm = Annotated[
     one_of(FORMS),
 ]
 
-_DECAY, _EPSILON = 0.9, 1e-5  # of BatchNorm
+_DECAY, EPSILON = 0.9, 1e-5  # of a normalisation
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-_linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 class Conv(nn.Module):
@@ -98,15 +98,17 @@ class Norm(nn.Module):
 
     kind: str
     dtype: jnp.dtype
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Run the normalisation."""
         if self.kind == "batch":
-            return _BatchNorm(self.dtype, name="bn")(x, mask, train=train)
+            norm = _BatchNorm(self.dtype, self.epsilon, name="bn")
+            return norm(x, mask, train=train)
         return nn.GroupNorm(
             num_groups_of(x.shape[-1]),
-            epsilon=_EPSILON,
+            epsilon=self.epsilon,
             dtype=self.dtype,
             use_fast_variance=False,
             name="gn",
@@ -127,6 +129,7 @@ class ConvNorm(nn.Module):
     conv: str
     norm: str = "batch"
     activation: Callable[[Array], Array] = nn.relu
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
@@ -135,8 +138,8 @@ class ConvNorm(nn.Module):
             self.features, self.size, self.stride, self.dtype, self.conv, name="conv"
         )
         y = conv(x.astype(self.dtype))
-        y = Norm(self.norm, self.dtype, name="bn")(y, mask, train=train)
-        return self.activation(y)
+        norm = Norm(self.norm, self.dtype, self.epsilon, name="bn")
+        return self.activation(norm(y, mask, train=train))
 
 
 def num_groups_of(channels: int) -> int:
@@ -153,6 +156,7 @@ class _BatchNorm(nn.Module):
     """
 
     dtype: jnp.dtype
+    epsilon: float
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
@@ -167,7 +171,7 @@ class _BatchNorm(nn.Module):
             if not self.is_initializing():
                 mean.value = _DECAY * mean.value + (1 - _DECAY) * used[0]
                 var.value = _DECAY * var.value + (1 - _DECAY) * used[1]
-        factor = jax.lax.rsqrt(used[1] + _EPSILON) * scale
+        factor = jax.lax.rsqrt(used[1] + self.epsilon) * scale
         last = (*(1,) * (x.ndim - 1), -1)
         centred = x.astype(jnp.float32) - used[0].reshape(last)
         y = centred * factor.reshape(last) + bias.reshape(last)
@@ -204,6 +208,6 @@ class Head(nn.Module):
         return nn.Dense(
             self.classes,
             dtype=jnp.float32,
-            kernel_init=_linear_init,
+            kernel_init=linear_init,
             name="linear",
         )(pooled)

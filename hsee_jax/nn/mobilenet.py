@@ -3,17 +3,20 @@
 They are those of torchvision, with three differences: those of `hsee_jax.nn.layers`;
 no dropout before the classes; and other widths scale the channels without rounding to
 multiples of 8. For images of up to 64 pixels the stem and the second group keep the
-size of the image, so that 32 pixels become 4 [ours].
+size of the image, so that 32 pixels become 4 [ours]. `hsee_jax.nn.mobilenet_v3` is made
+of the same blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from hsee_jax.core.types import Array
+from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.layers import (
+    EPSILON,
     Conv,
     ConvForm,
     ConvNorm,
@@ -23,6 +26,7 @@ from hsee_jax.nn.layers import (
     Norm,
     NormName,
     Width,
+    conv_init,
 )
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
@@ -46,31 +50,66 @@ _NAMES = (
 )
 
 
-class InvertedResidual(nn.Module):
-    """A 1x1, a depthwise 3x3 and a 1x1 convolution, the last without ReLU6.
+class SqueezeExcitation(nn.Module):
+    """Weigh the channels of each sample (Hu et al., CVPR 2018): ``[B, H, W, C]``.
 
-    The shapes are ``[B, H, W, C] -> [B, H/s, W/s, features]``, with ``expansion`` C
-    channels between. The input is added where the shape stays.
+    The mean of each channel passes a 1x1 convolution to ``features`` channels, ReLU, a
+    1x1 convolution to C channels and a hard sigmoid, which gives the weights.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    conv: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Run the layer."""
+        conv = partial(
+            nn.Conv,
+            kernel_size=(1, 1),
+            padding=0,
+            dtype=self.dtype,
+            kernel_init=conv_init,
+            conv_general_dilated=convolution(self.conv),
+        )
+        mean = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32)
+        hidden = nn.relu(conv(self.features, name="fc1")(mean))
+        return x * nn.hard_sigmoid(conv(x.shape[-1], name="fc2")(hidden))
+
+
+class InvertedResidual(nn.Module):
+    """A 1x1, a depthwise and a 1x1 convolution, the last without activation.
+
+    The shapes are ``[B, H, W, C] -> [B, H/s, W/s, features]``, with ``inner`` channels
+    between; the first convolution is left out where ``inner`` is C. With ``squeeze``
+    a `SqueezeExcitation` of so many channels precedes the last convolution. The input
+    is added where the shape stays.
     """
 
     features: int
     stride: int
-    expansion: int
+    inner: int
     dtype: jnp.dtype
     conv: str
     norm: str = "batch"
+    size: int = 3  # of the depthwise window
+    activation: Callable[[Array], Array] = nn.relu
+    squeeze: int = 0
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Run the block."""
         conv = partial(Conv, dtype=self.dtype, conv=self.conv)
-        norm = partial(Norm, self.norm, self.dtype)
-        inner, y = self.expansion * x.shape[-1], x
-        if self.expansion != 1:
+        norm = partial(Norm, self.norm, self.dtype, self.epsilon)
+        inner, y = self.inner, x
+        if inner != x.shape[-1]:
             y = conv(inner, 1, 1, name="expand")(y)
-            y = nn.relu6(norm(name="bn_expand")(y, mask, train=train))
-        y = conv(inner, 3, self.stride, depthwise=True, name="depthwise")(y)
-        y = nn.relu6(norm(name="bn_depthwise")(y, mask, train=train))
+            y = self.activation(norm(name="bn_expand")(y, mask, train=train))
+        y = conv(inner, self.size, self.stride, depthwise=True, name="depthwise")(y)
+        y = self.activation(norm(name="bn_depthwise")(y, mask, train=train))
+        if self.squeeze:
+            y = SqueezeExcitation(self.squeeze, self.dtype, self.conv, name="se")(y)
         y = conv(self.features, 1, 1, name="project")(y)
         y = norm(name="bn_project")(y, mask, train=train)
         return x + y if x.shape == y.shape else y
@@ -113,11 +152,14 @@ def mobilenet_v2(
     modules: list[nn.Module] = [
         ConvNorm(width, 3, 1 if small else 2, *common, nn.relu6)
     ]
+    before = width
     for group, (expansion, channels, count, stride) in enumerate(_GROUPS):
         for number in range(count):
             step = stride if number == 0 and not (small and group == 1) else 1
-            block = InvertedResidual(scaled(channels), step, expansion, *common)
+            sizes = scaled(channels), step, expansion * before
+            block = InvertedResidual(*sizes, *common, activation=nn.relu6)
             modules.append(block)
+            before = sizes[0]
     modules.append(ConvNorm(scaled(_LAST), 1, 1, *common, nn.relu6))
     exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
@@ -140,8 +182,8 @@ _BLOCK = (
 )
 
 
-def _named(modules: Sequence[str], places: Sequence[str]) -> dict[str, str]:
-    """Pair our modules with theirs; a normalisation is of either kind."""
+def paired(modules: Sequence[str], places: Sequence[str]) -> dict[str, str]:
+    """Return the names of a library by ours; a normalisation is of either kind."""
     names = dict(zip(modules, places, strict=True))
     norms = [name for name in modules if name.startswith("bn")]
     return names | {f"{n}/{kind}": names[n] for n in norms for kind in ("bn", "gn")}
@@ -154,12 +196,12 @@ def _torchvision_names(layer: str) -> dict[str, str]:
     number = _NAMES.index(layer)
     if layer in ("stem", "last"):
         places = [f"features.{number}.0", f"features.{number}.1"]
-        return _named(("conv/conv", "bn"), places)
+        return paired(("conv/conv", "bn"), places)
     inner = [f"features.{number}.conv.{i}.{j}" for i in (0, 1) for j in (0, 1)]
     after = [f"features.{number}.conv.{i}" for i in (2, 3)]
     if number == 1:  # without an expansion
         inner, after = ["", "", *inner[:2]], [f"features.1.conv.{i}" for i in (1, 2)]
-    return _named(_BLOCK, [*inner, *after])
+    return paired(_BLOCK, [*inner, *after])
 
 
 def _timm_names(layer: str) -> dict[str, str]:
@@ -169,10 +211,10 @@ def _timm_names(layer: str) -> dict[str, str]:
     if layer in ("stem", "last"):
         first = layer == "stem"
         places = ["conv_stem", "bn1"] if first else ["conv_head", "bn2"]
-        return _named(("conv/conv", "bn"), places)
+        return paired(("conv/conv", "bn"), places)
     group, number = layer.removeprefix("layer").split(".")
     names = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
     if group == "1":
         names = ["", "", "conv_dw", "bn1", "conv_pw", "bn2"]
     places = [f"blocks.{int(group) - 1}.{number}.{name}" for name in names]
-    return _named(_BLOCK, places)
+    return paired(_BLOCK, places)

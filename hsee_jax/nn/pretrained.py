@@ -53,7 +53,7 @@ def load_pretrained(model: Model, path: str | os.PathLike[str]) -> Model:
     final head if the file has another number of classes.
 
     Args:
-      model: one of a ResNet, MobileNetV2 or ViT.
+      model: a ResNet, MobileNet or ViT.
       path: a file of safetensors with all arrays of the network, in the names and the
         layout of torchvision or timm.
 
@@ -129,7 +129,7 @@ def _places(
     if not model.weight_names:
         raise UserError(
             "pretrained: a file is not allowed for this network, which has no names in "
-            "torchvision or timm; allowed are ResNet, MobileNetV2 and ViT"
+            "torchvision or timm; allowed are ResNet, MobileNet and ViT"
         )
     parts = list(zip((*model.layer_names, "head"), shapes, strict=True))
 
@@ -167,8 +167,8 @@ def _check_names(names: set[str], tensors: Tensors, source: str) -> None:
             hint = f" (has {near[0]})" if near and word == "misses" else ""
             raise UserError(
                 f"pretrained: {source} {word} {found[0]}{hint}, one of {len(found)} "
-                f"such names; allowed are the {len(names)} names of the network in "
-                "torchvision or timm"
+                f"such names; allowed are the {len(names)} names of this network, from "
+                f"{min(names)} to {max(names)}"
             )
 
 
