@@ -1,12 +1,13 @@
 """Make batches of network inputs from stored samples, inside the compiled step."""
 
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import positive
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array, Batch, Dataset, Key
 
@@ -52,6 +53,19 @@ def crop() -> AugmentFn:
 def crop_flip() -> AugmentFn:
     """Take a random window, and mirror it left to right with probability one half."""
     return lambda key, images: _crop(key, images, flip=True)
+
+
+@AUGMENTATIONS.register(summary="normal noise, on samples of any shape")
+def noise(
+    *,
+    noise_std: Annotated[
+        float, "standard deviation of the noise, relative to that of the data", positive
+    ] = 0.3,
+) -> AugmentFn:
+    """Add normal noise to each number of a sample."""
+    return lambda key, images: (
+        images + noise_std * jax.random.normal(key, images.shape, images.dtype)
+    )
 
 
 def _crop(key: Key, images: Array, *, flip: bool) -> Array:
@@ -105,6 +119,7 @@ class InputPipeline(NamedTuple):
     mean: tuple[float, ...]  # of each entry of the last axis, see `normalize`
     std: tuple[float, ...]
     augment: AugmentFn = none()
+    views: int = 1  # of each training sample; with more, they are the second axis
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse an augmentation that does not take samples of this shape.
@@ -116,9 +131,17 @@ class InputPipeline(NamedTuple):
         jax.eval_shape(self.augment, jax.random.key(0), rows)
 
     def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
-        """Return the samples at ``int32 [B]``, normalised and augmented."""
+        """Return the samples at ``int32 [B]``, normalised and augmented.
+
+        With one view the inputs are ``[B, ...]``; with more, each has draws of its own
+        and they are ``[B, views, ...]``.
+        """
         batch = self.evaluation(data, indices, mask)
-        return batch._replace(inputs=self.augment(key, batch.inputs))
+        if self.views == 1:
+            return batch._replace(inputs=self.augment(key, batch.inputs))
+        keys = [jax.random.fold_in(key, view) for view in range(self.views)]
+        views = [self.augment(own, batch.inputs) for own in keys]
+        return batch._replace(inputs=jnp.stack(views, axis=1))
 
     def evaluation(self, data: Dataset, indices: Array, mask: Array) -> Batch:
         """Return the samples at ``int32 [B]``, normalised."""

@@ -20,6 +20,7 @@ from hsee_jax.nn.resnet import (
     resnet34,
     resnet50,
 )
+from hsee_jax.nn.vicreg import masked_vicreg
 from hsee_jax.nn.vit import Block, FirstBlock, Patches, TokenHead, vit
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "layer_inputs",
     "load_pretrained",
     "masked_cross_entropy",
+    "masked_vicreg",
     "mlp",
     "mobilenet_v2",
     "parse_cut",

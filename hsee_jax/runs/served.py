@@ -33,10 +33,11 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     """
     info, read = data_source(config.data)
 
-    def material(groups: Sequence[Group]) -> Material:
+    def material(groups: Sequence[Group], views: int) -> Material:
         train, test = read()
         if not samples:
-            return deal(config, info, groups, train, test)._replace(train=None)
+            dealt = deal(config, info, groups, train, test, views=views)
+            return dealt._replace(train=None)
         ends = np.cumsum(samples)
         parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
         cuts = {i: group.cut for group in groups for i in group.ids}
@@ -50,6 +51,11 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
         raise UserError(
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
+        )
+    if samples and config.data.labelled_share < 1:
+        raise UserError(
+            f"labelled_share: {config.data.labelled_share} is not allowed where "
+            "clients have samples of their own; allowed is 1"
         )
     for name in ("recuts", "pretrained", "refit_exits_every"):
         if flatten(config).get(name):
