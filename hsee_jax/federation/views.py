@@ -26,6 +26,10 @@ from hsee_jax.federation.step import server_step, take_step
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.vicreg import masked_vicreg
 
+# The loss has the weights 25, 25 and 1. Divided by 25, it takes the learning rates of a
+# cross-entropy, which its authors' optimizer, LARS, would find by itself [ours].
+_SCALE = 25.0
+
 
 def view_step(
     spec: BranchSpec, client: Branch, batch: Batch, learning_rate: Array
@@ -61,7 +65,7 @@ def view_step(
             spec, moved, inputs, mask, train=True, head_gradient=0.0
         )
         means = _channels(features)
-        loss = masked_vicreg(means[first], means[second], batch.mask)
+        loss = masked_vicreg(means[first], means[second], batch.mask) / _SCALE
         own, metrics = masked_cross_entropy(logits[first], batch.labels, labelled)
         return loss + own, (loss, features[first], stats, metrics)
 
