@@ -29,7 +29,7 @@ from hsee_jax.core import Batch, Dataset, UserError
 from hsee_jax.core.types import NO_LABEL
 from hsee_jax.data import AUGMENTATIONS, labelled
 from hsee_jax.engine.refit import Samples, refit_exits
-from hsee_jax.federation import detached_view_step, forward, view_step
+from hsee_jax.federation import detached_unlabelled_step, forward, unlabelled_step
 from hsee_jax.link import unpack_bytes
 from hsee_jax.nn import masked_vicreg
 from hsee_jax.runs import reopen
@@ -45,8 +45,8 @@ def plain_vicreg(one, other):
     """The loss as a sum over features and pairs of features, in float64."""
     one, other = np.float64(one), np.float64(other)
     size, total = one.shape[1], 25 * np.mean((one - other) ** 2)
-    for view in (one, other):
-        cov = np.cov(view, rowvar=False).reshape(size, size)
+    for copy in (one, other):
+        cov = np.cov(copy, rowvar=False).reshape(size, size)
         missing = [max(0.0, 1 - np.sqrt(cov[j, j] + 1e-4)) for j in range(size)]
         total += 25 * np.mean(missing) / 2
         total += sum(
@@ -55,7 +55,7 @@ def plain_vicreg(one, other):
     return total
 
 
-def views_of(count, size, seed=0):
+def copies_of(count, size, seed=0):
     rng = np.random.default_rng(seed)
     one = rng.normal(size=(count, size)) * rng.uniform(0.2, 2, size)
     other = one + 0.3 * rng.normal(size=one.shape)
@@ -64,44 +64,47 @@ def views_of(count, size, seed=0):
 
 @pytest.mark.parametrize("padding", [0.0, 1e3, np.nan])
 def test_the_loss_is_that_of_the_real_rows(padding):
-    one, other = views_of(7, 5)
+    one, other = copies_of(7, 5)
     mask = np.arange(7) < 4
     expected = plain_vicreg(one[:4], other[:4])
     one[4:], other[4:] = padding, -padding
 
-    def loss(views):
-        return masked_vicreg(*views, jnp.asarray(mask))
+    def loss(copies):
+        return masked_vicreg(*copies, jnp.asarray(mask))
 
     value, slopes = jax.jit(jax.value_and_grad(loss))((one, other))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for view, slope in zip((one, other), slopes, strict=True):
+    for copy, slope in zip((one, other), slopes, strict=True):
         assert not slope[4:].any()
         for at in ((0, 1), (3, 4)):  # the slope of a real number
             low, high = [], []
             for change, found in ((-1e-2, low), (1e-2, high)):
-                moved = view.copy()
+                moved = copy.copy()
                 moved[at] += change
-                pair = (moved, other) if view is one else (one, moved)
+                pair = (moved, other) if copy is one else (one, moved)
                 found.append(plain_vicreg(*(rows[:4] for rows in pair)))
             expected = (high[0] - low[0]) / 2e-2
             np.testing.assert_allclose(slope[at], expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_loss_and_its_gradient_are_those_of_torch():
     torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
-    pair = [torch.tensor(view, requires_grad=True) for view in views_of(9, 6, seed=1)]
+    pair = [torch.tensor(copy, requires_grad=True) for copy in copies_of(9, 6, seed=1)]
     total = 25 * torch.nn.functional.mse_loss(*pair)
-    for view in pair:
-        cov = torch.cov(view.T)
-        deviations = torch.sqrt(view.var(dim=0) + 1e-4)
+    for copy in pair:
+        cov = torch.cov(copy.T)
+        deviations = torch.sqrt(copy.var(dim=0) + 1e-4)
         total = total + 25 * torch.relu(1 - deviations).mean() / 2
         total = total + (cov.square().sum() - cov.diagonal().square().sum()) / 6
     total.backward()
-    views = tuple(jnp.asarray(view.detach().numpy()) for view in pair)
-    value, slopes = jax.value_and_grad(masked_vicreg, (0, 1))(*views, jnp.ones(9, bool))
+    copies = tuple(jnp.asarray(copy.detach().numpy()) for copy in pair)
+    value, slopes = jax.value_and_grad(masked_vicreg, (0, 1))(
+        *copies, jnp.ones(9, bool)
+    )
     np.testing.assert_allclose(value, total.item(), rtol=1e-5)
-    for slope, view in zip(slopes, pair, strict=True):
-        np.testing.assert_allclose(slope, view.grad.numpy(), rtol=1e-4, atol=1e-5)
+    for slope, copy in zip(slopes, pair, strict=True):
+        np.testing.assert_allclose(slope, copy.grad.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_good_features_have_no_loss_and_collapsed_ones_have():
@@ -121,10 +124,10 @@ FEDERATION = tiny_federation({0: 2, 1: 1})._replace(optimizer=DESCENT)
 
 
 def batch_of(labels, mask=(True, True, True, True, True, False)):
-    """Two views of six samples of noise."""
-    views = np.random.default_rng(0).normal(size=(6, 2, 5, 5, 1))
+    """Two copies of six samples of noise."""
+    copies = np.random.default_rng(0).normal(size=(6, 2, 5, 5, 1))
     return Batch(
-        jnp.asarray(views, jnp.float32),
+        jnp.asarray(copies, jnp.float32),
         jnp.asarray(labels, jnp.int32),
         jnp.asarray(mask),
     )
@@ -142,7 +145,9 @@ def pair():
     server = state.servers[0].replace(layers=state.servers[0].layers[1:])
     specs = FEDERATION.specs(1)
     step = jax.jit(
-        lambda batch: detached_view_step(*specs, client, server, batch, (RATE, RATE))
+        lambda batch: detached_unlabelled_step(
+            *specs, client, server, batch, (RATE, RATE)
+        )
     )
     return client, server, step
 
@@ -158,7 +163,7 @@ def same(one, other):
     )
 
 
-def test_layers_follow_the_views_and_the_exit_the_labels(pair):
+def test_layers_follow_the_copies_and_the_exit_the_labels(pair):
     """Both gradients, each by itself; padding is in neither."""
     client, _, step = pair
     spec = FEDERATION.specs(1)[0]
@@ -170,7 +175,7 @@ def test_layers_follow_the_views_and_the_exit_the_labels(pair):
         branch = client.replace(layers=tuple(own), head=own_head)
         return forward(spec, branch, inputs, jnp.ones(10, bool), train=True)
 
-    def view_loss(layers):
+    def copy_loss(layers):
         means = run(layers, client.head.params)[0].mean(axis=(1, 2))
         return masked_vicreg(means[:5], means[5:], jnp.ones(5, bool)) / 25
 
@@ -182,7 +187,7 @@ def test_layers_follow_the_views_and_the_exit_the_labels(pair):
 
     after, _, metrics = step(SOME)
     old = params_of(client.layers), client.head.params
-    slopes = jax.grad(view_loss)(old[0]), jax.grad(exit_loss)(old[1])
+    slopes = jax.grad(copy_loss)(old[0]), jax.grad(exit_loss)(old[1])
     expected = jax.tree.map(jnp.subtract, old, slopes)
     found = params_of(after.layers), after.head.params
     assert_same(found, expected, rtol=1e-4, atol=1e-5)
@@ -195,7 +200,7 @@ def test_the_server_learns_from_rows_with_labels_alone(pair):
     client, server, step = pair
     spec = FEDERATION.specs(1)[0]
     _, after, metrics = step(SOME)
-    _, rows, _ = jax.jit(lambda b: view_step(spec, client, b, RATE))(SOME)
+    _, rows, _ = jax.jit(lambda b: unlabelled_step(spec, client, b, RATE))(SOME)
     assert rows.mask.tolist() == [True, False, True, False, False, False]
     up, down = unpack_bytes(np.asarray(metrics.link))
     assert (int(up), int(down)) == (2 * (4 * rows.inputs[0].size + 4), 0)
@@ -243,10 +248,10 @@ def test_a_step_refuses_what_is_not_finite_and_skips_padding(pair):
     assert same(step(padding)[1], server)
 
 
-def test_views_are_draws_of_their_own():
+def test_copies_are_draws_of_their_own():
     data, rows, mask = tiny_data(), jnp.arange(4), jnp.ones(4, bool)
     one = NOISE.training(KEY, data, rows, mask)
-    two = NOISE._replace(views=2).training(KEY, data, rows, mask)
+    two = NOISE._replace(copies=2).training(KEY, data, rows, mask)
     assert two.inputs.shape == (4, 2, *one.inputs.shape[1:])
     plain = NOISE.evaluation(data, rows, mask).inputs
     drawn = np.asarray(two.inputs - plain[:, None])
@@ -280,7 +285,14 @@ def partly_labelled():
     return Dataset(data.images, labels.astype(np.int32))
 
 
-@pytest.mark.parametrize("turn", ["batch", "epoch", "together"])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "batch",
+        pytest.param("epoch", marks=pytest.mark.slow),
+        pytest.param("together", marks=pytest.mark.slow),
+    ],
+)
 def test_all_forms_of_the_engine_agree_without_labels(turn, monkeypatch):
     monkeypatch.setattr(rounds, "tiny_data", partly_labelled)
     federation = tiny_federation({4: 1, 1: 2, 6: 1}, SMALL)
@@ -299,7 +311,7 @@ def test_all_forms_of_the_engine_agree_without_labels(turn, monkeypatch):
     assert metrics.exit.count.sum() == metrics.server.count.sum() == count > 0
 
 
-def test_the_second_view_and_the_clients_layers_count():
+def test_the_second_copy_and_the_clients_layers_count():
     """Other noise gives other layers; by default clients share what they learn."""
     federation = tiny_federation({4: 1, 1: 1}, SMALL)
     shards = tiny_shards({4: 8, 1: 4})
@@ -309,7 +321,7 @@ def test_the_second_view_and_the_clients_layers_count():
             strategy, federation, shards, axis="loop", rounds=1, pipeline=pipeline
         )
         found = branches(federation, strategy, state)
-        return [found[i][0].layers for i in (1, 4)]
+        return [params_of(found[i][0].layers) for i in (1, 4)]
 
     shared = layers(vicreg(federation))
     assert same(*shared)
@@ -356,7 +368,9 @@ def arrays():
     return images.astype(np.uint8), labels
 
 
-@pytest.mark.parametrize("strategy", ["vicreg", "sequential"])
+@pytest.mark.parametrize(
+    "strategy", ["vicreg", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_labels_that_are_not_given_change_nothing(strategy, tmp_path):
     """All bits of a run are those of one whose other labels were wrong."""
     config = override(CONFIG, strategy=strategy, max_train_samples=None)
@@ -415,11 +429,13 @@ TRAIN = (
 )
 FLEET = """
 [[devices]]
+name = "one"
 count = 2
 forward_flops_per_s = 1e9
 up_bytes_per_s = 1e5
 
 [server]
+name = "cloud"
 forward_flops_per_s = 1e12
 """
 
@@ -429,7 +445,7 @@ forward_flops_per_s = 1e12
     [
         (
             f"{TRAIN} --augment none",
-            "augment: none is not allowed with vicreg, which compares views of a "
+            "augment: none is not allowed with vicreg, which compares copies of a "
             "sample; allowed are crop, crop_flip, noise",
         ),
         (f"{TRAIN} --labelled-share 0", "labelled_share: 0.0 is not allowed"),
@@ -458,15 +474,15 @@ def test_the_planner_counts_samples_with_labels(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["mlp"])
-def test_exits_and_servers_leave_chance_behind(network, tmp_path):
+def test_exits_and_servers_leave_chance_behind(tmp_path):
     """With a tenth of the labels; chance is 0.1."""
     words = (
-        f"train demo --network {network} --strategy vicreg --augment crop_flip "
-        "--labelled-share 0.1 --rounds 10 --refit-exits-every 10"
+        "train demo --network mlp --hidden 64 --depth 4 --num-clients 4 --cuts 2 "
+        "--strategy vicreg --augment crop_flip --labelled-share 0.1 --rounds 8 "
+        "--max-train-samples 3000 --refit-exits-every 8 --learning-rate 0.02"
     )
     out = tmp_path / "run"
     assert cli.main([*words.split(), "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["mean_exit_accuracy"] > 0.4
+    assert summary["mean_exit_accuracy"] > 0.5
     assert summary["mean_server_accuracy"] > 0.3

@@ -14,7 +14,7 @@ splitfed_v1    each own  joint     all, every round     one cut
 splitfed_v2    shared    joint     clients, each round  one cut
 fedavg         each own  none      all, every round     cut behind the last layer
 centralized    each own  none      nothing              one client, with all the data
-vicreg         shared    detached  clients              any; clients learn from views
+vicreg         shared    detached  clients              any; clients need no labels
 =============  ========  ========  ===================  ==============================
 
 Where the boundary is joint or none, the loss of the final head trains all layers, and
@@ -22,7 +22,6 @@ exits are probes that change nothing (unless ``exit_gradient`` says otherwise). 
 none, no features cross a link.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -49,9 +48,8 @@ from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn
 from hsee_jax.federation.state import RunState, init_clients, init_servers
-from hsee_jax.federation.step import detached_step, joint_step
 from hsee_jax.federation.strategy import Halves, InitStateFn, StepFn, Strategy, TurnFn
-from hsee_jax.federation.views import detached_view_step, view_step
+from hsee_jax.federation.unlabelled import unlabelled_step
 from hsee_jax.nn.model import init_network
 from hsee_jax.optim.optimizers import Optimizer, alone, with_merge
 
@@ -86,7 +84,7 @@ class Properties(NamedTuple):
     # "shared": all parts are slices of one network; "per_client": the parts of each
     # client and its server are slices of a network of their own.
     init: str = "shared"
-    views: int = 1  # see `Strategy`; two of them need a detached boundary
+    copies: int = 1  # see `Strategy`; two need a detached boundary, and a shared server
 
     def check(self) -> None:
         """Refuse unknown names, and properties that contradict each other.
@@ -206,7 +204,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         shared=shared,
         turn_unit=properties.turn if shared else "batch",
         gradient_share=properties.gradient_share,
-        views=properties.views,
+        copies=properties.copies,
         period=0 if properties.average == "none" else properties.period,
         period_unit=properties.period_unit,
         boundary=boundary,
@@ -226,11 +224,10 @@ def _turn_and_step(
     """Return the turn of a client, the step of all clients, or both."""
     boundary, exit_gradient = properties.boundary, properties.exit_gradient
     rates = Rates(properties.server_lr_scale)
-    step_both: Callable = partial(joint_step, exit_gradient=exit_gradient)
-    if boundary == "detached":
-        step_both = detached_step if properties.views == 1 else detached_view_step
-    train = train_on_labels if properties.views == 1 else view_step
-    turn = make_turn(federation, parts, rates, boundary, step_both)
+    turn = make_turn(
+        federation, parts, rates, boundary, exit_gradient, properties.copies
+    )
+    train = train_on_labels if properties.copies == 1 else unlabelled_step
     if not properties.shared:
         return turn, in_parallel(federation, turn)
     if properties.turn == "together":
@@ -253,7 +250,7 @@ def _halves(
 ) -> Halves | None:
     """Return the halves of a turn; None where a server takes no turns over a link."""
     alone = properties.boundary == "none" or properties.turn == "together"
-    if alone or properties.views > 1:
+    if alone or properties.copies > 1:
         return None
     return make_halves(
         federation,

@@ -19,8 +19,14 @@ from hsee_jax.federation.branch import (
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
-from hsee_jax.federation.step import branch_step, server_step
+from hsee_jax.federation.step import (
+    branch_step,
+    detached_step,
+    joint_step,
+    server_step,
+)
 from hsee_jax.federation.strategy import StepFn, TurnFn
+from hsee_jax.federation.unlabelled import detached_unlabelled_step
 from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
 
@@ -64,17 +70,15 @@ def make_turn(
     parts: ServerParts,
     rates: Rates,
     boundary: str,
-    step_both: Callable[..., tuple[Branch, Branch, ExitMetrics]],
+    exit_gradient: float,
+    copies: int,
 ) -> TurnFn:
-    """Make the turn of one client and its server.
-
-    Args:
-      federation: who trains what.
-      parts: of the server.
-      rates: of client and server.
-      boundary: see `Strategy`.
-      step_both: steps a client and its server, such as `detached_step`.
-    """
+    """Make the turn of one client and its server, see `compose` for the arguments."""
+    step_both: Callable = detached_step
+    if boundary != "detached":
+        step_both = partial(joint_step, exit_gradient=exit_gradient)
+    elif copies > 1:
+        step_both = detached_unlabelled_step
 
     def turn(
         client: Branch,

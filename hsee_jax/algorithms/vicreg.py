@@ -3,15 +3,16 @@
 "Unifying Synergies between Self-supervised Learning and Dynamic Computation" trains a
 network without labels on VICReg (Bardes, Ponce and LeCun, ICLR 2022) and fits heads
 behind it where there are labels. Here a client's layers train on VICReg between two
-augmented views of each of its samples, labelled or not. The exit and the shared server
+augmented copies of each of its samples, labelled or not. The exit and the shared server
 train on the samples with labels alone; no gradient flows back from either, and features
 of samples without labels do not leave the client.
 
-Four things differ. The paper's views pass through a dense and a gated network, which
-shares its weights; here both pass through the same layers, without gates. The loss
-reads the mean of each channel, without an expander behind it [ours]. The two views are
-one batch for BatchNorm [ours]. The clients' layers are averaged [ours], so that an exit
-can be fitted to the labels of all clients, see `hsee_jax.engine.refit_exits`.
+Five things differ. The paper compares a dense network with one whose channels are
+gated; here both copies pass through the same layers, and there are no gates. The loss
+reads the mean of each channel, without an expander [ours]. It is divided by 25, to suit
+the learning rates of a cross-entropy [ours]. BatchNorm sees both copies as one batch
+[ours]. The clients' layers are averaged [ours], so that an exit can be fitted to the
+labels of all clients, see `hsee_jax.engine.refit_exits`.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -50,7 +51,7 @@ def vicreg(
     server_lr_scale: ServerLrScale = 1.0,
     init: Init = "shared",
 ) -> Strategy:
-    """Train clients on two views of each sample, and one server on those with labels.
+    """Train clients on two copies of each sample, and one server on those with labels.
 
     The options are those of `hsee_jax.algorithms.sequential`.
 
@@ -77,6 +78,6 @@ def vicreg(
             optimizer_state=optimizer_state,
             server_lr_scale=server_lr_scale,
             init=init,
-            views=2,
+            copies=2,
         ),
     )

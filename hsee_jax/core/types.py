@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     """The inputs of one step and their labels; padding rows have a false mask."""
 
     # float [B, ...]: images, or the features of an earlier layer; or [B, 2, ...]: two
-    # views of each image
+    # augmented copies of each image
     inputs: Array
     labels: Array  # int32 [B]; `NO_LABEL` in rows without a label
     mask: Array  # bool [B]

@@ -119,7 +119,7 @@ class InputPipeline(NamedTuple):
     mean: tuple[float, ...]  # of each entry of the last axis, see `normalize`
     std: tuple[float, ...]
     augment: AugmentFn = none()
-    views: int = 1  # of each training sample; with more, they are the second axis
+    copies: int = 1  # of each training sample, augmented each by itself
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse an augmentation that does not take samples of this shape.
@@ -133,15 +133,14 @@ class InputPipeline(NamedTuple):
     def training(self, key: Key, data: Dataset, indices: Array, mask: Array) -> Batch:
         """Return the samples at ``int32 [B]``, normalised and augmented.
 
-        With one view the inputs are ``[B, ...]``; with more, each has draws of its own
-        and they are ``[B, views, ...]``.
+        With one copy the inputs are ``[B, ...]``, with more ``[B, copies, ...]``.
         """
         batch = self.evaluation(data, indices, mask)
-        if self.views == 1:
+        if self.copies == 1:
             return batch._replace(inputs=self.augment(key, batch.inputs))
-        keys = [jax.random.fold_in(key, view) for view in range(self.views)]
-        views = [self.augment(own, batch.inputs) for own in keys]
-        return batch._replace(inputs=jnp.stack(views, axis=1))
+        keys = [jax.random.fold_in(key, copy) for copy in range(self.copies)]
+        copies = [self.augment(own, batch.inputs) for own in keys]
+        return batch._replace(inputs=jnp.stack(copies, axis=1))
 
     def evaluation(self, data: Dataset, indices: Array, mask: Array) -> Batch:
         """Return the samples at ``int32 [B]``, normalised."""

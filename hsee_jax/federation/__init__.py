@@ -35,7 +35,7 @@ from hsee_jax.federation.step import (
     server_step,
 )
 from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
-from hsee_jax.federation.views import detached_view_step, view_step
+from hsee_jax.federation.unlabelled import detached_unlabelled_step, unlabelled_step
 
 __all__ = [
     "REDUCERS",
@@ -65,7 +65,7 @@ __all__ = [
     "decode",
     "decode_gradient",
     "detached_step",
-    "detached_view_step",
+    "detached_unlabelled_step",
     "encode",
     "encode_gradient",
     "forward",
@@ -85,5 +85,5 @@ __all__ = [
     "server_spec",
     "server_step",
     "solve",
-    "view_step",
+    "unlabelled_step",
 ]

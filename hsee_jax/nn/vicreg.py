@@ -1,4 +1,4 @@
-"""The loss of VICReg between two views, over the real rows of a padded batch."""
+"""The loss of VICReg over the real rows of a padded batch."""
 
 import chex
 import jax
@@ -18,22 +18,22 @@ def masked_vicreg(
 ) -> Array:
     """Return the variance-invariance-covariance loss over the rows with a true mask.
 
-    Both views of a sample shall be alike, each feature shall have a standard deviation
-    of 1 or more over the samples, and no two features shall vary together (Bardes,
-    Ponce and LeCun, ICLR 2022, arXiv:2105.04906). The three terms are scaled as in the
-    code of its authors: the mean squared difference, the mean of what is missing in the
-    standard deviations of both views, and for each view the squares of all covariances
-    of two features, summed and divided by D.
+    The loss compares two augmented copies of each sample (Bardes, Ponce and LeCun, ICLR
+    2022, arXiv:2105.04906). It has three terms, scaled as in the authors' code:
+    invariance, the mean squared difference between the copies; variance, by how much
+    the standard deviation of a feature falls short of 1, as a mean over features and
+    copies; and covariance, for each copy the sum of the squared covariances between two
+    features, divided by D.
 
     Args:
-      one: the features of one view, ``float32 [B, D]``.
-      other: those of the other view of the same samples, ``float32 [B, D]``.
+      one: the features of one copy, ``float32 [B, D]``.
+      other: those of the other copy of the same samples, ``float32 [B, D]``.
       mask: ``bool [B]``, false on padding.
-      weights: of the invariance, the variance and the covariance.
+      weights: of the invariance, the variance and the covariance term.
 
     Returns:
-      ``float32 []``. A single real row has no variance, so its loss has a gradient by
-      the invariance alone. Without a real row, the gradient is 0.
+      ``float32 []``. With a single real row only the invariance has a gradient, and
+      without a real row nothing has.
     """
     chex.assert_rank([one, other, mask], [2, 2, 1])
     chex.assert_equal_shape([one, other])
@@ -50,13 +50,13 @@ def masked_vicreg(
     return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
 
 
-def _spread(view: Array, rows: Array, count: Array) -> tuple[Array, Array]:
-    """Return the variance and the covariance term of a view."""
-    mean = jnp.sum(jnp.where(rows, view, 0.0), axis=0, keepdims=True) / count
-    centred = jnp.where(rows, view - mean, 0.0)
+def _spread(copy: Array, rows: Array, count: Array) -> tuple[Array, Array]:
+    """Return the variance and the covariance term of a copy."""
+    mean = jnp.sum(jnp.where(rows, copy, 0.0), axis=0, keepdims=True) / count
+    centred = jnp.where(rows, copy - mean, 0.0)
     moments = centred.T @ centred / jnp.maximum(count - 1.0, 1.0)
     deviations = jnp.sqrt(jnp.diagonal(moments) + _VARIANCE)
     missing = jnp.mean(jax.nn.relu(1.0 - deviations))
-    size = view.shape[1]
+    size = copy.shape[1]
     shared = jnp.sum(jnp.square(moments * (1.0 - jnp.eye(size)))) / size
     return missing, shared

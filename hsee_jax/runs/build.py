@@ -45,7 +45,7 @@ from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.runs.model import build_model
 from hsee_jax.runs.private import check_simulated
-from hsee_jax.runs.views import check_views_differ
+from hsee_jax.runs.unlabelled import check_copies_differ
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -112,8 +112,8 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     info, read = data_source(config.data, data)
     mesh = None if axis == "loop" else make_mesh()
 
-    def material(groups: Sequence[Group], views: int) -> Material:
-        return deal(config, info, groups, *read(), views=views)
+    def material(groups: Sequence[Group], copies: int) -> Material:
+        return deal(config, info, groups, *read(), copies=copies)
 
     return assemble(config, info, material, axis=axis, mesh=mesh)
 
@@ -132,7 +132,7 @@ def assemble(
       config: the run.
       info: on its data.
       material: reads the samples, and deals them to groups of clients for a strategy
-        with this number of views.
+        that takes so many copies of a sample.
       axis: see `hsee_jax.engine.make_round`.
       mesh: of the devices that share the clients.
 
@@ -142,10 +142,10 @@ def assemble(
     pipeline, key = build_pipeline(config, info), augment_key(config)
     federation = _start(config, info, mesh)
     strategy = build_strategy(config, federation)
-    check_views_differ(config, strategy)
+    check_copies_differ(config, strategy)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
-    parts, shares, test, train, held = material(federation.groups, strategy.views)
+    parts, shares, test, train, held = material(federation.groups, strategy.copies)
     shards: Shards = dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))

@@ -221,7 +221,7 @@ class Experiment(NamedTuple):
         rounds, steps = self.learning_rates.shape
         averages = [averages_in(self.strategy, r + 1, steps) for r in range(rounds)]
         shares = self.manifest
-        if self.strategy.views > 1:  # only samples with labels cross the link
+        if self.strategy.copies > 1:  # only samples with labels cross the link
             shares = [s._replace(samples=sum(s.label_counts)) for s in shares]
         return bytes_by_cut(
             self.traffic,

@@ -40,16 +40,16 @@ def deal(
     train: Dataset,
     test: Dataset,
     *,
-    views: int,
+    copies: int,
 ) -> Material:
     """Deal the training samples to groups of clients, and hold some out.
 
-    A strategy with two views gets all samples, and no labels but those of the labelled
-    share and of what is held out. Any other gets the labelled share alone.
+    A strategy that takes two copies of a sample gets all samples, but labels only for
+    the labelled share and for what is held out. Any other gets only the labelled share.
     """
     parts, held = _deal_all(config, train)
     known = _with_labels(config, parts)
-    if views > 1:
+    if copies > 1:
         kept = np.concatenate([*known, held])
         labels = np.full(len(train.labels), NO_LABEL, np.int32)
         labels[kept] = train.labels[kept]

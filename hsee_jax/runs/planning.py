@@ -19,7 +19,7 @@ from hsee_jax.federation.strategy import Strategy
 from hsee_jax.runs.build import attendance_of, build_federation
 from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import build_data, build_info
-from hsee_jax.runs.views import check_one_view
+from hsee_jax.runs.unlabelled import check_one_copy
 from hsee_jax.systems.cluster import Pipelines, best_pipelines, cluster_device
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.device_file import Fleet
@@ -107,7 +107,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     )
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
-    check_one_view(config, some)
+    check_one_copy(config, some)
     detached = some.boundary == "detached"
     if fleet.clusters and not detached:
         raise UserError(
@@ -253,6 +253,5 @@ def _samples(config: Config) -> Ints:
     kept, _ = hold_out(len(labels), data.validation_share, seed=seed)
     deal = PARTITIONS.make(data.partition, options=data.options)
     parts = partition(labels[kept], config.clients.num_clients, deal, seed=seed)
-    return np.array(
-        [len(own) for own in labelled(parts, data.labelled_share, seed=seed)]
-    )
+    known = labelled(parts, data.labelled_share, seed=seed)
+    return np.array([len(part) for part in known])

@@ -33,10 +33,10 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     """
     info, read = data_source(config.data)
 
-    def material(groups: Sequence[Group], views: int) -> Material:
+    def material(groups: Sequence[Group], copies: int) -> Material:
         train, test = read()
         if not samples:
-            dealt = deal(config, info, groups, train, test, views=views)
+            dealt = deal(config, info, groups, train, test, copies=copies)
             return dealt._replace(train=None)
         ends = np.cumsum(samples)
         parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])

@@ -1,9 +1,9 @@
-"""One step of a client that learns from two views of its samples, without labels.
+"""One step of a client whose layers learn without labels.
 
 After "Unifying Synergies between Self-supervised Learning and Dynamic Computation"
-(arXiv:2301.09164): the client's layers train on VICReg between two views, and heads are
-fitted where there are labels. The exit reads the features and changes nothing in them,
-and only rows with labels go on to the server. No gradient comes back.
+(arXiv:2301.09164). The layers train on VICReg between two augmented copies of each
+sample, which the papers call views. The exit reads the features and changes nothing in
+them, and only rows with labels go on to the server. No gradient comes back.
 """
 
 from typing import Any
@@ -31,26 +31,26 @@ from hsee_jax.nn.vicreg import masked_vicreg
 _SCALE = 25.0
 
 
-def view_step(
+def unlabelled_step(
     spec: BranchSpec, client: Branch, batch: Batch, learning_rate: Array
 ) -> tuple[Branch, Batch, Metrics]:
     """Step a client's layers on all rows, and its exit on those with labels.
 
-    The layers take the gradient of `hsee_jax.nn.masked_vicreg` between the features of
-    both views, as means over all axes but the rows and the channels; the exit takes
-    that of the cross-entropy of its answers to the first view. Both views pass through
-    the layers as one batch, so BatchNorm sees them together.
+    The layers take the gradient of `hsee_jax.nn.masked_vicreg` between both copies, of
+    which it reads the mean of each channel. The exit takes the gradient of the
+    cross-entropy of its answers to the first copy. Both copies pass through the layers
+    as one batch, so BatchNorm sees them together.
 
     Args:
       spec: what the client computes.
       client: its state. A batch of padding leaves it exactly as it is, and rows
         without labels alone leave the exit so.
-      batch: inputs ``[B, 2, ...]``, two views of each sample, labels and mask.
+      batch: inputs ``[B, 2, ...]``, two copies of each sample, labels and mask.
       learning_rate: ``float32 []``.
 
     Returns:
       The new state; the rows with labels, as a batch with the detached features of
-      their first view ``[B, ...]``; and the metrics of the exit on them, before the
+      their first copy ``[B, ...]``; and the metrics of the exit on them, before the
       update.
     """
     labelled = batch.mask & (batch.labels != NO_LABEL)
@@ -83,7 +83,7 @@ def view_step(
     )
 
 
-def detached_view_step(
+def detached_unlabelled_step(
     client_spec: BranchSpec,
     server_spec: BranchSpec,
     client: Branch,
@@ -91,7 +91,7 @@ def detached_view_step(
     batch: Batch,
     learning_rates: tuple[Array, Array],
 ) -> tuple[Branch, Branch, ExitMetrics]:
-    """Take one step like `detached_step`, with a client that learns by `view_step`.
+    """Take one step like `detached_step`; the client takes its `unlabelled_step`.
 
     Args:
       client_spec: what the client computes.
@@ -105,7 +105,7 @@ def detached_view_step(
       The new client, the new server, and the metrics of both on the rows with labels,
       before their updates.
     """
-    client, rows, exit_metrics = view_step(
+    client, rows, exit_metrics = unlabelled_step(
         client_spec, client, batch, learning_rates[0]
     )
     message, client = encode(client_spec, client, rows.inputs, rows.mask)
@@ -118,6 +118,6 @@ def detached_view_step(
 
 
 def _channels(features: Array) -> Array:
-    """Return the mean of each channel, ``float32 [B, C]``."""
+    """Return the mean of each channel ``float32 [B, C]`` over the axes before it."""
     between = tuple(range(1, features.ndim - 1))
     return jnp.mean(features.astype(jnp.float32), axis=between)
