@@ -33,7 +33,9 @@ from hsee_jax.federation import detached_unlabelled_step, forward, unlabelled_st
 from hsee_jax.link import unpack_bytes
 from hsee_jax.nn import masked_vicreg
 from hsee_jax.runs import reopen
+from hsee_jax.runs.material import shares
 from hsee_jax.runs.planning import Resources, planning
+from hsee_jax.runs.served import build_served
 from hsee_jax.systems.device_file import read_devices
 
 NOISE = PIPELINE._replace(augment=AUGMENTATIONS.make("noise"))
@@ -297,14 +299,13 @@ def test_all_forms_of_the_engine_agree_without_labels(turn, monkeypatch):
     monkeypatch.setattr(rounds, "tiny_data", partly_labelled)
     federation = tiny_federation({4: 1, 1: 2, 6: 1}, SMALL)
     shards, results = tiny_shards(SIZES), []
-    for axis in ("loop", "vmap", "map"):
-        own = vicreg(federation._replace(one_by_one=axis == "map"), turn=turn)
+    for axis in ("loop", "vmap"):
+        own = vicreg(federation, turn=turn)
         state, log = rounds.train(
             own, federation, shards, axis=axis, rounds=1, pipeline=NOISE
         )
         results.append((branches(federation, own, state), log[0][2]))
-    for other in results[1:]:
-        assert_same(results[0], other, rtol=1e-3, atol=1e-5)
+    assert_same(*results, rtol=1e-3, atol=1e-5)
     known = partly_labelled().labels[np.concatenate(list(shards.values()))]
     count = (known != NO_LABEL).sum()
     metrics = results[0][1]
@@ -452,7 +453,8 @@ forward_flops_per_s = 1e12
         (f"{TRAIN} --micro-batches 2", "micro_batches: 2 is not allowed with vicreg"),
         (f"{TRAIN} --devices fleet.toml", "devices: not allowed with strategy vicreg"),
         (
-            "plan demo --strategy vicreg --devices fleet.toml",
+            "plan demo --network tiny --plugin tiny --strategy vicreg "
+            "--devices fleet.toml",
             "devices: not allowed with strategy vicreg",
         ),
     ],
@@ -486,3 +488,13 @@ def test_exits_and_servers_leave_chance_behind(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["mean_exit_accuracy"] > 0.5
     assert summary["mean_server_accuracy"] > 0.3
+
+
+def test_clients_on_a_network_have_their_labels():
+    """A server cannot take labels from samples that are not its own."""
+    config = override(CONFIG, strategy="sequential", refit_exits_every=0)
+    with pytest.raises(UserError, match=r"labelled_share: 0\.25 is not allowed where"):
+        build_served(config, [5, 5])
+    assert [len(share.labels) for share in shares(config)] == [4, 4]
+    with pytest.raises(UserError, match="strategy: vicreg is not allowed"):
+        build_served(override(config, strategy="vicreg", labelled_share=0.25))

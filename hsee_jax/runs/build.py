@@ -45,7 +45,7 @@ from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.runs.model import build_model
 from hsee_jax.runs.private import check_simulated
-from hsee_jax.runs.unlabelled import check_copies_differ
+from hsee_jax.runs.unlabelled import copies_of
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -131,8 +131,7 @@ def assemble(
     Args:
       config: the run.
       info: on its data.
-      material: reads the samples, and deals them to groups of clients for a strategy
-        that takes so many copies of a sample.
+      material: reads the samples and deals them to clients, see `Strategy.copies`.
       axis: see `hsee_jax.engine.make_round`.
       mesh: of the devices that share the clients.
 
@@ -142,10 +141,10 @@ def assemble(
     pipeline, key = build_pipeline(config, info), augment_key(config)
     federation = _start(config, info, mesh)
     strategy = build_strategy(config, federation)
-    check_copies_differ(config, strategy)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
-    parts, shares, test, train, held = material(federation.groups, strategy.copies)
+    copies = copies_of(config, strategy)
+    parts, shares, test, train, held = material(federation.groups, copies)
     shards: Shards = dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))

@@ -18,6 +18,7 @@ from hsee_jax.runs.data import data_source
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.material import Material, deal
 from hsee_jax.runs.private import check_no_layers_sent
+from hsee_jax.runs.unlabelled import check_all_labelled
 
 
 def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
@@ -52,11 +53,8 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
         )
-    if samples and config.data.labelled_share < 1:
-        raise UserError(
-            f"labelled_share: {config.data.labelled_share} is not allowed where "
-            "clients have samples of their own; allowed is 1"
-        )
+    if samples:
+        check_all_labelled(config)
     for name in ("recuts", "pretrained", "refit_exits_every"):
         if flatten(config).get(name):
             raise UserError(f"{name}: not allowed with clients on a network")

@@ -6,8 +6,8 @@ from hsee_jax.data.pipeline import AUGMENTATIONS
 from hsee_jax.federation.strategy import Strategy
 
 
-def check_copies_differ(config: Config, strategy: Strategy) -> None:
-    """Refuse copies that would be equal.
+def copies_of(config: Config, strategy: Strategy) -> int:
+    """Return how many copies of a sample a strategy takes; refuse equal ones.
 
     Raises:
       UserError: the strategy compares copies, and nothing changes samples at random.
@@ -17,6 +17,20 @@ def check_copies_differ(config: Config, strategy: Strategy) -> None:
         raise UserError(
             f"augment: none is not allowed with {config.strategy.strategy}, which "
             f"compares copies of a sample; allowed are {others}"
+        )
+    return strategy.copies
+
+
+def check_all_labelled(config: Config) -> None:
+    """Refuse a share of labels where clients have samples of their own.
+
+    Raises:
+      UserError: the configuration asks for it.
+    """
+    if config.data.labelled_share < 1:
+        raise UserError(
+            f"labelled_share: {config.data.labelled_share} is not allowed where "
+            "clients have samples of their own; allowed is 1"
         )
 
 
