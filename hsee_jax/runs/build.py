@@ -112,7 +112,8 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     info, read = data_source(config.data, data)
     mesh = None if axis == "loop" else make_mesh()
 
-    def material(groups: Sequence[Group], copies: int) -> Material:
+    def material(groups: Sequence[Group], strategy: Strategy) -> Material:
+        copies = copies_of(config, strategy)
         return deal(config, info, groups, *read(), copies=copies)
 
     return assemble(config, info, material, axis=axis, mesh=mesh)
@@ -121,7 +122,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
 def assemble(
     config: Config,
     info: DatasetInfo,
-    material: Callable[[Sequence[Group], int], Material],
+    material: Callable[[Sequence[Group], Strategy], Material],
     *,
     axis: str,
     mesh: Mesh | None = None,
@@ -131,7 +132,7 @@ def assemble(
     Args:
       config: the run.
       info: on its data.
-      material: reads the samples and deals them to clients, see `Strategy.copies`.
+      material: reads the samples, and deals them to clients as a strategy needs them.
       axis: see `hsee_jax.engine.make_round`.
       mesh: of the devices that share the clients.
 
@@ -143,8 +144,7 @@ def assemble(
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
-    copies = copies_of(config, strategy)
-    parts, shares, test, train, held = material(federation.groups, copies)
+    parts, shares, test, train, held = material(federation.groups, strategy)
     shards: Shards = dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
