@@ -213,6 +213,7 @@ def test_readers_are_those_that_average():
             "sequential",
             "splitfed_v1",
             "splitfed_v2",
+            "vicreg",
         }
 
 

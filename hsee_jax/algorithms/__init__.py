@@ -6,6 +6,7 @@ from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import centralized, local
 from hsee_jax.algorithms.registry import ALGORITHMS, register
 from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
+from hsee_jax.algorithms.vicreg import vicreg
 
 __all__ = [
     "ALGORITHMS",
@@ -18,4 +19,5 @@ __all__ = [
     "sequential",
     "splitfed_v1",
     "splitfed_v2",
+    "vicreg",
 ]

@@ -14,6 +14,7 @@ splitfed_v1    each own  joint     all, every round     one cut
 splitfed_v2    shared    joint     clients, each round  one cut
 fedavg         each own  none      all, every round     cut behind the last layer
 centralized    each own  none      nothing              one client, with all the data
+vicreg         shared    detached  clients              any; clients need no labels
 =============  ========  ========  ===================  ==============================
 
 Where the boundary is joint or none, the loss of the final head trains all layers, and
@@ -39,6 +40,7 @@ from hsee_jax.algorithms.steps import (
     make_turn,
     serve_in_turn,
     server_parts,
+    train_on_labels,
 )
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.types import Array, Key
@@ -47,6 +49,7 @@ from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn
 from hsee_jax.federation.state import RunState, init_clients, init_servers
 from hsee_jax.federation.strategy import Halves, InitStateFn, StepFn, Strategy, TurnFn
+from hsee_jax.federation.unlabelled import unlabelled_step
 from hsee_jax.nn.model import init_network
 from hsee_jax.optim.optimizers import Optimizer, alone, with_merge
 
@@ -81,6 +84,7 @@ class Properties(NamedTuple):
     # "shared": all parts are slices of one network; "per_client": the parts of each
     # client and its server are slices of a network of their own.
     init: str = "shared"
+    copies: int = 1  # see `Strategy`; two need a detached boundary, and a shared server
 
     def check(self) -> None:
         """Refuse unknown names, and properties that contradict each other.
@@ -200,6 +204,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         shared=shared,
         turn_unit=properties.turn if shared else "batch",
         gradient_share=properties.gradient_share,
+        copies=properties.copies,
         period=0 if properties.average == "none" else properties.period,
         period_unit=properties.period_unit,
         boundary=boundary,
@@ -219,18 +224,21 @@ def _turn_and_step(
     """Return the turn of a client, the step of all clients, or both."""
     boundary, exit_gradient = properties.boundary, properties.exit_gradient
     rates = Rates(properties.server_lr_scale)
-    turn = make_turn(federation, parts, rates, boundary, exit_gradient)
+    turn = make_turn(
+        federation, parts, rates, boundary, exit_gradient, properties.copies
+    )
+    train = train_on_labels if properties.copies == 1 else unlabelled_step
     if not properties.shared:
         return turn, in_parallel(federation, turn)
     if properties.turn == "together":
         if boundary == "detached":
             serve: ServeFn = partial(serve_together, federation)
-            return None, clients_then_server(federation, rates, serve)
+            return None, clients_then_server(federation, rates, serve, train)
         share = properties.gradient_share
         return None, joint_together(federation, rates.of, exit_gradient, share)
     if properties.turn == "batch" and boundary == "detached":
         serve = partial(serve_in_turn, federation, parts)
-        return turn, clients_then_server(federation, rates, serve)
+        return turn, clients_then_server(federation, rates, serve, train)
     return turn, None  # turns wait for each other
 
 
@@ -241,7 +249,8 @@ def _halves(
     averages: Averages,
 ) -> Halves | None:
     """Return the halves of a turn; None where a server takes no turns over a link."""
-    if properties.boundary == "none" or properties.turn == "together":
+    alone = properties.boundary == "none" or properties.turn == "together"
+    if alone or properties.copies > 1:
         return None
     return make_halves(
         federation,

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
-from hsee_jax.federation.branch import Branch, decode, encode, message_bytes
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    decode,
+    encode,
+    message_bytes,
+)
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
@@ -20,6 +26,7 @@ from hsee_jax.federation.step import (
     server_step,
 )
 from hsee_jax.federation.strategy import StepFn, TurnFn
+from hsee_jax.federation.unlabelled import detached_unlabelled_step
 from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
 
@@ -64,11 +71,14 @@ def make_turn(
     rates: Rates,
     boundary: str,
     exit_gradient: float,
+    copies: int,
 ) -> TurnFn:
     """Make the turn of one client and its server, see `compose` for the arguments."""
     step_both: Callable = detached_step
     if boundary != "detached":
         step_both = partial(joint_step, exit_gradient=exit_gradient)
+    elif copies > 1:
+        step_both = detached_unlabelled_step
 
     def turn(
         client: Branch,
@@ -126,7 +136,25 @@ ServeFn = Callable[
 ]
 
 
-def clients_then_server(federation: Federation, rates: Rates, serve: ServeFn) -> StepFn:
+# A client's spec, state, batch and learning rate -> the client, the batch of features
+# that it sends, and the metrics of its exit.
+TrainFn = Callable[[BranchSpec, Branch, Batch, Array], tuple[Branch, Batch, Metrics]]
+
+
+def train_on_labels(
+    spec: BranchSpec, client: Branch, batch: Batch, learning_rate: Array
+) -> tuple[Branch, Batch, Metrics]:
+    """Step a client on the cross-entropy of its exit; it sends all rows."""
+    client, features, metrics = branch_step(spec, client, batch, learning_rate)
+    return client, batch._replace(inputs=features), metrics
+
+
+def clients_then_server(
+    federation: Federation,
+    rates: Rates,
+    serve: ServeFn,
+    train: TrainFn = train_on_labels,
+) -> StepFn:
     """Step all clients at once, then the shared server on what they send."""
     mesh = federation.mesh
 
@@ -134,12 +162,10 @@ def clients_then_server(federation: Federation, rates: Rates, serve: ServeFn) ->
         group: int, client: Branch, batch: Batch, learning_rate: Array
     ) -> tuple[Branch, Batch, Metrics, Array]:
         spec = federation.specs(group)[0]
-        client, features, metrics = branch_step(
-            spec, client, batch, rates.of(learning_rate)[0]
-        )
-        message, client = encode(spec, client, features, batch.mask)
-        link = message_bytes(spec, message, batch.mask)
-        return client, batch._replace(inputs=message), metrics, link
+        client, rows, metrics = train(spec, client, batch, rates.of(learning_rate)[0])
+        message, client = encode(spec, client, rows.inputs, rows.mask)
+        link = message_bytes(spec, message, rows.mask)
+        return client, rows._replace(inputs=message), metrics, link
 
     def step(
         state: RunState,

@@ -67,10 +67,17 @@ class DataConfig(Section):
         "of hsee gate",
         share,
     ] = 0.0
+    labelled_share: Annotated[
+        float,
+        "share of each client's training samples that have labels, at least one; "
+        "vicreg trains on all samples, other strategies on those with labels alone",
+        Rule("more than 0, at most 1", lambda value: 0 < value <= 1),
+    ] = 1.0
     augment: Annotated[
         str,
         "random changes of training samples: crop cuts a window out of an image padded "
-        "by 4, crop_flip also mirrors half of the images",
+        "by 4, crop_flip also mirrors half of the images, noise adds normal noise to "
+        "samples of any shape",
         one_of(AUGMENTATIONS),
     ] = "none"
     partition: Annotated[

@@ -18,6 +18,8 @@ PyTree = Any
 # A layer's {"params": ..., "batch_stats": ...}; batch_stats may be empty.
 Variables = Mapping[str, PyTree]
 
+NO_LABEL = -1  # in the place of a sample's label
+
 
 class InitFn(Protocol):
     """Draws the variables of a layer."""
@@ -47,10 +49,12 @@ class Stage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The labelled inputs of one step; padding rows have a false mask."""
+    """The inputs of one step and their labels; padding rows have a false mask."""
 
-    inputs: Array  # float [B, ...]: images, or the features of an earlier layer
-    labels: Array  # int32 [B]
+    # float [B, ...]: images, or the features of an earlier layer; or [B, 2, ...]: two
+    # augmented copies of each image
+    inputs: Array
+    labels: Array  # int32 [B]; `NO_LABEL` in rows without a label
     mask: Array  # bool [B]
 
 
@@ -58,7 +62,7 @@ class Dataset(NamedTuple):
     """Stored samples and labels, on the host or on the device."""
 
     images: Any  # uint8 [M, H, W, C], or float32 [M, ...] of any rank
-    labels: Any  # int32 [M]
+    labels: Any  # int32 [M]; `NO_LABEL` for samples without a label
 
 
 class Metrics(NamedTuple):

@@ -18,6 +18,7 @@ from hsee_jax.data.partition import (
     PARTITIONS,
     Share,
     hold_out,
+    labelled,
     manifest,
     partition,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "from_arrays",
     "hold_out",
     "is_there",
+    "labelled",
     "load_dataset",
     "manifest",
     "normalize",

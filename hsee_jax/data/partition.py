@@ -13,11 +13,12 @@ import numpy.typing as npt
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import at_least, positive
 from hsee_jax.core.registry import Registry
+from hsee_jax.core.types import NO_LABEL
 
 Indices = npt.NDArray[np.int32]
 Labels = npt.NDArray[np.int32]
 Parts = Sequence[npt.NDArray[np.integer]]
-_HELD_OUT = 1  # stream of random numbers
+_HELD_OUT, _LABELLED = 1, 2  # streams of random numbers
 
 
 class DealFn(Protocol):
@@ -149,6 +150,27 @@ def partition(
     return tuple(np.sort(part).astype(np.int32) for part in parts)
 
 
+def labelled(
+    parts: Sequence[Indices], share: float, *, seed: int
+) -> tuple[Indices, ...]:
+    """Draw the samples of each client that have labels.
+
+    Args:
+      parts: the samples of each client, see `partition`.
+      share: the share of its samples to draw, more than 0 and at most 1.
+      seed: the seed of the draw.
+
+    Returns:
+      The ascending indices of each client's samples with labels, at least one.
+    """
+    found = []
+    for i, part in enumerate(parts):
+        rng = np.random.default_rng((seed, _LABELLED, i))
+        drawn = rng.permutation(part)[: max(1, round(share * len(part)))]
+        found.append(np.sort(drawn))
+    return tuple(found)
+
+
 def _cut(
     indices: npt.NDArray[Any], rng: np.random.Generator, alpha: float, clients: int
 ) -> Parts:
@@ -163,8 +185,8 @@ class Share(NamedTuple):
 
     id: int
     cut: int
-    samples: int
-    label_counts: list[int]  # of each class
+    samples: int  # with labels or without
+    label_counts: list[int]  # of each class; samples without labels do not count
     indices: list[int]  # of its samples, ascending
 
 
@@ -179,7 +201,7 @@ def manifest(
 
     Args:
       parts: the samples of each client, see `partition`.
-      labels: ``int32 [M]``.
+      labels: ``int32 [M]``; `NO_LABEL` for samples without a label.
       cuts: the cut of each client.
       num_classes: K, even if a class has no sample.
     """
@@ -188,8 +210,14 @@ def manifest(
             id=i,
             cut=cut,
             samples=len(part),
-            label_counts=np.bincount(labels[part], minlength=num_classes).tolist(),
+            label_counts=_counts(labels[part], num_classes),
             indices=part.tolist(),
         )
         for i, (part, cut) in enumerate(zip(parts, cuts, strict=True))
     ]
+
+
+def _counts(labels: Labels, num_classes: int) -> list[int]:
+    """Count the samples of each class."""
+    known = labels[labels != NO_LABEL]
+    return np.bincount(known, minlength=num_classes).tolist()

@@ -1,12 +1,13 @@
 """Make batches of network inputs from stored samples, inside the compiled step."""
 
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import positive
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array, Batch, Dataset, Key
 from hsee_jax.data.views import ViewFn
@@ -53,6 +54,19 @@ def crop() -> AugmentFn:
 def crop_flip() -> AugmentFn:
     """Take a random window, and mirror it left to right with probability one half."""
     return lambda key, images: _crop(key, images, flip=True)
+
+
+@AUGMENTATIONS.register(summary="normal noise, on samples of any shape")
+def noise(
+    *,
+    noise_std: Annotated[
+        float, "standard deviation of the noise, relative to that of the data", positive
+    ] = 0.3,
+) -> AugmentFn:
+    """Add normal noise to each number of a sample."""
+    return lambda key, images: (
+        images + noise_std * jax.random.normal(key, images.shape, images.dtype)
+    )
 
 
 def _crop(key: Key, images: Array, *, flip: bool) -> Array:
@@ -107,6 +121,7 @@ class InputPipeline(NamedTuple):
     std: tuple[float, ...]
     augment: AugmentFn = none()
     view: ViewFn | None = None  # of each client; None for whole samples
+    copies: int = 1  # of each training sample, augmented each by itself
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse an augmentation that does not take views of this shape.
@@ -120,9 +135,16 @@ class InputPipeline(NamedTuple):
     def training(
         self, key: Key, data: Dataset, indices: Array, mask: Array, client: Array
     ) -> Batch:
-        """Return the samples at ``int32 [B]`` like `evaluation`, but augmented."""
+        """Return the samples at ``int32 [B]`` like `evaluation`, but augmented.
+
+        With one copy the inputs are ``[B, ...]``, with more ``[B, copies, ...]``.
+        """
         batch = self.evaluation(data, indices, mask, client)
-        return batch._replace(inputs=self.augment(key, batch.inputs))
+        if self.copies == 1:
+            return batch._replace(inputs=self.augment(key, batch.inputs))
+        keys = [jax.random.fold_in(key, copy) for copy in range(self.copies)]
+        copies = [self.augment(own, batch.inputs) for own in keys]
+        return batch._replace(inputs=jnp.stack(copies, axis=1))
 
     def evaluation(
         self, data: Dataset, indices: Array, mask: Array, client: Array

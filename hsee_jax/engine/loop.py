@@ -32,6 +32,7 @@ def make_loop_round(
     programs: Programs | None = None,
 ) -> RoundFn:
     """Compile the loop, see `hsee_jax.engine.make_round`."""
+    pipeline = pipeline._replace(copies=strategy.copies)
     if strategy.turn is None:
         start = all_at_once(strategy, pipeline, key)
     else:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.types import Array, Dataset, PyTree
+from hsee_jax.core.types import NO_LABEL, Array, Dataset, PyTree
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.placement import Shards
 from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, forward
@@ -68,7 +68,8 @@ def refit_exits(
     Args:
       federation: the clients.
       state: with a slot for every client, in the order of its group.
-      samples: of the clients, used as in inference, without augmentation.
+      samples: of the clients, used as in inference, without augmentation; those without
+        a label do not count.
       ridge: see `hsee_jax.federation.ridge.solve`.
 
     Returns:
@@ -78,6 +79,7 @@ def refit_exits(
       UserError: an exit does not end in a linear layer.
     """
     clients = to_host(state.clients)
+    samples = samples._replace(shards=_labelled(samples))
     layers = {
         i: tuple(_digest(layer, m) for layer in stack.layers)
         for group, stack in zip(federation.groups, clients, strict=True)
@@ -101,6 +103,12 @@ def check_exits(federation: Federation) -> None:
     """
     for group in federation.groups:
         _last_of(federation, group.cut)
+
+
+def _labelled(samples: Samples) -> Shards:
+    """Return the samples with a label of each client."""
+    labels = to_host(samples.data.labels)
+    return {i: shard[labels[shard] != NO_LABEL] for i, shard in samples.shards.items()}
 
 
 def _last_of(federation: Federation, cut: int) -> Path:

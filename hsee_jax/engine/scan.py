@@ -98,6 +98,7 @@ def make_scan_round(
 def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> Wrapped:
     """Compile some steps of a round, and the average after the last step."""
     each: Any = layout(strategy).clients
+    pipeline = pipeline._replace(copies=strategy.copies)
     if strategy.step is not None:
         step = _all_at_once(strategy, pipeline, mesh)
     else:

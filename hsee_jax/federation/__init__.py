@@ -36,6 +36,7 @@ from hsee_jax.federation.step import (
     server_step,
 )
 from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
+from hsee_jax.federation.unlabelled import detached_unlabelled_step, unlabelled_step
 
 __all__ = [
     "REDUCERS",
@@ -67,6 +68,7 @@ __all__ = [
     "decode",
     "decode_gradient",
     "detached_step",
+    "detached_unlabelled_step",
     "encode",
     "encode_gradient",
     "forward",
@@ -87,4 +89,5 @@ __all__ = [
     "server_spec",
     "server_step",
     "solve",
+    "unlabelled_step",
 ]

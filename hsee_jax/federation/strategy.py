@@ -129,6 +129,9 @@ class Strategy(NamedTuple):
     weights: str = "samples"  # of the clients in a mean; or "uniform"
     # The share of rows whose gradient clients share, see `hsee_jax.algorithms.epsl`.
     gradient_share: float = 0.0
+    # Augmented copies of each sample in a batch. With two, clients train on samples
+    # without labels, too; with one, on those with labels alone.
+    copies: int = 1
     # Whether an average gives the same network to all clients and their servers.
     one_network: bool = False
     # For clients and server in processes of their own; None if nothing can cross a

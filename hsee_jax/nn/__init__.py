@@ -37,6 +37,7 @@ from hsee_jax.nn.resnet import (
     resnet50,
 )
 from hsee_jax.nn.sian import sian
+from hsee_jax.nn.vicreg import masked_vicreg
 from hsee_jax.nn.vit import Block, FirstBlock, Patches, TokenHead, vit
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "layer_inputs",
     "load_pretrained",
     "masked_cross_entropy",
+    "masked_vicreg",
     "mlp",
     "mobilenet_v2",
     "mobilenet_v3_small",

@@ -45,6 +45,7 @@ from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.runs.model import build_model, views_in
 from hsee_jax.runs.private import check_simulated
+from hsee_jax.runs.unlabelled import copies_of
 from hsee_jax.systems.traffic import traffic_of
 
 _INIT, _AUGMENT = range(2)  # streams of random keys
@@ -117,8 +118,9 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
     info, read = data_source(config.data, data)
     mesh = None if axis == "loop" else make_mesh()
 
-    def material(groups: Sequence[Group]) -> Material:
-        return deal(config, info, groups, *read())
+    def material(groups: Sequence[Group], strategy: Strategy) -> Material:
+        copies = copies_of(config, strategy)
+        return deal(config, info, groups, *read(), copies=copies)
 
     return assemble(config, info, material, axis=axis, mesh=mesh)
 
@@ -126,7 +128,7 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
 def assemble(
     config: Config,
     info: DatasetInfo,
-    material: Callable[[Sequence[Group]], Material],
+    material: Callable[[Sequence[Group], Strategy], Material],
     *,
     axis: str,
     mesh: Mesh | None = None,
@@ -136,7 +138,7 @@ def assemble(
     Args:
       config: the run.
       info: on its data.
-      material: reads the samples, and deals them to groups of clients.
+      material: reads the samples, and deals them to clients as a strategy needs them.
       axis: see `hsee_jax.engine.make_round`.
       mesh: of the devices that share the clients.
 
@@ -147,7 +149,7 @@ def assemble(
     strategy = build_strategy(config, federation)
     attendance, cadence = attendance_of(config), _cadence(config, federation)
     attendance.check(federation.groups, cadence.rounds)
-    parts, shares, test, train, held = material(federation.groups)
+    parts, shares, test, train, held = material(federation.groups, strategy)
     key, shards = augment_key(config), dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))

@@ -7,6 +7,7 @@ from hsee_jax.engine.plan import turn_order
 from hsee_jax.runs.equipment import Equipment, clock_devices
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.phases import Phases
+from hsee_jax.runs.unlabelled import check_one_copy
 from hsee_jax.systems.availability import by_client
 from hsee_jax.systems.clock import Clock, RoundClock, clock_round
 from hsee_jax.systems.devices import Device
@@ -27,7 +28,8 @@ def with_clock(experiment: Experiment, equipment: Equipment | None) -> Experimen
 
     Raises:
       UserError: a device was measured with another network, or there is a round in
-        which no client is available and done by the deadline.
+        which no client is available and done by the deadline; or the strategy takes
+        two copies of a sample.
     """
     if equipment is None:
         return experiment
@@ -36,6 +38,7 @@ def with_clock(experiment: Experiment, equipment: Equipment | None) -> Experimen
             "devices: not allowed with a strategy whose server takes all clients' "
             "views as one; its time is not simulated"
         )
+    check_one_copy(experiment.config, experiment.strategy)
     phases, clocks, now_s, rounds = Phases(experiment), {}, 0.0, []
     for number in range(1, experiment.cadence.rounds + 1):
         phase, devices = phases.at(number), _devices(experiment, equipment, number)

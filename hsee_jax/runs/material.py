@@ -7,13 +7,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hsee_jax.config.schema import Config
-from hsee_jax.core.types import Dataset
+from hsee_jax.core.types import NO_LABEL, Dataset
 from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import (
     PARTITIONS,
     Indices,
     Share,
     hold_out,
+    labelled,
     manifest,
     partition,
 )
@@ -38,10 +39,30 @@ def deal(
     groups: Sequence[Group],
     train: Dataset,
     test: Dataset,
+    *,
+    copies: int,
 ) -> Material:
-    """Deal the training samples to groups of clients, and hold some out."""
+    """Deal the training samples to groups of clients, and hold some out.
+
+    A strategy that takes two copies of a sample gets all samples, but labels only for
+    the labelled share and for what is held out. Any other gets only the labelled share.
+    """
     parts, held = deal_parts(config, train)
+    known = _with_labels(config, parts)
+    if copies > 1:
+        kept = np.concatenate([*known, held])
+        labels = np.full(len(train.labels), NO_LABEL, np.int32)
+        labels[kept] = train.labels[kept]
+        train = train._replace(labels=labels)
+    else:
+        parts = known
     return Material(parts, _manifest(groups, parts, train, info), test, train, held)
+
+
+def _with_labels(config: Config, parts: Sequence[Indices]) -> list[Indices]:
+    """Return the samples of each client that have labels."""
+    share, seed = config.data.labelled_share, config.run.partition_seed
+    return list(labelled(parts, share, seed=seed))
 
 
 def deal_parts(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
@@ -72,11 +93,11 @@ def take(data: Dataset, indices: Indices, mesh: Mesh | None) -> Dataset:
 
 
 def shares(config: Config) -> list[Dataset]:
-    """Read the dataset of a run, and return the training samples of each client.
+    """Read the dataset of a run, and return each client's training samples with labels.
 
     Raises:
       UserError: the data are missing, or not valid.
     """
     train, _ = data_source(config.data).read()
-    parts, _ = deal_parts(config, train)
+    parts = _with_labels(config, deal_parts(config, train)[0])
     return [Dataset(*(np.asarray(a)[part] for a in train)) for part in parts]

@@ -10,7 +10,7 @@ from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import TRAIN_SAMPLES
-from hsee_jax.data.partition import PARTITIONS, hold_out, partition
+from hsee_jax.data.partition import PARTITIONS, hold_out, labelled, partition
 from hsee_jax.engine.plan import participants
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.schedule import CutSchedule
@@ -18,6 +18,7 @@ from hsee_jax.federation.strategy import Strategy
 from hsee_jax.runs.build import attendance_of, build_federation, build_strategy
 from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import build_data, build_info
+from hsee_jax.runs.unlabelled import check_one_copy
 from hsee_jax.systems.cluster import Pipelines, best_pipelines, cluster_device
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.device_file import Fleet
@@ -105,6 +106,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     )
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
+    check_one_copy(config, some)
     detached = some.boundary == "detached"
     if fleet.clusters and not detached:
         raise UserError(
@@ -255,4 +257,5 @@ def _samples(config: Config) -> Ints:
     kept, _ = hold_out(len(labels), data.validation_share, seed=seed)
     deal = PARTITIONS.make(data.partition, options=data.options)
     parts = partition(labels[kept], config.clients.num_clients, deal, seed=seed)
-    return np.array([len(part) for part in parts])
+    known = labelled(parts, data.labelled_share, seed=seed)
+    return np.array([len(part) for part in known])

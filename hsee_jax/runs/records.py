@@ -235,7 +235,7 @@ def round_record(
     return RoundRecord(
         round=number,
         seconds=seconds,
-        images=int(np.sum(metrics.exit.count)),
+        images=int(np.sum(plan.mask[:, plan.active])),
         missed=plan.ids[drawn][~plan.active[drawn]].tolist(),
         left_out=plan.ids[~fine].tolist(),
         train=TrainFigures(*figures),

@@ -12,12 +12,14 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import client_axis
 from hsee_jax.federation.federation import Group
+from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import backend_of
 from hsee_jax.runs.build import assemble
 from hsee_jax.runs.data import data_source
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.material import Material, deal
 from hsee_jax.runs.private import check_no_layers_sent
+from hsee_jax.runs.unlabelled import check_all_labelled, copies_of
 
 
 def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
@@ -33,10 +35,12 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     """
     info, read = data_source(config.data)
 
-    def material(groups: Sequence[Group]) -> Material:
+    def material(groups: Sequence[Group], strategy: Strategy) -> Material:
         train, test = read()
         if not samples:
-            return deal(config, info, groups, train, test)._replace(train=None)
+            copies = copies_of(config, strategy)
+            dealt = deal(config, info, groups, train, test, copies=copies)
+            return dealt._replace(train=None)
         ends = np.cumsum(samples)
         parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
         cuts = {i: group.cut for group in groups for i in group.ids}
@@ -51,6 +55,8 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
         )
+    if samples:
+        check_all_labelled(config)
     for name in ("recuts", "pretrained", "refit_exits_every"):
         if flatten(config).get(name):
             raise UserError(f"{name}: not allowed with clients on a network")

@@ -1,0 +1,83 @@
+"""Clients without labels, after arXiv:2301.09164 and VICReg (arXiv:2105.04906).
+
+"Unifying Synergies between Self-supervised Learning and Dynamic Computation" trains a
+network without labels on VICReg (Bardes, Ponce and LeCun, ICLR 2022) and fits heads
+behind it where there are labels. Here a client's layers train on VICReg between two
+augmented copies of each of its samples, labelled or not. The exit and the shared server
+train on the samples with labels alone; no gradient flows back from either, and features
+of samples without labels do not leave the client.
+
+Five things differ. The paper compares a dense network with one whose channels are
+gated; here both copies pass through the same layers, and there are no gates. The loss
+reads the mean of each channel, without an expander [ours]. It is divided by 25, to suit
+the learning rates of a cross-entropy [ours]. BatchNorm sees both copies as one batch
+[ours]. The clients' layers are averaged [ours], so that an exit can be fitted to the
+labels of all clients, see `hsee_jax.engine.refit_exits`.
+"""
+
+from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.options import (
+    Aggregate,
+    BatchNorm,
+    ClientAverage,
+    Init,
+    OptimizerState,
+    Period,
+    PeriodUnit,
+    ServerLrScale,
+    TrimShare,
+    Turn,
+    Weights,
+)
+from hsee_jax.algorithms.registry import ALGORITHMS
+from hsee_jax.core.errors import UserError
+from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.strategy import Strategy
+
+
+@ALGORITHMS.register(summary="clients learn without labels (VICReg), one server")
+def vicreg(
+    federation: Federation,
+    *,
+    turn: Turn = "batch",
+    average: ClientAverage = "clients",
+    period: Period = 1,
+    period_unit: PeriodUnit = "rounds",
+    weights: Weights = "samples",
+    aggregate: Aggregate = "mean",
+    trim_share: TrimShare = 0.0,
+    batch_norm: BatchNorm = "auto",
+    optimizer_state: OptimizerState = "keep",
+    server_lr_scale: ServerLrScale = 1.0,
+    init: Init = "shared",
+) -> Strategy:
+    """Train clients on two copies of each sample, and one server on those with labels.
+
+    The options are those of `hsee_jax.algorithms.sequential`.
+
+    Raises:
+      UserError: clients take a batch in parts, over which the loss is no sum.
+    """
+    if federation.micro_batches > 1:
+        raise UserError(
+            f"micro_batches: {federation.micro_batches} is not allowed with vicreg, "
+            "whose loss is that of a whole batch; allowed is 1"
+        )
+    return compose(
+        federation,
+        Properties(
+            shared=True,
+            average=average,
+            turn=turn,
+            period=period,
+            period_unit=period_unit,
+            weights=weights,
+            aggregate=aggregate,
+            trim_share=trim_share,
+            batch_norm=batch_norm,
+            optimizer_state=optimizer_state,
+            server_lr_scale=server_lr_scale,
+            init=init,
+            copies=2,
+        ),
+    )
