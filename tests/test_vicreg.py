@@ -38,6 +38,7 @@ from hsee_jax.runs.planning import Resources, planning
 from hsee_jax.runs.served import build_served
 from hsee_jax.systems.device_file import read_devices
 
+WHO = jnp.int32(0)
 NOISE = PIPELINE._replace(augment=AUGMENTATIONS.make("noise"))
 DESCENT = optax.scale(-1.0)  # the change of the weights is the gradient
 RATE = jnp.float32(1.0)
