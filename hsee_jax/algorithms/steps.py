@@ -11,14 +11,10 @@ from jax.sharding import PartitionSpec as P
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, decode, encode, message_bytes
 from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
-from hsee_jax.federation.step import (
-    branch_step,
-    detached_step,
-    joint_step,
-    server_step,
-)
+from hsee_jax.federation.step import branch_step, server_step
 from hsee_jax.federation.strategy import StepFn, TurnFn
 from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
@@ -64,11 +60,12 @@ def make_turn(
     rates: Rates,
     boundary: str,
     exit_gradient: float,
+    distill: float,
 ) -> TurnFn:
     """Make the turn of one client and its server, see `compose` for the arguments."""
-    step_both: Callable = detached_step
+    step_both: Callable = partial(detached_step, distill=distill)
     if boundary != "detached":
-        step_both = partial(joint_step, exit_gradient=exit_gradient)
+        step_both = partial(joint_step, exit_gradient=exit_gradient, distill=distill)
 
     def turn(
         client: Branch,

@@ -18,6 +18,7 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.recut import Exits, recut
 from hsee_jax.federation.reduction import REDUCERS, ReduceFn, Reducer
@@ -30,11 +31,16 @@ from hsee_jax.federation.step import (
     branch_step,
     client_backward,
     client_forward,
-    detached_step,
-    joint_step,
     server_step,
 )
-from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
+from hsee_jax.federation.strategy import (
+    Halves,
+    Reply,
+    Sent,
+    Served,
+    Strategy,
+    server_of,
+)
 
 __all__ = [
     "REDUCERS",
@@ -51,6 +57,7 @@ __all__ = [
     "LayerState",
     "ReduceFn",
     "Reducer",
+    "Reply",
     "RunState",
     "Sent",
     "Served",

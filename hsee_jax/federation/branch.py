@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from hsee_jax.core.types import Array, PyTree, Stage, Variables
-from hsee_jax.link.codecs import FULL, Codec, Message, pack_bytes
+from hsee_jax.link.codecs import FULL, Codec, Message, fixed_size, pack_bytes
 from hsee_jax.nn.model import Model, Network, layer_inputs
 from hsee_jax.optim.optimizers import OptimizerLike
 
@@ -198,7 +198,11 @@ def _of_gradient(spec: BranchSpec) -> Codec:
 
 
 def message_bytes(
-    spec: BranchSpec, message: Message, mask: Array, gradient: Message | None = None
+    spec: BranchSpec,
+    message: Message,
+    mask: Array,
+    gradient: Message | None = None,
+    logits: Array | None = None,
 ) -> Array:
     """Count what crosses the link in a step.
 
@@ -206,16 +210,20 @@ def message_bytes(
       spec: of the client.
       message: that it sends; the labels, ``int32 [B]``, go with it.
       mask: ``bool [B]``; padding is not sent.
-      gradient: what comes back, see `encode_gradient`.
+      gradient: what comes back, see `encode_gradient`; None for no gradient.
+      logits: of the server, ``float32 [B, K]``, which come back; None for none.
 
     Returns:
       ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
     """
     label = jnp.dtype(jnp.int32).itemsize
     up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
-    if gradient is None:
-        return pack_bytes(up, jnp.zeros_like(up))
-    return pack_bytes(up, jnp.sum(jnp.where(mask, gradient_bytes(spec, gradient), 0)))
+    down = jnp.zeros_like(up)
+    if gradient is not None:
+        down = jnp.sum(jnp.where(mask, gradient_bytes(spec, gradient), 0))
+    if logits is not None:
+        down = down + jnp.sum(jnp.where(mask, fixed_size(logits), 0))
+    return pack_bytes(up, down)
 
 
 def _variables(layer: LayerState) -> Variables:

@@ -5,7 +5,11 @@ from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import auto_form
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
 from hsee_jax.nn.layers import ConvNorm, Head, Norm
-from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.nn.losses import (
+    distillation_loss,
+    masked_cross_entropy,
+    predictive_entropy,
+)
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
 from hsee_jax.nn.mobilenet import InvertedResidual, mobilenet_v2
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
@@ -44,6 +48,7 @@ __all__ = [
     "conv1d",
     "convolution",
     "deal_cuts",
+    "distillation_loss",
     "from_linen",
     "images_only",
     "init_network",

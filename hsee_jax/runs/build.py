@@ -208,7 +208,9 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
 def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
     """Return the samples in a step, no more than the largest share has."""
     batch_size = min(config.run.batch_size, max(map(len, parts)))
-    check_micro_batches(config.run.micro_batches, batch_size, strategy.boundary)
+    check_micro_batches(
+        config.run.micro_batches, batch_size, strategy.boundary, strategy.distill
+    )
     return batch_size
 
 

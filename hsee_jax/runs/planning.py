@@ -106,11 +106,11 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     )
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
-    detached = some.boundary == "detached"
+    detached = some.boundary == "detached" and not some.waits
     if fleet.clusters and not detached:
         raise UserError(
             f"devices: a cluster does not fit the strategy {config.strategy.strategy}; "
-            "allowed are those with a detached boundary"
+            "allowed are those with a detached boundary, and without distill"
         )
     slots = optimizer_slots(federation.optimizer)
     clusters = _pipelines(fleet, given.costs, batch_size, slots)
