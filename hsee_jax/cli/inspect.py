@@ -46,4 +46,4 @@ def info(words: Sequence[str]) -> None:
         training_bytes(features, federation.codec, strategy.boundary, logits)
         for features in layer_inputs(federation.model)[1:]
     ]
-    show(cost_table(layer_costs(federation.model), crossing))
+    show(cost_table(layer_costs(federation.model, federation.exits), crossing))

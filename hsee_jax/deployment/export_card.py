@@ -36,8 +36,7 @@ them to `{formula}` with the figures of `card.json`. It returns
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
-
-The exit answers the samples with an uncertainty below `threshold`, the server answers
+{exits}The exit answers the samples with an uncertainty below `threshold`, the server answers
 the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
 sample; the bytes are the size of its features on the link `{features[link]}` of the
 training.
@@ -87,8 +86,9 @@ def card_of(
       known: the criterion of its exit, and figures of its run, if there are any.
       files: by name.
     """
-    *layers, exit_head = layer_costs(client)
-    own = (*layers[: len(client.stages)], exit_head)
+    early, count = len(trained.branch.exits), len(client.stages)
+    *parts, exit_head = layer_costs(client)
+    own = (*parts[: count + early], exit_head)
     features, config, info = layer_inputs(client)[-1], trained.config, trained.info
     return {
         "format": _FORMAT,
@@ -99,6 +99,7 @@ def card_of(
         "cut": len(client.stages),
         "layer": client.layer_names[-1],
         "input": {"shape": list(client.input_shape), "dtype": info.dtype},
+        "early_exits": early,
         "classes": info.num_classes,
         "label_values": info.label_values,
         "mean": info.mean,
@@ -123,6 +124,13 @@ def card_of(
     }
 
 
+_README_EXITS = """\
+* `logits_N` and `uncertainty_N` of the exit behind layer N, for N from 1 to {early_exits}.
+
+The earliest exit with an uncertainty below `threshold` answers, so a device can stop there.
+"""
+
+
 def readme_of(card: Figures) -> str:
     """Return the text that says how to load an export."""
     shapes = {
@@ -130,8 +138,10 @@ def readme_of(card: Figures) -> str:
     }
     stored = card["input"]["dtype"] == "uint8"
     text = _README + (_README_ONNX if ONNX in card["sha256"] else "")
+    several = _README_EXITS.format(**card) if card["early_exits"] else "\n"
     return text.format(
         **card,
+        exits=several,
         name=input_name(card["input"]["dtype"]),
         formula="(images / 255 - mean) / std" if stored else "(samples - mean) / std",
         shapes=shapes,

@@ -40,6 +40,7 @@ class ClientResult(NamedTuple):
     exit_loss: float  # mean cross-entropy, in nats
     server_loss: float
     agreement: Agreement | None = None  # None where a file does not hold them
+    early_accuracies: tuple[float, ...] = ()  # of the exits before the last, by depth
 
 
 class EvaluateFn(Protocol):
@@ -164,4 +165,7 @@ def results_of(
                 exit_loss=float(total.exit.loss_sum / count),
                 server_loss=float(total.server.loss_sum / count),
                 agreement=Agreement.of(total.agreement.astype(np.int64)),
+                early_accuracies=tuple(
+                    float(own.correct / count) for own in total.early
+                ),
             )

@@ -2,15 +2,18 @@
 
 from hsee_jax.federation.aggregation import LayerMean, layer_mean, receive
 from hsee_jax.federation.branch import (
+    EXITS,
     Branch,
     BranchSpec,
     LayerState,
+    Outputs,
     client_spec,
     decode,
     decode_gradient,
     encode,
     encode_gradient,
     forward,
+    forward_exits,
     gradient_bytes,
     init_client,
     init_server,
@@ -43,6 +46,7 @@ from hsee_jax.federation.strategy import (
 )
 
 __all__ = [
+    "EXITS",
     "REDUCERS",
     "Branch",
     "BranchSpec",
@@ -55,6 +59,7 @@ __all__ = [
     "Halves",
     "LayerMean",
     "LayerState",
+    "Outputs",
     "ReduceFn",
     "Reducer",
     "Reply",
@@ -74,6 +79,7 @@ __all__ = [
     "encode",
     "encode_gradient",
     "forward",
+    "forward_exits",
     "gradient_bytes",
     "gram",
     "group_clients",

@@ -16,6 +16,10 @@ loss is the cross-entropy plus `hsee_jax.nn.distillation_loss`, both with weight
 [ours]. The logits are those before the server's update. They come down, so the client
 waits for them, with a detached boundary as well.
 
+A client with several exits trains them together, on the sum of their losses, as in
+BranchyNet (Teerapittayanon et al., ICPR 2016) with a weight of 1 for each; the metrics
+are those of the last exit.
+
 A branch refuses a step if the loss, a gradient or a batch statistic is not finite: it
 stays as it is, and the loss in its metrics is NaN. Each side judges its own step; with
 a joint boundary a server that refuses its step sends a gradient of NaN, so that the
@@ -35,7 +39,7 @@ from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
     LayerState,
-    forward,
+    forward_exits,
     parts_of,
     with_parts,
 )
@@ -47,7 +51,8 @@ class ForwardPass(struct.PyTreeNode):
     """A client's forward pass on a batch, with all that the backward pass needs."""
 
     features: Array  # float [B, ...], detached
-    logits: Array | None  # of the exit, float32 [B, K], detached; None without distill
+    # Of each exit, float32 [B, K], detached; None without distill.
+    logits: tuple[Array, ...] | None
     mask: Array  # bool [B], false on padding
     metrics: Metrics  # of the exit, before the update
     stats: tuple[PyTree, ...]  # new batch statistics, the exit head's last
@@ -68,9 +73,9 @@ class _Seen(NamedTuple):
     """What the forward pass of a branch finds beside its loss."""
 
     features: Array
-    logits: Array
+    logits: tuple[Array, ...]  # of each exit, and last of the head
     stats: tuple[PyTree, ...]
-    metrics: Metrics
+    metrics: Metrics  # of the head
 
 
 def client_forward(
@@ -131,7 +136,10 @@ def client_backward(
     slope = None
     if distill:
         assert passed.logits is not None and logits is not None
-        slope = jax.grad(distillation_loss)(passed.logits, logits, passed.mask, distill)
+        slope_of = jax.grad(distillation_loss)
+        slope = tuple(
+            slope_of(own, logits, passed.mask, distill) for own in passed.logits
+        )
     (grads,) = passed.pullback((jnp.float32(1.0), gradient, slope))
     return take_step(spec, client, grads, passed.stats, learning_rate, passed.metrics)
 
@@ -165,10 +173,10 @@ def server_step(
         spec, server, grads, seen.stats, learning_rate, seen.metrics
     )
     if not joint:
-        return ServerStep(server, metrics, None, seen.logits)
+        return ServerStep(server, metrics, None, seen.logits[-1])
     refused = jnp.isnan(metrics.loss_sum)
     gradient = jnp.where(refused, jnp.full_like(rest[0], jnp.nan), rest[0])
-    return ServerStep(server, metrics, gradient, seen.logits)
+    return ServerStep(server, metrics, gradient, seen.logits[-1])
 
 
 def branch_step(
@@ -211,12 +219,16 @@ def _with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:
 def _loss(
     spec: BranchSpec, branch: Branch, batch: Batch, head_gradient: float = 1.0
 ) -> tuple[Array, _Seen]:
-    """Return the mean loss of the head, and what else the forward pass finds."""
-    features, logits, stats = forward(
+    """Return the sum of the mean losses of all heads, and what else is found."""
+    features, logits, stats = forward_exits(
         spec, branch, batch.inputs, batch.mask, train=True, head_gradient=head_gradient
     )
-    loss, metrics = masked_cross_entropy(logits, batch.labels, batch.mask)
-    return loss, _Seen(features, logits, stats, metrics)
+    losses, metrics = zip(
+        *(masked_cross_entropy(own, batch.labels, batch.mask) for own in logits),
+        strict=True,
+    )
+    loss = sum(losses[1:], losses[0])
+    return loss, _Seen(features, logits, stats, metrics[-1])
 
 
 def take_step(

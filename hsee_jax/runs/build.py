@@ -80,6 +80,7 @@ def build_federation(
         CODECS.make(clients.link, options=clients.options),
         config.run.micro_batches,
         one_by_one=config.run.client_axis == "map",
+        exits=clients.exits,
     )
 
 
@@ -200,6 +201,8 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
     schedule = schedule_of(config, federation.model.layer_names)
     if len(schedule.cuts) > 1 and jax.process_count() > 1:
         raise UserError("recuts: not allowed with several processes")
+    if len(schedule.cuts) > 1 and federation.exits != "cut":
+        raise UserError(f"recuts: not allowed with exits {federation.exits}")
     for cuts in schedule.cuts[1:]:
         build_strategy(config, federation.with_cuts(cuts))
     return schedule

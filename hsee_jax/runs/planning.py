@@ -75,7 +75,7 @@ def planning(config: Config, resources: Resources) -> Planning:
         config,
         resources,
         federation,
-        layer_costs(federation.model),
+        layer_costs(federation.model, federation.exits),
         _samples(config),
     )
 

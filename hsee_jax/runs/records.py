@@ -23,7 +23,9 @@ from hsee_jax.systems.clock import ClockTotals, RoundClock, clock_totals
 from hsee_jax.systems.traffic import Bytes
 
 _PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-_FIGURES = [name for name in ClientResult._fields if name != "agreement"]
+_FIGURES = [
+    name for name in ClientResult._fields if name not in ("agreement", "early_accuracies")
+]
 
 
 class TrainFigures(NamedTuple):
@@ -54,6 +56,7 @@ class Scores(NamedTuple):
             **self._asdict(),
             "clients": [
                 {name: _plain(getattr(result, name)) for name in _FIGURES}
+                | _early(result)
                 for result in self.clients
             ],
         }
@@ -294,6 +297,13 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _early(result: ClientResult) -> dict[str, Any]:
+    """Return the accuracies of the exits before the last, if there are any."""
+    early = result.early_accuracies
+    return {"early_accuracies": list(early)} if early else {}
+
+
 def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: values[name] for name in _FIGURES}
-    return {k: math.nan if value is None else value for k, value in own.items()}
+    found = {k: math.nan if value is None else value for k, value in own.items()}
+    return found | {"early_accuracies": tuple(values.get("early_accuracies", ()))}

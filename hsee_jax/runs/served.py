@@ -74,6 +74,11 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
         )
     if config.clients.keep_layers_private:
         check_no_layers_sent(strategy)
+        if config.clients.exits != "cut":
+            raise UserError(
+                f"exits: {config.clients.exits} is not allowed with "
+                "keep_layers_private; allowed is cut"
+            )
     return experiment
 
 
