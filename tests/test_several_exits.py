@@ -112,7 +112,9 @@ def test_a_step_is_the_gradient_of_the_sum_of_all_losses(share, distill):
     gradient = jax.jit(jax.grad(loss))(params_of(client))
     expected = jax.tree.map(jnp.subtract, params_of(client), gradient)
     assert_same(params_of(after), expected, rtol=1e-4, atol=1e-5)
-    only_last = jax.jit(lambda c, s: detached_step(*sides(3, "cut")[0], c, s, batch, RATES))
+    only_last = jax.jit(
+        lambda c, s: detached_step(*sides(3, "cut")[0], c, s, batch, RATES)
+    )
     plain, _, last = only_last(sides(3, "cut")[1], server)
     assert_same(metrics.exit, last.exit, rtol=1e-6)  # the metrics are those of the last
     first = after.layers[0].params["Conv_0"]["kernel"]
@@ -169,7 +171,8 @@ def test_evaluation_scores_each_exit(axis):
     images = (data.images.astype(np.float32) / 255 - 0.5) / 0.25
     client, spec = take_member(state.clients[1], 0), federation.specs(1)[0]
     _, logits, _ = forward_exits(spec, client, images, np.ones(11, bool), train=False)
-    right = [np.mean(np.argmax(own, axis=1) == data.labels) for own in logits]
+    found_by = [np.argmax(np.asarray(own), axis=1) for own in logits]
+    right = [float(np.mean(classes == data.labels)) for classes in found_by]
     found = results[1]
     assert [*found.early_accuracies, found.exit_accuracy] == pytest.approx(right)
 
@@ -212,7 +215,9 @@ def test_the_curve_is_that_of_counting(exits):
             assert curve.num_correct[n] == correct
             assert curve.num_offloads[n] == 60 - sum(answers)
             np.testing.assert_allclose(exit_shares(scores, threshold) * 60, answers)
-        every = np.unique([counted(scores, t)[1] for t in np.linspace(0, 1.01, 300)], axis=0)
+        every = np.unique(
+            [counted(scores, t)[1] for t in np.linspace(0, 1.01, 300)], axis=0
+        )
         found = np.unique([counted(scores, t)[1] for t in thresholds], axis=0)
         np.testing.assert_array_equal(found, every)  # no other threshold differs
 
@@ -236,6 +241,8 @@ def test_a_sample_costs_what_runs_up_to_its_exit():
 def test_the_earliest_sure_exit_answers():
     """Against all answers to each sample; the batch is padded."""
     specs, client, server, batch = sides(3)
+    sharper = jax.tree.map(lambda leaf: 3 * leaf, client.head.params)
+    client = client.replace(head=client.head.replace(params=sharper))
     inputs, mask = batch.inputs[:7], jnp.ones(7, bool)
     own = jax.jit(lambda c: forward_exits(specs[0], c, inputs, mask, train=False))
     features, of_exits, _ = own(client)
@@ -253,7 +260,7 @@ def test_the_earliest_sure_exit_answers():
             assert found.exited[n] == bool(len(sure))
             assert found.exit[n] == (sure[0] if len(sure) else 2)
             seen.add(int(sure[0]) if len(sure) else None)
-    assert len(seen) > 2
+    assert seen >= {0, 2, None}
     assert (found.early_logits.shape, found.exit_logits.shape) == ((7, 2, 3), (7, 3))
 
 

@@ -36,7 +36,8 @@ them to `{formula}` with the figures of `card.json`. It returns
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
-{exits}The exit answers the samples with an uncertainty below `threshold`, the server answers
+{exits}
+The exit answers the samples with an uncertainty below `threshold`, the server answers
 the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
 sample; the bytes are the size of its features on the link `{features[link]}` of the
 training.
@@ -125,9 +126,9 @@ def card_of(
 
 
 _README_EXITS = """\
-* `logits_N` and `uncertainty_N` of the exit behind layer N, for N from 1 to {early_exits}.
+* `logits_N` and `uncertainty_N` of the exit behind layer N, from 1 to {early_exits}.
 
-The earliest exit with an uncertainty below `threshold` answers, so a device can stop there.
+The earliest exit with an uncertainty below `threshold` answers; a device can stop there.
 """
 
 
@@ -138,7 +139,7 @@ def readme_of(card: Figures) -> str:
     }
     stored = card["input"]["dtype"] == "uint8"
     text = _README + (_README_ONNX if ONNX in card["sha256"] else "")
-    several = _README_EXITS.format(**card) if card["early_exits"] else "\n"
+    several = _README_EXITS.format(**card) if card["early_exits"] else ""
     return text.format(
         **card,
         exits=several,

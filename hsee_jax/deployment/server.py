@@ -153,8 +153,8 @@ class RemoteTurns:
         batch = _batch(tensors, self._messages[group], mask)
         served = self._serve(server, batch, rate, group=group)
         if self._waits:
-            rows, reply = int(mask.sum()), tensors_of(served.reply)
-            own = {name: np.asarray(leaf)[:rows] for name, leaf in reply.items()}
+            count, reply = int(mask.sum()), tensors_of(served.reply)
+            own = {name: np.asarray(leaf)[:count] for name, leaf in reply.items()}
             self._mailbox.answer(i, t, own)
         metrics = ExitMetrics(_NO_ROWS, served.metrics, served.link)
         return client, served.server, metrics

@@ -44,7 +44,7 @@ class ClientResult(NamedTuple):
     early_accuracies: tuple[float, ...] = ()  # of the exits before the last, by depth
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the agreement as values of JSON; what is not finite is None."""
+        """Return all but the agreement; a value that is not finite is None."""
         values = self._asdict()
         del values["agreement"]
         early = list(values.pop("early_accuracies"))

@@ -103,7 +103,8 @@ def check_exits(federation: Federation) -> None:
     """
     if federation.exits != "cut":
         raise UserError(
-            f"exits: {federation.exits} is not allowed with an exact fit; allowed is cut"
+            f"exits: {federation.exits} is not allowed with an exact fit; allowed is "
+            "cut"
         )
     for group in federation.groups:
         _last_of(federation, group.cut)

@@ -5,8 +5,8 @@ samples in the order of their uncertainty then give the exact result of every th
 A threshold is chosen on samples held out of the training data, never on the test set.
 
 Of several exits the earliest with an uncertainty below the threshold answers. A higher
-threshold may move an answer to an earlier exit, so a sample has a step at each exit that
-is surer than all before it.
+threshold may move an answer to an earlier exit, so a sample has a step at each exit
+that is surer than all before it.
 
 Logits that are not finite count as wrong answers of infinite uncertainty: no threshold
 lets an exit answer with them.

@@ -2,10 +2,10 @@
 
 A batch passes through the client's layers and its exit. The exit answers the samples
 with an uncertainty below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016;
-Hetero-SplitEE gates by entropy). Of several exits the earliest that is so sure answers. The
-features of the other samples are gathered and padded to one of a few static sizes, and the server runs only on them. BatchNorm uses
-its running statistics, so a sample's answer depends neither on the padding nor on the
-other samples of its batch.
+Hetero-SplitEE gates by entropy); of several exits, the earliest that is so sure. The
+features of the other samples are gathered and padded to one of a few static sizes, and
+the server runs only on them. BatchNorm uses its running statistics, so a sample's
+answer depends neither on the padding nor on the other samples of its batch.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The form in which checkpoints store branches with one exit and no state of a codec."""
+"""The form of a branch in checkpoints: without a link's state that is empty."""
 
 from typing import Any
 

@@ -28,8 +28,8 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
 
     Args:
       model: the network.
-      exits: see `hsee_jax.federation.Federation`; with ``"all"``, the cost of an exit is
-        that of all exits up to it, as a client with this cut has them.
+      exits: see `hsee_jax.federation.Federation`; with ``"all"``, the cost of an exit
+        is that of all exits up to it, as a client with this cut has them.
     """
     shapes = layer_inputs(model)
     stages = [*model.stages, *model.exit_heads, model.final_head]
@@ -46,7 +46,8 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
 
 def _with_all_exits(costs: list[LayerCost]) -> tuple[LayerCost, ...]:
     """Add to the cost of each exit those of the exits before it."""
-    count, total = len(costs) // 2, (0, 0, 0, 0)
+    count = len(costs) // 2
+    total: tuple[int, ...] = (0, 0, 0, 0)
     for number in range(count, 2 * count):
         name, *own = costs[number]
         total = tuple(map(sum, zip(total, own, strict=True)))
