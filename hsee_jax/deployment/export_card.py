@@ -128,7 +128,7 @@ def card_of(
 _README_EXITS = """\
 * `logits_N` and `uncertainty_N` of the exit behind layer N, from 1 to {early_exits}.
 
-The earliest exit with an uncertainty below `threshold` answers; a device can stop there.
+The earliest exit with an uncertainty below `threshold` answers; a device stops there.
 """
 
 
