@@ -112,6 +112,10 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
             f"devices: a cluster does not fit the strategy {config.strategy.strategy}; "
             "allowed are those with a detached boundary, and without distill"
         )
+    if fleet.clusters and federation.exits != "cut":
+        raise UserError(
+            f"exits: {federation.exits} is not allowed with a cluster; allowed is cut"
+        )
     slots = optimizer_slots(federation.optimizer)
     clusters = _pipelines(fleet, given.costs, batch_size, slots)
     return Problem(
