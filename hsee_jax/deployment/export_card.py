@@ -100,7 +100,6 @@ def card_of(
         "cut": len(client.stages),
         "layer": client.layer_names[-1],
         "input": {"shape": list(client.input_shape), "dtype": info.dtype},
-        "early_exits": early,
         "classes": info.num_classes,
         "label_values": info.label_values,
         "mean": info.mean,
@@ -122,7 +121,7 @@ def card_of(
         "sha256": {
             name: hashlib.sha256(content).hexdigest() for name, content in files.items()
         },
-    }
+    } | ({"early_exits": early} if early else {})
 
 
 _README_EXITS = """\
@@ -139,7 +138,7 @@ def readme_of(card: Figures) -> str:
     }
     stored = card["input"]["dtype"] == "uint8"
     text = _README + (_README_ONNX if ONNX in card["sha256"] else "")
-    several = _README_EXITS.format(**card) if card["early_exits"] else ""
+    several = _README_EXITS.format(**card) if "early_exits" in card else ""
     return text.format(
         **card,
         exits=several,
