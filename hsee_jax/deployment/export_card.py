@@ -46,6 +46,11 @@ This needs jax, flatbuffers and safetensors, and runs on {places}.
 The program was written by jax {versions[jax]}; JAX promises that its versions of the
 next six months can read it.
 """
+_README_EXITS = """\
+* `logits_N` and `uncertainty_N` of the exit behind layer N, from 1 to {early_exits}.
+
+The earliest exit with an uncertainty below `threshold` answers; a device stops there.
+"""
 _README_ONNX = """
 ## Without JAX
 
@@ -122,13 +127,6 @@ def card_of(
             name: hashlib.sha256(content).hexdigest() for name, content in files.items()
         },
     } | ({"early_exits": early} if early else {})
-
-
-_README_EXITS = """\
-* `logits_N` and `uncertainty_N` of the exit behind layer N, from 1 to {early_exits}.
-
-The earliest exit with an uncertainty below `threshold` answers; a device stops there.
-"""
 
 
 def readme_of(card: Figures) -> str:
