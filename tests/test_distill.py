@@ -102,7 +102,9 @@ def replaced(branch, params):
     )
 
 
-@pytest.mark.parametrize("boundary", ["detached", "joint"])
+@pytest.mark.parametrize(
+    "boundary", ["detached", pytest.param("joint", marks=pytest.mark.slow)]
+)
 def test_a_step_is_the_gradient_of_the_sum_of_both_losses(boundary):
     """By one gradient of the whole; the server's step stays what it is."""
     specs, client, server, batch = sides()
@@ -168,7 +170,6 @@ def results(make, cuts, axes, **options):
 @pytest.mark.parametrize(
     ("make", "options", "cuts", "axes"),
     [
-        (averaging, {}, {4: 1, 1: 1}, ("loop", "vmap")),
         pytest.param(averaging, {}, CUTS, CLIENT_AXES, marks=pytest.mark.slow),
         pytest.param(sequential, {}, CUTS, CLIENT_AXES, marks=pytest.mark.slow),
         pytest.param(

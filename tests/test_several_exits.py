@@ -121,19 +121,18 @@ def test_a_step_is_the_gradient_of_the_sum_of_all_losses(share, distill):
     assert np.abs(first - plain.layers[0].params["Conv_0"]["kernel"]).max() > 1e-3
 
 
+BOTH = {"average": "all_holders", "distill": 2.0}
+
+
 @pytest.mark.parametrize(
     ("make", "options", "cuts", "axes"),
     [
-        (averaging, {"average": "all_holders"}, {4: 1, 1: 2}, ("loop", "vmap")),
+        (averaging, BOTH, {4: 1, 1: 2}, ("loop", "vmap")),
         pytest.param(
             sequential, {}, {4: 1, 1: 2, 6: 2}, CLIENT_AXES, marks=pytest.mark.slow
         ),
         pytest.param(
-            averaging,
-            {"average": "all_holders", "distill": 2.0},
-            {4: 1, 1: 2, 6: 2},
-            CLIENT_AXES,
-            marks=pytest.mark.slow,
+            averaging, BOTH, {4: 1, 1: 2, 6: 2}, CLIENT_AXES, marks=pytest.mark.slow
         ),
     ],
 )
@@ -159,7 +158,7 @@ def test_all_forms_of_the_engine_train_alike(make, options, cuts, axes):
         assert_same(at_one.head.params, at_two.exits[0].params, rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis", ["loop", "vmap"])
+@pytest.mark.parametrize("axis", ["loop", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_evaluation_scores_each_exit(axis):
     """Batches of 4 of 11 samples, by networks that differ between clients."""
     federation = federation_of({4: 1, 1: 2}, DENSE)
@@ -291,6 +290,7 @@ def test_what_does_not_go_with_several_exits_is_refused(tmp_path, capsys):
     assert "exits: all is not allowed with hsee profile" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_from_training_to_export(tmp_path, capsys):
     """All commands know the exits; the export answers as the restored client does."""
     run = tmp_path / "run"
