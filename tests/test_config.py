@@ -116,6 +116,8 @@ def test_a_configuration_of_version_0_1_is_read():
             "pretrained",
             "refit_exits_every",
             "labelled_share",
+            "distill",
+            "exits",
         ):  # there were none
             assert written[name] == (list(value) if name in MANY else value)
     values["clients"]["init"] = "per_client"

@@ -25,7 +25,8 @@ from hsee_jax.federation.branch import (
     init_server,
     server_spec,
 )
-from hsee_jax.federation.step import branch_step, joint_step
+from hsee_jax.federation.fused import joint_step
+from hsee_jax.federation.step import branch_step
 from hsee_jax.link import CODECS, sample_bytes
 from hsee_jax.nn import NETWORKS, masked_cross_entropy, parse_cut
 from hsee_jax.nn.model import Network, init_network, layer_inputs

@@ -123,7 +123,7 @@ def test_an_uncertainty_that_is_not_finite_is_never_below_a_threshold():
     doubts = np.array([0.1, np.nan, np.inf, -np.inf], np.float32)
     nothing = np.full((4, 2), np.nan, np.float32)
     gate = Gate(
-        lambda client, inputs: (inputs, nothing, doubts),
+        lambda client, inputs: (inputs, nothing[:, None], doubts[:, None]),
         lambda server, features, rows: features[rows],
     )
     for threshold in (0.5, np.inf):

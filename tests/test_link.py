@@ -18,7 +18,8 @@ from hsee_jax.federation.branch import (
     init_server,
     server_spec,
 )
-from hsee_jax.federation.step import branch_step, joint_step
+from hsee_jax.federation.fused import joint_step
+from hsee_jax.federation.step import branch_step
 from hsee_jax.inference.gate import make_gate
 from hsee_jax.link import CODECS, sample_bytes
 from hsee_jax.nn.losses import masked_cross_entropy

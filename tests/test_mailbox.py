@@ -27,8 +27,8 @@ def reopen(mailbox, *clients, number, steps=2):
     mailbox.open(number, rows, Layers.NONE, last={}, means={})
 
 
-def put(mailbox, i, step, number=1, joint=False, tensors=None, alive=lambda: True):
-    return mailbox.put(i, number, step, tensors or {}, joint=joint, alive=alive)
+def put(mailbox, i, step, number=1, waits=False, tensors=None, alive=lambda: True):
+    return mailbox.put(i, number, step, tensors or {}, waits=waits, alive=alive)
 
 
 def test_a_client_that_is_late_is_absent_in_the_round():
@@ -83,7 +83,7 @@ def test_a_device_waits_until_there_is_room():
 def test_an_answer_is_given_again():
     mailbox = mailbox_of(0)
     answers = []
-    ask = lambda: answers.append(put(mailbox, 0, 0, joint=True))  # noqa: E731
+    ask = lambda: answers.append(put(mailbox, 0, 0, waits=True))  # noqa: E731
     thread = threading.Thread(target=ask)
     thread.start()
     assert mailbox.take(0, 0) == {}

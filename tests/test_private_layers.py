@@ -23,7 +23,7 @@ from hsee_jax.deployment.protocol import Closed, Refusal, pack
 from hsee_jax.deployment.remote_evaluation import RemoteEvaluation, unanswered
 from hsee_jax.deployment.service import Service
 from hsee_jax.deployment.types import Patience
-from hsee_jax.engine.scoring import score_logits
+from hsee_jax.engine.scoring import Answers, score_logits
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
@@ -306,9 +306,9 @@ def test_test_inputs_come_without_labels_and_only_to_private_devices(service):
 def test_a_client_that_does_not_answer_has_all_wrong():
     labels = np.array([0, 2, 2, 1], np.int32)
     zeros = np.zeros((4, 3), np.float32)
-    undecided = score_logits(zeros, zeros, labels, np.ones(4, bool))
+    undecided = score_logits(Answers(None, zeros), zeros, labels, np.ones(4, bool))
     nan = np.full((4, 3), np.nan, np.float32)
-    wrong = score_logits(nan, nan, labels, np.ones(4, bool))
+    wrong = score_logits(Answers(None, nan), nan, labels, np.ones(4, bool))
     found = unanswered(labels, 3)
     np.testing.assert_array_equal(found.agreement, wrong.agreement)
     for part in (found.exit, found.server):

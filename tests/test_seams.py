@@ -20,13 +20,8 @@ from hsee_jax.federation.branch import (
     init_server,
     message_bytes,
 )
-from hsee_jax.federation.step import (
-    client_backward,
-    client_forward,
-    detached_step,
-    joint_step,
-    server_step,
-)
+from hsee_jax.federation.fused import detached_step, joint_step
+from hsee_jax.federation.step import client_backward, client_forward, server_step
 from hsee_jax.link import CODECS, FULL
 from hsee_jax.nn import init_network
 

@@ -16,7 +16,8 @@ from hsee_jax.federation.branch import (
     init_server,
     server_spec,
 )
-from hsee_jax.federation.step import branch_step, detached_step, joint_step
+from hsee_jax.federation.fused import detached_step, joint_step
+from hsee_jax.federation.step import branch_step
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network
 

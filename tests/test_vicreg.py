@@ -331,9 +331,10 @@ def test_the_second_copy_and_the_clients_layers_count():
     assert not same(shared, layers(vicreg(federation), PIPELINE))
 
 
-def test_micro_batches_are_refused():
-    federation = tiny_federation({0: 1})._replace(micro_batches=2)
-    with pytest.raises(UserError, match="micro_batches: 2 is not allowed with vicreg"):
+@pytest.mark.parametrize(("name", "value"), [("micro_batches", 2), ("exits", "all")])
+def test_what_the_loss_does_not_fit_is_refused(name, value):
+    federation = tiny_federation({0: 1})._replace(**{name: value})
+    with pytest.raises(UserError, match=f"{name}: {value} is not allowed with vicreg"):
         vicreg(federation)
 
 

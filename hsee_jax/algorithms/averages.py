@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.aggregation import layer_mean, message, receive
-from hsee_jax.federation.branch import LayerState, parts_of, with_parts
+from hsee_jax.federation.branch import (
+    LayerState,
+    early_exits,
+    parts_of,
+    with_parts,
+)
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.reduction import ReduceFn
 from hsee_jax.federation.state import Means, RunState
@@ -23,7 +28,7 @@ class Place(NamedTuple):
 
     side: str  # "client" or "server"
     group: int
-    layer: int  # its index in the branch; the head is -1
+    layer: int  # its index in `parts_of`; the head is -1
 
 
 Layers = dict[tuple[str, int], list[LayerState]]  # by side and group, the head last
@@ -126,7 +131,12 @@ def find_holders(federation: Federation, average: str) -> dict[str, list[Place]]
         if average in ("clients", "all_holders"):
             for i in range(group.cut):
                 holders.setdefault(f"layer {i}", []).append(Place("client", g, i))
-            holders[f"exit head {group.cut}"] = [Place("client", g, -1)]
+            for i in range(early_exits(group.cut, federation.exits)):
+                place = Place("client", g, group.cut + i)
+                holders.setdefault(f"exit head {i + 1}", []).append(place)
+            holders.setdefault(f"exit head {group.cut}", []).append(
+                Place("client", g, -1)
+            )
     return holders
 
 

@@ -71,6 +71,7 @@ class Properties(NamedTuple):
     # "together": the batches of all clients as one.
     turn: str = "batch"
     gradient_share: float = 0.0  # of a joint boundary and turns together, see `epsl`
+    distill: float = 0.0  # see `detached_step`; not with turns together
     period: int = 1  # how often to average, in units of ``period_unit``; 0 is never
     period_unit: str = "rounds"  # or "steps"
     weights: str = "samples"  # of the clients in a mean, or "uniform"
@@ -108,6 +109,11 @@ class Properties(NamedTuple):
             raise UserError(
                 f"gradient_share: {self.gradient_share} is not allowed without a joint "
                 "boundary and turn together; allowed is 0"
+            )
+        if self.distill and self.turn == "together":
+            raise UserError(
+                f"distill: {self.distill} is not allowed with turn together; allowed "
+                "is 0"
             )
         for name in _OF_AVERAGES if self.average == "none" else ():
             value, default = getattr(self, name), self._field_defaults[name]
@@ -208,6 +214,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         period=0 if properties.average == "none" else properties.period,
         period_unit=properties.period_unit,
         boundary=boundary,
+        distill=properties.distill,
         weights=properties.weights,
         one_network=properties.makes_one_network(len(federation.groups)),
         halves=_halves(federation, parts, properties, averages),
@@ -223,9 +230,9 @@ def _turn_and_step(
 ) -> tuple[TurnFn | None, StepFn | None]:
     """Return the turn of a client, the step of all clients, or both."""
     boundary, exit_gradient = properties.boundary, properties.exit_gradient
-    rates = Rates(properties.server_lr_scale)
+    distill, rates = properties.distill, Rates(properties.server_lr_scale)
     turn = make_turn(
-        federation, parts, rates, boundary, exit_gradient, properties.copies
+        federation, parts, rates, boundary, exit_gradient, distill, properties.copies
     )
     train = train_on_labels if properties.copies == 1 else unlabelled_step
     if not properties.shared:
@@ -236,7 +243,7 @@ def _turn_and_step(
             return None, clients_then_server(federation, rates, serve, train)
         share = properties.gradient_share
         return None, joint_together(federation, rates.of, exit_gradient, share)
-    if properties.turn == "batch" and boundary == "detached":
+    if properties.turn == "batch" and boundary == "detached" and not distill:
         serve = partial(serve_in_turn, federation, parts)
         return turn, clients_then_server(federation, rates, serve, train)
     return turn, None  # turns wait for each other
@@ -258,6 +265,7 @@ def _halves(
         Rates(properties.server_lr_scale),
         joint=properties.boundary == "joint",
         exit_gradient=properties.exit_gradient,
+        distill=properties.distill,
         means=averages.client_means,
     )
 

@@ -1,11 +1,12 @@
 """The two halves of a turn, for a client and a server in processes of their own.
 
 They are the functions of `hsee_jax.federation.step`, so that a run over a network
-equals the simulation: bit for bit with a detached boundary, up to rounding with a
-joint one, where the client's step is two programs with the link between them.
+equals the simulation: bit for bit, or up to rounding if the client waits for a reply:
+then its step is two programs with the link between them.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from hsee_jax.algorithms.steps import Rates, ServerParts
 from hsee_jax.core.types import Array, Batch, Metrics
@@ -18,7 +19,7 @@ from hsee_jax.federation.step import (
     client_forward,
     server_step,
 )
-from hsee_jax.federation.strategy import Halves, Sent, Served
+from hsee_jax.federation.strategy import Halves, Reply, Sent, Served
 
 
 def make_halves(
@@ -28,17 +29,22 @@ def make_halves(
     *,
     joint: bool,
     exit_gradient: float,
+    distill: float,
     means: Callable[[int], tuple[str, ...]],
 ) -> Halves:
     """Make the halves of a turn; see `compose` for the arguments."""
+    waits = joint or distill > 0
+    forward = partial(
+        client_forward, exit_gradient=exit_gradient if joint else 1.0, distill=distill
+    )
 
     def send(client: Branch, batch: Batch, learning_rate: Array, *, group: int) -> Sent:
         spec, rate = federation.specs(group)[0], rates.of(learning_rate)[0]
-        if not joint:
+        if not waits:
             client, features, metrics = branch_step(spec, client, batch, rate)
             message, client = encode(spec, client, features, batch.mask)
             return Sent(client, message, metrics, None)
-        passed = client_forward(spec, client, batch, exit_gradient=exit_gradient)
+        passed = forward(spec, client, batch)
         message, client = encode(spec, client, passed.features, batch.mask)
         return Sent(client, message, passed.metrics, passed)
 
@@ -49,19 +55,20 @@ def make_halves(
         decoded = batch._replace(inputs=decode(spec, batch.inputs))
         rate = rates.of(learning_rate)[1]
         part = parts.take(server, group)
-        part, metrics, gradient = server_step(spec, part, decoded, rate, joint=joint)
-        link = message_bytes(client_spec, batch.inputs, batch.mask, gradient)
-        return Served(parts.put(server, group, part), metrics, gradient, link)
+        step = server_step(spec, part, decoded, rate, joint=joint)
+        reply = Reply(step.gradient, step.logits if distill else None)
+        link = message_bytes(client_spec, batch.inputs, batch.mask, *reply)
+        return Served(parts.put(server, group, step.server), step.metrics, reply, link)
 
     def finish(
         client: Branch,
         passed: ForwardPass,
-        gradient: Array,
+        reply: Reply,
         learning_rate: Array,
         *,
         group: int,
     ) -> tuple[Branch, Metrics]:
         spec, rate = federation.specs(group)[0], rates.of(learning_rate)[0]
-        return client_backward(spec, client, passed, rate, gradient)
+        return client_backward(spec, client, passed, rate, *reply, distill=distill)
 
-    return Halves(send, serve, finish if joint else None, means)
+    return Halves(send, serve, finish if waits else None, means)

@@ -8,7 +8,9 @@ has its own server network; from time to time each layer is averaged over the ne
 that hold it.
 
 The paper leaves the options below open; their defaults are our choices. With
-``boundary="joint"`` the server's gradient flows back, as in split learning.
+``boundary="joint"`` the server's gradient flows back, as in split learning. With
+``distill`` an exit also learns from the server's logits of the same batch, see
+`hsee_jax.federation.step`; then a client waits for the server with both boundaries.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -18,6 +20,7 @@ from hsee_jax.algorithms.options import (
     BatchNorm,
     Boundary,
     ClientAverage,
+    Distill,
     ExitGradient,
     GradientShare,
     Init,
@@ -48,6 +51,7 @@ def sequential(
     boundary: Boundary = "detached",
     exit_gradient: ExitGradient = 0.0,
     gradient_share: GradientShare = 0.0,
+    distill: Distill = 0.0,
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
     server_lr_scale: ServerLrScale = 1.0,
@@ -78,6 +82,7 @@ def sequential(
             boundary=boundary,
             exit_gradient=exit_gradient,
             gradient_share=gradient_share,
+            distill=distill,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,
             server_lr_scale=server_lr_scale,
@@ -98,6 +103,7 @@ def averaging(
     trim_share: TrimShare = 0.0,
     boundary: Boundary = "detached",
     exit_gradient: ExitGradient = 0.0,
+    distill: Distill = 0.0,
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
     server_lr_scale: ServerLrScale = 1.0,
@@ -120,6 +126,7 @@ def averaging(
             trim_share=trim_share,
             boundary=boundary,
             exit_gradient=exit_gradient,
+            distill=distill,
             batch_norm=batch_norm,
             optimizer_state=optimizer_state,
             server_lr_scale=server_lr_scale,

@@ -39,6 +39,13 @@ GradientShare = Annotated[
     "of the mean over clients (EPSL's phi)",
     between(0, 1),
 ]
+Distill = Annotated[
+    float,
+    "temperature at which a client's exit also learns from the server's logits of the "
+    "same batch, which come down, so that the client waits for them; 0: it does not "
+    "[ours]",
+    at_least(0),
+]
 Period = Annotated[
     int,
     "how often to average, in units of period_unit; 0 is never; an absent client loses "

@@ -17,14 +17,10 @@ from hsee_jax.federation.branch import (
     message_bytes,
 )
 from hsee_jax.federation.federation import Federation
+from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
-from hsee_jax.federation.step import (
-    branch_step,
-    detached_step,
-    joint_step,
-    server_step,
-)
+from hsee_jax.federation.step import branch_step, server_step
 from hsee_jax.federation.strategy import StepFn, TurnFn
 from hsee_jax.federation.unlabelled import detached_unlabelled_step
 from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
@@ -71,12 +67,13 @@ def make_turn(
     rates: Rates,
     boundary: str,
     exit_gradient: float,
+    distill: float,
     copies: int,
 ) -> TurnFn:
     """Make the turn of one client and its server, see `compose` for the arguments."""
-    step_both: Callable = detached_step
+    step_both: Callable = partial(detached_step, distill=distill)
     if boundary != "detached":
-        step_both = partial(joint_step, exit_gradient=exit_gradient)
+        step_both = partial(joint_step, exit_gradient=exit_gradient, distill=distill)
     elif copies > 1:
         step_both = detached_unlabelled_step
 

@@ -56,8 +56,14 @@ def vicreg(
     The options are those of `hsee_jax.algorithms.sequential`.
 
     Raises:
-      UserError: clients take a batch in parts, over which the loss is no sum.
+      UserError: clients take a batch in parts, over which the loss is no sum, or have
+        several exits.
     """
+    if federation.exits != "cut":
+        raise UserError(
+            f"exits: {federation.exits} is not allowed with vicreg, whose clients "
+            "train one exit; allowed is cut"
+        )
     if federation.micro_batches > 1:
         raise UserError(
             f"micro_batches: {federation.micro_batches} is not allowed with vicreg, "

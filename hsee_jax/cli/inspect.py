@@ -17,7 +17,7 @@ from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.data import build_info
 from hsee_jax.runs.reopen import evaluate as evaluate_run
 from hsee_jax.systems.costs import layer_costs
-from hsee_jax.systems.traffic import training_bytes
+from hsee_jax.systems.traffic import logits_down, training_bytes
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -40,9 +40,10 @@ def info(words: Sequence[str]) -> None:
     federation = build_federation(
         config, build_info(config.data), plain="conv" not in given
     )
-    boundary = build_strategy(config, federation).boundary
+    strategy = build_strategy(config, federation)
+    logits = logits_down(federation.model, strategy)
     crossing = [
-        training_bytes(features, federation.codec, boundary)
+        training_bytes(features, federation.codec, strategy.boundary, logits)
         for features in layer_inputs(federation.model)[1:]
     ]
-    show(cost_table(layer_costs(federation.model), crossing))
+    show(cost_table(layer_costs(federation.model, federation.exits), crossing))

@@ -36,6 +36,11 @@ def profile_machine(words: Sequence[str]) -> None:
     if repeats < 1:
         raise UserError(f"repeats: {repeats} is not allowed; allowed is 1 or more")
     config = config_from(given)
+    if config.clients.exits != "cut":
+        raise UserError(
+            f"exits: {config.clients.exits} is not allowed with hsee profile, which "
+            "times each exit alone; allowed is cut"
+        )
     use_cache(given)
     check_devices()
     show_log()

@@ -41,12 +41,17 @@ def results_table(scores: Scores, *, title: str) -> Table:
     means = scores.mean_exit_accuracy, scores.mean_server_accuracy
     for name, mean in zip(("exit", "server"), means, strict=True):
         table.add_column(f"{name} accuracy", f"{mean:.4f}", justify="right")
+    several = any(client.early_accuracies for client in scores.clients)
+    if several:
+        table.add_column("earlier exits", justify="right")
     for client in scores.clients:
+        early = " ".join(f"{accuracy:.4f}" for accuracy in client.early_accuracies)
         table.add_row(
             str(client.id),
             str(client.cut),
             f"{client.exit_accuracy:.4f}",
             f"{client.server_accuracy:.4f}",
+            *([early] if several else []),
         )
     return table
 

@@ -20,6 +20,7 @@ from hsee_jax.data.partition import PARTITIONS
 from hsee_jax.data.pipeline import AUGMENTATIONS
 from hsee_jax.data.registry import DATASETS
 from hsee_jax.engine.round import CLIENT_AXES
+from hsee_jax.federation.branch import EXITS
 from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn import NETWORKS
 from hsee_jax.optim import OPTIMIZERS, SCHEDULES
@@ -136,6 +137,13 @@ class ClientsConfig(Section):
         "in the averages",
         share,
     ] = 0.0
+    exits: Annotated[
+        str,
+        "where a client may answer: behind its last layer (cut), or behind each of its "
+        "layers (all); then its exits train together, and the earliest sure one "
+        "answers [ours]",
+        one_of(EXITS),
+    ] = "cut"
     absences: Annotated[
         tuple[str, ...],
         "rounds that clients are sure to miss, as CLIENT:FROM-TO, counted from 1; "

@@ -2,8 +2,8 @@
 
 To a device goes what the server answers to ``join``, ``begin`` and ``next``. The device
 trains the round and returns all calls that it makes meanwhile; the server then answers
-them as if they arrived one by one. No gradient can come back within a round, so the
-boundary must be detached.
+them as if they arrived one by one. Nothing can come back within a round, so the
+boundary must be detached, and exits cannot learn from the server's logits.
 """
 
 import contextlib
@@ -106,6 +106,11 @@ def check_detached(experiment: Experiment) -> None:
         raise UserError(
             f"boundary: {boundary} is not allowed with one message a round; allowed is "
             "detached, or `hsee serve`"
+        )
+    if experiment.strategy.distill:
+        raise UserError(
+            f"distill: {experiment.strategy.distill} is not allowed with one message a "
+            "round; allowed is 0, or `hsee serve`"
         )
     if experiment.config.clients.keep_layers_private:
         raise UserError(

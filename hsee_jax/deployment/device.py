@@ -189,13 +189,12 @@ class Device:
             self._answer("finish", box.finish(number))
             return
 
-        def exchange(step: int, tensors: Tensors) -> npt.NDArray | None:
+        def exchange(step: int, tensors: Tensors) -> Tensors:
             message = pack({"round": number, "step": step}, tensors)
             box.put(number, step, message)
             rows = len(tensors["labels"])
-            form = with_rows(self._forms.gradient, rows)
-            found = unpack(self._answer("push", message, size_limit(form)), form)
-            return found.get("gradient")
+            form = with_rows(self._forms.reply, rows)
+            return unpack(self._answer("push", message, size_limit(form)), form)
 
         client, metrics = train_round(
             self._part,

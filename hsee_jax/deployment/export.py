@@ -146,7 +146,7 @@ def _export(trained: Trained, place: Path, known: Figures, *, onnx: bool) -> Pat
     client = up_to(trained.model, cut=len(branch.layers))
     info = trained.info._replace(input_shape=client.input_shape)  # of its own view
     weights = _by_name(branch, client.layer_names)
-    segment = make_segment(client, info, known["criterion"])
+    segment = make_segment(client, info, known["criterion"], len(branch.exits))
     files = {
         _PROGRAM: _program(segment, branch, weights, info),
         _WEIGHTS: save(weights),
@@ -175,7 +175,12 @@ def _bare(branch: Branch) -> Branch:
 
 def _by_name(branch: Branch, layers: Sequence[str]) -> dict[str, npt.NDArray]:
     """Return the leaves by names such as ``layer1.0/conv1/conv/kernel``, in order."""
-    parts = zip((*layers, "exit"), (*branch.layers, branch.head), strict=True)
+    early = tuple(f"exit_{n}" for n in range(1, len(branch.exits) + 1))
+    parts = zip(
+        (*layers, "exit", *early),
+        (*branch.layers, branch.head, *branch.exits),
+        strict=True,
+    )
     return {
         f"{name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}": leaf
         for name, layer in parts

@@ -36,7 +36,7 @@ them to `{formula}` with the figures of `card.json`. It returns
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
-
+{exits}
 The exit answers the samples with an uncertainty below `threshold`, the server answers
 the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
 sample; the bytes are the size of its features on the link `{features[link]}` of the
@@ -45,6 +45,11 @@ training.
 This needs jax, flatbuffers and safetensors, and runs on {places}.
 The program was written by jax {versions[jax]}; JAX promises that its versions of the
 next six months can read it.
+"""
+_README_EXITS = """\
+* `logits_N` and `uncertainty_N` of the exit behind layer N, from 1 to {early_exits}.
+
+The earliest exit with an uncertainty below `threshold` answers; a device stops there.
 """
 _README_ONNX = """
 ## Without JAX
@@ -87,8 +92,9 @@ def card_of(
       known: the criterion of its exit, and figures of its run, if there are any.
       files: by name.
     """
-    *layers, exit_head = layer_costs(client)
-    own = (*layers[: len(client.stages)], exit_head)
+    early, count = len(trained.branch.exits), len(client.stages)
+    *parts, exit_head = layer_costs(client)
+    own = (*parts[: count + early], exit_head)
     features, config, info = layer_inputs(client)[-1], trained.config, trained.info
     return {
         "format": _FORMAT,
@@ -120,7 +126,7 @@ def card_of(
         "sha256": {
             name: hashlib.sha256(content).hexdigest() for name, content in files.items()
         },
-    }
+    } | ({"early_exits": early} if early else {})
 
 
 def readme_of(card: Figures) -> str:
@@ -130,8 +136,10 @@ def readme_of(card: Figures) -> str:
     }
     stored = card["input"]["dtype"] == "uint8"
     text = _README + (_README_ONNX if ONNX in card["sha256"] else "")
+    several = _README_EXITS.format(**card) if "early_exits" in card else ""
     return text.format(
         **card,
+        exits=several,
         name=input_name(card["input"]["dtype"]),
         formula="(images / 255 - mean) / std" if stored else "(samples - mean) / std",
         shapes=shapes,

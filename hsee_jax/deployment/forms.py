@@ -1,7 +1,7 @@
 """The forms of all messages of a client, as its device and the server know them."""
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from hsee_jax.deployment.protocol import Form, form_of, named
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import Means, RunState
-from hsee_jax.federation.strategy import Strategy
+from hsee_jax.federation.strategy import Reply, Strategy
 from hsee_jax.link.codecs import Message
 from hsee_jax.nn.model import layer_inputs
 
@@ -41,7 +41,7 @@ class Forms(NamedTuple):
 
     batch: Form  # of one sample, [1, ...]: the message and its label
     message: Message  # of one sample
-    gradient: Form  # of one sample; empty with a detached boundary
+    reply: Form  # to a batch, of one sample; empty if clients do not wait
     metrics: Form  # of the T steps of a round
     answers: Form  # to one test input, [1, ...]: the message, and logits of the exit
     client: Branch
@@ -80,11 +80,14 @@ def forms_of(
     _, means = jax.eval_shape(strategy.aggregate, state, weights)
     label = jax.ShapeDtypeStruct((1,), np.int32)
     logits = jax.ShapeDtypeStruct((1, classes), np.float32)
-    joint = strategy.boundary == "joint"
+    reply = Reply(
+        gradient=features if strategy.boundary == "joint" else None,  # type: ignore
+        logits=logits if strategy.distill else None,  # type: ignore
+    )
     return Forms(
         batch=form_of(message, "inputs") | {"labels": label},
         message=message,
-        gradient=form_of(features, "gradient") if joint else {},
+        reply=tensors_of(reply),
         metrics=form_of(_metrics(steps), "exit"),
         answers=form_of(message, "inputs") | {"logits": logits},
         client=clients[group],
@@ -95,6 +98,11 @@ def forms_of(
         },
         means={name: means[name] for name in strategy.halves.means(group)},
     )
+
+
+def tensors_of(reply: Reply) -> dict[str, Any]:
+    """Return what is in a reply, by name."""
+    return {name: leaf for name, leaf in reply._asdict().items() if leaf is not None}
 
 
 def client_shapes(strategy: Strategy) -> list[Branch]:

@@ -163,7 +163,7 @@ class Mailbox:
         step: int,
         tensors: Tensors,
         *,
-        joint: bool,
+        waits: bool,
         alive: Callable[[], bool],
         kind: Kind = Kind.TRAIN,
     ) -> Tensors:
@@ -187,7 +187,7 @@ class Mailbox:
                     self._change.notify_all()
                     break
                 self._pause(alive)
-            while joint and (i, step) not in self._answers:
+            while waits and (i, step) not in self._answers:
                 self._check_open(i, number)
                 self._pause(alive)
             return self._answers.get((i, step), {})

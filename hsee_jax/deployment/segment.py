@@ -8,7 +8,7 @@ import optax
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
-from hsee_jax.federation.branch import Branch, BranchSpec, forward
+from hsee_jax.federation.branch import Branch, BranchSpec, forward_exits
 from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.nn.model import Model
 
@@ -26,25 +26,38 @@ def up_to(model: Model, cut: int) -> Model:
     )
 
 
-def make_segment(client: Model, info: DatasetInfo, criterion: str) -> Segment:
+def make_segment(
+    client: Model, info: DatasetInfo, criterion: str, early: int = 0
+) -> Segment:
     """Make the function of a client.
 
     Args:
       client: its network, see `up_to`.
       info: on the data.
-      criterion: the uncertainty of its exit.
+      criterion: the uncertainty of its exits.
+      early: how many exits it has before the last; the names of their outputs end in
+        the number of the layer before them.
     """
-    spec = BranchSpec(client.stages, client.final_head, optax.identity())
+    spec = BranchSpec(
+        client.stages,
+        client.final_head,
+        optax.identity(),
+        exits=client.exit_heads[:early],
+    )
     uncertainty = CRITERIA.make(criterion).uncertainty
 
     def segment(branch: Branch, images: Array) -> dict[str, Array]:
         mask = jnp.ones(images.shape[:1], bool)
         inputs = normalize(images, info.mean, info.std)
-        features, logits, _ = forward(spec, branch, inputs, mask, train=False)
-        return {
-            "logits": logits,
-            "uncertainty": uncertainty(logits),
+        features, logits, _ = forward_exits(spec, branch, inputs, mask, train=False)
+        answers = {
+            "logits": logits[-1],
+            "uncertainty": uncertainty(logits[-1]),
             "features": features,
         }
+        for number, own in enumerate(logits[:-1], start=1):
+            answers[f"logits_{number}"] = own
+            answers[f"uncertainty_{number}"] = uncertainty(own)
+        return answers
 
     return segment

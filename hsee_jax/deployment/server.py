@@ -13,7 +13,7 @@ import numpy as np
 
 from hsee_jax.core.types import Batch, Dataset, ExitMetrics, Metrics
 from hsee_jax.deployment.batches import padded, padded_tree
-from hsee_jax.deployment.forms import Layers, message_of
+from hsee_jax.deployment.forms import Layers, message_of, tensors_of
 from hsee_jax.deployment.journal import Journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Tensors, named, tree_from
@@ -94,7 +94,7 @@ class RemoteTurns:
         """Prepare a round."""
         self._mailbox, self._serve, self._inputs = mailbox, serve, inputs
         strategy, federation = experiment.strategy, experiment.federation
-        self._joint = strategy.boundary == "joint"
+        self._waits = strategy.waits
         self._messages = [
             message_of(federation, group) for group in range(len(federation.groups))
         ]
@@ -152,9 +152,10 @@ class RemoteTurns:
             return client, server, _NOTHING
         batch = _batch(tensors, self._messages[group], mask)
         served = self._serve(server, batch, rate, group=group)
-        if self._joint:
-            gradient = np.asarray(served.gradient)[: int(mask.sum())]
-            self._mailbox.answer(i, t, {"gradient": gradient})
+        if self._waits:
+            count, reply = int(mask.sum()), tensors_of(served.reply)
+            own = {name: np.asarray(leaf)[:count] for name, leaf in reply.items()}
+            self._mailbox.answer(i, t, own)
         metrics = ExitMetrics(_NO_ROWS, served.metrics, served.link)
         return client, served.server, metrics
 

@@ -55,7 +55,7 @@ class Service:
         self._experiment, self._mailbox = experiment, mailbox
         self._run, self._bound = run, bound
         federation, strategy = experiment.federation, experiment.strategy
-        self._joint = strategy.boundary == "joint"
+        self._waits = strategy.waits
         self._private = experiment.config.clients.keep_layers_private
         steps = experiment.learning_rates.shape[1]
         classes = experiment.info.num_classes
@@ -159,7 +159,7 @@ class Service:
         tensors = unpack(data, with_rows(forms.batch, rows))
         check_labels(tensors["labels"], num_classes=self._experiment.info.num_classes)
         self._check_features(tree_from(tensors, forms.message, "inputs"))
-        answer = mailbox.put(i, number, step, tensors, joint=self._joint, alive=alive)
+        answer = mailbox.put(i, number, step, tensors, waits=self._waits, alive=alive)
         return pack({"closed": 0}, answer)
 
     def _check_features(self, message: Message) -> None:
@@ -207,7 +207,7 @@ class Service:
         tensors = unpack(data, with_rows(form, rows))
         self._check_features(tree_from(tensors, self._forms[i].message, "inputs"))
         mailbox.put(
-            i, number, step, tensors, joint=False, alive=alive, kind=Kind.EVALUATE
+            i, number, step, tensors, waits=False, alive=alive, kind=Kind.EVALUATE
         )
         return pack({"closed": 0})
 

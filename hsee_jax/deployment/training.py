@@ -17,22 +17,22 @@ from hsee_jax.engine.round import step_key
 from hsee_jax.engine.scoring import Answers, client_answers
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means, RunState
-from hsee_jax.federation.strategy import Sent
+from hsee_jax.federation.strategy import Reply, Sent
 from hsee_jax.runs.participant import Participant
 
 
 class Exchange(Protocol):
     """Sends the message of a step."""
 
-    def __call__(self, step: int, tensors: Tensors) -> npt.NDArray | None:
-        """Return the gradient of the features that comes back, ``[rows, ...]``.
+    def __call__(self, step: int, tensors: Tensors) -> Tensors:
+        """Return the `Reply` that comes back, by name, ``[rows, ...]``.
 
         Args:
           step: the step of the round, from 0.
           tensors: of the message, without padding.
 
         Returns:
-          The gradient; None with a detached boundary.
+          The tensors; none if the client does not wait for a reply.
         """
 
 
@@ -41,7 +41,7 @@ class Programs(NamedTuple):
 
     # client, (rows, mask), step in the run, learning rate
     send: Callable[[Branch, tuple[Any, Any], Any, Any], Sent]
-    # client, what `Halves.finish` needs, gradient, learning rate
+    # client, what `Halves.finish` needs, reply, learning rate
     finish: Callable[[Branch, Any, Any, Any], tuple[Branch, Metrics]]
     # client, test inputs, mask
     answer: Callable[[Branch, Any, Any], Answers]
@@ -130,12 +130,12 @@ def train_round(
         sent = programs.send(client, (indices[t], mask[t]), step, rates[t])
         message = jax.tree.map(lambda a, n=rows: np.asarray(a)[:n], sent.message)
         tensors = named(message, "inputs") | {"labels": labels[indices[t][:rows]]}
-        gradient = exchange(t, tensors)
+        found = exchange(t, tensors)
         client, own = sent.client, sent.metrics
         if sent.passed is not None:
-            assert gradient is not None
-            rows_down = padded(gradient, part.batch_size)
-            client, own = programs.finish(client, sent.passed, rows_down, rates[t])
+            size = part.batch_size
+            reply: Any = {name: padded(leaf, size) for name, leaf in found.items()}
+            client, own = programs.finish(client, sent.passed, Reply(**reply), rates[t])
         for total, value in zip(metrics, own, strict=True):
             total[t] = value
     return client, metrics
@@ -146,4 +146,4 @@ def _member(stack: Branch) -> Branch:
 
 
 def _no_finish(*_: Any) -> Any:
-    raise AssertionError("a detached boundary has nothing to finish")
+    raise AssertionError("a client that does not wait has nothing to finish")

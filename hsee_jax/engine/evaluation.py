@@ -3,7 +3,8 @@
 An answer with a logit that is not finite counts as wrong.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -41,6 +42,28 @@ class ClientResult(NamedTuple):
     exit_loss: float  # mean cross-entropy, in nats
     server_loss: float
     agreement: Agreement | None = None  # None where a file does not hold them
+    early_accuracies: tuple[float, ...] = ()  # of the exits before the last, by depth
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the agreement; a value that is not finite is None."""
+        values = self._asdict()
+        del values["agreement"]
+        early = list(values.pop("early_accuracies"))
+        found = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        return found | ({"early_accuracies": early} if early else {})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ClientResult":
+        """Make a result from that of `to_json`; other values are passed over.
+
+        Raises:
+          KeyError, TypeError, ValueError: the values are not a result.
+        """
+        names = [name for name in cls._fields if name not in cls._field_defaults]
+        found = {name: values[name] for name in names}
+        found = {k: math.nan if v is None else v for k, v in found.items()}
+        early = tuple(values.get("early_accuracies", ()))
+        return cls(**found, early_accuracies=early)
 
 
 class EvaluateFn(Protocol):
@@ -168,4 +191,7 @@ def results_of(
                 exit_loss=float(total.exit.loss_sum / count),
                 server_loss=float(total.server.loss_sum / count),
                 agreement=Agreement.of(total.agreement.astype(np.int64)),
+                early_accuracies=tuple(
+                    float(own.correct / count) for own in total.early
+                ),
             )

@@ -58,7 +58,7 @@ def make_event_scores(
         merged = junction.merge(batches.inputs, batches.mask)
         _, logits, _ = forward(wide, server, merged, mask, train=False)
         score = jax.vmap(score_logits, (0, None, None, None))
-        return score(answers.logits, logits, batches.labels[0], mask)
+        return score(answers, logits, batches.labels[0], mask)
 
     @jax.jit
     def on_rows(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import NO_LABEL, Array, Dataset, PyTree
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.placement import Shards
@@ -76,8 +77,9 @@ def refit_exits(
       The state, and the exits that were fitted, by ascending cut.
 
     Raises:
-      UserError: an exit does not end in a linear layer.
+      UserError: see `check_exits`.
     """
+    check_exits(federation)
     clients = to_host(state.clients)
     samples = samples._replace(shards=_labelled(samples))
     layers = {
@@ -96,11 +98,16 @@ def refit_exits(
 
 
 def check_exits(federation: Federation) -> None:
-    """Refuse a network with exits that cannot be fitted, see `refit_exits`.
+    """Refuse exits that cannot be fitted, see `refit_exits`.
 
     Raises:
-      UserError: an exit does not end in a linear layer.
+      UserError: an exit does not end in a linear layer, or clients have several.
     """
+    if federation.exits != "cut":
+        raise UserError(
+            f"exits: {federation.exits} is not allowed with an exact fit; allowed is "
+            "cut"
+        )
     for group in federation.groups:
         _last_of(federation, group.cut)
 

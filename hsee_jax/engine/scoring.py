@@ -21,7 +21,14 @@ from hsee_jax.engine.likeness import (
 )
 from hsee_jax.engine.programs import take
 from hsee_jax.engine.round import Programs
-from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forward
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    decode,
+    encode,
+    forward,
+    forward_exits,
+)
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy
@@ -36,13 +43,15 @@ class BothMetrics(NamedTuple):
     exit: Metrics
     server: Metrics
     agreement: Array  # int32 [4, K], see `count_agreement`
+    early: tuple[Metrics, ...] = ()  # of a client's exits before the last
 
 
 class Answers(NamedTuple):
     """What a client makes of a batch without training."""
 
     message: Message  # the encoded features, [B, ...]
-    logits: Array  # of the exit, float32 [B, K]
+    logits: Array  # of the last exit, float32 [B, K]
+    early: tuple[Array, ...] = ()  # of the exits before it
 
 
 class ScoreFn(Protocol):
@@ -125,8 +134,8 @@ def client_answers(
       inputs: samples after `normalize`.
       mask: ``bool [B]``, false on padding.
     """
-    features, logits, _ = forward(spec, client, inputs, mask, train=False)
-    return Answers(encode(spec, client, features, mask)[0], logits)
+    features, logits, _ = forward_exits(spec, client, inputs, mask, train=False)
+    return Answers(encode(spec, client, features, mask)[0], logits[-1], logits[:-1])
 
 
 def score_answers(
@@ -143,17 +152,19 @@ def score_answers(
     """
     decoded = decode(spec, answers.message)
     _, logits, _ = forward(spec, server, decoded, mask, train=False)
-    return score_logits(answers.logits, logits, labels, mask)
+    return score_logits(answers, logits, labels, mask)
 
 
 def score_logits(
-    exit_logits: Array, logits: Array, labels: Array, mask: Array
+    answers: Answers, logits: Array, labels: Array, mask: Array
 ) -> BothMetrics:
-    """Return the scores of the logits ``[B, K]`` of an exit and of its server."""
+    """Return the scores of a client's answers and of a server's logits ``[B, K]``."""
+    early = tuple(masked_cross_entropy(own, labels, mask)[1] for own in answers.early)
     return BothMetrics(
-        masked_cross_entropy(exit_logits, labels, mask)[1],
+        masked_cross_entropy(answers.logits, labels, mask)[1],
         masked_cross_entropy(logits, labels, mask)[1],
-        count_agreement(exit_logits, logits, labels, mask),
+        count_agreement(answers.logits, logits, labels, mask),
+        early,
     )
 
 

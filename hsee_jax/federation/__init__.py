@@ -2,15 +2,18 @@
 
 from hsee_jax.federation.aggregation import LayerMean, layer_mean, receive
 from hsee_jax.federation.branch import (
+    EXITS,
     Branch,
     BranchSpec,
     LayerState,
+    Outputs,
     client_spec,
     decode,
     decode_gradient,
     encode,
     encode_gradient,
     forward,
+    forward_exits,
     gradient_bytes,
     init_client,
     init_server,
@@ -18,6 +21,7 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.junction import Junction, concat_junction, mean_junction
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.recut import Exits, recut
@@ -31,14 +35,20 @@ from hsee_jax.federation.step import (
     branch_step,
     client_backward,
     client_forward,
-    detached_step,
-    joint_step,
     server_step,
 )
-from hsee_jax.federation.strategy import Halves, Sent, Served, Strategy, server_of
+from hsee_jax.federation.strategy import (
+    Halves,
+    Reply,
+    Sent,
+    Served,
+    Strategy,
+    server_of,
+)
 from hsee_jax.federation.unlabelled import detached_unlabelled_step, unlabelled_step
 
 __all__ = [
+    "EXITS",
     "REDUCERS",
     "Branch",
     "BranchSpec",
@@ -52,8 +62,10 @@ __all__ = [
     "Junction",
     "LayerMean",
     "LayerState",
+    "Outputs",
     "ReduceFn",
     "Reducer",
+    "Reply",
     "RunState",
     "Sent",
     "Served",
@@ -72,6 +84,7 @@ __all__ = [
     "encode",
     "encode_gradient",
     "forward",
+    "forward_exits",
     "gradient_bytes",
     "gram",
     "group_clients",

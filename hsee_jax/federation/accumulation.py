@@ -26,17 +26,24 @@ class Passed(NamedTuple):
     metrics: Metrics  # sums over the rows
 
 
-def check_micro_batches(parts: int, batch_size: int, boundary: str) -> None:
+def check_micro_batches(
+    parts: int, batch_size: int, boundary: str, distill: float = 0.0
+) -> None:
     """Refuse micro-batches that are not equal, or that no step reads.
 
     Args:
       parts: the number of micro-batches.
       batch_size: samples in a batch.
       boundary: see `Strategy`.
+      distill: see `Strategy`.
 
     Raises:
       UserError: they are not allowed.
     """
+    if parts > 1 and distill:
+        raise UserError(
+            f"micro_batches: {parts} is not allowed with distill; allowed is 1"
+        )
     if parts > 1 and boundary != "detached":
         raise UserError(
             f"micro_batches: {parts} has no effect without a detached boundary; "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from hsee_jax.core.types import Array, PyTree, Stage, Variables
-from hsee_jax.link.codecs import FULL, Codec, Message, pack_bytes
+from hsee_jax.link.codecs import FULL, Codec, Message, fixed_size, pack_bytes
 from hsee_jax.nn.model import Model, Network, layer_inputs
 from hsee_jax.optim.optimizers import OptimizerLike
 
@@ -25,6 +25,7 @@ class BranchSpec(NamedTuple):
     codec: Codec = FULL  # of the link: a client encodes with it, a server decodes
     input_dtype: Any = jnp.float32  # of what a server decodes
     micro_batches: int = 1  # in which `branch_step` takes a batch, see `accumulate`
+    exits: tuple[Stage, ...] = ()  # further heads, behind the first layers in turn
 
 
 class LayerState(struct.PyTreeNode):
@@ -41,6 +42,18 @@ class Branch(struct.PyTreeNode):
     layers: tuple[LayerState, ...]
     head: LayerState
     link: PyTree = ()  # a client's state of its codec; empty for most codecs
+    exits: tuple[LayerState, ...] = ()  # see `BranchSpec`
+
+
+EXITS = ("cut", "all")  # behind a client's last layer, or behind each of its layers
+
+
+class Outputs(NamedTuple):
+    """What the forward pass of a branch gives."""
+
+    features: Array  # [B, ...], before the head
+    logits: tuple[Array, ...]  # float32 [B, K] of each exit, and last of the head
+    stats: tuple[PyTree, ...]  # new batch statistics, in the order of `parts_of`
 
 
 def client_spec(
@@ -49,15 +62,22 @@ def client_spec(
     optimizer: OptimizerLike,
     codec: Codec = FULL,
     micro_batches: int = 1,
+    exits: str = "cut",
 ) -> BranchSpec:
-    """Describe layers 1..cut and their exit head."""
+    """Describe layers 1..cut and their exit head, or with ``"all"`` all exit heads."""
     return BranchSpec(
         model.stages[:cut],
         model.exit_heads[cut - 1],
         optimizer,
         codec,
         micro_batches=micro_batches,
+        exits=model.exit_heads[: early_exits(cut, exits)],
     )
+
+
+def early_exits(cut: int, exits: str) -> int:
+    """Return how many exits a client has before its last; ``exits`` is of `EXITS`."""
+    return cut - 1 if exits == "all" else 0
 
 
 def server_spec(
@@ -69,7 +89,11 @@ def server_spec(
 
 
 def init_client(
-    network: Network, cut: int, optimizer: OptimizerLike, link: PyTree = ()
+    network: Network,
+    cut: int,
+    optimizer: OptimizerLike,
+    link: PyTree = (),
+    exits: str = "cut",
 ) -> Branch:
     """Slice a client out of a network, with fresh optimizer state.
 
@@ -78,11 +102,14 @@ def init_client(
       cut: of the client.
       optimizer: of each layer.
       link: the state of the client's codec, see `hsee_jax.link.Codec.init`.
+      exits: one of `EXITS`.
     """
+    early = network.exit_heads[: early_exits(cut, exits)]
     return Branch(
         tuple(_layer_state(v, optimizer) for v in network.layers[:cut]),
         _layer_state(network.exit_heads[cut - 1], optimizer),
         link,
+        tuple(_layer_state(v, optimizer) for v in early),
     )
 
 
@@ -100,13 +127,16 @@ def _layer_state(variables: Variables, optimizer: OptimizerLike) -> LayerState:
 
 
 def parts_of(branch: Branch) -> tuple[LayerState, ...]:
-    """Return the layers of a branch, and last its head."""
-    return (*branch.layers, branch.head)
+    """Return the layers of a branch, its further exits, and last its head."""
+    return (*branch.layers, *branch.exits, branch.head)
 
 
 def with_parts(branch: Branch, parts: tuple[LayerState, ...]) -> Branch:
-    """Return a branch with other layers and, last of them, another head."""
-    return branch.replace(layers=tuple(parts[:-1]), head=parts[-1])
+    """Return a branch with other parts; invert `parts_of`."""
+    count = len(branch.layers)
+    return branch.replace(
+        layers=tuple(parts[:count]), exits=tuple(parts[count:-1]), head=parts[-1]
+    )
 
 
 def forward(
@@ -118,7 +148,28 @@ def forward(
     train: bool,
     head_gradient: float = 1.0,
 ) -> tuple[Array, Array, tuple[PyTree, ...]]:
-    """Run the layers and the head.
+    """Run the layers and the head; see `forward_exits` for the arguments.
+
+    Returns:
+      Features before the head ``[B, ...]``, its logits ``float32 [B, K]``, and the new
+      batch statistics of every part, the head's last.
+    """
+    features, logits, stats = forward_exits(
+        spec, branch, inputs, mask, train=train, head_gradient=head_gradient
+    )
+    return features, logits[-1], stats
+
+
+def forward_exits(
+    spec: BranchSpec,
+    branch: Branch,
+    inputs: Array,
+    mask: Array,
+    *,
+    train: bool,
+    head_gradient: float = 1.0,
+) -> Outputs:
+    """Run the layers, all exits and the head.
 
     Args:
       spec: what the branch computes.
@@ -126,19 +177,24 @@ def forward(
       inputs: ``[B, ...]``: images, or for a server the decoded features.
       mask: ``bool [B]``, false on padding.
       train: whether BatchNorm uses, and updates, the statistics of this batch.
-      head_gradient: the share of the head's gradient that reaches the layers.
-
-    Returns:
-      Features before the head ``[B, ...]``, logits ``float32 [B, K]``, and the new
-      batch statistics of every layer, the head's last.
+      head_gradient: the share of the gradient of each head that reaches the layers.
     """
-    stats = []
+    behind, stats, logits = [], [], []
     for stage, layer in zip(spec.stages, branch.layers, strict=True):
         inputs, new = stage.apply(_variables(layer), inputs, mask, train=train)
+        behind.append(inputs)
         stats.append(new)
-    seen = _scale_gradient(inputs, head_gradient)
-    logits, new = spec.head.apply(_variables(branch.head), seen, mask, train=train)
-    return inputs, logits, (*stats, new)
+    for head, part, values in zip(
+        (*spec.exits, spec.head),
+        (*branch.exits, branch.head),
+        (*behind[: len(spec.exits)], inputs),
+        strict=True,
+    ):
+        seen = _scale_gradient(values, head_gradient)
+        scores, new = head.apply(_variables(part), seen, mask, train=train)
+        logits.append(scores)
+        stats.append(new)
+    return Outputs(inputs, tuple(logits), tuple(stats))
 
 
 def encode(
@@ -198,7 +254,11 @@ def _of_gradient(spec: BranchSpec) -> Codec:
 
 
 def message_bytes(
-    spec: BranchSpec, message: Message, mask: Array, gradient: Message | None = None
+    spec: BranchSpec,
+    message: Message,
+    mask: Array,
+    gradient: Message | None = None,
+    logits: Array | None = None,
 ) -> Array:
     """Count what crosses the link in a step.
 
@@ -206,16 +266,20 @@ def message_bytes(
       spec: of the client.
       message: that it sends; the labels, ``int32 [B]``, go with it.
       mask: ``bool [B]``; padding is not sent.
-      gradient: what comes back, see `encode_gradient`.
+      gradient: what comes back, see `encode_gradient`; None for no gradient.
+      logits: of the server, ``float32 [B, K]``, which come back; None for none.
 
     Returns:
       ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
     """
     label = jnp.dtype(jnp.int32).itemsize
     up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
-    if gradient is None:
-        return pack_bytes(up, jnp.zeros_like(up))
-    return pack_bytes(up, jnp.sum(jnp.where(mask, gradient_bytes(spec, gradient), 0)))
+    down = jnp.zeros_like(up)
+    if gradient is not None:
+        down = jnp.sum(jnp.where(mask, gradient_bytes(spec, gradient), 0))
+    if logits is not None:
+        down = down + jnp.sum(jnp.where(mask, fixed_size(logits), 0))
+    return pack_bytes(up, down)
 
 
 def _variables(layer: LayerState) -> Variables:

@@ -50,6 +50,7 @@ class Federation(NamedTuple):
     server_optimizer: OptimizerLike | None = None
     # Whether a device takes its clients one after another in a step, or all at once.
     one_by_one: bool = False
+    exits: str = "cut"  # where a client may answer, of `hsee_jax.federation.EXITS`
 
     def with_cuts(self, cuts: Iterable[int]) -> "Federation":
         """Return the same federation of clients 0, 1, ... with these cuts."""
@@ -61,7 +62,12 @@ class Federation(NamedTuple):
         cut = self.groups[group].cut
         return (
             client_spec(
-                self.model, cut, self.optimizer, self.codec, self.micro_batches
+                self.model,
+                cut,
+                self.optimizer,
+                self.codec,
+                self.micro_batches,
+                self.exits,
             ),
             server_spec(
                 self.model, cut, self.server_optimizer or self.optimizer, self.codec

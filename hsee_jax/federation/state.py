@@ -39,7 +39,7 @@ def init_clients(
             link = codec.init(features[cut])
         else:
             link = codec.init_client(features[cut], client)
-        return init_client(network, cut, federation.optimizer, link)
+        return init_client(network, cut, federation.optimizer, link, federation.exits)
 
     return _init_stacks(branch, federation, key, init, ids)
 

@@ -4,16 +4,26 @@ Between them lies the link (`hsee_jax.federation.branch.encode` and ``decode``):
 
     client_forward -> encode -> | wire | -> decode -> server_step
     client_backward <- decode_gradient <- | wire | <- encode_gradient, if joint
+    client_backward <- | wire | <- logits, if the exit learns from them
 
 With a detached boundary no gradient comes back, and the client continues at once: the
-hierarchical training of Hetero-SplitEE (Oda et al., arXiv:2512.09313). `detached_step`
-and `joint_step` call these functions one after another, to simulate both sides in one
-program.
+hierarchical training of Hetero-SplitEE (Oda et al., arXiv:2512.09313).
+`hsee_jax.federation.fused` calls these functions one after another, to simulate both
+sides in one program.
+
+The exit may learn from the server's logits of the same batch, at a temperature: its
+loss is the cross-entropy plus `hsee_jax.nn.distillation_loss`, both with weight 1
+[ours]. The logits are those before the server's update. They come down, so the client
+waits for them, with a detached boundary as well.
+
+A client with several exits trains them together, on the sum of their losses, as in
+BranchyNet (Teerapittayanon et al., ICPR 2016) with a weight of 1 for each; the metrics
+are those of the last exit.
 
 A branch refuses a step if the loss, a gradient or a batch statistic is not finite: it
 stays as it is, and the loss in its metrics is NaN. Each side judges its own step; with
 a joint boundary a server that refuses its step sends a gradient of NaN, so that the
-client refuses as well.
+client refuses as well. A client also refuses to learn from logits that are not finite.
 """
 
 from collections.abc import Callable
@@ -23,22 +33,17 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
+from hsee_jax.core.types import Array, Batch, Metrics, PyTree
 from hsee_jax.federation.accumulation import Passed, accumulate
 from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
     LayerState,
-    decode,
-    decode_gradient,
-    encode,
-    encode_gradient,
-    forward,
-    message_bytes,
+    forward_exits,
     parts_of,
     with_parts,
 )
-from hsee_jax.nn.losses import masked_cross_entropy
+from hsee_jax.nn.losses import distillation_loss, masked_cross_entropy
 from hsee_jax.optim.optimizers import as_optimizer
 
 
@@ -46,9 +51,13 @@ class ForwardPass(struct.PyTreeNode):
     """A client's forward pass on a batch, with all that the backward pass needs."""
 
     features: Array  # float [B, ...], detached
+    # Of each exit, float32 [B, K], detached; None without distill.
+    logits: tuple[Array, ...] | None
+    mask: Array  # bool [B], false on padding
     metrics: Metrics  # of the exit, before the update
     stats: tuple[PyTree, ...]  # new batch statistics, the exit head's last
-    pullback: Any  # (gradient of the loss, of the features) -> of the parameters
+    # (gradient of the loss, of the features, of the logits) -> of the parameters
+    pullback: Any
 
 
 class ServerStep(NamedTuple):
@@ -57,10 +66,25 @@ class ServerStep(NamedTuple):
     server: Branch
     metrics: Metrics  # of the final head, before the update
     gradient: Array | None  # of the features that it received; None if detached
+    logits: Array  # float32 [B, K], before the update, detached
+
+
+class _Seen(NamedTuple):
+    """What the forward pass of a branch finds beside its loss."""
+
+    features: Array
+    logits: tuple[Array, ...]  # of each exit, and last of the head
+    stats: tuple[PyTree, ...]
+    metrics: Metrics  # of the head
 
 
 def client_forward(
-    spec: BranchSpec, client: Branch, batch: Batch, *, exit_gradient: float = 1.0
+    spec: BranchSpec,
+    client: Branch,
+    batch: Batch,
+    *,
+    exit_gradient: float = 1.0,
+    distill: float = 0.0,
 ) -> ForwardPass:
     """Run a client's layers and its exit.
 
@@ -69,19 +93,16 @@ def client_forward(
       client: its state.
       batch: its data, ``[B, ...]``.
       exit_gradient: the share of the exit's gradient that reaches the layers.
+      distill: see `client_backward`.
     """
 
-    def run(params: tuple[PyTree, ...]) -> tuple[tuple[Array, Array], tuple]:
-        loss, features, stats, metrics = _loss(
-            spec, _with_params(client, params), batch, exit_gradient
-        )
-        return (loss, features), (stats, metrics)
+    def run(params: tuple[PyTree, ...]) -> tuple[tuple, _Seen]:
+        loss, seen = _loss(spec, _with_params(client, params), batch, exit_gradient)
+        return (loss, seen.features, seen.logits if distill else None), seen
 
-    (_, features), pullback, (stats, metrics) = jax.vjp(
-        run, _params(client), has_aux=True
-    )
-    features = jax.lax.stop_gradient(features)
-    return ForwardPass(features, metrics, stats, pullback)
+    (_, *outputs), pullback, seen = jax.vjp(run, _params(client), has_aux=True)
+    features, logits = jax.lax.stop_gradient(tuple(outputs))
+    return ForwardPass(features, logits, batch.mask, seen.metrics, seen.stats, pullback)
 
 
 def client_backward(
@@ -90,6 +111,9 @@ def client_backward(
     passed: ForwardPass,
     learning_rate: Array,
     gradient: Array | None = None,
+    logits: Array | None = None,
+    *,
+    distill: float = 0.0,
 ) -> tuple[Branch, Metrics]:
     """Take the client's step.
 
@@ -100,13 +124,23 @@ def client_backward(
       learning_rate: ``float32 []``.
       gradient: the server's gradient of the features, ``[B, ...]``; None with a
         detached boundary.
+      logits: of the server, ``float32 [B, K]``; None if the exit does not learn from
+        them.
+      distill: the temperature of the logits; 0 if the exit does not learn from them.
 
     Returns:
       The new state, and the metrics of the exit.
     """
     if gradient is None:
         gradient = jnp.zeros_like(passed.features)
-    (grads,) = passed.pullback((jnp.float32(1.0), gradient))
+    slope = None
+    if distill:
+        assert passed.logits is not None and logits is not None
+        slope_of = jax.grad(distillation_loss)
+        slope = tuple(
+            slope_of(own, logits, passed.mask, distill) for own in passed.logits
+        )
+    (grads,) = passed.pullback((jnp.float32(1.0), gradient, slope))
     return take_step(spec, client, grads, passed.stats, learning_rate, passed.metrics)
 
 
@@ -128,22 +162,21 @@ def server_step(
       joint: whether the gradient of the features goes back to the client.
     """
 
-    def loss_fn(params: tuple[PyTree, ...], inputs: Array) -> tuple[Array, tuple]:
-        loss, _, stats, metrics = _loss(
-            spec, _with_params(server, params), batch._replace(inputs=inputs)
-        )
-        return loss, (stats, metrics)
+    def loss_fn(params: tuple[PyTree, ...], inputs: Array) -> tuple[Array, _Seen]:
+        return _loss(spec, _with_params(server, params), batch._replace(inputs=inputs))
 
     arguments = (0, 1) if joint else (0,)
-    (grads, *rest), (stats, metrics) = jax.grad(loss_fn, arguments, has_aux=True)(
+    (grads, *rest), seen = jax.grad(loss_fn, arguments, has_aux=True)(
         _params(server), batch.inputs
     )
-    server, metrics = take_step(spec, server, grads, stats, learning_rate, metrics)
+    server, metrics = take_step(
+        spec, server, grads, seen.stats, learning_rate, seen.metrics
+    )
     if not joint:
-        return ServerStep(server, metrics, None)
+        return ServerStep(server, metrics, None, seen.logits[-1])
     refused = jnp.isnan(metrics.loss_sum)
     gradient = jnp.where(refused, jnp.full_like(rest[0], jnp.nan), rest[0])
-    return ServerStep(server, metrics, gradient)
+    return ServerStep(server, metrics, gradient, seen.logits[-1])
 
 
 def branch_step(
@@ -163,92 +196,15 @@ def branch_step(
     """
 
     def run(branch: Branch, batch: Batch) -> Passed:
-        def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, tuple]:
-            loss, *rest = _loss(spec, _with_params(branch, params), batch)
-            return loss, tuple(rest)
+        def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, _Seen]:
+            return _loss(spec, _with_params(branch, params), batch)
 
-        grads, rest = jax.grad(loss_fn, has_aux=True)(_params(branch))
-        return Passed(grads, *rest)
+        grads, seen = jax.grad(loss_fn, has_aux=True)(_params(branch))
+        return Passed(grads, seen.features, seen.stats, seen.metrics)
 
     grads, features, stats, metrics = accumulate(run, branch, batch, spec.micro_batches)
     branch, metrics = take_step(spec, branch, grads, stats, learning_rate, metrics)
     return branch, jax.lax.stop_gradient(features), metrics
-
-
-def detached_step(
-    client_spec: BranchSpec,
-    server_spec: BranchSpec,
-    client: Branch,
-    server: Branch,
-    batch: Batch,
-    learning_rates: tuple[Array, Array],
-) -> tuple[Branch, Branch, ExitMetrics]:
-    """Take one step of a client and of its server; no gradient crosses the cut.
-
-    Args:
-      client_spec: what the client computes.
-      server_spec: what its server computes.
-      client: layers 1..cut and the exit head.
-      server: layers cut+1..L and the final head.
-      batch: the client's data.
-      learning_rates: of the client and of the server, ``float32 []`` each.
-
-    Returns:
-      The new client, the new server, and the metrics of both before their updates.
-    """
-    client, features, exit_metrics = branch_step(
-        client_spec, client, batch, learning_rates[0]
-    )
-    message, client = encode(client_spec, client, features, batch.mask)
-    decoded = batch._replace(inputs=decode(server_spec, message))
-    server, server_metrics, _ = server_step(
-        server_spec, server, decoded, learning_rates[1]
-    )
-    link = message_bytes(client_spec, message, batch.mask)
-    return client, server, ExitMetrics(exit_metrics, server_metrics, link)
-
-
-def joint_step(
-    client_spec: BranchSpec,
-    server_spec: BranchSpec,
-    client: Branch,
-    server: Branch,
-    batch: Batch,
-    learning_rates: tuple[Array, Array],
-    *,
-    exit_gradient: float = 0.0,
-) -> tuple[Branch, Branch, ExitMetrics]:
-    """Take one step like `detached_step`, but send the server's gradient back.
-
-    Args:
-      client_spec: see `detached_step`, like all arguments but the last.
-      server_spec: what the server computes.
-      client: layers 1..cut and the exit head.
-      server: layers cut+1..L and the final head.
-      batch: the client's data.
-      learning_rates: of the client and of the server, ``float32 []`` each.
-      exit_gradient: the share of the exit's gradient that reaches the client's layers.
-        With 0 the exit head is a probe, and the layers train as if it were not there;
-        with 1 both cross-entropies are summed, as in BranchyNet (Teerapittayanon et
-        al., ICPR 2016).
-
-    Returns:
-      The new client, the new server, and the metrics of both before their updates.
-    """
-    passed = client_forward(client_spec, client, batch, exit_gradient=exit_gradient)
-    message, client = encode(client_spec, client, passed.features, batch.mask)
-    decoded = batch._replace(inputs=decode(server_spec, message))
-    server, server_metrics, gradient = server_step(
-        server_spec, server, decoded, learning_rates[1], joint=True
-    )
-    assert gradient is not None
-    back = encode_gradient(client_spec, client, gradient, batch.mask)
-    arrived = decode_gradient(client_spec, back, gradient.dtype)
-    client, exit_metrics = client_backward(
-        client_spec, client, passed, learning_rates[0], arrived
-    )
-    link = message_bytes(client_spec, message, batch.mask, back)
-    return client, server, ExitMetrics(exit_metrics, server_metrics, link)
 
 
 def _params(branch: Branch) -> tuple[PyTree, ...]:
@@ -262,13 +218,17 @@ def _with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:
 
 def _loss(
     spec: BranchSpec, branch: Branch, batch: Batch, head_gradient: float = 1.0
-) -> tuple[Array, Array, tuple[PyTree, ...], Metrics]:
-    """Return the mean loss of the head, features, batch statistics and metrics."""
-    features, logits, stats = forward(
+) -> tuple[Array, _Seen]:
+    """Return the sum of the mean losses of all heads, and what else is found."""
+    features, logits, stats = forward_exits(
         spec, branch, batch.inputs, batch.mask, train=True, head_gradient=head_gradient
     )
-    loss, metrics = masked_cross_entropy(logits, batch.labels, batch.mask)
-    return loss, features, stats, metrics
+    losses, metrics = zip(
+        *(masked_cross_entropy(own, batch.labels, batch.mask) for own in logits),
+        strict=True,
+    )
+    loss = sum(losses[1:], losses[0])
+    return loss, _Seen(features, logits, stats, metrics[-1])
 
 
 def take_step(

@@ -76,10 +76,17 @@ class InitStateFn(Protocol):
 class Sent(NamedTuple):
     """What a client has when its features are on the way."""
 
-    client: Branch  # after its step; with a joint boundary, still before it
+    client: Branch  # after its step; if it waits for a reply, still before it
     message: Message  # the encoded features, [B, ...]
     metrics: Metrics  # of the exit, before the update
-    passed: ForwardPass | None  # what `Halves.finish` needs; None if detached
+    passed: ForwardPass | None  # what `Halves.finish` needs; None if nothing does
+
+
+class Reply(NamedTuple):
+    """What a server sends back to a client that waits for it."""
+
+    gradient: Array | None = None  # of the features, [B, ...]; None if detached
+    logits: Array | None = None  # float32 [B, K]; None if no exit learns from them
 
 
 class Served(NamedTuple):
@@ -87,7 +94,7 @@ class Served(NamedTuple):
 
     server: Branch
     metrics: Metrics  # of the final head, before the update
-    gradient: Array | None  # of the features, [B, ...]; None if detached
+    reply: Reply
     link: Array  # int32 [2, 2]: bytes up and down, see `hsee_jax.link.pack_bytes`
 
 
@@ -98,7 +105,7 @@ class Halves(NamedTuple):
     send: Callable[..., Sent]
     # (server, batch of encoded inputs, learning rate, *, group) -> Served
     serve: Callable[..., Served]
-    # With a joint boundary: (client, passed, gradient, learning rate, *, group).
+    # If clients wait: (client, passed, Reply, learning rate, *, group); else None.
     finish: Callable[..., tuple[Branch, Metrics]] | None
     # Group -> the names of the means that its clients receive.
     means: Callable[[int], tuple[str, ...]]
@@ -126,6 +133,8 @@ class Strategy(NamedTuple):
     period: int = 0  # aggregate after this many units; 0 for never
     period_unit: str = "rounds"  # or "steps"
     boundary: str = "detached"  # or "joint"; "none": the client is its own server
+    # The temperature of the server's logits, from which exits learn; 0 for none.
+    distill: float = 0.0
     weights: str = "samples"  # of the clients in a mean; or "uniform"
     # The share of rows whose gradient clients share, see `hsee_jax.algorithms.epsl`.
     gradient_share: float = 0.0
@@ -143,6 +152,11 @@ class Strategy(NamedTuple):
     # What the turn of each group depends on, beside the algorithm, its options and the
     # network: where it is equal, so is the compiled turn. Empty where nobody says.
     turn_kinds: tuple[Hashable, ...] = ()
+
+    @property
+    def waits(self) -> bool:
+        """Return whether clients wait for the server's reply to each batch."""
+        return self.boundary == "joint" or self.distill > 0
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

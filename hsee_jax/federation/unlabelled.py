@@ -110,11 +110,9 @@ def detached_unlabelled_step(
     )
     message, client = encode(client_spec, client, rows.inputs, rows.mask)
     decoded = rows._replace(inputs=decode(server_spec, message))
-    server, server_metrics, _ = server_step(
-        server_spec, server, decoded, learning_rates[1]
-    )
+    served = server_step(server_spec, server, decoded, learning_rates[1])
     link = message_bytes(client_spec, message, rows.mask)
-    return client, server, ExitMetrics(exit_metrics, server_metrics, link)
+    return client, served.server, ExitMetrics(exit_metrics, served.metrics, link)
 
 
 def _channels(features: Array) -> Array:

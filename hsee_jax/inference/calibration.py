@@ -4,6 +4,10 @@ Both answers to every sample of a dataset are computed once. Cumulative sums ove
 samples in the order of their uncertainty then give the exact result of every threshold.
 A threshold is chosen on samples held out of the training data, never on the test set.
 
+Of several exits the earliest with an uncertainty below the threshold answers. A higher
+threshold may move an answer to an earlier exit, so a sample has a step at each exit
+that is surer than all before it.
+
 Logits that are not finite count as wrong answers of infinite uncertainty: no threshold
 lets an exit answer with them.
 """
@@ -31,11 +35,27 @@ class Judgement(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The quality of both answers to M samples, and the uncertainty of the exit."""
+    """The quality of all answers to M samples, and the uncertainty of the exits."""
 
-    uncertainty: Floats  # [M]
-    exit: Judgement
+    uncertainty: Floats  # [M], of the last exit
+    exit: Judgement  # of the last exit
     server: Judgement
+    # Of each exit before it, by depth: its uncertainty [M], and its quality.
+    early: tuple[tuple[Floats, Judgement], ...] = ()
+
+    @property
+    def exits(self) -> tuple[tuple[Floats, Judgement], ...]:
+        """Return the uncertainty and the quality of all E exits, by depth."""
+        return (*self.early, (self.uncertainty, self.exit))
+
+    @property
+    def lowest(self) -> Floats:
+        """Return the lowest uncertainty up to each exit, ``[E, M]``.
+
+        An exit has answered at a threshold above it; infinite where none is finite.
+        """
+        rows = np.stack([own for own, _ in self.exits])
+        return np.minimum.accumulate(np.where(np.isfinite(rows), rows, np.inf), axis=0)
 
 
 class OffloadCurve(NamedTuple):
@@ -108,14 +128,45 @@ def all_thresholds(uncertainty: Floats, largest: float) -> Floats:
 
 def offload_curve(scores: Scores, thresholds: Floats) -> OffloadCurve:
     """Return the exact results of a gate on the samples at thresholds ``[P]``."""
-    finite = np.isfinite(scores.uncertainty)
-    uncertainty = np.where(finite, scores.uncertainty, np.inf)
-    order = np.argsort(uncertainty)
-    num_exits = np.searchsorted(uncertainty[order], thresholds, side="left")
-    gains = scores.exit.correct[order].astype(int) - scores.server.correct[order]
-    num_correct = scores.server.correct.sum() + np.cumsum([0, *gains])
-    count = len(order)
-    return OffloadCurve(thresholds, num_correct[num_exits], count - num_exits, count)
+    lowest = scores.lowest
+    steps, gains = lowest.ravel(), _gains(scores, lowest).ravel()
+    order = np.argsort(steps)
+    num_steps = np.searchsorted(steps[order], thresholds, side="left")
+    num_correct = scores.server.correct.sum() + np.cumsum([0, *gains[order]])
+    num_offloads = [int(np.sum(lowest[-1] >= value)) for value in thresholds]
+    return OffloadCurve(
+        thresholds,
+        num_correct[num_steps],
+        np.array(num_offloads, np.int64),
+        lowest.shape[1],
+    )
+
+
+def _gains(scores: Scores, lowest: Floats) -> Ints:
+    """Return by how many right answers each exit's answer changes the one before.
+
+    Args:
+      scores: of M samples.
+      lowest: see `Scores.lowest`; as a threshold passes it, the exit takes over from
+        the next surer one behind it, or from the server.
+
+    Returns:
+      ``int64 [E, M]``; 0 where an exit is not surer than all before it.
+    """
+    answer = scores.server.correct.astype(np.int64)
+    gains = np.zeros(lowest.shape, np.int64)
+    for e in reversed(range(len(lowest))):
+        own = scores.exits[e][1].correct.astype(np.int64)
+        surer = lowest[e] < (lowest[e - 1] if e else np.inf)
+        gains[e] = np.where(surer, own - answer, 0)
+        answer = np.where(surer, own, answer)
+    return gains
+
+
+def exit_shares(scores: Scores, threshold: float) -> Floats:
+    """Return the share of samples that each of the E exits answers, ``[E]``."""
+    reached = np.sum(scores.lowest < threshold, axis=1)
+    return np.diff(reached, prepend=0) / scores.lowest.shape[1]
 
 
 def point_at_accuracy(curve: OffloadCurve, accuracy: float) -> int:

@@ -12,6 +12,7 @@ from hsee_jax.inference.calibration import (
     OffloadCurve,
     Scores,
     calibration_error,
+    exit_shares,
     offload_curve,
     point_at_accuracy,
     point_in_budget,
@@ -43,8 +44,9 @@ class SampleCosts(NamedTuple):
     """The costs of one sample on both sides of a cut."""
 
     feature_bytes: int  # of the message that carries its features
-    client_flops: int  # of the layers up to the cut and the exit
+    client_flops: int  # of the layers up to the cut and the exits
     server_flops: int  # of the layers behind the cut and the final head
+    early_flops: tuple[int, ...] = ()  # of what runs up to each exit before the last
 
 
 class ClientStudy(NamedTuple):
@@ -79,16 +81,28 @@ class ClientStudy(NamedTuple):
         test = offload_curve(self.test, np.array([threshold]))
         offload = float(test.offload[0])
         costs = self.costs
+        shares = exit_shares(self.test, threshold)
+        early = np.dot(shares[:-1], np.array(costs.early_flops, float))
+        whole = 1 - float(np.sum(shares[:-1]))  # samples that pass the whole client
         return {
             "threshold": threshold,
             "normalized_threshold": threshold / self.largest_uncertainty,
             "accuracy": float(test.accuracy[0]),
             "on_device": 1 - offload,
             "bytes": offload * costs.feature_bytes,
-            "flops": costs.client_flops + offload * costs.server_flops,
+            "flops": float(early)
+            + whole * costs.client_flops
+            + offload * costs.server_flops,
             "validation_accuracy": float(self.held_out.accuracy[choice]),
             "validation_on_device": 1 - float(self.held_out.offload[choice]),
         }
+
+    def shares(self, choice: int) -> Figures:
+        """Return the shares of the test samples that each of several exits answers."""
+        if not self.test.early:
+            return {}
+        threshold = float(self.held_out.thresholds[choice])
+        return {"exit_shares": exit_shares(self.test, threshold).tolist()}
 
     def points(self) -> list[Figures]:
         """Return the points for an offload of 1, 0.95 .. 0 of the held-out samples."""
@@ -109,9 +123,12 @@ class ClientStudy(NamedTuple):
     def summary(self) -> Figures:
         """Return the figures that do not depend on a threshold.
 
-        A calibration error is None where a logit is not finite.
+        A calibration error is None where a logit is not finite. With several exits,
+        the figures of the exit are those of the last, and `early_accuracies` has those
+        of the others.
         """
-        return {
+        early = [float(own.correct.mean()) for _, own in self.test.early]
+        return ({"early_accuracies": early} if early else {}) | {
             "id": self.id,
             "cut": self.cut,
             "exit_accuracy": float(self.test.exit.correct.mean()),

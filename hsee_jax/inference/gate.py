@@ -2,10 +2,10 @@
 
 A batch passes through the client's layers and its exit. The exit answers the samples
 with an uncertainty below a threshold (BranchyNet, Teerapittayanon et al., ICPR 2016;
-Hetero-SplitEE gates by entropy). The features of the other samples are gathered and
-padded to one of a few static sizes, and the server runs only on them. BatchNorm uses
-its running statistics, so a sample's answer depends neither on the padding nor on the
-other samples of its batch.
+Hetero-SplitEE gates by entropy); of several exits, the earliest that is so sure. The
+features of the other samples are gathered and padded to one of a few static sizes, and
+the server runs only on them. BatchNorm uses its running statistics, so a sample's
+answer depends neither on the padding nor on the other samples of its batch.
 
 Where several clients see one event, each in its own way, the exit of one of them
 answers if it is sure; if not, the server answers from the views of all.
@@ -23,7 +23,14 @@ import numpy.typing as npt
 
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array
-from hsee_jax.federation.branch import Branch, BranchSpec, decode, encode, forward
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    decode,
+    encode,
+    forward,
+    forward_exits,
+)
 from hsee_jax.federation.junction import Junction
 from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
@@ -31,7 +38,7 @@ from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
 _PARTS = 8  # equal parts of a batch; the server runs on one to eight of them
 
 # (client, inputs [B, ...]) -> the message on the device, with at least B rows, and
-# the exit's logits [B, K] and uncertainty [B] on the host.
+# logits [B, E, K] and uncertainty [B, E] of the E exits on the host.
 ClientFn = Callable[[Branch, Array], tuple[Message, npt.NDArray, npt.NDArray]]
 # (server, message, rows int [R]) -> logits [R, K] of these rows, on the host. With a
 # junction the leaves of the message are those of all clients, [N, B, ...].
@@ -87,9 +94,14 @@ class Answers(NamedTuple):
     """The answers of a client and the server behind it to a batch, on the host."""
 
     logits: npt.NDArray[np.float32]  # [B, K]: of the server where it ran, or the exit
-    exited: npt.NDArray[np.bool_]  # [B]: whether the exit answered
-    exit_logits: npt.NDArray[np.float32]  # [B, K]
-    uncertainty: npt.NDArray[np.float32]  # [B]: of the exit; inf: logits not finite
+    exited: npt.NDArray[np.bool_]  # [B]: whether an exit answered
+    exit_logits: npt.NDArray[np.float32]  # [B, K]: of the last exit
+    uncertainty: npt.NDArray[np.float32]  # [B]: of it; inf: logits not finite
+    # The same of the E - 1 exits before it: [B, E - 1, K] and [B, E - 1].
+    early_logits: npt.NDArray[np.float32]
+    early_uncertainty: npt.NDArray[np.float32]
+    # [B]: the exit that answered, from 0; E - 1 where none did.
+    exit: npt.NDArray[np.int64]
 
     @property
     def predictions(self) -> npt.NDArray[np.int64]:
@@ -109,19 +121,19 @@ class Gate(NamedTuple):
         """Answer a batch.
 
         Args:
-          client: layers 1..cut and the exit head.
+          client: layers 1..cut and their exits.
           server: layers cut+1..L and the final head.
           inputs: ``float32 [B, ...]``, at most a whole batch, see `make_gate`.
-          threshold: the exit answers the samples with an uncertainty below it. With 0
+          threshold: the earliest exit with an uncertainty below it answers. With 0
             all samples go to the server; above the criterion's largest value only the
             samples with exit logits that are not finite go there.
 
         Raises:
           ValueError: there are no inputs, or more than a whole batch.
         """
-        message, exit_logits, uncertainty = self.on_client(client, inputs)
+        message, of_exits, uncertainty = self.on_client(client, inputs)
         return _gated(
-            exit_logits,
+            of_exits,
             uncertainty,
             threshold,
             lambda rows: self.on_server(server, message, rows),
@@ -148,7 +160,7 @@ class Gate(NamedTuple):
         Raises:
           ValueError: see `answer`.
         """
-        message, exit_logits, uncertainty = self.on_client(clients[asked], views[asked])
+        message, of_exits, uncertainty = self.on_client(clients[asked], views[asked])
 
         def from_all(rows: npt.NDArray[np.int64]) -> npt.NDArray:
             messages = [
@@ -158,7 +170,7 @@ class Gate(NamedTuple):
             stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *messages)
             return self.on_server(server, stack, rows)
 
-        return _gated(exit_logits, uncertainty, threshold, from_all)
+        return _gated(of_exits, uncertainty, threshold, from_all)
 
 
 def make_gate(
@@ -193,29 +205,49 @@ def make_gate(
 
 
 def _gated(
-    exit_logits: npt.NDArray[np.float32],
+    of_exits: npt.NDArray[np.float32],
     uncertainty: npt.NDArray[np.float32],
     threshold: float,
     answer_rows: Callable[[npt.NDArray[np.int64]], npt.NDArray],
 ) -> Answers:
-    """Replace the answers of an unsure exit by those of the server."""
-    exited = np.isfinite(uncertainty) & (uncertainty < threshold)
+    """Take the answer of the earliest sure exit, or of the server where there is none.
+
+    Args:
+      of_exits: logits ``[B, E, K]``.
+      uncertainty: ``[B, E]``.
+      threshold: see `Gate.answer`.
+      answer_rows: the server's logits of some rows.
+    """
+    sure = np.isfinite(uncertainty) & (uncertainty < threshold)
+    exited, last = np.any(sure, axis=1), sure.shape[1] - 1
+    number = np.where(exited, sure.argmax(axis=1), last)
     (rows,) = np.nonzero(~exited)
-    logits = exit_logits.copy()
+    logits = of_exits[np.arange(len(number)), number]
     if len(rows):
         logits[rows] = answer_rows(rows)
-    return Answers(logits, exited, exit_logits, uncertainty)
+    return Answers(
+        logits,
+        exited,
+        of_exits[:, last],
+        uncertainty[:, last],
+        of_exits[:, :last],
+        uncertainty[:, :last],
+        number,
+    )
 
 
 def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> ClientFn:
-    """Compile the client's layers, exit and uncertainty for batches of one size."""
+    """Compile the client's layers, exits and uncertainty for batches of one size."""
 
     @jax.jit
     def run(client: Branch, inputs: Array, mask: Array) -> tuple[Array, ...]:
-        features, logits, _ = forward(spec, client, inputs, mask, train=False)
+        features, logits, _ = forward_exits(spec, client, inputs, mask, train=False)
         message, _ = encode(spec, client, features, mask)
-        uncertainty = criterion.uncertainty(logits)
-        return message, logits, jnp.where(finite_rows(logits), uncertainty, jnp.inf)
+        uncertainty = [
+            jnp.where(finite_rows(own), criterion.uncertainty(own), jnp.inf)
+            for own in logits
+        ]
+        return message, jnp.stack(logits, axis=1), jnp.stack(uncertainty, axis=1)
 
     def on_client(
         client: Branch, inputs: Array

@@ -10,6 +10,7 @@ import numpy as np
 from hsee_jax.core.types import Array, Dataset
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
+from hsee_jax.federation.branch import early_exits
 from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.state import RunState
 from hsee_jax.inference.answering import AnswerFn, answers_of, gate_of
@@ -85,12 +86,14 @@ def _sample_costs(
     features = layer_inputs(federation.model)
     flops = [layer.flops for layer in layers]  # L layers, L exits, final head
     count = len(flops) // 2
+    of_client = [sum(flops[:n]) + flops[count + n - 1] for n in range(1, cut + 1)]
     return SampleCosts(
         feature_bytes=seen_by * sample_bytes(federation.codec, features[cut]),
-        client_flops=sum(flops[:cut]) + flops[count + cut - 1],
+        client_flops=of_client[-1],
         server_flops=(seen_by - 1) * sum(flops[:cut])
         + sum(flops[cut:count])
         + flops[-1],
+        early_flops=tuple(of_client[: early_exits(cut, federation.exits)]),
     )
 
 
@@ -122,7 +125,7 @@ def _group_studies(
             costs=costs,
             largest_uncertainty=largest,
             finite=_all_finite(held),
-            held_out=offload_curve(held, all_thresholds(held.uncertainty, largest)),
+            held_out=offload_curve(held, all_thresholds(held.lowest, largest)),
             test=_scores(answer, test),
             seconds={},
         )
@@ -134,20 +137,26 @@ def _group_studies(
 
 
 def _scores(answer: AnswerFn, samples: _Samples) -> Scores:
-    """Judge both answers: at threshold 0 the server answers all samples too."""
+    """Judge all answers: at threshold 0 the server answers all samples too."""
     answers = [answer(batch, 0.0) for batch in samples.batches]
     logits = np.concatenate([part.logits for part in answers])
     exit_logits = np.concatenate([part.exit_logits for part in answers])
+    early_logits = np.concatenate([part.early_logits for part in answers], axis=0)
+    early = np.concatenate([part.early_uncertainty for part in answers], axis=0)
     return Scores(
         uncertainty=np.concatenate([part.uncertainty for part in answers]),
         exit=judge(exit_logits, samples.labels),
         server=judge(logits, samples.labels),
+        early=tuple(
+            (early[:, e], judge(early_logits[:, e], samples.labels))
+            for e in range(early.shape[1])
+        ),
     )
 
 
 def _all_finite(scores: Scores) -> bool:
-    confidences = (scores.exit.confidence, scores.server.confidence)
-    return bool(np.isfinite(confidences).all())
+    judged = (scores.server, *(own for _, own in scores.exits))
+    return all(np.isfinite(one.confidence).all() for one in judged)
 
 
 def _seconds(

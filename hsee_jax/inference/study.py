@@ -58,8 +58,9 @@ class Study(NamedTuple):
         return self.setting | {
             "target": {target.kind: target.value},
             "clients": [
-                client.summary() | client.point(client.choose(target))
+                client.summary() | client.point(choice) | client.shares(choice)
                 for client in self.clients
+                for choice in [client.choose(target)]
             ],
         }
 

@@ -10,7 +10,11 @@ from hsee_jax.nn.interactions import (
     select_interactions,
 )
 from hsee_jax.nn.layers import ConvNorm, Head, Norm
-from hsee_jax.nn.losses import masked_cross_entropy, predictive_entropy
+from hsee_jax.nn.losses import (
+    distillation_loss,
+    masked_cross_entropy,
+    predictive_entropy,
+)
 from hsee_jax.nn.mlp import DenseLayer, LinearHead, mlp
 from hsee_jax.nn.mobilenet import (
     InvertedResidual,
@@ -65,6 +69,7 @@ __all__ = [
     "conv1d",
     "convolution",
     "deal_cuts",
+    "distillation_loss",
     "from_linen",
     "images_only",
     "init_network",

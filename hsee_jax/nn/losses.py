@@ -1,4 +1,4 @@
-"""Cross-entropy and accuracy over the real rows of a padded batch."""
+"""Losses and accuracy over the real rows of a padded batch."""
 
 from typing import Any
 
@@ -34,6 +34,35 @@ def masked_cross_entropy(
     correct = jnp.sum((predicted_class(logits) == labels) & mask, dtype=jnp.int32)
     mean = loss_sum / jnp.maximum(count, 1).astype(jnp.float32)
     return mean, Metrics(loss_sum, correct, count)
+
+
+def distillation_loss(
+    logits: Array, teacher: Array, mask: Array, temperature: float
+) -> Array:
+    """Return how far a student's softened answers are from its teacher's.
+
+    After Hinton, Vinyals and Dean (arXiv:1503.02531): the divergence of the student's
+    softmax from the teacher's, both at temperature T, times T squared, so that its
+    gradient does not shrink as T grows. The gradient by a row's logits is
+    ``T (softmax(logits / T) - softmax(teacher / T))``, over the number of real rows.
+
+    Args:
+      logits: of the student, ``float32 [B, K]``.
+      teacher: its logits, ``float32 [B, K]``; no gradient flows into them.
+      mask: ``bool [B]``, false on padding.
+      temperature: T, more than 0.
+
+    Returns:
+      The mean over the rows with a true mask, in nats, ``float32 []``; 0 if all rows
+      are padding.
+    """
+    chex.assert_rank([logits, teacher, mask], [2, 2, 1])
+    chex.assert_equal_shape([logits, teacher])
+    target = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+    own = jax.nn.log_softmax(logits / temperature)
+    losses = optax.losses.kl_divergence_with_log_targets(own, target)
+    count = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+    return temperature**2 * jnp.sum(jnp.where(mask, losses, 0.0)) / count
 
 
 def finite_rows(logits: Any) -> Any:

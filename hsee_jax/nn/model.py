@@ -77,15 +77,22 @@ def _layer_inputs(
     stages: tuple[Stage, ...], input_shape: tuple[int, ...]
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     shapes = [jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)]
-    mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
     for stage in stages:
-
-        def run(inputs: Array, mask: Array, stage: Stage = stage) -> Array:
-            variables = stage.init(jax.random.key(0), inputs)
-            return stage.apply(variables, inputs, mask, train=False)[0]
-
-        shapes.append(jax.eval_shape(run, shapes[-1], mask))
+        shapes.append(_output(stage, shapes[-1]))
     return tuple(shapes)
+
+
+def logits_of(model: Model) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the logits of one sample, ``[1, K]``."""
+    return _output(model.final_head, layer_inputs(model)[-1])
+
+
+def _output(stage: Stage, inputs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def run(inputs: Array, mask: Array) -> Array:
+        variables = stage.init(jax.random.key(0), inputs)
+        return stage.apply(variables, inputs, mask, train=False)[0]
+
+    return jax.eval_shape(run, inputs, jax.ShapeDtypeStruct((1,), jnp.bool_))
 
 
 def init_network(model: Model, key: Key) -> Network:

@@ -45,6 +45,12 @@ _CLIENTS = {
 }
 
 
+_SEVERAL = {
+    "early_accuracies": _Column("earlier exits", "{:.4f}"),
+    "exit_shares": _Column("by exit", "{:.0%}"),
+}
+
+
 def tables(curve: Figures, thresholds: Figures | None) -> tuple[Table, Table]:
     """Return a table of the mean curve, and a table with a row for each client.
 
@@ -60,19 +66,32 @@ def tables(curve: Figures, thresholds: Figures | None) -> tuple[Table, Table]:
         _RESULTS | _COSTS,
     )
     if thresholds is None:
-        return mean, _table("clients on the test samples", curve["clients"], _CLIENTS)
+        clients = curve["clients"]
+        columns = _CLIENTS | _present(clients)
+        return mean, _table("clients on the test samples", clients, columns)
     ((kind, value),) = thresholds["target"].items()
     return mean, _table(
         f"clients on the test samples, with thresholds for {kind} {value} from "
         f"{thresholds['validation_samples']} held-out samples",
         thresholds["clients"],
-        _CLIENTS | _RESULTS,
+        _CLIENTS | _RESULTS | _present(thresholds["clients"]),
     )
+
+
+def _present(records: list[Figures]) -> dict[str, _Column]:
+    """Return the columns on several exits, where a client has several."""
+    return {
+        name: column
+        for name, column in _SEVERAL.items()
+        if any(name in record for record in records)
+    }
 
 
 def _table(title: str, records: list[Figures], columns: dict[str, _Column]) -> Table:
     def cell(name: str, value: Any) -> str:
         column = columns[name]
+        if isinstance(value, list):
+            return " ".join(map(column.format.format, value))
         if value is None:
             return column.missing
         return column.format.format(column.scale * value)
@@ -80,7 +99,7 @@ def _table(title: str, records: list[Figures], columns: dict[str, _Column]) -> T
     return Table(
         title,
         tuple(column.heading for column in columns.values()),
-        [[cell(name, record[name]) for name in columns] for record in records],
+        [[cell(name, record.get(name)) for name in columns] for record in records],
     )
 
 

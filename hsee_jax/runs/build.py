@@ -81,6 +81,7 @@ def build_federation(
         CODECS.make(clients.link, options=clients.options),
         config.run.micro_batches,
         one_by_one=config.run.client_axis == "map",
+        exits=clients.exits,
     )
 
 
@@ -208,6 +209,8 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
     schedule = schedule_of(config, federation.model.layer_names)
     if len(schedule.cuts) > 1 and jax.process_count() > 1:
         raise UserError("recuts: not allowed with several processes")
+    if len(schedule.cuts) > 1 and federation.exits != "cut":
+        raise UserError(f"recuts: not allowed with exits {federation.exits}")
     for cuts in schedule.cuts[1:]:
         if build_strategy(config, federation.with_cuts(cuts)).junction is not None:
             name = config.strategy.strategy
@@ -218,7 +221,9 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
 def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
     """Return the samples in a step, no more than the largest share has."""
     batch_size = min(config.run.batch_size, max(map(len, parts)))
-    check_micro_batches(config.run.micro_batches, batch_size, strategy.boundary)
+    check_micro_batches(
+        config.run.micro_batches, batch_size, strategy.boundary, strategy.distill
+    )
     return batch_size
 
 

@@ -235,7 +235,7 @@ class Experiment(NamedTuple):
 
     def costs(self) -> tuple[LayerCost, ...]:
         """Return the costs of all layers and heads, see `layer_costs`."""
-        return layer_costs(self.plain_model)
+        return layer_costs(self.plain_model, self.federation.exits)
 
     def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
         """Evaluate all clients on all of ``data``, a dataset on the devices."""

@@ -75,7 +75,7 @@ def planning(config: Config, resources: Resources) -> Planning:
         config,
         resources,
         federation,
-        layer_costs(federation.model),
+        layer_costs(federation.model, federation.exits),
         _samples(config),
     )
 
@@ -107,11 +107,15 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
     check_one_copy(config, some)
-    detached = some.boundary == "detached"
+    detached = some.boundary == "detached" and not some.waits
     if fleet.clusters and not detached:
         raise UserError(
             f"devices: a cluster does not fit the strategy {config.strategy.strategy}; "
-            "allowed are those with a detached boundary"
+            "allowed are those with a detached boundary, and without distill"
+        )
+    if fleet.clusters and federation.exits != "cut":
+        raise UserError(
+            f"exits: {federation.exits} is not allowed with a cluster; allowed is cut"
         )
     slots = optimizer_slots(federation.optimizer)
     clusters = _pipelines(fleet, given.costs, batch_size, slots)

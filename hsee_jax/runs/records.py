@@ -4,7 +4,6 @@ Each line of ``metrics.jsonl`` holds a `RoundRecord`; ``summary.json`` holds a
 `Summary`.
 """
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -23,7 +22,6 @@ from hsee_jax.systems.clock import ClockTotals, RoundClock, clock_totals
 from hsee_jax.systems.traffic import Bytes
 
 _PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-_FIGURES = [name for name in ClientResult._fields if name != "agreement"]
 
 
 class TrainFigures(NamedTuple):
@@ -52,16 +50,13 @@ class Scores(NamedTuple):
         """Return the scores as values of JSON; a loss that is not finite is None."""
         return {
             **self._asdict(),
-            "clients": [
-                {name: _plain(getattr(result, name)) for name in _FIGURES}
-                for result in self.clients
-            ],
+            "clients": [result.to_json() for result in self.clients],
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Scores":
         """Make the scores from the result of `to_json`."""
-        clients = sorted(ClientResult(**_floats(one)) for one in values["clients"])
+        clients = sorted(map(ClientResult.from_json, values["clients"]))
         return cls(
             values["mean_exit_accuracy"], values["mean_server_accuracy"], tuple(clients)
         )
@@ -288,12 +283,3 @@ def device_name() -> str:
 def _optional(kind: Any, values: Mapping[str, Any], name: str) -> Any:
     """Read a part that not every record or summary has."""
     return kind.from_json(values[name]) if name in values else None
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _floats(values: Mapping[str, Any]) -> dict[str, Any]:
-    own = {name: values[name] for name in _FIGURES}
-    return {k: math.nan if value is None else value for k, value in own.items()}

@@ -50,6 +50,15 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
         ]
         return Material(parts, shares, test, None, np.zeros(0, np.int32))
 
+    _check_config(config, samples)
+    axis = client_axis(config.run.client_axis, backend_of(None))
+    experiment = assemble(config, info, material, axis=axis)
+    _check_strategy(experiment)
+    return experiment
+
+
+def _check_config(config: Config, samples: Sequence[int]) -> None:
+    """Refuse what clients on a network cannot have; see `build_served`."""
     if samples and (len(samples) != config.clients.num_clients or min(samples) < 1):
         raise UserError(
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
@@ -65,8 +74,11 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             "partition: views is not allowed with clients on a network, which have "
             "samples of their own; allowed are the others"
         )
-    axis = client_axis(config.run.client_axis, backend_of(None))
-    experiment = assemble(config, info, material, axis=axis)
+
+
+def _check_strategy(experiment: Experiment) -> None:
+    """Refuse a strategy that a server on a network cannot follow."""
+    config = experiment.config
     strategy = experiment.strategy
     if strategy.halves is None:
         raise UserError(
@@ -85,7 +97,11 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
         )
     if config.clients.keep_layers_private:
         check_no_layers_sent(strategy)
-    return experiment
+        if config.clients.exits != "cut":
+            raise UserError(
+                f"exits: {config.clients.exits} is not allowed with "
+                "keep_layers_private; allowed is cut"
+            )
 
 
 def describe(experiment: Experiment, i: int) -> dict[str, Any]:

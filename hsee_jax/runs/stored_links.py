@@ -1,4 +1,4 @@
-"""The form in which checkpoints store branches whose codec keeps no state."""
+"""The form of a branch in checkpoints: without a link's state that is empty."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from hsee_jax.federation.branch import Branch
 
 
 class _Unlinked(struct.PyTreeNode):
-    """The stored form of a branch if its codec keeps no state."""
+    """The stored form of a branch with one exit whose codec keeps no state."""
 
     layers: PyTree
     head: PyTree
@@ -20,7 +20,7 @@ def without_links(tree: PyTree) -> PyTree:
     """Remove link states without arrays from a tree, as version 0.1 stored none."""
 
     def take(branch: Branch) -> Branch | _Unlinked:
-        if jax.tree.leaves(branch.link):
+        if jax.tree.leaves((branch.link, branch.exits)):
             return branch
         return _Unlinked(branch.layers, branch.head)
 

@@ -20,11 +20,16 @@ class LayerCost(NamedTuple):
     kept_bytes: int = 0
 
 
-def layer_costs(model: Model) -> tuple[LayerCost, ...]:
+def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
     """Return the costs of a sample in the L layers, L exit heads and the final head.
 
     FLOPs come from the cost analysis of each compiled program, so they depend on the
     backend at hand.
+
+    Args:
+      model: the network.
+      exits: see `hsee_jax.federation.Federation`; with ``"all"``, the cost of an exit
+        is that of all exits up to it, as a client with this cut has them.
     """
     shapes = layer_inputs(model)
     stages = [*model.stages, *model.exit_heads, model.final_head]
@@ -36,6 +41,17 @@ def layer_costs(model: Model) -> tuple[LayerCost, ...]:
         if place not in known:
             known[place] = _cost(stage, shape)
         costs.append(LayerCost(name, *known[place]))
+    return tuple(costs) if exits == "cut" else _with_all_exits(costs)
+
+
+def _with_all_exits(costs: list[LayerCost]) -> tuple[LayerCost, ...]:
+    """Add to the cost of each exit those of the exits before it."""
+    count = len(costs) // 2
+    total: tuple[int, ...] = (0, 0, 0, 0)
+    for number in range(count, 2 * count):
+        name, *own = costs[number]
+        total = tuple(map(sum, zip(total, own, strict=True)))
+        costs[number] = LayerCost(name.replace("exit", "exits", 1), *total)
     return tuple(costs)
 
 

@@ -22,9 +22,9 @@ class Setting(NamedTuple):
     order: Order | None  # None: ascending in each step
 
     @property
-    def joint(self) -> bool:
-        """Return whether a client waits for the gradient of each batch."""
-        return self.schedule.boundary == "joint"
+    def waits(self) -> bool:
+        """Return whether a client waits for the server's reply to each batch."""
+        return self.schedule.waits
 
 
 class Transfer(NamedTuple):
@@ -65,13 +65,13 @@ def run(setting: Setting, part: Part, log: Log, start: Floats, free: float) -> C
     served = np.maximum(served, start)
     waited = np.zeros_like(start)
     done = np.maximum(start + compute, link)
-    if setting.joint:
+    if setting.waits:
         waited = np.nansum(log.end[rows] - log.arrive[rows], axis=0)
         back = work.down_s + work.backward_s
         done = np.where(count > 0, served + back, start)
     sent = done + (work.weights_up_s if part.mean else 0.0)
     resume = np.maximum(sent, served)
-    server = _server_s(log, setting.joint, rows, sent, served)
+    server = _server_s(log, setting.waits, rows, sent, served)
     transfer = None
     link_s = sent - start - compute - waited
     if part.mean:
@@ -83,7 +83,7 @@ def run(setting: Setting, part: Part, log: Log, start: Floats, free: float) -> C
 
 
 def _server_s(
-    log: Log, joint: bool, rows: slice, sent: Floats, served: Floats
+    log: Log, waits: bool, rows: slice, sent: Floats, served: Floats
 ) -> Floats:
     """Return how long each client waits for its messages while the server works.
 
@@ -93,7 +93,7 @@ def _server_s(
     known = ~np.isnan(begin)
     busy = busy_before(begin[known], end[known])
     seconds = np.maximum(busy(served) - busy(sent), 0.0)
-    if joint:
+    if waits:
         steps = busy(log.end[rows]) - busy(log.arrive[rows])
         seconds = seconds + np.nansum(steps, axis=0)
     return seconds
@@ -102,7 +102,7 @@ def _server_s(
 def _send(setting: Setting, part: Part, log: Log, start: Floats) -> Floats:
     """Log the messages that do not depend on the server; return when links are free."""
     work, link, begin = setting.work, start, start
-    stop = min(part.first + 1, part.stop) if setting.joint else part.stop
+    stop = min(part.first + 1, part.stop) if setting.waits else part.stop
     for step in range(part.first, stop):
         active = step < work.steps
         ready = begin + work.forward_s
@@ -121,7 +121,7 @@ def _serve(setting: Setting, part: Part, log: Log, free: float) -> float:
     desk = Desk(
         work.steps.astype(int).tolist(),
         work.server_s.tolist(),
-        pause.tolist() if setting.joint else None,
+        pause.tolist() if setting.waits else None,
         part.stop,
     )
     for chunk in part.chunks:

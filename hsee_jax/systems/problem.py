@@ -67,7 +67,7 @@ def own_seconds(work: Work, schedule: Schedule) -> Floats:
     """
     steps, forward, up, served = work.steps, work.forward_s, work.up_s, work.server_s
     step = forward + work.backward_s
-    if schedule.boundary == "joint":
+    if schedule.waits:
         sent = end = steps * (step + up + served + work.down_s)
     else:
         slower = np.maximum(step, up)
@@ -99,7 +99,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         c = cut - 1
         work = problem.work(np.full(shape[0], cut))
         steps = work.steps
-        back = work.down_s * (schedule.boundary == "joint")
+        back = work.down_s * schedule.waits
         weights = means * work.weights_bytes
         if lockstep:
             first, last = work.forward_s + work.up_s, back + work.backward_s

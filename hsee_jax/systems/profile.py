@@ -195,7 +195,7 @@ def _time_steps(
         link = federation.codec.init(shapes[cut])
         optimizer = federation.optimizer
         return (
-            init_client(network, cut, optimizer, link),
+            init_client(network, cut, optimizer, link, federation.exits),
             init_server(network, cut, optimizer),
         )
 

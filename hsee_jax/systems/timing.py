@@ -2,10 +2,13 @@
 
 Pure functions from plain numbers. For a batch of a client, ``tf`` and ``tb`` are the
 seconds of its forward and its backward pass, ``u`` of the upload of its features, ``v``
-of the server's step on them, and ``d`` of the download of their gradient.
+of the server's step on them, and ``d`` of the download of the reply: their gradient,
+or the server's logits, or both.
 
 *Detached*: a client computes batch after batch without a pause, and its uploads follow
-each other beside that. *Joint*: a client waits for the gradient of each batch. A shared
+each other beside that. *Joint*: a client waits for the gradient of each batch. Where
+exits learn from the server's logits, it waits for them in the same way; they are known
+after the server's forward pass, but here they come down after its step. A shared
 server takes the messages in a fixed order; with a replica for each client, W workers
 take the message that has been ready longest (see `hsee_jax.systems.serving`). Where
 layers of clients are averaged, every client sends them up after its last batch, waits
@@ -101,7 +104,7 @@ def round_time(
 
 def _spans(setting: Setting, log: Log, courses: list[Course]) -> tuple[Span, ...]:
     work = setting.work
-    if setting.joint:
+    if setting.waits:
         forward = log.arrive - work.up_s - work.forward_s
         backward = log.end + work.down_s
     else:
@@ -112,7 +115,7 @@ def _spans(setting: Setting, log: Log, courses: list[Course]) -> tuple[Span, ...
         Span("backward", backward, backward + work.backward_s),
         Span("upload", log.arrive - work.up_s, log.arrive),
     ]
-    if setting.joint:
+    if setting.waits:
         spans.append(Span("download", log.end, backward))
     transfers = [course.transfer for course in courses if course.transfer is not None]
     if transfers:
@@ -127,7 +130,7 @@ def _result(
 ) -> RoundTime:
     work = setting.work
     averages = sum(len(span.start_s) for span in spans if span.kind == "weights up")
-    down = 1.0 if setting.joint else 0.0
+    down = 1.0 if setting.waits else 0.0
     served = float(np.sum(work.steps * work.server_s))
     total = seconds * setting.workers
     return RoundTime(

@@ -2,7 +2,8 @@
 
 For each sample its features, in the form of the link, and its label go up; with a joint
 boundary the gradient of the features comes down, in the dtype of the computation unless
-the codec says otherwise. Every step counts the bytes of its message. Where a codec
+the codec says otherwise. Where exits learn from the server's logits, these come down,
+too, as float32. Every step counts the bytes of its messages. Where a codec
 treats clients differently, figures by cut are those of the client with the smallest
 messages. Whenever layers of clients are averaged, the clients that take part in the
 round send their layers up and get the mean, of the same size. The means that an absent
@@ -24,7 +25,7 @@ from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import FULL, Codec, sample_bytes, unpack_bytes
-from hsee_jax.nn.model import layer_inputs
+from hsee_jax.nn.model import Model, layer_inputs, logits_of
 
 
 class Bytes(NamedTuple):
@@ -61,7 +62,10 @@ def nbytes(tree: PyTree) -> int:
 
 
 def training_bytes(
-    features: jax.ShapeDtypeStruct, codec: Codec, boundary: str
+    features: jax.ShapeDtypeStruct,
+    codec: Codec,
+    boundary: str,
+    logits: jax.ShapeDtypeStruct | None = None,
 ) -> Bytes:
     """Return the bytes on the link for a sample in training.
 
@@ -69,14 +73,20 @@ def training_bytes(
       features: the shape and dtype of the sample's features, ``[1, ...]``.
       codec: the codec of the link.
       boundary: see `Strategy`.
+      logits: the server's logits of the sample, which come down; None for none.
     """
     if boundary == "none":
         return Bytes(0, 0)
     label = nbytes(jax.ShapeDtypeStruct((1,), jnp.int32))
-    down = 0
+    down = nbytes(logits)
     if boundary == "joint":
-        down = sample_bytes(codec.gradient or FULL, features)
+        down += sample_bytes(codec.gradient or FULL, features)
     return Bytes(sample_bytes(codec, features) + label, down)
+
+
+def logits_down(model: Model, strategy: Strategy) -> jax.ShapeDtypeStruct | None:
+    """Return the server's logits of a sample if exits learn from them."""
+    return logits_of(model) if strategy.distill else None
 
 
 def traffic_of(
@@ -89,13 +99,14 @@ def traffic_of(
       strategy: the algorithm.
       state: the state of any number of clients in each group; shapes are enough.
     """
-    features = layer_inputs(federation.model)
+    features, codec = layer_inputs(federation.model), federation.codec
+    logits = logits_down(federation.model, strategy)
     messages = jax.eval_shape(strategy.messages, state)
     sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in state.clients]
     return tuple(
         Traffic(
             group.cut,
-            training_bytes(features[group.cut], federation.codec, strategy.boundary),
+            training_bytes(features[group.cut], codec, strategy.boundary, logits),
             nbytes(message) // size,
         )
         for group, message, size in zip(federation.groups, messages, sizes, strict=True)

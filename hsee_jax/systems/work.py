@@ -24,7 +24,7 @@ class Work(NamedTuple):
     backward_s: Any
     up_s: Any = 0.0
     server_s: Any = 0.0  # of the server's step on the batch
-    down_s: Any = 0.0  # of the gradient, with a joint boundary
+    down_s: Any = 0.0  # of the reply, if clients wait for one
     weights_up_s: Any = 0.0
     weights_down_s: Any = 0.0
     up_bytes: Any = 0.0
@@ -56,6 +56,12 @@ class Schedule(NamedTuple):
     # "together" takes the batches of all clients as one, in lock step.
     turn: str = "batch"
     averages: tuple[int, ...] = ()  # the steps after which layers are averaged
+    distill: bool = False  # whether exits learn from the server's logits
+
+    @property
+    def waits(self) -> bool:
+        """Return whether a client waits for the server's reply to each batch."""
+        return self.boundary == "joint" or self.distill
 
 
 def schedule_of(strategy: Strategy, steps: int, number: int = 1) -> Schedule:
@@ -73,7 +79,13 @@ def schedule_of(strategy: Strategy, steps: int, number: int = 1) -> Schedule:
         for step in range(1, steps + 1)
         if due_after(strategy, "steps", before + step) or (at_end and step == steps)
     )
-    return Schedule(strategy.shared, strategy.boundary, strategy.turn_unit, averages)
+    return Schedule(
+        strategy.shared,
+        strategy.boundary,
+        strategy.turn_unit,
+        averages,
+        strategy.distill > 0,
+    )
 
 
 class Part(NamedTuple):
