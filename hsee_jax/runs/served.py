@@ -82,9 +82,9 @@ def _check_strategy(experiment: Experiment) -> None:
     strategy = experiment.strategy
     if strategy.halves is None:
         raise UserError(
-            f"strategy: {config.strategy.strategy} is not allowed so with clients on a "
-            "network; allowed is a strategy whose server takes features in "
-            "turns"
+            f"strategy: {config.strategy.strategy} with these options is not allowed "
+            "with clients on a network; allowed is a strategy whose server takes "
+            "features in turns"
         )
     if experiment.federation.codec.gradient is not None:
         raise UserError(
