@@ -26,6 +26,8 @@ NEEDS = {
     "splitfed_v1": {"cuts": ("3",)},
     "splitfed_v2": {"cuts": ("3",)},
     "centralized": {"num_clients": 1, "cuts": ("3",), "link": "full"},
+    "fpl": {"cuts": ("3",), "partition": "views"},
+    "vicreg": {"augment": "noise"},
     "sian": {"order": 3},
 }
 LAYERS = {
@@ -39,7 +41,8 @@ LAYERS = {
     "conv1d": 6,
     "sian": 3,
 }
-SHAPES = {"conv1d": (28, 1), "sian": (28,)}  # of samples, where it takes no images
+# Of samples, where an entry or a choice takes no images.
+SHAPES = {"conv1d": (28, 1), "sian": (28,), "axis": (6, 28, 28, 1)}
 
 # They name a module and a file, or belong to the clock.
 NOT_BUILT = ("plugin", "pretrained", "deadline")
@@ -153,7 +156,8 @@ def test_every_choice_can_be_built(field, name, changes):
         assert callable(DATASETS.make(name, options=config.data.options).read)
         return
     info = build_info(config.data)
-    info = info._replace(input_shape=SHAPES.get(name, info.input_shape))
+    shape = SHAPES.get(changes.get("view", name), info.input_shape)
+    info = info._replace(input_shape=shape)
     federation = build_federation(config, info)
     strategy = build_strategy(config, federation)
     assert len(federation.model.stages) == LAYERS.get(name, 9)
@@ -205,6 +209,7 @@ def configurations():
             numbers["boundary"] = "joint"
         if "gradient_share" in numbers:
             numbers["turn"] = "together"
+            numbers.pop("distill", None)  # they exclude each other
         if changes["strategy"] == "fedavg":  # whose clients hold all layers
             count = LAYERS.get(changes["network"], 9) + ("depth" in numbers)
             numbers["cuts"] = (str(count),)
@@ -229,7 +234,7 @@ def reads():
             found.setdefault(key, set()).add(options.get(key))
         if registry is DATASETS:  # whatever it is, its data are those of the package
             return make(registry, "fashion_mnist_small")
-        if name in SHAPES:
+        if registry is NETWORKS and name in SHAPES:
             return make(registry, "tiny", *context, **more)
         return make(registry, name, *context, options=options, **more)
 

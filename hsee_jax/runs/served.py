@@ -82,8 +82,8 @@ def _check_strategy(experiment: Experiment) -> None:
     strategy = experiment.strategy
     if strategy.halves is None:
         raise UserError(
-            f"strategy: {config.strategy.strategy} with these options is not allowed "
-            "with clients on a network; allowed is a strategy whose server takes "
+            f"strategy: {config.strategy.strategy} is not allowed with these options "
+            "and clients on a network; allowed is a strategy whose server takes "
             "features in turns"
         )
     if experiment.federation.codec.gradient is not None:
