@@ -387,6 +387,7 @@ for words in ([], *([name] for name in COMMANDS)):
 """
 
 
+@pytest.mark.slow
 def test_help_needs_no_docstrings():
     """Which ``python -OO`` removes."""
     code = [sys.executable, "-OO", "-c", HELP]

@@ -397,6 +397,7 @@ def test_labels_that_are_not_given_change_nothing(strategy, tmp_path):
     assert same(*found)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path):
     """It trains, goes on, is fitted and gated; its partition counts labels."""
     words = (
