@@ -22,6 +22,7 @@ ORDER = (
     "cifar10-w16",
     "cifar10-w16-recipe",
     "why-averaging",
+    "cpu-small-methods",
     "cifar10",
     "cifar100",
     "stl10",
