@@ -10,7 +10,8 @@ import hsee_jax as hs
 from hsee_jax.cli import main
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.history import read_records
-from hsee_jax.runs.served import build_served
+from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.served import build_served, describe
 
 SMALL = hs.override(
     hs.preset("demo"),
@@ -27,6 +28,7 @@ SMALL = hs.override(
     checkpoint_every=2,
     partition="quantity",
 )
+TRIMMED = {"weights": "uniform", "aggregate": "trimmed_mean", "trim_share": 0.34}
 
 
 def both(config, tmp_path):
@@ -68,6 +70,8 @@ def test_a_run_on_devices_equals_the_simulation(tmp_path):
         dict(strategy="averaging", absences=("1:2-2",)),
         dict(strategy="averaging", optimizer_state="average", **TINY),
         dict(strategy="averaging", micro_batches=2, init="per_client"),
+        dict(strategy="averaging", exits="all"),
+        dict(strategy="averaging", **TRIMMED),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -109,6 +113,14 @@ def test_a_joint_boundary_equals_the_simulation_up_to_rounding(changes, tmp_path
 def test_what_devices_cannot_do_is_refused(changes, error):
     with pytest.raises(UserError, match=error):
         build_served(hs.override(SMALL, **changes))
+
+
+def test_a_device_builds_what_the_run_has():
+    """Also what only the server checks, as a share of all clients."""
+    experiment = build_served(hs.override(SMALL, exits="all", **TRIMMED))
+    participant = build_participant(describe(experiment, 1))
+    assert participant.federation.exits == "all"
+    assert participant.strategy.halves is not None
 
 
 def test_samples_of_their_own_are_counted(capsys):

@@ -27,6 +27,7 @@ from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.nn.model import init_network
 from hsee_jax.report.curves import read_curves
 from hsee_jax.runs.build import build
+from hsee_jax.runs.folder import check_partition
 from hsee_jax.runs.phases import Phases
 
 # Client 1 goes deeper, then comes back; at the end all hold two layers or more.
@@ -334,6 +335,7 @@ def test_a_run_with_changes_is_stopped_opened_and_evaluated(tmp_path):
     rounds, scores = runs.evaluate(folder, data=DATA)
     last = figures(folder)[-1]["test"]
     assert rounds == 4 and [client.cut for client in scores.clients] == [1, 1, 1]
+    check_partition(folder, runs.reopen(folder, data=DATA)[0].manifest)  # is the same
     assert scores.mean_exit_accuracy == last["mean_exit_accuracy"]
     (curve,) = read_curves([folder])
     assert curve.cuts.tolist() == [1, 1, 1]

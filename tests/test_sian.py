@@ -276,6 +276,22 @@ def test_the_command_and_its_file(folder, tmp_path, capsys):
     assert sorted(config_from(given).model.interactions) == pairs
 
 
+def test_only_the_samples_of_the_run_are_read(folder, tmp_path, capsys):
+    """Those with labels; and none where they lie on devices."""
+    words = {"dataset": "npz", "data_dir": str(folder), "network": "mlp"}
+    config = hs.override(hs.preset("demo"), **words, depth=2, hidden=4, cuts=("1",))
+    out = tmp_path / "run"
+    config = hs.override(config, labelled_share=0.1)
+    write_run(out, config)
+    shares = [share._asdict() for share in hs.build(config).manifest]
+    (out / "partition.json").write_text(json.dumps(shares))
+    assert hs.inference.find_interactions(out).samples == 30
+    own = [share | {"indices": []} for share in shares]  # on the devices
+    (out / "partition.json").write_text(json.dumps(own))
+    assert cli.main(["interactions", str(out)]) == 2
+    assert "training samples found now are not those" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -375,6 +375,7 @@ def test_a_client_is_exported_with_its_own_view(trained):
     [
         ({"partition": "iid"}, "partition: iid is not allowed with fpl, .* is views"),
         ({"cuts": ("1", "2")}, "cuts: 1 2 is not allowed with fpl"),
+        ({"labelled_share": 0.5}, "labelled_share: 0.5 is not allowed with fpl"),
         ({"recuts": ("2:2",)}, "recuts: not allowed with fpl, which has one cut"),
         ({"exit_gradient": 0.5}, "exit_gradient: 0.5 is not allowed with a detached"),
         ({"view": "axis"}, r"view: axis is not allowed for samples of \[28, 28, 1\]"),

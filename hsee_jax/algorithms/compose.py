@@ -141,7 +141,8 @@ class Properties(NamedTuple):
                 f"weights: {self.weights} is not allowed with aggregate "
                 f"{self.aggregate}, which counts each holder once; allowed is uniform"
             )
-        if self.trim_share and int(self.trim_share * num_clients) == 0:
+        too_few = num_clients > 1 and int(self.trim_share * num_clients) == 0
+        if self.trim_share and too_few:  # one alone: a device, which averages nothing
             raise UserError(
                 f"trim_share: {self.trim_share} of {num_clients} clients is less than "
                 f"one; allowed is {1 / num_clients:.4g} or more, less than 0.5"

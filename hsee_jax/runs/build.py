@@ -93,11 +93,13 @@ def build_strategy(config: Config, federation: Federation) -> Strategy:
     """
     name, options = config.strategy.strategy, config.strategy.options
     strategy = ALGORITHMS.make(name, federation, options=options)
-    if strategy.junction is not None and config.data.partition != "views":
-        raise UserError(
-            f"partition: {config.data.partition} is not allowed with {name}, which "
-            "merges the views of one event; allowed is views"
-        )
+    if strategy.junction is not None:
+        for field, allowed in (("partition", "views"), ("labelled_share", 1)):
+            if (value := getattr(config.data, field)) != allowed:
+                raise UserError(
+                    f"{field}: {value} is not allowed with {name}, which merges the "
+                    f"views of one event; allowed is {allowed}"
+                )
     return strategy
 
 

@@ -185,7 +185,8 @@ def check_info(folder: Path, found: DatasetInfo, field: str = "data_dir") -> Non
 def check_partition(folder: Path, shares: Sequence[Share]) -> None:
     """Refuse training samples that are not a run's, judged by their labels.
 
-    The same indices are other images where a dataset is there in another form.
+    The same indices are other images where a dataset is there in another form. Cuts do
+    not count: a run may have changed them.
 
     Raises:
       UserError: they are not.
@@ -194,12 +195,17 @@ def check_partition(folder: Path, shares: Sequence[Share]) -> None:
         stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # it is lost, and `train` writes it anew
-    if stored != [share._asdict() for share in shares]:
+    found = [share._asdict() for share in shares]
+    if [_without_cut(one) for one in stored] != [_without_cut(one) for one in found]:
         raise UserError(
             f"data_dir: the training samples found now are not those of {folder}; "
             "allowed is the same dataset in the same form, be it prepared by "
             "tensorflow-datasets, an archive or npz"
         )
+
+
+def _without_cut(share: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in share.items() if name != "cut"}
 
 
 @contextlib.contextmanager

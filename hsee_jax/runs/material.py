@@ -47,7 +47,7 @@ def deal(
     A strategy that takes two copies of a sample gets all samples, but labels only for
     the labelled share and for what is held out. Any other gets only the labelled share.
     """
-    parts, held = deal_parts(config, train)
+    parts, held = _deal_all(config, train)
     known = _with_labels(config, parts)
     if copies > 1:
         kept = np.concatenate([*known, held])
@@ -65,7 +65,7 @@ def _with_labels(config: Config, parts: Sequence[Indices]) -> list[Indices]:
     return list(labelled(parts, share, seed=seed))
 
 
-def deal_parts(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
+def _deal_all(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
     """Deal the training samples to the clients; return what was held out, too."""
     seed = config.run.partition_seed
     count, share = len(train.labels), config.data.validation_share
@@ -99,5 +99,5 @@ def shares(config: Config) -> list[Dataset]:
       UserError: the data are missing, or not valid.
     """
     train, _ = data_source(config.data).read()
-    parts = _with_labels(config, deal_parts(config, train)[0])
+    parts = _with_labels(config, _deal_all(config, train)[0])
     return [Dataset(*(np.asarray(a)[part] for a in train)) for part in parts]

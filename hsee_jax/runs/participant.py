@@ -78,6 +78,7 @@ def build_participant(
         build_optimizer(config),
         codec=CODECS.make(config.clients.link, options=config.clients.options),
         micro_batches=config.run.micro_batches,
+        exits=config.clients.exits,
     )
     return Participant(
         values["client"],

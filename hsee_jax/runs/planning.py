@@ -95,6 +95,11 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         config = override(config, strategy=strategy)
     samples = given.samples
     if config.strategy.strategy == "centralized":  # the server trains on all samples
+        if config.data.partition == "views":
+            raise UserError(
+                "partition: views is not allowed in a plan of centralized, whose one "
+                "network takes whole samples; allowed are the others"
+            )
         fleet, samples = (
             Fleet((fleet.server,), fleet.server),
             samples.sum(keepdims=True),

@@ -14,8 +14,8 @@ from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, data_source, own_field
 from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import check_info, read_config
-from hsee_jax.runs.material import deal_parts
+from hsee_jax.runs.folder import check_info, check_partition, read_config
+from hsee_jax.runs.material import deal
 from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.private import check_layers
 from hsee_jax.runs.records import Scores
@@ -95,11 +95,14 @@ def samples_of(
     Raises:
       UserError: the data are missing, or differ from the data of the run.
     """
-    config = run.config
+    folder, config = Path(folder), run.config
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
     source = data_source(config.data, data)
-    check_info(Path(folder), source.info, own_field(config.data))
-    train, _ = source.read()
-    part = deal_parts(config, train)[0][client]
+    check_info(folder, source.info, own_field(config.data))
+    train, test = source.read()
+    groups, copies = run.federation.groups, run.strategy.copies
+    found = deal(config, source.info, groups, train, test, copies=copies)
+    check_partition(folder, found.manifest)
+    part = found.parts[client]
     return Dataset(*(np.asarray(array)[part] for array in train))

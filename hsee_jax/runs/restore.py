@@ -65,7 +65,8 @@ class Restored(NamedTuple):
     def server(self, i: int) -> Branch:
         """Return the layers behind client i and the final head.
 
-        With a junction they follow it, and read what it merges.
+        Behind a junction they read what it merges. A layer that mixes views is not
+        among them: it is the first of ``state.servers[0]``.
         """
         return server_of(self.strategy, self.state, *seat(self.federation, i))
 
