@@ -1,7 +1,8 @@
 """Write docs/results/findings.md, what the study cifar10-w16 shows, and its picture.
 
 Shows: its figures, all of them read from the study's results.jsonl, answers.jsonl (see
-`answers.py`) and clock.json (see `clock.py`); the words are here.
+`answers.py`) and clock.json (see `clock.py`), and from the study why-averaging; the words
+are those of cifar10-w16/findings.md.
 Cost: a second.
 Command: python experiments/findings.py
 """
@@ -22,7 +23,7 @@ from hsee_jax.report.tables import Table, markdown
 from hsee_jax.studies.picture import draw
 from hsee_jax.studies.results import Result
 
-NAME = "cifar10-w16"
+NAME, WHY = "cifar10-w16", "why-averaging"
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results" / "findings.md"
 PICTURE = DOCS / "images" / f"{NAME}.png"
@@ -114,6 +115,19 @@ def cuts_table() -> str:
     return markdown(Table("", header, lines)).rstrip()
 
 
+def why_table() -> str:
+    """Return what could help averaging, with accuracies on held-out images."""
+    study, results = tables.load(WHY)
+    found, lines = studies.by_row(study, results), []
+    for row in study.rows:
+        for result in found.get(row.name, ()):
+            assert result.summary is not None
+            server = 100 * result.summary.scores.mean_server_accuracy
+            lines.append((f"`{row.name}`", row.shows, f"{server:.1f}"))
+    header = ("row", "what it is", "server %, held-out images")
+    return markdown(Table("", header, lines)).rstrip()
+
+
 def _interval(figures: Mapping[str, float]) -> str:
     mean, low, high = (100 * figures[key] for key in ("mean", "low", "high"))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
@@ -124,9 +138,8 @@ def page() -> str:
     found = rows()
     by_name: dict[str, Any] = {n.replace("-", "_"): row for n, row in found.items()}
     text = TEXT.read_text(encoding="utf-8")
-    return text.format(
-        costs=costs_table(found), cuts=cuts_table(), **by_name, **_differences(found)
-    )
+    tables_of = {"costs": costs_table(found), "cuts": cuts_table(), "why": why_table()}
+    return text.format(**tables_of, **by_name, **_differences(found))
 
 
 def _differences(found: Mapping[str, Row]) -> dict[str, float]:

@@ -466,6 +466,7 @@ def test_per_client_init_draws_each_client_by_itself():
         assert np.abs(kernel[0] - kernel[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_network_of_dense_layers_learns_in_every_strategy():
     """Any chain of stages can be trained, here without convolution and BatchNorm."""
     dense = tiny_model((DenseLayer(8), DenseLayer(5)))
