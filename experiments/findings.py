@@ -1,8 +1,8 @@
 """Write docs/results/findings.md, what the study cifar10-w16 shows, and its picture.
 
 Shows: its figures, all of them read from the study's results.jsonl, answers.jsonl (see
-`answers.py`) and clock.json (see `clock.py`), and from the study why-averaging; the words
-are those of cifar10-w16/findings.md.
+`answers.py`) and clock.json (see `clock.py`), and from the study why-averaging; the
+words are those of cifar10-w16/findings.md.
 Cost: a second.
 Command: python experiments/findings.py
 """
