@@ -20,7 +20,6 @@ from scipy import stats
 
 from hsee_jax import studies
 from hsee_jax.core.errors import UserError
-from hsee_jax.inference.calibration import offload_curve
 from hsee_jax.inference.client_study import ClientStudy, Target
 from hsee_jax.inference.measurement import measure_clients
 from hsee_jax.runs.reopen import reopen
@@ -103,13 +102,10 @@ def accuracy(correct: Sequence[npt.NDArray[np.bool_]]) -> dict[str, float]:
 def gated(clients: Sequence[ClientStudy], share: float) -> dict[str, float]:
     """Return the accuracy where devices answer a share of the samples themselves."""
     target = Target("offload", 1 - share)
-    points = []
-    for client in clients:
-        threshold = client.held_out.thresholds[client.choose(target)]
-        points.append(offload_curve(client.test, np.array([threshold])))
+    points = [client.point(client.choose(target)) for client in clients]
     return {
-        "accuracy": float(np.mean([point.accuracy for point in points])),
-        "on_device": 1 - float(np.mean([point.offload for point in points])),
+        name: float(np.mean([point[name] for point in points]))
+        for name in ("accuracy", "on_device")
     }
 
 

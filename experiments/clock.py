@@ -17,13 +17,13 @@ import numpy as np
 from hsee_jax import studies
 from hsee_jax.core.types import Dataset
 from hsee_jax.data import dataset_info
+from hsee_jax.data.info import TRAIN_SAMPLES
 from hsee_jax.runs.build import build
 from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import DataSource
 from hsee_jax.runs.equip import Given, equip
 
 FILE = "clock.json"
-SIZES = {"cifar10": (50_000, 10_000)}  # training and test images
 
 
 def main() -> None:
@@ -48,15 +48,14 @@ def main() -> None:
 
 
 def blank(dataset: str) -> DataSource:
-    """Return images without content, as many as the dataset has."""
+    """Return images without content, as many for training as the dataset has."""
     info = dataset_info(dataset)
 
     def images(count: int) -> Dataset:
         labels = np.arange(count, dtype=np.int32) % info.num_classes
         return Dataset(np.zeros((count, *info.input_shape), np.uint8), labels)
 
-    train, test = SIZES[dataset]
-    return DataSource(info, lambda: (images(train), images(test)))
+    return DataSource(info, lambda: (images(TRAIN_SAMPLES[dataset]), images(1)))
 
 
 if __name__ == "__main__":

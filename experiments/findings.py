@@ -38,14 +38,8 @@ class Row(NamedTuple):
     gb: float  # that the clients send
     hours: float  # simulated
     mj: float  # megajoules, simulated
-    by_cut: Mapping[str, tuple[float, float]]  # exit and server
-
-    def __getattr__(self, name: str) -> float:
-        """Return ``exit3`` or ``server5``: an accuracy at a cut."""
-        kind, cut = name[:-1], name[-1]
-        if kind not in ("exit", "server") or cut not in self.by_cut:
-            raise AttributeError(name)
-        return self.by_cut[cut][kind == "server"]
+    exits: Mapping[int, float]  # by cut, as ``exit``
+    servers: Mapping[int, float]
 
 
 def rows() -> dict[str, Row]:
@@ -61,23 +55,23 @@ def rows() -> dict[str, Row]:
 def _row(results: tuple[Result, ...], time: Mapping[str, float]) -> Row:
     summaries = [result.summary for result in results if result.summary]
     clients = [client for one in summaries for client in one.scores.clients]
-    by_cut = {
-        str(cut): tuple(
-            100
-            * np.mean(
-                [(c.exit_accuracy, c.server_accuracy) for c in clients if c.cut == cut],
-                axis=0,
-            )
-        )
-        for cut in sorted({client.cut for client in clients})
-    }
+    cuts = sorted({client.cut for client in clients})
+
+    def by_cut(figure: str) -> dict[int, float]:
+        return {
+            cut: 100
+            * float(np.mean([getattr(c, figure) for c in clients if c.cut == cut]))
+            for cut in cuts
+        }
+
     return Row(
         exit=100 * float(np.mean([s.scores.mean_exit_accuracy for s in summaries])),
         server=100 * float(np.mean([s.scores.mean_server_accuracy for s in summaries])),
         gb=float(np.mean([one.link.up_bytes for one in summaries])) / 1e9,
         hours=time["seconds"] / 3600,
         mj=time["joules"] / 1e6,
-        by_cut=by_cut,
+        exits=by_cut("exit_accuracy"),
+        servers=by_cut("server_accuracy"),
     )
 
 
@@ -152,7 +146,7 @@ def _differences(found: Mapping[str, Row]) -> dict[str, float]:
         "price_clients": clients.gb - mixed.gb,
         "mix_sequential": found["sequential-equal"].server - mixed.server,
         "mix_averaging": found["averaging-equal"].server - averaging.server,
-        "lead7": mixed.server7 - mixed.exit7,
+        "lead7": mixed.servers[7] - mixed.exits[7],
         "shared": mixed.server - averaging.server,
     }
 

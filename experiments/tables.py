@@ -42,7 +42,8 @@ INTRODUCTION = """\
 # Accuracy
 
 Each figure is the mean over the clients of a run of their accuracy on the test images,
-then mean ± standard deviation over seeds. Read [the protocol](protocol.md) before you
+then mean ± standard deviation over seeds. Studies that choose a setting say that their
+figures are of held-out training images. Read [the protocol](protocol.md) before you
 compare rows: it says what was chosen by looking at the test images.
 
 Images/s and seconds were taken while the machine did other work; for speed see
