@@ -1,13 +1,13 @@
 """Train the demo with a process for each client, beside the simulation of the same run.
 
 Shows: `hsee serve demo --local 3` ends with the network and the accuracies of `hsee
-train demo --num-clients 3`, bit for bit; the seconds of a round of both; and the bytes
-that a counting proxy sees between devices and server, beside the bytes of the messages
-and what `hsee_jax.systems.traffic` predicts.
+train demo --num-clients 3`, bit for bit; the seconds of a round of both, trained in
+turns; and the bytes that a counting proxy sees between devices and server, beside the
+bytes of the messages and what `hsee_jax.systems.traffic` predicts.
 Expected: equal networks; upwards less than 1 % more on the wire than predicted. Less
 goes down, in which first layers and the frames of gRPC weigh more.
-Cost: about ten minutes on two CPU cores; --rounds shortens it.
-Command: python benchmarks/bench_deployment.py [--rounds 12] [--clients 3]
+Cost: about ten minutes on two CPU cores; --rounds and --pairs shorten it.
+Command: python benchmarks/bench_deployment.py [--rounds 12] [--clients 3] [--pairs 3]
 """
 
 import argparse
@@ -16,9 +16,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bench
 import jax
@@ -35,6 +35,7 @@ ROUNDS = (
     "clients",
     "seconds a round",
     "range",
+    "ratio",
     "exit accuracy",
     "server accuracy",
     "same network",
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=3, help="of runs, in turns")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -58,7 +60,12 @@ def main() -> None:
     changes: dict[str, Any] = dict(QUICK if given.quick else {})
     changes["rounds"] = 2 if given.quick else given.rounds
     with tempfile.TemporaryDirectory() as folder:
-        rounds, sizes = compare(Path(folder), given.clients, changes)
+        pairs = [
+            train_pair(Path(folder), i, given.clients, changes)
+            for i in range(1 if given.quick else given.pairs)
+        ]
+        rounds = compare(pairs, given.clients)
+        sizes = _sizes(pairs[0].served, json.loads(pairs[0].report.read_text()))
     print(bench.table(rounds, ROUNDS))
     print(bench.table(sizes, BYTES))
     tables = {"rounds": rounds, "bytes": sizes}
@@ -66,45 +73,66 @@ def main() -> None:
     bench.write("deployment", rows, out=given.out)
 
 
-def compare(
-    folder: Path, clients: int, changes: dict[str, Any]
-) -> tuple[list[bench.Row], list[bench.Row]]:
-    """Train a run twice; return the rows on its rounds and those on its bytes."""
+class Pair(NamedTuple):
+    """The folders of the same run in one process and over a network."""
+
+    simulated: Path
+    served: Path
+    report: Path  # the bytes that were sent
+
+
+def train_pair(folder: Path, i: int, clients: int, changes: dict[str, Any]) -> Pair:
+    """Train the run in one process, then over a network."""
     words = [f"--{name.replace('_', '-')}" for name in changes]
     values = [v if isinstance(v, tuple) else (v,) for v in changes.values()]
     flags = [w for pair in zip(words, values, strict=True) for w in (pair[0], *pair[1])]
     flags = [*map(str, flags), "--compilation-cache", str(folder / "programs")]
-    simulated, served, report = (folder / n for n in ("train", "serve", "report"))
+    pair = Pair(*(folder / f"{name}-{i}" for name in ("train", "serve", "report")))
     command = ["-m", "hsee_jax", "train", "demo", "--num-clients", str(clients)]
-    _run(*command, *flags, "--out", str(simulated))
-    command = [__file__, "--child", str(report), "serve", "demo", "--local"]
-    _run(*command, str(clients), *flags, "--out", str(served))
-    same = _same(simulated, served)
-    rounds = [
-        _rounds("hsee train", simulated, clients) | {"same network": "the reference"},
-        _rounds("hsee serve --local", served, clients) | {"same network": same},
+    _run(*command, *flags, "--out", str(pair.simulated))
+    command = [__file__, "--child", str(pair.report), "serve", "demo", "--local"]
+    _run(*command, str(clients), *flags, "--out", str(pair.served))
+    return pair
+
+
+def compare(pairs: Sequence[Pair], clients: int) -> list[bench.Row]:
+    """Return a row for each side, of the rounds of all pairs."""
+    same = {_same(pair.simulated, pair.served) for pair in pairs}
+    ratios = [
+        float(np.median(_seconds(pair.served)) / np.median(_seconds(pair.simulated)))
+        for pair in pairs
     ]
-    return rounds, _sizes(served, json.loads(report.read_text()))
+    ratio = f"{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    simulated = _rounds("hsee train", [pair.simulated for pair in pairs], clients)
+    served = _rounds("hsee serve --local", [pair.served for pair in pairs], clients)
+    return [
+        simulated | {"ratio": "1", "same network": "the reference"},
+        served | {"ratio": ratio, "same network": " and ".join(sorted(same))},
+    ]
 
 
 def _run(*words: str) -> None:
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def _rounds(name: str, folder: Path, clients: int) -> bench.Row:
-    """Return the figures of a run; its first round compiles, and does not count."""
-    history = read_history(folder)
-    seconds = [record.seconds for record in history.records[1:]]
-    assert history.summary is not None
-    scores = history.summary.scores
+def _rounds(name: str, folders: Sequence[Path], clients: int) -> bench.Row:
+    """Return the figures of runs that are repeats of each other."""
+    seconds = [s for folder in folders for s in _seconds(folder)]
+    summary = read_history(folders[0]).summary
+    assert summary is not None
     return {
         "run": name,
         "clients": clients,
         "seconds a round": float(np.median(seconds)),
         "range": f"{min(seconds):.3g}-{max(seconds):.3g} s",
-        "exit accuracy": f"{scores.mean_exit_accuracy:.4f}",
-        "server accuracy": f"{scores.mean_server_accuracy:.4f}",
+        "exit accuracy": f"{summary.scores.mean_exit_accuracy:.4f}",
+        "server accuracy": f"{summary.scores.mean_server_accuracy:.4f}",
     }
+
+
+def _seconds(folder: Path) -> list[float]:
+    """Return the seconds of a run's rounds without the first, which compiles."""
+    return [record.seconds for record in read_history(folder).records[1:]]
 
 
 def _same(one: Path, other: Path) -> str:

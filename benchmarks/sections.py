@@ -294,14 +294,17 @@ SECTIONS = (
         "The demo on processes, beside its simulation",
         "`hsee serve demo --local 3` runs a server and three devices on this machine, "
         "which share its cores; `hsee train demo --num-clients 3` trains the same run "
-        "in one process. The first round compiles and does not count.",
+        "in one process. The two were trained in turns, three times; the ratio is of "
+        "the medians of a pair. The first round compiles and does not count.",
         (
             Part(
                 "",
                 {
                     **_values("run", "clients"),
                     "seconds a round": both("seconds a round", "range"),
-                    **_values("exit accuracy", "server accuracy", "same network"),
+                    **_values(
+                        "ratio", "exit accuracy", "server accuracy", "same network"
+                    ),
                 },
                 {"table": "rounds"},
             ),
