@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+IDLE_CORES = 0.5  # that other processes may keep busy on a machine that counts as idle
 Row = dict[str, Any]
 
 
@@ -28,6 +29,44 @@ class Timing(NamedTuple):
     median: float
     low: float
     high: float
+    turns: tuple[float, ...] = ()  # each of them, in order
+
+
+class Work(NamedTuple):
+    """What the processors have done since the machine started."""
+
+    busy_s: float  # CPU seconds of all processes, and those that a host took away
+    own_s: float  # of this process
+    at_s: float  # by the clock
+
+
+def work() -> Work | None:
+    """Return the work so far; None where the system does not tell (Linux does)."""
+    try:
+        words = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, stolen = map(int, words)
+    ticks = user + nice + system + irq + softirq + stolen
+    return Work(
+        ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
+    )
+
+
+def cores_elsewhere(since: Work | None) -> float | None:
+    """Return how many cores other processes kept busy, on average, since then."""
+    now = work()
+    if since is None or now is None:
+        return None
+    others = (now.busy_s - since.busy_s) - (now.own_s - since.own_s)
+    return max(0.0, others) / (now.at_s - since.at_s)
+
+
+def say_idle(elsewhere: float | None) -> str:
+    """Say whether a machine was idle while something was measured on it."""
+    if elsewhere is None:
+        return "not known"
+    return f"{'yes' if elsewhere <= IDLE_CORES else 'no'}, {elsewhere:.2f} cores"
 
 
 def time_in_turns(
@@ -50,7 +89,7 @@ def time_in_turns(
             call()
             seconds[name].append(time.perf_counter() - start)
     return {
-        name: Timing(float(np.median(values)), min(values), max(values))
+        name: Timing(float(np.median(values)), min(values), max(values), tuple(values))
         for name, values in seconds.items()
     }
 

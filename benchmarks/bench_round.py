@@ -5,6 +5,8 @@ torch.compile), their ratio, and the share of the machine's matrix-product peak 
 each reaches. Before the timing both train from the same weights, and their losses must
 agree: step by step in a small federation, and over the first round of the timed one.
 Run `hsee tune` before, for the width and the batch size; a row says whether it was.
+A row also says how many cores other processes kept busy meanwhile; above 0.5 the machine
+was not idle, and the row says so.
 Expected: on two idle CPU cores about 1.25 times eager PyTorch at width 8 and 1.0 times
 at width 16, untuned; at width 64 0.74 times, and 0.87 times tuned; on one H100 at least
 3 times at width 64.
@@ -90,6 +92,8 @@ COLUMNS = (
     "PyTorch images/s",
     "PyTorch range",
     "ratio",
+    "ratio range",
+    "idle",
     "compiled images/s",
     "ratio to compiled",
     "hsee share of peak",
@@ -121,6 +125,9 @@ def main() -> None:
         steps = {strategy: check(width, strategy) for strategy in STRATEGIES}
         print(f"relative loss differences after 0, 1, .. steps: {steps}", flush=True)
     mode = arguments.compile_mode if on_gpu or arguments.compile else None
+    before = bench.work()
+    time.sleep(0.1 if arguments.quick else 5)
+    print(f"idle before: {bench.say_idle(bench.cores_elsewhere(before))}", flush=True)
     peak = matmul_peak(256 if arguments.quick else 8192 if on_gpu else 2048)
     for size in sizes:
         if size.name not in wanted:
@@ -152,12 +159,16 @@ def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.
         if baseline is not None:
             found, differences[strategy] = _pytorch_calls(runner, size, compile_mode)
             calls |= {f"{name} {strategy}": call for name, call in found.items()}
+    before = bench.work()
     timings = bench.time_in_turns(calls, repeats=size.repeats, warmups=size.warmups)
+    elsewhere = bench.cores_elsewhere(before)
     flops = flops_per_image(_build(size, STRATEGIES[0]))
     shared = {
         "GFLOP per image": flops / 1e9,
         "peak TFLOP/s": peak / 1e12,
         "tuned": bool(read_forms()),
+        "cores busy elsewhere": elsewhere,
+        "idle": bench.say_idle(elsewhere),
     }
     return [
         _row(size, strategy, timings, flops / peak)
@@ -184,6 +195,9 @@ def _row(
             row[f"{key} share of peak"] = speed[key] * seconds
     if "PyTorch" in speed:
         row["ratio"] = speed["hsee"] / speed["PyTorch"]
+        turns = [timings[f"{name} {strategy}"].turns for name in ("pytorch", "hsee")]
+        ratios = [theirs / ours for theirs, ours in zip(*turns, strict=True)]
+        row["ratio range"] = f"{min(ratios):.2f}-{max(ratios):.2f}"
     if "compiled" in speed:
         row["ratio to compiled"] = speed["hsee"] / speed["compiled"]
     return row

@@ -90,7 +90,9 @@ SECTIONS = (
         "PyTorch runs the same algorithm from the same weights, and its losses must "
         "agree before anything is timed. In a size, w is the width of the network, b "
         "the batch size and n the number of clients. A ratio above 1 means that "
-        "hsee_jax is faster. Tuned rows were timed after `hsee tune`.",
+        "hsee_jax is faster; its range is that of the single turns. Tuned rows were "
+        "timed after `hsee tune`. A machine counts as idle if other processes kept at "
+        "most 0.5 of its cores busy meanwhile.",
         (
             Part(
                 "",
@@ -99,7 +101,8 @@ SECTIONS = (
                     "tuned": lambda row: "yes" if row.get("tuned") else "no",
                     "hsee images/s": both("hsee images/s", "hsee range"),
                     "PyTorch images/s": both("PyTorch images/s", "PyTorch range"),
-                    "ratio": value("ratio"),
+                    "ratio": both("ratio", "ratio range"),
+                    "idle": value("idle"),
                     "compiled PyTorch images/s": value("compiled images/s"),
                     "ratio to compiled": value("ratio to compiled"),
                 },

@@ -277,3 +277,14 @@ def test_device_writes_its_file(tmp_path):
     imports, device = written(tmp_path, "device")
     assert 0 < imports["peak MB"] < device["peak MB"]
     assert 0 < device["counted MB"] < device["above the imports MB"]
+
+
+def test_cores_that_other_processes_keep_busy():
+    before = bench.work()
+    spins = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", spins], check=True)
+    elsewhere = bench.cores_elsewhere(before)
+    assert elsewhere > 0.3
+    assert bench.say_idle(0.5) == "yes, 0.50 cores"
+    assert bench.say_idle(0.51) == "no, 0.51 cores"
+    assert bench.say_idle(bench.cores_elsewhere(None)) == "not known"
