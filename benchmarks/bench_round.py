@@ -5,8 +5,8 @@ torch.compile), their ratio, and the share of the machine's matrix-product peak 
 each reaches. Before the timing both train from the same weights, and their losses must
 agree: step by step in a small federation, and over the first round of the timed one.
 Run `hsee tune` before, for the width and the batch size; a row says whether it was.
-A row also says how many cores other processes kept busy meanwhile; above 0.5 the machine
-was not idle, and the row says so.
+A row also says whether the machine was idle: whether other processes kept at most 0.5
+of its cores busy meanwhile.
 Expected: on two idle CPU cores about 1.25 times eager PyTorch at width 8 and 1.0 times
 at width 16, untuned; at width 64 0.74 times, and 0.87 times tuned; on one H100 at least
 3 times at width 64.
