@@ -162,14 +162,8 @@ class Properties(NamedTuple):
 
 
 _OF_AVERAGES = (
-    "period",
-    "period_unit",
-    "weights",
-    "aggregate",
-    "trim_share",
-    "batch_norm",
-    "optimizer_state",
-)
+    "period period_unit weights aggregate trim_share batch_norm optimizer_state"
+).split()
 # Some algorithms use more than the options offer.
 _NAMES = {
     "average": ("none", "clients", *options.AVERAGES),
@@ -238,9 +232,8 @@ def _turn_and_step(
     turn = make_turn(
         federation, parts, rates, boundary, exit_gradient, distill, copies, target
     )
-    train: TrainFn = partial(unlabelled_step, width_target=target)
-    if copies == 1:
-        train = train_on_labels
+    unlabelled = partial(unlabelled_step, width_target=target)
+    train: TrainFn = train_on_labels if copies == 1 else unlabelled
     if not properties.shared:
         return turn, in_parallel(federation, turn)
     if properties.turn == "together":

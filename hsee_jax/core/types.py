@@ -66,6 +66,8 @@ class Gates(NamedTuple):
     # (variables, shape of the inputs [1, ...]) -> the products of a sample at the gated
     # width, float32 [], and at the dense width
     products: Callable[[Variables, jax.ShapeDtypeStruct], tuple[Array, int]]
+    # variables -> the same layer without gates, and its variables
+    dense: Callable[[Variables], "tuple[Stage, Variables]"]
     # variables on the host -> a layer of the open channels alone, and its variables
     narrow: Callable[[Variables], "tuple[Stage, Variables]"]
 

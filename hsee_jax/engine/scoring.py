@@ -28,13 +28,23 @@ from hsee_jax.federation.branch import (
     encode,
     forward,
     forward_exits,
+    variables_of,
 )
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import Message
+from hsee_jax.nn.gates import at_gated_width, flops_share, has_gates
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
+
+
+class GatedMetrics(NamedTuple):
+    """The sums over a client's two answers at its gated width."""
+
+    exit: Metrics
+    server: Metrics
+    flops_share: Array  # float32 [], see `hsee_jax.nn.flops_share`
 
 
 class BothMetrics(NamedTuple):
@@ -44,6 +54,7 @@ class BothMetrics(NamedTuple):
     server: Metrics
     agreement: Array  # int32 [4, K], see `count_agreement`
     early: tuple[Metrics, ...] = ()  # of a client's exits before the last
+    gated: GatedMetrics | None = None  # None where layers have no gates
 
 
 class Answers(NamedTuple):
@@ -103,7 +114,10 @@ ScoresFn = Callable[[Task], list[BothMetrics | None]]
 
 
 def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
-    """Make the scores of both answers of a pair, one after the other."""
+    """Make the scores of both answers of a pair, and of those at the gated width."""
+    model, narrower = federation.model, None
+    if has_gates(model):
+        narrower = federation._replace(model=at_gated_width(model))
 
     def score(
         pair: tuple[Branch, Branch],
@@ -118,9 +132,21 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
         client_spec, server_spec = federation.specs(group)
         batch = pipeline.evaluation(data, indices, mask, who)
         answers = client_answers(client_spec, client, batch.inputs, mask)
-        return score_answers(server_spec, server, answers, batch.labels, mask)
+        scores = score_answers(server_spec, server, answers, batch.labels, mask)
+        if narrower is None:
+            return scores
+        answers = client_answers(narrower.specs(group)[0], client, batch.inputs, mask)
+        gated = score_answers(server_spec, server, answers, batch.labels, mask)
+        share = _flops_share(client_spec, client, batch.inputs)
+        return scores._replace(gated=GatedMetrics(gated.exit, gated.server, share))
 
     return score
+
+
+def _flops_share(spec: BranchSpec, client: Branch, inputs: Array) -> Array:
+    layers = [variables_of(layer) for layer in client.layers]
+    one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+    return flops_share(spec.stages, layers, one)
 
 
 def client_answers(

@@ -283,8 +283,7 @@ def message_bytes(
 
 
 def variables_of(layer: LayerState) -> Variables:
-    """Return the weights and the batch statistics of a layer, as a `Stage` reads them.
-    """
+    """Return the weights and statistics of a layer, as a `Stage` reads them."""
     return {"params": layer.params, "batch_stats": layer.batch_stats}
 
 

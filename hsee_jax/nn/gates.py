@@ -31,6 +31,8 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Gates, Key, PyTree, Stage, Variables
 from hsee_jax.nn.model import Model, from_linen, layer_inputs
 
+WIDTHS = ("dense", "gated")
+
 _GATES, _NORMS = "gates", "gated"  # the gates of a layer, its norms of the gated pass
 _TEMPERATURE = 2 / 3  # of the sigmoid that gives the gradient
 _WEIGHT = 5.0  # lambda, of the loss of the width
@@ -91,20 +93,22 @@ def at_gated_width(model: Model) -> Model:
     return model._replace(stages=tuple(stages))
 
 
-def narrow(
-    model: Model, layers: Sequence[Variables]
+def without_gates(
+    model: Model, layers: Sequence[Variables], width: str
 ) -> tuple[Model, tuple[Variables, ...]]:
-    """Return a smaller network that computes the gated pass, without its closed gates.
+    """Return a network without gates that computes one pass of a network with gates.
 
     Args:
       model: a network with gates.
       layers: the variables of its layers, on the host.
+      width: of `WIDTHS`. At the gated width the channels whose gates are closed are not
+        in the network.
 
     Returns:
-      The network without gates, and the variables of its layers.
+      The network, and the variables of its layers.
     """
     pairs = [
-        gates_of(stage).narrow(own)
+        (gates_of(stage).narrow if width == "gated" else gates_of(stage).dense)(own)
         for stage, own in zip(model.stages, layers, strict=True)
     ]
     stages, variables = zip(*pairs, strict=True)
@@ -187,6 +191,7 @@ def gated_from_linen(module: Any, between: Sequence[Between] = ()) -> Stage:
     gates = Gates(
         gated,
         partial(_products, module, tuple(between)),
+        lambda variables: (plain, _dense(variables)),
         partial(_narrow, module, tuple(between)),
     )
     return Stage(init, apply, gates)
