@@ -194,11 +194,11 @@ def with_open(network, counts):
     """The network with this many open gates in each place of its blocks, in order."""
     counts, layers = iter(counts), []
     for layer in network.layers:
-        gates = {
-            name: {"logits": jnp.where(jnp.arange(len(g["logits"])) < next(counts), 1.0, -1.0)}
-            | {"shift": jnp.float32(0.5)}
-            for name, g in layer["params"]["gates"].items()
-        }
+        gates = {}
+        for name, old in layer["params"]["gates"].items():
+            opened = jnp.arange(len(old["logits"])) < next(counts)
+            logits = jnp.where(opened, 1.0, -1.0)
+            gates[name] = {"logits": logits, "shift": jnp.float32(0.5)}
         layers.append({**layer, "params": {**layer["params"], "gates": gates}})
     return network._replace(layers=tuple(layers))
 
@@ -257,9 +257,7 @@ def test_a_step_follows_both_losses():
     params = [layer["params"] for layer in network.layers]
     expected = jax.tree.map(jnp.subtract, params, jax.jit(jax.grad(loss))(params))
     step = jax.jit(unlabelled_step, static_argnames=("spec", "width_target"))
-    moved, rows, _ = step(
-        spec, client, batch, jnp.float32(1.0), width_target=target
-    )
+    moved, rows, _ = step(spec, client, batch, jnp.float32(1.0), width_target=target)
     found = [layer.params for layer in moved.layers]
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
     gates = [tree[1]["gates"]["conv1"]["logits"] for tree in (found, params)]
@@ -270,7 +268,8 @@ def test_a_step_follows_both_losses():
     np.testing.assert_allclose(rows.inputs[:5], dense[:5], rtol=1e-4, atol=1e-5)
     other = batch._replace(key=jax.random.key(9))
     again, _, _ = step(spec, client, other, jnp.float32(1.0), width_target=target)
-    assert not np.array_equal(again.layers[1].params["gates"]["conv1"]["logits"], gates[0])
+    own = again.layers[1].params["gates"]["conv1"]["logits"]
+    assert not np.array_equal(own, gates[0])
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,8 @@ def test_a_strategy_refuses_a_network_without_gates():
 RUN = (
     "train demo --network short_resnet --plugin short_resnet --width 4 "
     "--num-clients 2 --cuts 2 4 --strategy vicreg --augment crop --labelled-share 0.25 "
-    "--batch-size 16 --max-test-samples 60 --learning-rate 0.05 --warmup-rounds 0"
+    "--batch-size 16 --max-test-samples 60 --learning-rate 0.05 --warmup-rounds 0 "
+    "--max-train-samples 1000 --rounds 6 --refit-exits-every 6"
 )
 
 
@@ -347,8 +347,8 @@ def test_a_run_reaches_its_target_and_is_exported_at_both_widths(
     target, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    words = f"{RUN} --max-train-samples 1000 --rounds 6 --width-target {target}"
-    assert cli.main([*words.split(), "--refit-exits-every", "6", "--out", str(out)]) == 0
+    words = f"{RUN} --width-target {target} --out {out}"
+    assert cli.main(words.split()) == 0
     summary = json.loads((out / "summary.json").read_text())
     for client in summary["clients"]:
         assert abs(client["gated"]["flops_share"] - target) < 0.1

@@ -39,7 +39,7 @@ def export(words: Sequence[str]) -> None:
         "--width",
         choices=WIDTHS,
         default="dense",
-        help="of a run with --width-target: dense, with all channels, or gated, without "
+        help="in a run with --width-target: dense is all channels, gated is without "
         "those whose gates are closed (dense)",
     )
     given = parse_run(parser, words)
@@ -48,8 +48,8 @@ def export(words: Sequence[str]) -> None:
             raise UserError("client: is not allowed for the folder of a device")
         if given.width != "dense":
             raise UserError(
-                f"width: {given.width} is not allowed for the folder of a device, which "
-                "has no channel gates; allowed is dense"
+                f"width: {given.width} is not allowed for the folder of a device; "
+                "allowed is dense"
             )
         place = export_device(
             given.run, out=given.out, onnx=given.onnx, plugins=given.plugin

@@ -61,8 +61,8 @@ def export_client(
         ``export/client-I`` in the run's folder.
       onnx: write the client as ``segment.onnx``, too, for devices without JAX, and the
         program with which they take part in a run.
-      width: of `hsee_jax.nn.WIDTHS`. ``"gated"`` leaves out the channels whose gates are
-        closed, in a run with a target for the width.
+      width: of `hsee_jax.nn.WIDTHS`. In a run with a target for the width, ``"gated"``
+        leaves out the channels whose gates are closed.
 
     Returns:
       The folder that was written.

@@ -29,7 +29,7 @@ import numpy as np
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Gates, Key, PyTree, Stage, Variables
-from hsee_jax.nn.model import Model, from_linen, layer_inputs
+from hsee_jax.nn.model import Model, from_linen
 
 WIDTHS = ("dense", "gated")
 
