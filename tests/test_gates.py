@@ -10,6 +10,7 @@ import pytest
 import rounds
 from rounds import KEY, assert_same, branches
 from safetensors.numpy import load_file
+from short_resnet import short_resnet
 from tiny import PIPELINE, tiny_federation, tiny_model, tiny_shards
 
 import hsee_jax as hs
@@ -54,7 +55,7 @@ def gated_network(name, layers, shape=SHAPE):
 
     def draw(path, leaf):
         kind = path[-1].key
-        noise = rng.normal(size=leaf.shape)
+        noise = rng.normal(size=leaf.shape) * (0.1 if kind == "shift" else 1)
         noise = 1 + 0.3 * abs(noise) if kind in ("scale", "var") else 0.3 * noise
         return jnp.asarray(noise, leaf.dtype)
 
@@ -65,9 +66,10 @@ def gated_network(name, layers, shape=SHAPE):
 def convolve(x, kernel, stride):
     pad = kernel.shape[0] // 2
     names = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
+    found = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), ((pad, pad),) * 2, dimension_numbers=names
     )
+    return np.asarray(found)
 
 
 def block_by_hand(variables, x, strides, norms="gated"):
@@ -109,8 +111,7 @@ def block(name, layer):
 def test_a_gated_block_multiplies_closed_channels_by_zero(name, strides, layer):
     stage, variables, rows = block(name, layer)
     found, stats = stage.gates.apply(variables, rows, MASK, train=False)
-    with jax.numpy_rank_promotion("allow"):
-        expected = block_by_hand(variables, rows, strides)
+    expected = block_by_hand(jax.device_get(variables), rows, strides)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert_same(stats, variables["batch_stats"])
     dense, _ = stage.apply(variables, rows, MASK, train=False)
@@ -272,9 +273,8 @@ def test_a_step_follows_both_losses():
     assert not np.array_equal(own, gates[0])
 
 
-@pytest.mark.parametrize(
-    "axes", [("loop", "vmap"), pytest.param(("vmap", "map"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("loop", "vmap"), ("vmap", "map")])
 def test_all_forms_of_the_engine_agree_with_gates(axes):
     model, _ = gated_network("resnet18", 2, (5, 5, 1))
     noise = PIPELINE._replace(augment=AUGMENTATIONS.make("noise"))
@@ -292,8 +292,7 @@ def test_all_forms_of_the_engine_agree_with_gates(axes):
 
 def test_a_network_is_the_same_without_gates():
     """Its dense pass has the weights of the network that never had any."""
-    options = {"num_classes": 3, "input_shape": SHAPE, "options": {"width": 2}}
-    plain = NETWORKS.make("resnet18", **options)
+    plain = short_resnet(num_classes=3, input_shape=SHAPE, width=2)
     draw = jax.jit(init_network, static_argnums=0)
     expected = draw(plain, KEY)
     model = with_gates(plain)
@@ -302,7 +301,7 @@ def test_a_network_is_the_same_without_gates():
     client, layers = without_gates(model, found.layers, "dense")
     assert_same(layers, expected.layers, rtol=0, atol=0)
     assert_same(found.exit_heads, expected.exit_heads, rtol=0, atol=0)
-    assert client.stages == plain.stages or len(client.stages) == 9
+    assert all(stage.gates is None for stage in client.stages)
     norms = found.layers[3]["params"]
     assert_same(norms["gated"]["bn1"], norms["bn1"], rtol=0, atol=0)
 
