@@ -210,14 +210,14 @@ def results_of(
                 early_accuracies=tuple(
                     float(own.correct / count) for own in total.early
                 ),
-                gated=None if sums.gated is None else _gated_of(sums.gated, count),
+                gated=total.gated and _gated_of(total.gated, count),
             )
 
 
-def _gated_of(sums: GatedMetrics, count: int) -> GatedResult:
-    """Make the result at the gated width from the sums ``[T, ...]`` of the batches."""
+def _gated_of(total: GatedMetrics, count: int) -> GatedResult:
+    """Make the result at the gated width from the sums over all samples."""
     return GatedResult(
-        float(sums.flops_share[0]),
-        float(np.sum(sums.exit.correct, dtype=np.float64) / count),
-        float(np.sum(sums.server.correct, dtype=np.float64) / count),
+        flops_share=float(total.flops_share / count),
+        exit_accuracy=float(total.exit.correct / count),
+        server_accuracy=float(total.server.correct / count),
     )

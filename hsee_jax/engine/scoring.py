@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from hsee_jax.core.types import Array, Dataset, Metrics
+from hsee_jax.core.types import Array, Batch, Dataset, Metrics
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import count_agreement
 from hsee_jax.engine.likeness import (
@@ -44,7 +45,7 @@ class GatedMetrics(NamedTuple):
 
     exit: Metrics
     server: Metrics
-    flops_share: Array  # float32 [], see `hsee_jax.nn.flops_share`
+    flops_share: Array  # float32 []: of each sample, see `hsee_jax.nn.flops_share`
 
 
 class BothMetrics(NamedTuple):
@@ -137,16 +138,18 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
             return scores
         answers = client_answers(narrower.specs(group)[0], client, batch.inputs, mask)
         gated = score_answers(server_spec, server, answers, batch.labels, mask)
-        share = _flops_share(client_spec, client, batch.inputs)
+        share = _flops_share(client_spec, client, batch)
         return scores._replace(gated=GatedMetrics(gated.exit, gated.server, share))
 
     return score
 
 
-def _flops_share(spec: BranchSpec, client: Branch, inputs: Array) -> Array:
+def _flops_share(spec: BranchSpec, client: Branch, batch: Batch) -> Array:
+    """Return the share of FLOPs, as a sum over the real rows."""
     layers = [variables_of(layer) for layer in client.layers]
-    one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
-    return flops_share(spec.stages, layers, one)
+    one = jax.ShapeDtypeStruct((1, *batch.inputs.shape[1:]), batch.inputs.dtype)
+    share = flops_share(spec.stages, layers, one)
+    return share * jnp.sum(batch.mask, dtype=jnp.float32)
 
 
 def client_answers(
