@@ -16,10 +16,10 @@ which BatchNorm sees them as one batch [ours].
 
 Four more things differ. The loss reads the mean of each channel, without an expander
 [ours]. VICReg is divided by 25, to suit the learning rates of a cross-entropy, and the
-term of the width is not, so that the target binds [ours]. The exit and the server learn
-from the features of the dense pass alone [ours]. The clients' layers are averaged
-[ours], so that an exit can be fitted to the labels of all clients, see
-`hsee_jax.engine.refit_exits`.
+term of the width is multiplied by 5, so that some hundred steps reach the target
+[ours]. The exit and the server learn from the features of the dense pass alone [ours].
+The clients' layers are averaged [ours], so that an exit can be fitted to the labels of
+all clients, see `hsee_jax.engine.refit_exits`.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose

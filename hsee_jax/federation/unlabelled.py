@@ -37,6 +37,10 @@ from hsee_jax.nn.vicreg import masked_vicreg
 # cross-entropy, which its authors' optimizer, LARS, would find by itself [ours].
 _SCALE = 25.0
 
+# How often the loss of the width counts beside that [ours]. The paper trains hundreds of
+# epochs; with a weight of 1, some hundred steps do not bring the gates to their target.
+_WIDTH = 5.0
+
 
 class _Passed(NamedTuple):
     """What the copies leave behind when they have passed through a client."""
@@ -75,8 +79,8 @@ def unlabelled_step(
         target, also the key of the gates' noise.
       learning_rate: ``float32 []``.
       width_target: the share of the FLOPs of the layers that the gates leave, which the
-        layers then learn, too: `hsee_jax.nn.width_loss` is added to their loss. None
-        for a client without gates.
+        layers then learn, too: 5 times `hsee_jax.nn.width_loss` is added to their loss.
+        None for a client without gates.
 
     Returns:
       The new state; the rows with labels, as a batch with the detached features of
@@ -170,7 +174,7 @@ def _at_two_widths(
     layers = [variables_of(layer) for layer in client.layers]
     shape = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     share = flops_share(spec.stages, layers, shape)
-    loss = loss + width_loss(share, target)
+    loss = loss + _WIDTH * width_loss(share, target)
     return _Passed(loss, features, logits, (*own, stats[-1]))
 
 

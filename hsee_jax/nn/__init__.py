@@ -4,12 +4,11 @@ from hsee_jax.nn.conv1d import conv1d
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import auto_form
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
+from hsee_jax.nn.gated_layer import Between, gated_from_linen
 from hsee_jax.nn.gates import (
     WIDTHS,
-    Between,
     at_gated_width,
     flops_share,
-    gated_from_linen,
     has_gates,
     open_gates,
     width_loss,

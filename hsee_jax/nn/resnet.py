@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hsee_jax.core.options import one_of
 from hsee_jax.core.types import Array
-from hsee_jax.nn.gates import Between, gated_from_linen
+from hsee_jax.nn.gated_layer import Between, gated_from_linen
 from hsee_jax.nn.layers import Conv, ConvForm, DtypeName, Head, Norm, NormName, Width
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
