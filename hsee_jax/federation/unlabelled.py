@@ -37,8 +37,8 @@ from hsee_jax.nn.vicreg import masked_vicreg
 # cross-entropy, which its authors' optimizer, LARS, would find by itself [ours].
 _SCALE = 25.0
 
-# How often the loss of the width counts beside that [ours]. The paper trains hundreds of
-# epochs; with a weight of 1, some hundred steps do not bring the gates to their target.
+# How often the loss of the width counts beside that [ours]. The paper trains for hundreds
+# of epochs; with a weight of 1, some hundred steps do not bring gates to their target.
 _WIDTH = 5.0
 
 
