@@ -238,16 +238,21 @@ def test_a_step_follows_both_losses():
     spec, client = client_spec(model, 2, DESCENT), init_client(network, 2, DESCENT)
     copies = np.random.default_rng(2).normal(size=(6, 2, *SHAPE)).astype(np.float32)
     mask = jnp.arange(6) < 5
-    batch = Batch(jnp.asarray(copies), jnp.full(6, -1, jnp.int32), mask, key=KEY)
+    labels = jnp.asarray([2, -1, 0, -1, 1, 1], jnp.int32)
+    batch = Batch(jnp.asarray(copies), labels, mask, key=KEY)
     target = 0.3
 
-    def loss(layers):
+    def features(layers):
         one, other = copies[:, 0], copies[:, 1]
         for number, stage in enumerate(model.stages):
             own = {**network.layers[number], "params": layers[number]}
             key = jax.random.fold_in(KEY, number)
             one, _ = stage.apply(own, one, mask, train=True)
             other, _ = stage.gates.apply(own, other, mask, key, train=True)
+        return one, other
+
+    def loss(layers):
+        one, other = features(layers)
         alike = masked_vicreg(one.mean((1, 2)), other.mean((1, 2)), mask) / 25
         gate = layers[1]["gates"]["conv1"]
         opened = open_gates(gate["logits"] + gate["shift"]).sum()
@@ -263,10 +268,21 @@ def test_a_step_follows_both_losses():
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
     gates = [tree[1]["gates"]["conv1"]["logits"] for tree in (found, params)]
     assert not np.array_equal(*gates)
-    dense = jnp.asarray(copies[:, 0])
-    for stage, own in zip(model.stages, network.layers, strict=True):
-        dense, _ = stage.apply(own, dense, mask, train=True)
-    np.testing.assert_allclose(rows.inputs[:5], dense[:5], rtol=1e-4, atol=1e-5)
+    both = features(params)
+    np.testing.assert_allclose(rows.inputs[:5], both[0][:5], rtol=1e-4, atol=1e-5)
+    known = jnp.asarray([0, 2, 4])
+
+    def exit_loss(head):
+        """The mean over both widths, on the samples with labels."""
+        means = jnp.concatenate([own[known].mean((1, 2)) for own in both])
+        logits = means @ head["linear"]["kernel"] + head["linear"]["bias"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.tile(labels[known], 2)
+        ).mean()
+
+    head = network.exit_heads[1]["params"]
+    expected = jax.tree.map(jnp.subtract, head, jax.grad(exit_loss)(head))
+    assert_same(moved.head.params, expected, rtol=1e-3, atol=1e-4)
     other = batch._replace(key=jax.random.key(9))
     again, _, _ = step(spec, client, other, jnp.float32(1.0), width_target=target)
     own = again.layers[1].params["gates"]["conv1"]["logits"]

@@ -17,7 +17,8 @@ which BatchNorm sees them as one batch [ours].
 Four more things differ. The loss reads the mean of each channel, without an expander
 [ours]. VICReg is divided by 25, to suit the learning rates of a cross-entropy, and the
 term of the width is multiplied by 5, so that some hundred steps reach the target
-[ours]. The exit and the server learn from the features of the dense pass alone [ours].
+[ours]. The exit learns from the features of both passes, and the server from those of
+the dense pass [ours].
 The clients' layers are averaged [ours], so that an exit can be fitted to the labels of
 all clients, see `hsee_jax.engine.refit_exits`.
 """

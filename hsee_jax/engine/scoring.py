@@ -35,7 +35,7 @@ from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import Message
-from hsee_jax.nn.gates import at_gated_width, flops_share, has_gates
+from hsee_jax.nn.gates import flops_share, widths_of
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
 
@@ -116,9 +116,7 @@ ScoresFn = Callable[[Task], list[BothMetrics | None]]
 
 def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
     """Make the scores of both answers of a pair, and of those at the gated width."""
-    model, narrower = federation.model, None
-    if has_gates(model):
-        narrower = federation._replace(model=at_gated_width(model))
+    narrower = [federation._replace(model=m) for m in widths_of(federation.model)[1:]]
 
     def score(
         pair: tuple[Branch, Branch],
@@ -134,9 +132,10 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
         batch = pipeline.evaluation(data, indices, mask, who)
         answers = client_answers(client_spec, client, batch.inputs, mask)
         scores = score_answers(server_spec, server, answers, batch.labels, mask)
-        if narrower is None:
+        if not narrower:
             return scores
-        answers = client_answers(narrower.specs(group)[0], client, batch.inputs, mask)
+        spec = narrower[0].specs(group)[0]
+        answers = client_answers(spec, client, batch.inputs, mask)
         gated = score_answers(server_spec, server, answers, batch.labels, mask)
         share = _flops_share(client_spec, client, batch)
         return scores._replace(gated=GatedMetrics(gated.exit, gated.server, share))

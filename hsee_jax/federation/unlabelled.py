@@ -37,8 +37,8 @@ from hsee_jax.nn.vicreg import masked_vicreg
 # cross-entropy, which its authors' optimizer, LARS, would find by itself [ours].
 _SCALE = 25.0
 
-# How often the loss of the width counts beside that [ours]. The paper trains for hundreds
-# of epochs; with a weight of 1, some hundred steps do not bring gates to their target.
+# How often the loss of the width counts beside that [ours]. The paper trains for
+# hundreds of epochs; with a weight of 1, some hundred steps miss the target.
 _WIDTH = 5.0
 
 
@@ -47,7 +47,7 @@ class _Passed(NamedTuple):
 
     loss: Array  # of the layers, float32 []
     features: Array  # of the first copy, [B, ...]
-    logits: Array  # of the first copy, float32 [B, K]
+    logits: tuple[Array, ...]  # of the first copy, float32 [B, K]; and gated ones
     stats: tuple[PyTree, ...]  # new batch statistics, the exit's last
 
 
@@ -69,7 +69,8 @@ def unlabelled_step(
     which it reads the mean of each channel. The exit takes the gradient of the
     cross-entropy of its answers to the first copy. Both copies pass through the layers
     as one batch, so BatchNorm sees them together; with a target, they pass one after
-    the other, and each has BatchNorms of its own.
+    the other, each has BatchNorms of its own, and the exit takes the mean of both
+    cross-entropies.
 
     Args:
       spec: what the client computes.
@@ -96,8 +97,12 @@ def unlabelled_step(
         parts = zip(parts_of(client), params, strict=True)
         moved = with_parts(client, tuple(part.replace(params=p) for part, p in parts))
         passed = pass_copies(spec, moved, batch)
-        own, metrics = masked_cross_entropy(passed.logits, batch.labels, labelled)
-        return passed.loss + own, (passed, metrics)
+        losses, metrics = zip(
+            *(masked_cross_entropy(w, batch.labels, labelled) for w in passed.logits),
+            strict=True,
+        )
+        own = sum(losses[1:], losses[0]) / len(losses)
+        return passed.loss + own, (passed, metrics[0])
 
     params = tuple(part.params for part in parts_of(client))
     grads, (passed, metrics) = jax.grad(loss_fn, has_aux=True)(params)
@@ -158,7 +163,7 @@ def _as_one_batch(spec: BranchSpec, client: Branch, batch: Batch) -> _Passed:
     )
     means = _channels(features)
     loss = masked_vicreg(means[first], means[second], batch.mask) / _SCALE
-    return _Passed(loss, features[first], logits[first], stats)
+    return _Passed(loss, features[first], (logits[first],), stats)
 
 
 def _at_two_widths(
@@ -175,7 +180,9 @@ def _at_two_widths(
     shape = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     share = flops_share(spec.stages, layers, shape)
     loss = loss + _WIDTH * width_loss(share, target)
-    return _Passed(loss, features, logits, (*own, stats[-1]))
+    seen, head = jax.lax.stop_gradient(gated), variables_of(client.head)
+    gated_logits, _ = spec.head.apply(head, seen, batch.mask, train=True)
+    return _Passed(loss, features, (logits, gated_logits), (*own, stats[-1]))
 
 
 def _gated_features(

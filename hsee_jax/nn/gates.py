@@ -81,6 +81,11 @@ def at_gated_width(model: Model) -> Model:
     return model._replace(stages=tuple(stages))
 
 
+def widths_of(model: Model) -> tuple[Model, ...]:
+    """Return a network, and the same `at_gated_width` if it has gates."""
+    return (model, at_gated_width(model)) if has_gates(model) else (model,)
+
+
 def without_gates(
     model: Model, layers: Sequence[Variables], width: str
 ) -> tuple[Model, tuple[Variables, ...]]:
