@@ -268,6 +268,12 @@ def test_a_step_follows_both_losses():
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
     gates = [tree[1]["gates"]["conv1"]["logits"] for tree in (found, params)]
     assert not np.array_equal(*gates)
+    quiet = jnp.asarray(copies[:, 1])  # gates without noise give the statistics
+    for number, stage in enumerate(model.stages):
+        own = network.layers[number]
+        quiet, stats = stage.gates.apply(own, quiet, mask, train=True)
+        own = moved.layers[number].batch_stats["gated"]
+        assert_same(own, stats["gated"], rtol=1e-4, atol=1e-5)
     both = features(params)
     np.testing.assert_allclose(rows.inputs[:5], both[0][:5], rtol=1e-4, atol=1e-5)
     known = jnp.asarray([0, 2, 4])

@@ -16,7 +16,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.types import NO_LABEL, Array, Batch, ExitMetrics, Metrics, PyTree
+from hsee_jax.core.types import (
+    NO_LABEL,
+    Array,
+    Batch,
+    ExitMetrics,
+    Key,
+    Metrics,
+    PyTree,
+)
 from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
@@ -174,7 +182,9 @@ def _at_two_widths(
     features, logits, stats = forward(
         spec, client, inputs, batch.mask, train=True, head_gradient=0.0
     )
-    gated, own = _gated_features(spec, client, stats[:-1], batch)
+    # The statistics are those that inference needs, of gates without noise.
+    gated, _ = _gated_features(spec, client, stats[:-1], batch, batch.key)
+    _, own = _gated_features(spec, client, stats[:-1], batch, None)
     loss = masked_vicreg(_channels(features), _channels(gated), batch.mask) / _SCALE
     layers = [variables_of(layer) for layer in client.layers]
     shape = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
@@ -186,17 +196,28 @@ def _at_two_widths(
 
 
 def _gated_features(
-    spec: BranchSpec, client: Branch, stats: Sequence[PyTree], batch: Batch
+    spec: BranchSpec,
+    client: Branch,
+    stats: Sequence[PyTree],
+    batch: Batch,
+    key: Key | None,
 ) -> tuple[Array, list[PyTree]]:
-    """Return the gated features of the second copy, and the new batch statistics."""
-    assert batch.key is not None, "the gates need a key for their noise"
+    """Return the gated features of the second copy, and the new batch statistics.
+
+    Args:
+      spec: what the client computes.
+      client: its state.
+      stats: its batch statistics after the dense pass.
+      batch: inputs ``[B, 2, ...]``.
+      key: of the gates' noise; None for gates without noise.
+    """
     features, found = batch.inputs[:, 1], []
     layers = zip(spec.stages, client.layers, stats, strict=True)
     for number, (stage, layer, before) in enumerate(layers):
         variables = {"params": layer.params, "batch_stats": before}
-        key = jax.random.fold_in(batch.key, number)
+        own = None if key is None else jax.random.fold_in(key, number)
         features, new = gates_of(stage).apply(
-            variables, features, batch.mask, key, train=True
+            variables, features, batch.mask, own, train=True
         )
         found.append(new)
     return features, found

@@ -8,14 +8,14 @@ and the gradient passes through a gate as through a sigmoid. Without training a 
 open where its logit is above 0. The dense pass and the gated pass share all
 convolutions, and each has normalisations of its own.
 
-Four things differ. The paper computes the logits of each sample from the input of the
+Five things differ. The paper computes the logits of each sample from the input of the
 block; here the logits are parameters, the same for all samples [ours]. So the open
 channels are known after training, and an export can leave out the closed ones. A draw
 of the noise is for a whole batch [ours]. The gates of a block share a shift, which is
 added to their logits: like the last map of the paper's gate network, it moves them
 together, at a rate that does not shrink with the number of channels [ours]. The share
-of FLOPs in the loss is that of the gates without noise, which is the share after
-training [ours].
+of FLOPs in the loss, and the batch statistics of the gated pass, are those of the gates
+without noise, which remain after training [ours].
 """
 
 from collections.abc import Sequence
