@@ -182,6 +182,7 @@ def _at_two_widths(
     features, logits, stats = forward(
         spec, client, inputs, batch.mask, train=True, head_gradient=0.0
     )
+    assert batch.key is not None, "the gates need a key for their noise"
     # The statistics are those that inference needs, of gates without noise.
     gated, _ = _gated_features(spec, client, stats[:-1], batch, batch.key)
     _, own = _gated_features(spec, client, stats[:-1], batch, None)
