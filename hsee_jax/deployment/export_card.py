@@ -132,7 +132,7 @@ def card_of(
         "sha256": {
             name: hashlib.sha256(content).hexdigest() for name, content in files.items()
         },
-    } | {k: v for k, v in further.items() if v}
+    } | {name: value for name, value in further.items() if value}
 
 
 def readme_of(card: Figures) -> str:

@@ -55,7 +55,8 @@ class _Passed(NamedTuple):
 
     loss: Array  # of the layers, float32 []
     features: Array  # of the first copy, [B, ...]
-    logits: tuple[Array, ...]  # of the first copy, float32 [B, K]; and gated ones
+    # Of the exit, float32 [B, K]: to the first copy, and to a second that was gated.
+    logits: tuple[Array, ...]
     stats: tuple[PyTree, ...]  # new batch statistics, the exit's last
 
 
