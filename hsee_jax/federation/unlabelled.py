@@ -88,9 +88,8 @@ def unlabelled_step(
       batch: inputs ``[B, 2, ...]``, two copies of each sample, labels and mask; with a
         target, also the key of the gates' noise.
       learning_rate: ``float32 []``.
-      width_target: the share of the FLOPs of the layers that the gates leave, which the
-        layers then learn, too: 5 times `hsee_jax.nn.width_loss` is added to their loss.
-        None for a client without gates.
+      width_target: the share of their FLOPs that the layers are to keep; their loss
+        grows by 5 times `hsee_jax.nn.width_loss`. None for a client without gates.
 
     Returns:
       The new state; the rows with labels, as a batch with the detached features of
