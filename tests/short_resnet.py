@@ -13,6 +13,7 @@ def short_resnet(**options) -> Model:
     model = resnet18(**options)
     return model._replace(
         stages=model.stages[:4],
+        gated_stages=model.gated_stages[:4],
         exit_heads=model.exit_heads[:4],
         layer_names=model.layer_names[:4],
     )

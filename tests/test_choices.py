@@ -197,6 +197,7 @@ def configurations():
             or (option.kind is str and option.optional)
         }
         numbers.pop("pretrained", None)  # a file
+        numbers.pop("width_target", None)  # few networks have gates
         if "heads" in numbers:  # they divide the values and the image
             numbers |= {"hidden": 16, "heads": 4, "patch_size": 7}
         if changes["strategy"] == "fedavg" and "depth" in numbers:
@@ -214,6 +215,7 @@ def configurations():
             count = LAYERS.get(changes["network"], 9) + ("depth" in numbers)
             numbers["cuts"] = (str(count),)
         yield override(config, **numbers)
+    yield override(SMALL, strategy="vicreg", augment="noise", width_target=0.125)
 
 
 @pytest.fixture(scope="module")

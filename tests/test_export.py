@@ -228,6 +228,7 @@ def test_the_command_exports(run, monkeypatch, capsys):
         ("--client 0 --out /dev/null/x", "out: /dev/null is not a folder"),
         ("--client 0 --checkpoint bset", "did you mean best?"),
         ("--client first", "--client: invalid int value"),
+        ("--client 0 --width gated", "width: gated is not allowed for a run without"),
         ("", "--client: missing"),
     ],
 )

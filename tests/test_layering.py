@@ -157,6 +157,7 @@ def imported(tree):
 def test_each_library_has_one_home():
     homes = {
         "flax.linen": {
+            "nn.gated_layer",
             "nn.layers",
             "nn.mixer",
             "nn.mlp",

@@ -35,6 +35,7 @@ from hsee_jax.algorithms.steps import (
     Rates,
     ServeFn,
     ServerParts,
+    TrainFn,
     clients_then_server,
     in_parallel,
     make_turn,
@@ -86,6 +87,7 @@ class Properties(NamedTuple):
     # client and its server are slices of a network of their own.
     init: str = "shared"
     copies: int = 1  # see `Strategy`; two need a detached boundary, and a shared server
+    width_target: float | None = None  # with two copies, see `unlabelled_step`
 
     def check(self) -> None:
         """Refuse unknown names, and properties that contradict each other.
@@ -160,14 +162,8 @@ class Properties(NamedTuple):
 
 
 _OF_AVERAGES = (
-    "period",
-    "period_unit",
-    "weights",
-    "aggregate",
-    "trim_share",
-    "batch_norm",
-    "optimizer_state",
-)
+    "period period_unit weights aggregate trim_share batch_norm optimizer_state"
+).split()
 # Some algorithms use more than the options offer.
 _NAMES = {
     "average": ("none", "clients", *options.AVERAGES),
@@ -232,10 +228,12 @@ def _turn_and_step(
     """Return the turn of a client, the step of all clients, or both."""
     boundary, exit_gradient = properties.boundary, properties.exit_gradient
     distill, rates = properties.distill, Rates(properties.server_lr_scale)
+    copies, target = properties.copies, properties.width_target
     turn = make_turn(
-        federation, parts, rates, boundary, exit_gradient, distill, properties.copies
+        federation, parts, rates, boundary, exit_gradient, distill, copies, target
     )
-    train = train_on_labels if properties.copies == 1 else unlabelled_step
+    unlabelled = partial(unlabelled_step, width_target=target)
+    train: TrainFn = train_on_labels if copies == 1 else unlabelled
     if not properties.shared:
         return turn, in_parallel(federation, turn)
     if properties.turn == "together":

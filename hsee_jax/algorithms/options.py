@@ -46,6 +46,12 @@ Distill = Annotated[
     "[ours]",
     at_least(0),
 ]
+WidthTarget = Annotated[
+    float | None,
+    "share of the FLOPs of a client's layers that gates over channels are to leave; "
+    "needs a network with gates, such as resnet18; without it there are no gates",
+    Rule("more than 0, at most 1", lambda value: 0 < value <= 1),
+]
 Period = Annotated[
     int,
     "how often to average, in units of period_unit; 0 is never; an absent client loses "

@@ -69,13 +69,14 @@ def make_turn(
     exit_gradient: float,
     distill: float,
     copies: int,
+    width_target: float | None,
 ) -> TurnFn:
     """Make the turn of one client and its server, see `compose` for the arguments."""
     step_both: Callable = partial(detached_step, distill=distill)
     if boundary != "detached":
         step_both = partial(joint_step, exit_gradient=exit_gradient, distill=distill)
     elif copies > 1:
-        step_both = detached_unlabelled_step
+        step_both = partial(detached_unlabelled_step, width_target=width_target)
 
     def turn(
         client: Branch,

@@ -7,12 +7,20 @@ augmented copies of each of its samples, labelled or not. The exit and the share
 train on the samples with labels alone; no gradient flows back from either, and features
 of samples without labels do not leave the client.
 
-Five things differ. The paper compares a dense network with one whose channels are
-gated; here both copies pass through the same layers, and there are no gates. The loss
-reads the mean of each channel, without an expander [ours]. It is divided by 25, to suit
-the learning rates of a cross-entropy [ours]. BatchNorm sees both copies as one batch
-[ours]. The clients' layers are averaged [ours], so that an exit can be fitted to the
-labels of all clients, see `hsee_jax.engine.refit_exits`.
+With ``width_target`` the first copy passes through all channels of a client's layers,
+and the second through those whose gates are open; each pass has its own BatchNorm. The
+loss grows by ``5 (F - t)^2``, where F is the share of FLOPs of the gated pass and t the
+target. `hsee_jax.nn.gates` has the gates, and how they differ from the paper's. Without
+``width_target`` there are no gates, and both copies pass through the same layers, in
+which BatchNorm sees them as one batch [ours].
+
+Four more things differ. The loss reads the mean of each channel, without an expander
+[ours]. VICReg is divided by 25, to suit the learning rates of a cross-entropy, and the
+term of the width is multiplied by 5, so that some hundred steps reach the target
+[ours]. The exit learns from the features of both passes, and the server from those of
+the dense pass [ours].
+The clients' layers are averaged [ours], so that an exit can be fitted to the labels of
+all clients, see `hsee_jax.engine.refit_exits`.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -28,11 +36,13 @@ from hsee_jax.algorithms.options import (
     TrimShare,
     Turn,
     Weights,
+    WidthTarget,
 )
 from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.nn.gates import has_gates
 
 
 @ALGORITHMS.register(summary="clients learn without labels (VICReg), one server")
@@ -50,15 +60,23 @@ def vicreg(
     optimizer_state: OptimizerState = "keep",
     server_lr_scale: ServerLrScale = 1.0,
     init: Init = "shared",
+    width_target: WidthTarget = None,
 ) -> Strategy:
     """Train clients on two copies of each sample, and one server on those with labels.
 
-    The options are those of `hsee_jax.algorithms.sequential`.
+    The options are those of `hsee_jax.algorithms.sequential`, and ``width_target``.
 
     Raises:
       UserError: clients take a batch in parts, over which the loss is no sum, or have
-        several exits.
+        several exits; or there is a target for the width, and the network has no gates
+        (see `hsee_jax.nn.with_gates`).
     """
+    if width_target is not None and not has_gates(federation.model):
+        raise UserError(
+            f"width_target: {width_target} is not allowed with a network without "
+            "channel gates; allowed are networks with gates, such as resnet18 with "
+            "norm batch"
+        )
     if federation.exits != "cut":
         raise UserError(
             f"exits: {federation.exits} is not allowed with vicreg, whose clients "
@@ -85,5 +103,6 @@ def vicreg(
             server_lr_scale=server_lr_scale,
             init=init,
             copies=2,
+            width_target=width_target,
         ),
     )

@@ -7,6 +7,7 @@ from hsee_jax.cli.arguments import parse_run, run_parser
 from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.box import is_device
 from hsee_jax.deployment.export import export_client, export_device
+from hsee_jax.nn.gates import WIDTHS
 
 
 def export(words: Sequence[str]) -> None:
@@ -34,10 +35,22 @@ def export(words: Sequence[str]) -> None:
         help="write segment.onnx, too, and a program that takes part in a run with it "
         "on a device without JAX",
     )
+    parser.add_argument(
+        "--width",
+        choices=WIDTHS,
+        default="dense",
+        help="in a run with --width-target: dense is all channels, gated is without "
+        "those whose gates are closed (dense)",
+    )
     given = parse_run(parser, words)
     if is_device(given.run):
         if given.client is not None:
             raise UserError("client: is not allowed for the folder of a device")
+        if given.width != "dense":
+            raise UserError(
+                f"width: {given.width} is not allowed for the folder of a device; "
+                "allowed is dense"
+            )
         place = export_device(
             given.run, out=given.out, onnx=given.onnx, plugins=given.plugin
         )
@@ -50,5 +63,6 @@ def export(words: Sequence[str]) -> None:
             which=given.checkpoint,
             out=given.out,
             onnx=given.onnx,
+            width=given.width,
         )
     print(place)

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hsee_jax.data import OnBytes
+from hsee_jax.engine.evaluation import GatedResult
 from hsee_jax.runs.callbacks import Callback, Moment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord, Scores
@@ -44,6 +45,9 @@ def results_table(scores: Scores, *, title: str) -> Table:
     several = any(client.early_accuracies for client in scores.clients)
     if several:
         table.add_column("earlier exits", justify="right")
+    gates = any(client.gated for client in scores.clients)
+    for name in ("gated exit", "gated server", "gated FLOPs") if gates else ():
+        table.add_column(name, justify="right")
     for client in scores.clients:
         early = " ".join(f"{accuracy:.4f}" for accuracy in client.early_accuracies)
         table.add_row(
@@ -52,8 +56,17 @@ def results_table(scores: Scores, *, title: str) -> Table:
             f"{client.exit_accuracy:.4f}",
             f"{client.server_accuracy:.4f}",
             *([early] if several else []),
+            *_gated_cells(client.gated),
         )
     return table
+
+
+def _gated_cells(gated: GatedResult | None) -> list[str]:
+    """Return the cells of a client at its gated width, if there is one."""
+    if gated is None:
+        return []
+    exit_, server = f"{gated.exit_accuracy:.4f}", f"{gated.server_accuracy:.4f}"
+    return [exit_, server, f"{gated.flops_share:.1%}"]
 
 
 def cost_table(costs: tuple[LayerCost, ...], crossing: Sequence[Bytes]) -> Table:

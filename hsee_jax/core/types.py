@@ -7,7 +7,7 @@ Shapes are written in brackets, ``float32 [B, C]``, with the letters
 * ``S`` slots of a stack of clients, ``A`` turns in a step, ``D`` devices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -41,11 +41,43 @@ class ApplyFn(Protocol):
         """
 
 
+class GatedFn(Protocol):
+    """Runs a layer at its gated width."""
+
+    def __call__(
+        self,
+        variables: Variables,
+        inputs: Array,
+        mask: Array,
+        key: Key | None = None,
+        *,
+        train: bool,
+    ) -> tuple[Array, PyTree]:
+        """Do what an `ApplyFn` does, without the channels whose gates are closed.
+
+        With a ``key`` the gates are open at random, see `hsee_jax.nn.open_gates`.
+        """
+
+
+class Gates(NamedTuple):
+    """What a layer can do beside its dense pass if its channels have gates."""
+
+    apply: GatedFn
+    # (variables, shape of the inputs [1, ...]) -> the products of a sample at the gated
+    # width, float32 [], and at the dense width
+    products: Callable[[Variables, jax.ShapeDtypeStruct], tuple[Array, int]]
+    # variables -> the same layer without gates, and its variables
+    dense: Callable[[Variables], "tuple[Stage, Variables]"]
+    # variables on the host -> a layer of the open channels alone, and its variables
+    narrow: Callable[[Variables], "tuple[Stage, Variables]"]
+
+
 class Stage(NamedTuple):
     """A layer or a head, as a pair of pure functions."""
 
     init: InitFn
     apply: ApplyFn
+    gates: Gates | None = None  # of the channels of the layer; None if it has none
 
 
 class Batch(NamedTuple):
@@ -56,6 +88,7 @@ class Batch(NamedTuple):
     inputs: Array
     labels: Array  # int32 [B]; `NO_LABEL` in rows without a label
     mask: Array  # bool [B]
+    key: Key | None = None  # of random draws in the layers; None without copies
 
 
 class Dataset(NamedTuple):

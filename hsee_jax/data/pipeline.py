@@ -137,14 +137,16 @@ class InputPipeline(NamedTuple):
     ) -> Batch:
         """Return the samples at ``int32 [B]`` like `evaluation`, but augmented.
 
-        With one copy the inputs are ``[B, ...]``, with more ``[B, copies, ...]``.
+        With one copy the inputs are ``[B, ...]``, with more ``[B, copies, ...]``, and
+        the batch has a key for random draws in the layers.
         """
         batch = self.evaluation(data, indices, mask, client)
         if self.copies == 1:
             return batch._replace(inputs=self.augment(key, batch.inputs))
         keys = [jax.random.fold_in(key, copy) for copy in range(self.copies)]
         copies = [self.augment(own, batch.inputs) for own in keys]
-        return batch._replace(inputs=jnp.stack(copies, axis=1))
+        own = jax.random.fold_in(key, self.copies)
+        return batch._replace(inputs=jnp.stack(copies, axis=1), key=own)
 
     def evaluation(
         self, data: Dataset, indices: Array, mask: Array, client: Array

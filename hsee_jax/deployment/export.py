@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy.typing as npt
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.deployment import frozen
@@ -32,7 +32,8 @@ from hsee_jax.deployment.export_card import (
 from hsee_jax.deployment.forms import client_shapes
 from hsee_jax.deployment.onnx_program import onnx_program
 from hsee_jax.deployment.segment import Segment, make_segment, up_to
-from hsee_jax.federation.branch import Branch, LayerState
+from hsee_jax.federation.branch import Branch, LayerState, variables_of
+from hsee_jax.nn.gates import WIDTHS, has_gates, without_gates
 from hsee_jax.runs.build import build_model
 from hsee_jax.runs.folder import check_writable
 from hsee_jax.runs.participant import build_participant
@@ -48,6 +49,7 @@ def export_client(
     which: str = "latest",
     out: str | os.PathLike[str] | None = None,
     onnx: bool = False,
+    width: str = "dense",
 ) -> Path:
     """Write a client's layers and exit to a folder that needs no other files.
 
@@ -59,13 +61,15 @@ def export_client(
         ``export/client-I`` in the run's folder.
       onnx: write the client as ``segment.onnx``, too, for devices without JAX, and the
         program with which they take part in a run.
+      width: of `hsee_jax.nn.WIDTHS`. In a run with a target for the width, ``"gated"``
+        leaves out the channels whose gates are closed.
 
     Returns:
       The folder that was written.
 
     Raises:
-      UserError: there is no such run or client, the folder holds other files, it cannot
-        be written to, or the client cannot be written as ONNX.
+      UserError: there is no such run, client or width, the folder holds other files, it
+        cannot be written to, or the client cannot be written as ONNX.
     """
     folder = Path(path)
     place = folder / "export" / f"client-{i}" if out is None else Path(out)
@@ -83,7 +87,7 @@ def export_client(
         run.client(i),
         run.plain_model(),
     )
-    return _export(trained, place, known, onnx=onnx)
+    return _export(*_at_width(trained, known, width), place, onnx=onnx)
 
 
 def export_device(
@@ -127,7 +131,7 @@ def export_device(
         kept.client,
         build_model(part.config, part.info, plain=True),
     )
-    return _export(trained, place, {}, onnx=onnx)
+    return _export(trained, {}, place, onnx=onnx)
 
 
 def _check(place: Path) -> None:
@@ -139,7 +143,33 @@ def _check(place: Path) -> None:
         )
 
 
-def _export(trained: Trained, place: Path, known: Figures, *, onnx: bool) -> Path:
+def _at_width(trained: Trained, known: Figures, width: str) -> tuple[Trained, Figures]:
+    """Return a client without gates at one of its widths, and its figures there.
+
+    Raises:
+      UserError: the client does not have this width.
+    """
+    if width not in WIDTHS:
+        raise unknown("width", width, WIDTHS)
+    if not has_gates(trained.model):
+        if width != "dense":
+            raise UserError(
+                f"width: {width} is not allowed for a run without channel gates, see "
+                "width_target; allowed is dense"
+            )
+        return trained, known
+    branch = trained.branch
+    client = up_to(trained.model, cut=len(branch.layers))
+    own = [variables_of(layer) for layer in jax.device_get(branch.layers)]
+    model, layers = without_gates(client, own, width)
+    states = tuple(LayerState(**own, opt_state=()) for own in layers)
+    if width == "gated":  # a threshold was chosen for the dense width
+        known = {"criterion": "entropy"} | known.get("gated", {})
+    trained = trained._replace(branch=branch.replace(layers=states), model=model)
+    return trained._replace(width=width), known
+
+
+def _export(trained: Trained, known: Figures, place: Path, *, onnx: bool) -> Path:
     from safetensors.numpy import save
 
     branch, known = _bare(trained.branch), {"criterion": "entropy"} | known

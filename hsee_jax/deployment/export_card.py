@@ -36,7 +36,7 @@ them to `{formula}` with the figures of `card.json`. It returns
 * `logits` of the exit, float32 `[b, {classes}]`,
 * `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
-{exits}
+{exits}{width}
 The exit answers the samples with an uncertainty below `threshold`, the server answers
 the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
 sample; the bytes are the size of its features on the link `{features[link]}` of the
@@ -50,6 +50,10 @@ _README_EXITS = """\
 * `logits_N` and `uncertainty_N` of the exit behind layer N, from 1 to {early_exits}.
 
 The earliest exit with an uncertainty below `threshold` answers; a device stops there.
+"""
+_README_GATED = """\
+
+The client is at its gated width: channels whose gates are closed are not in it.
 """
 _README_ONNX = """
 ## Without JAX
@@ -79,6 +83,7 @@ class Trained(NamedTuple):
     rounds: int  # finished rounds
     branch: Branch  # its layers and exit
     model: Model  # of its run, with the native convolution
+    width: str | None = None  # of a client with gates, of `hsee_jax.nn.WIDTHS`
 
 
 def card_of(
@@ -95,6 +100,7 @@ def card_of(
     early, count = len(trained.branch.exits), len(client.stages)
     *parts, exit_head = layer_costs(client)
     own = (*parts[: count + early], exit_head)
+    further = {"early_exits": early, "width": trained.width}
     features, config, info = layer_inputs(client)[-1], trained.config, trained.info
     return {
         "format": _FORMAT,
@@ -126,7 +132,7 @@ def card_of(
         "sha256": {
             name: hashlib.sha256(content).hexdigest() for name, content in files.items()
         },
-    } | ({"early_exits": early} if early else {})
+    } | {name: value for name, value in further.items() if value}
 
 
 def readme_of(card: Figures) -> str:
@@ -138,8 +144,9 @@ def readme_of(card: Figures) -> str:
     text = _README + (_README_ONNX if ONNX in card["sha256"] else "")
     several = _README_EXITS.format(**card) if "early_exits" in card else ""
     return text.format(
-        **card,
+        **{name: value for name, value in card.items() if name != "width"},
         exits=several,
+        width=_README_GATED if card.get("width") == "gated" else "",
         name=input_name(card["input"]["dtype"]),
         formula="(images / 255 - mean) / std" if stored else "(samples - mean) / std",
         shapes=shapes,

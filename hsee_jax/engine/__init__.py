@@ -2,7 +2,7 @@
 
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.compilation import check_finite, make_round
-from hsee_jax.engine.evaluation import ClientResult, make_evaluation
+from hsee_jax.engine.evaluation import ClientResult, GatedResult, make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.lowering import lower_round
 from hsee_jax.engine.plan import Absence, RoundPlan, plan_round
@@ -16,6 +16,7 @@ __all__ = [
     "ClientResult",
     "DeviceStore",
     "ExitFit",
+    "GatedResult",
     "HostStore",
     "RoundFn",
     "RoundPlan",

@@ -20,6 +20,7 @@ from hsee_jax.engine.plan import EMPTY, take_seats
 from hsee_jax.engine.round import Programs, client_axis
 from hsee_jax.engine.scoring import (
     BothMetrics,
+    GatedMetrics,
     Rows,
     Task,
     make_loop,
@@ -30,6 +31,14 @@ from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.state import RunState, split_stacks, stack_sizes
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import backend_of
+
+
+class GatedResult(NamedTuple):
+    """The scores of a client at its gated width."""
+
+    flops_share: float  # of its layers, relative to all of their channels
+    exit_accuracy: float
+    server_accuracy: float
 
 
 class ClientResult(NamedTuple):
@@ -43,14 +52,16 @@ class ClientResult(NamedTuple):
     server_loss: float
     agreement: Agreement | None = None  # None where a file does not hold them
     early_accuracies: tuple[float, ...] = ()  # of the exits before the last, by depth
+    gated: GatedResult | None = None  # None where layers have no gates
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the agreement; a value that is not finite is None."""
         values = self._asdict()
         del values["agreement"]
-        early = list(values.pop("early_accuracies"))
+        early, gated = list(values.pop("early_accuracies")), values.pop("gated")
         found = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        return found | ({"early_accuracies": early} if early else {})
+        found |= {"early_accuracies": early} if early else {}
+        return found | ({"gated": gated._asdict()} if gated else {})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ClientResult":
@@ -59,11 +70,16 @@ class ClientResult(NamedTuple):
         Raises:
           KeyError, TypeError, ValueError: the values are not a result.
         """
+        gated = values.get("gated")
         names = [name for name in cls._fields if name not in cls._field_defaults]
         found = {name: values[name] for name in names}
         found = {k: math.nan if v is None else v for k, v in found.items()}
         early = tuple(values.get("early_accuracies", ()))
-        return cls(**found, early_accuracies=early)
+        return cls(
+            **found,
+            early_accuracies=early,
+            gated=None if gated is None else GatedResult(**gated),
+        )
 
 
 class EvaluateFn(Protocol):
@@ -194,4 +210,14 @@ def results_of(
                 early_accuracies=tuple(
                     float(own.correct / count) for own in total.early
                 ),
+                gated=total.gated and _gated_of(total.gated, count),
             )
+
+
+def _gated_of(total: GatedMetrics, count: int) -> GatedResult:
+    """Make the result at the gated width from the sums over all samples."""
+    return GatedResult(
+        flops_share=float(total.flops_share / count),
+        exit_accuracy=float(total.exit.correct / count),
+        server_accuracy=float(total.server.correct / count),
+    )

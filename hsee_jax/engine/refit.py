@@ -3,11 +3,12 @@
 `hsee_jax.federation.ridge` has the method. A client helps to fit an exit if its layers
 up to the exit's cut are those before the exit, bit by bit. Where layers are averaged
 over all their holders, all clients with this cut or a deeper one help; where each
-client has layers of its own, it fits its exit alone and sends nothing.
+client has layers of its own, it fits its exit alone and sends nothing. Where layers
+have gates, an exit is fitted to the features of both widths.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from hsee_jax.federation.last_layer import (
 )
 from hsee_jax.federation.ridge import Sums, gram, merge, solve
 from hsee_jax.federation.state import RunState
+from hsee_jax.nn.gates import widths_of
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.mesh import to_host
 
@@ -134,7 +136,9 @@ def _fit_group(
     ridge: float,
 ) -> tuple[LayerState, list[ExitFit]]:
     """Fit the exits of a group; return the stack of their heads."""
-    group, spec = federation.groups[g], federation.specs(g)[0]
+    group = federation.groups[g]
+    widths = [federation._replace(model=m) for m in widths_of(federation.model)]
+    specs = [own.specs(g)[0] for own in widths]
     params = jax.tree.map(np.array, stack.head.params)
     layer, fits = layer_at(params, path), []
     fitted = np.zeros(len(layer["bias"]), bool)
@@ -142,7 +146,7 @@ def _fit_group(
     for members in _alike(group.ids, layers, before):
         ids = tuple(group.ids[m] for m in members)
         sums = {
-            i: _sums(spec, path, _member(stack, members[0]), samples, i)
+            i: _sums(specs, path, _member(stack, members[0]), samples, i)
             for i, digests in layers.items()
             if digests[: group.cut] == layers[ids[0]] and len(samples.shards[i])
         }
@@ -172,9 +176,20 @@ def _alike(
 
 
 def _sums(
+    specs: Sequence[BranchSpec], path: Path, client: Branch, samples: Samples, i: int
+) -> Sums:
+    """Return what client i sends: the sums over its samples.
+
+    With several widths they are the means of the sums at each, so that a sample counts
+    once.
+    """
+    each = [_sums_of(spec, path, client, samples, i) for spec in specs]
+    return Sums(*(total / len(each) for total in merge(each)))
+
+
+def _sums_of(
     spec: BranchSpec, path: Path, client: Branch, samples: Samples, i: int
 ) -> Sums:
-    """Return what client i sends: the sums over its samples."""
     shard, size = samples.shards[i], samples.batch_size
     padded = np.resize(shard, -(-len(shard) // size) * size)
     client, who = jax.device_put(client), np.int32(i)

@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from hsee_jax.core.types import Array, Dataset, Metrics
+from hsee_jax.core.types import Array, Batch, Dataset, Metrics
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import count_agreement
 from hsee_jax.engine.likeness import (
@@ -28,13 +29,23 @@ from hsee_jax.federation.branch import (
     encode,
     forward,
     forward_exits,
+    variables_of,
 )
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import Message
+from hsee_jax.nn.gates import flops_share, widths_of
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import SAME, SPREAD, on_devices, to_devices, to_host
+
+
+class GatedMetrics(NamedTuple):
+    """The sums over a client's two answers at its gated width."""
+
+    exit: Metrics
+    server: Metrics
+    flops_share: Array  # float32 []: of each sample, see `hsee_jax.nn.flops_share`
 
 
 class BothMetrics(NamedTuple):
@@ -44,6 +55,7 @@ class BothMetrics(NamedTuple):
     server: Metrics
     agreement: Array  # int32 [4, K], see `count_agreement`
     early: tuple[Metrics, ...] = ()  # of a client's exits before the last
+    gated: GatedMetrics | None = None  # None where layers have no gates
 
 
 class Answers(NamedTuple):
@@ -103,7 +115,8 @@ ScoresFn = Callable[[Task], list[BothMetrics | None]]
 
 
 def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
-    """Make the scores of both answers of a pair, one after the other."""
+    """Make the scores of both answers of a pair, and of those at the gated width."""
+    narrower = [federation._replace(model=m) for m in widths_of(federation.model)[1:]]
 
     def score(
         pair: tuple[Branch, Branch],
@@ -118,9 +131,24 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
         client_spec, server_spec = federation.specs(group)
         batch = pipeline.evaluation(data, indices, mask, who)
         answers = client_answers(client_spec, client, batch.inputs, mask)
-        return score_answers(server_spec, server, answers, batch.labels, mask)
+        scores = score_answers(server_spec, server, answers, batch.labels, mask)
+        if not narrower:
+            return scores
+        spec = narrower[0].specs(group)[0]
+        answers = client_answers(spec, client, batch.inputs, mask)
+        gated = score_answers(server_spec, server, answers, batch.labels, mask)
+        share = _flops_share(client_spec, client, batch)
+        return scores._replace(gated=GatedMetrics(gated.exit, gated.server, share))
 
     return score
+
+
+def _flops_share(spec: BranchSpec, client: Branch, batch: Batch) -> Array:
+    """Return the share of FLOPs, as a sum over the real rows."""
+    layers = [variables_of(layer) for layer in client.layers]
+    one = jax.ShapeDtypeStruct((1, *batch.inputs.shape[1:]), batch.inputs.dtype)
+    share = flops_share(spec.stages, layers, one)
+    return share * jnp.sum(batch.mask, dtype=jnp.float32)
 
 
 def client_answers(

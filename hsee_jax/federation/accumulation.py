@@ -71,7 +71,8 @@ def accumulate(
         return run(branch, batch)
     total = jnp.maximum(jnp.sum(batch.mask), 1).astype(jnp.float32)
     results = []
-    for rows in zip(*(jnp.split(leaf, parts) for leaf in batch), strict=True):
+    leaves = [jnp.split(leaf, parts) for leaf in jax.tree.leaves(batch)]
+    for rows in zip(*leaves, strict=True):
         passed = run(branch, Batch(*rows))
         some = passed.metrics.count > 0  # padding alone leaves everything as it is
         share = passed.metrics.count.astype(jnp.float32) / total

@@ -181,7 +181,7 @@ def forward_exits(
     """
     behind, stats, logits = [], [], []
     for stage, layer in zip(spec.stages, branch.layers, strict=True):
-        inputs, new = stage.apply(_variables(layer), inputs, mask, train=train)
+        inputs, new = stage.apply(variables_of(layer), inputs, mask, train=train)
         behind.append(inputs)
         stats.append(new)
     for head, part, values in zip(
@@ -191,7 +191,7 @@ def forward_exits(
         strict=True,
     ):
         seen = _scale_gradient(values, head_gradient)
-        scores, new = head.apply(_variables(part), seen, mask, train=train)
+        scores, new = head.apply(variables_of(part), seen, mask, train=train)
         logits.append(scores)
         stats.append(new)
     return Outputs(inputs, tuple(logits), tuple(stats))
@@ -282,7 +282,8 @@ def message_bytes(
     return pack_bytes(up, down)
 
 
-def _variables(layer: LayerState) -> Variables:
+def variables_of(layer: LayerState) -> Variables:
+    """Return the weights and statistics of a layer, as a `Stage` reads them."""
     return {"params": layer.params, "batch_stats": layer.batch_stats}
 
 

@@ -4,6 +4,17 @@ from hsee_jax.nn.conv1d import conv1d
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import auto_form
 from hsee_jax.nn.cuts import deal_cuts, parse_cut
+from hsee_jax.nn.gated_layer import Between, gated_from_linen
+from hsee_jax.nn.gates import (
+    WIDTHS,
+    at_gated_width,
+    flops_share,
+    has_gates,
+    open_gates,
+    width_loss,
+    with_gates,
+    without_gates,
+)
 from hsee_jax.nn.interactions import (
     Interaction,
     interaction_effects,
@@ -46,7 +57,9 @@ from hsee_jax.nn.vit import Block, FirstBlock, Patches, TokenHead, vit
 
 __all__ = [
     "NETWORKS",
+    "WIDTHS",
     "BasicBlock",
+    "Between",
     "Block",
     "Bottleneck",
     "ConvHead",
@@ -65,12 +78,16 @@ __all__ = [
     "SqueezeExcitation",
     "Stem",
     "TokenHead",
+    "at_gated_width",
     "auto_form",
     "conv1d",
     "convolution",
     "deal_cuts",
     "distillation_loss",
+    "flops_share",
     "from_linen",
+    "gated_from_linen",
+    "has_gates",
     "images_only",
     "init_network",
     "interaction_effects",
@@ -81,6 +98,7 @@ __all__ = [
     "mlp",
     "mobilenet_v2",
     "mobilenet_v3_small",
+    "open_gates",
     "parse_cut",
     "predictive_entropy",
     "register",
@@ -92,4 +110,7 @@ __all__ = [
     "sian",
     "tables_only",
     "vit",
+    "width_loss",
+    "with_gates",
+    "without_gates",
 ]

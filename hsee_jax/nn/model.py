@@ -27,6 +27,7 @@ class Model(NamedTuple):
     layer_names: tuple[str, ...]  # L names, such as "layer2.0"
     input_shape: tuple[int, ...]  # of one sample, (H, W, C) for images
     weight_names: tuple[WeightNames, ...] = ()  # of each library, for `load_pretrained`
+    gated_stages: tuple[Stage, ...] = ()  # for `with_gates`; empty where none can have
 
 
 class Network(NamedTuple):

@@ -14,15 +14,8 @@ import jax.numpy as jnp
 
 from hsee_jax.core.options import one_of
 from hsee_jax.core.types import Array
-from hsee_jax.nn.layers import (
-    Conv,
-    ConvForm,
-    DtypeName,
-    Head,
-    Norm,
-    NormName,
-    Width,
-)
+from hsee_jax.nn.gated_layer import Between, gated_from_linen
+from hsee_jax.nn.layers import Conv, ConvForm, DtypeName, Head, Norm, NormName, Width
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
 
@@ -32,13 +25,14 @@ StemName = Annotated[
     one_of("auto", "3x3", "7x7"),
 ]
 
-
 ExitHead = Annotated[
     str,
     "an exit: a pool and a linear layer; or before them also a BatchNorm, or three "
     "small convolutions [ours]",
     one_of("linear", "bn_linear", "conv"),
 ]
+
+_PLACES = (Between("conv1", "bn1", "conv2"), Between("conv2", "bn2", "conv3"))
 
 
 class Stem(nn.Module):
@@ -77,19 +71,22 @@ class BasicBlock(nn.Module):
     dtype: jnp.dtype
     conv: str
     norm: str = "batch"
+    inner: tuple[int, ...] | None = None  # channels in between; None for ``features``
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Run the block."""
-        conv = partial(Conv, self.features, dtype=self.dtype, conv=self.conv)
+        conv = partial(Conv, dtype=self.dtype, conv=self.conv)
         norm = partial(Norm, self.norm, self.dtype)
+        outer = self.features
+        (inner,) = self.inner or (outer,)
         shortcut = x
-        if self.stride != 1 or x.shape[-1] != self.features:
-            shortcut = conv(1, self.stride, name="down")(x)
+        if self.stride != 1 or x.shape[-1] != outer:
+            shortcut = conv(outer, 1, self.stride, name="down")(x)
             shortcut = norm(name="bn_down")(shortcut, mask, train=train)
-        y = conv(3, self.stride, name="conv1")(x)
+        y = conv(inner, 3, self.stride, name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y, mask, train=train))
-        y = conv(3, 1, name="conv2")(y)
+        y = conv(outer, 3, 1, name="conv2")(y)
         y = norm(name="bn2")(y, mask, train=train)
         return nn.relu(y + shortcut)
 
@@ -106,20 +103,22 @@ class Bottleneck(nn.Module):
     dtype: jnp.dtype
     conv: str
     norm: str = "batch"
+    inner: tuple[int, ...] | None = None  # as in `BasicBlock`, of both places
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Run the block."""
         conv = partial(Conv, dtype=self.dtype, conv=self.conv)
         norm = partial(Norm, self.norm, self.dtype)
-        inner, outer = self.features, 4 * self.features
+        outer = 4 * self.features
+        first, second = self.inner or (self.features, self.features)
         shortcut = x
         if self.stride != 1 or x.shape[-1] != outer:
             shortcut = conv(outer, 1, self.stride, name="down")(x)
             shortcut = norm(name="bn_down")(shortcut, mask, train=train)
-        y = conv(inner, 1, 1, name="conv1")(x)
+        y = conv(first, 1, 1, name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y, mask, train=train))
-        y = conv(inner, 3, self.stride, name="conv2")(y)
+        y = conv(second, 3, self.stride, name="conv2")(y)
         y = nn.relu(norm(name="bn2")(y, mask, train=train))
         y = conv(outer, 1, 1, name="conv3")(y)
         y = norm(name="bn3")(y, mask, train=train)
@@ -261,6 +260,9 @@ def _resnet(
     exit_head: nn.Module = Head(num_classes, form.exit_head == "bn_linear", compute)
     if form.exit_head == "conv":
         exit_head = ConvHead(num_classes, compute, form.conv, form.norm)
+    places = _PLACES[: 1 if block is BasicBlock else 2]
+    gated = [gated_from_linen(modules[0])]
+    gated += [gated_from_linen(own, places) for own in modules[1:]]
     return Model(
         stages=tuple(map(from_linen, modules)),
         exit_heads=(from_linen(exit_head),) * len(modules),
@@ -268,6 +270,8 @@ def _resnet(
         layer_names=tuple(names),
         input_shape=tuple(input_shape),
         weight_names=(_weight_names,),
+        # The groups of GroupNorm would mix open and closed channels.
+        gated_stages=tuple(gated) if form.norm == "batch" else (),
     )
 
 

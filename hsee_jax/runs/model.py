@@ -3,7 +3,9 @@
 from jax.sharding import Mesh
 
 from hsee_jax.config.schema import Config
+from hsee_jax.core.errors import UserError
 from hsee_jax.data import PARTITIONS, DatasetInfo, Views, views_of
+from hsee_jax.nn.gates import with_gates
 from hsee_jax.nn.model import Model
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.runs.data import build_info
@@ -40,9 +42,13 @@ def build_model(
         default device.
       plain: with the convolution itself, whatever form of it is fastest: for costs, and
         for programs that run elsewhere.
+
+    Raises:
+      UserError: the network does not take the samples, or cannot have the gates that a
+        target for the width needs.
     """
     info = info or build_info(config.data)
-    return NETWORKS.make(
+    model = NETWORKS.make(
         config.model.network,
         options={
             **config.model.options,
@@ -51,3 +57,22 @@ def build_model(
         num_classes=info.num_classes,
         input_shape=views_in(config, info).shape,
     )
+    target = config.strategy.options.get("width_target")
+    return model if target is None else _with_gates(model, config, target)
+
+
+def _with_gates(model: Model, config: Config, target: float) -> Model:
+    """Give the layers gates; refuse weights of a file, which has none.
+
+    Raises:
+      UserError: the network has no gates, or starts from a file.
+    """
+    if config.model.pretrained is not None:
+        raise UserError("pretrained: not allowed with width_target")
+    if not model.gated_stages:
+        raise UserError(
+            f"width_target: {target} is not allowed with network "
+            f"{config.model.network} and these options, which has no channel gates; "
+            "allowed are networks with gates, such as resnet18 with --norm batch"
+        )
+    return with_gates(model)
