@@ -21,7 +21,7 @@ import tables
 from hsee_jax import studies
 from hsee_jax.report.tables import Table, markdown
 from hsee_jax.studies.picture import draw
-from hsee_jax.studies.results import Result
+from hsee_jax.studies.results import Result, read_results, result_of
 
 NAME, WHY = "cifar10-w16", "why-averaging"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -122,6 +122,24 @@ def why_table() -> str:
     return markdown(Table("", header, lines)).rstrip()
 
 
+def again_table() -> str:
+    """Return the rows that were trained a second time, beside their first figures."""
+    study, first = tables.load(NAME)
+    header = ("row", "trained on", "CPU cores", "exit %", "server %")
+    lines = []
+    for second in read_results(tables.HERE / NAME / "again"):
+        runs = (run for run in studies.runs(study) if run.row == second.row)
+        before = next(result_of(run, first) for run in runs if run.seed == second.seed)
+        for result in (before, second):
+            assert result is not None and result.summary is not None
+            scores = result.summary.scores
+            figures = scores.mean_exit_accuracy, scores.mean_server_accuracy
+            where = str(result.summary.device), str(result.cpu_cores)
+            cells = (f"{100 * figure:.1f}" for figure in figures)
+            lines.append((f"`{second.row}`", *where, *cells))
+    return markdown(Table("", header, lines)).rstrip()
+
+
 def _interval(figures: Mapping[str, float]) -> str:
     mean, low, high = (100 * figures[key] for key in ("mean", "low", "high"))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
@@ -133,6 +151,7 @@ def page() -> str:
     by_name: dict[str, Any] = {n.replace("-", "_"): row for n, row in found.items()}
     text = TEXT.read_text(encoding="utf-8")
     tables_of = {"costs": costs_table(found), "cuts": cuts_table(), "why": why_table()}
+    tables_of["again"] = again_table()
     return text.format(**tables_of, **by_name, **_differences(found))
 
 
