@@ -334,7 +334,10 @@ def test_a_network_is_the_same_without_gates():
         ("--strategy sequential", "width_target: 0.5 has no effect on strategy sequ"),
         ("--strategy vicreg --network mlp", "is not allowed with network mlp"),
         ("--strategy vicreg --norm group", "is not allowed with network resnet18"),
-        ("--strategy vicreg --pretrained w.safetensors", "pretrained: not allowed"),
+        (
+            "--strategy vicreg --pretrained w.safetensors",
+            "w.safetensors is not allowed with width_target",
+        ),
     ],
 )
 def test_what_has_no_gates_is_refused(words, message, tmp_path, capsys):

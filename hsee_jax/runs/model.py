@@ -68,7 +68,10 @@ def _with_gates(model: Model, config: Config, target: float) -> Model:
       UserError: the network has no gates, or starts from a file.
     """
     if config.model.pretrained is not None:
-        raise UserError("pretrained: not allowed with width_target")
+        raise UserError(
+            f"pretrained: {config.model.pretrained} is not allowed with width_target, "
+            "whose gates no file holds; allowed is a network that starts anew"
+        )
     if not model.gated_stages:
         raise UserError(
             f"width_target: {target} is not allowed with network "
