@@ -18,6 +18,7 @@ from hsee_jax import cli
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
+from hsee_jax.report.answers import further_answers
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.events import write_events
 from hsee_jax.report.figures import Picture, draw
@@ -207,6 +208,45 @@ def test_the_tables_hold_means_and_sample_deviations(four):
     assert len(lines) == 5
     assert {line.count("|") for line in lines} == {8}
     assert lines[3] == "| " + " | ".join(results(curves).rows[1]) + " |"
+
+
+def add_answers(run, gated):
+    """Give each client an exit before its cut's, and answers at the gated width."""
+    path = run / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for client in records[-1]["test"]["clients"]:
+        client["early_accuracies"] = [0.1 * client["cut"], gated]
+        client["gated"] = {
+            "flops_share": 0.5,
+            "exit_accuracy": gated,
+            "server_accuracy": 2 * gated,
+        }
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_tables_of_further_answers_stand_where_clients_have_them(four, tmp_path):
+    """Gated exits of 0.1 and 0.3: 0.2, with the deviation 0.2 / sqrt(2)."""
+    assert list(further_answers(read_curves(four))) == []
+    add_answers(four[0], 0.1)
+    add_answers(four[1], 0.3)
+    curves = read_curves(four[:3])
+    label = curves[0].label
+    early, gated = further_answers(curves)
+    assert early.rows == [
+        (label, "3", "1", "0.3000 ± 0.0000"),
+        (label, "3", "2", "0.2000 ± 0.1414"),
+        (label, "5", "1", "0.5000 ± 0.0000"),
+        (label, "5", "2", "0.2000 ± 0.1414"),
+    ]
+    assert gated.rows == [
+        (label, cut, "0.2000 ± 0.1414", "0.4000 ± 0.2828", "0.5000 ± 0.0000")
+        for cut in ("3", "5")
+    ]
+    write_report(curves, tmp_path / "report")
+    for name in ("report.md", "report.html"):
+        page = (tmp_path / "report" / name).read_text(encoding="utf-8")
+        assert early.title in page
+        assert gated.title in page
 
 
 class Page(HTMLParser):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
 from hsee_jax.data.partition import Share
+from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.runs.history import read_history
 from hsee_jax.runs.one_network import is_one_network
 from hsee_jax.runs.records import RoundRecord, Summary, TrainFigures
@@ -50,11 +51,15 @@ class Curve(NamedTuple):
         return self.accuracy[:, -1]
 
     @property
+    def clients(self) -> list[Sequence[ClientResult]]:
+        """Return the scores of each run's clients in the last evaluated round."""
+        tests = [run.records[self.rounds[-1] - 1].test for run in self.runs]
+        return [test.clients for test in tests if test is not None]
+
+    @property
     def cuts(self) -> npt.NDArray[np.int64]:
         """Return the cut of each client in the last evaluated round, ``[N]``."""
-        test = self.runs[0].records[self.rounds[-1] - 1].test
-        assert test is not None
-        return np.array([client.cut for client in test.clients])
+        return np.array([client.cut for client in self.clients[0]])
 
     @property
     def losses(self) -> Values:

@@ -8,6 +8,7 @@ import numpy as np
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
 from hsee_jax.report import html
+from hsee_jax.report.answers import further_answers
 from hsee_jax.report.curves import BRANCHES, Curve, Run, Values, mean_text
 from hsee_jax.report.figures import Pictures, draw
 from hsee_jax.report.tables import EQUAL_SERVERS, Table, markdown
@@ -117,7 +118,7 @@ def write_report(curves: Sequence[Curve], out: Path) -> Path:
 
 
 def _sections(curves: Sequence[Curve], pictures: Pictures) -> Iterator[html.Section]:
-    tables = (results(curves), by_cut(curves))
+    tables = (results(curves), by_cut(curves), *further_answers(curves))
     yield html.Section("Results", (*tables, *_notes(curves)))
     if reached := targets(curves):
         yield html.Section("Time to accuracy", (TARGETS, *reached))
@@ -147,7 +148,8 @@ def _absences(curve: Curve) -> Iterator[str]:
 
 
 def _markdown(curves: Sequence[Curve], pictures: Pictures) -> str:
-    tables = (results(curves), by_cut(curves), *targets(curves), over_rounds(curves))
+    tables = (results(curves), by_cut(curves), *further_answers(curves))
+    tables += (*targets(curves), over_rounds(curves))
     parts = [f"## {table.title}\n\n{markdown(table)}" for table in tables]
     parts += [f"{note}\n" for note in _notes(curves)]
     parts += [f"![{p.title}]({p.name})\n\n{p.text}\n" for p in pictures.all]
