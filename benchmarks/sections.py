@@ -232,6 +232,26 @@ SECTIONS = (
         ),
     ),
     Section(
+        "width",
+        "Channel gates: time at the gated width",
+        "Milliseconds of one sample through a client's layers with all channels, and "
+        "through those that `hsee export --width gated` writes, about half of the "
+        "channels within blocks. Both are timed in turns; the range of the ratio is "
+        "that of nine turns out of ten.",
+        (
+            Part(
+                "",
+                {
+                    **_values("width", "cut"),
+                    "FLOPs left": lambda row: f"{row['FLOPs']:.0%}",
+                    **_values("dense ms", "gated ms"),
+                    "time left": lambda row: f"{row['time']:.2f} ({row['range']})",
+                },
+            ),
+        ),
+        {"cpu": []},
+    ),
+    Section(
         "step",
         "What a step consists of",
         "Milliseconds of a training step of a whole ResNet-18, and of its operations "

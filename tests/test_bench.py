@@ -246,6 +246,16 @@ def test_step_writes_its_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_width_writes_its_file(tmp_path):
+    done = run("bench_width.py", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = written(tmp_path, "width")
+    assert 0 < row["FLOPs"] < 1
+    low, high = map(float, row["range"].split("-"))
+    assert 0 < low - 0.01 <= row["time"] <= high + 0.01
+
+
+@pytest.mark.slow
 def test_start_writes_its_file(tmp_path):
     done = run("bench_start.py", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
