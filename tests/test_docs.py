@@ -25,6 +25,7 @@ from tiny import DenseLayer, LinearHead
 
 import hsee_jax as hs
 from hsee_jax import cli
+from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.commands import COMMANDS
 from hsee_jax.config import PRESETS, SECTIONS, options
 from hsee_jax.inference import CRITERIA
@@ -223,6 +224,34 @@ def test_every_name_of_the_front_is_on_the_first_api_page():
 def test_every_package_is_in_the_table_of_the_architecture():
     text = PAGES["docs/explanation/architecture.md"]
     assert re.findall(r"^\| \[`(\w+)`\]", text, re.M) == ORDER
+
+
+def read_cards():
+    """Yield each card of the page on algorithms: its heading, rows and commands."""
+    text = PAGES["docs/reference/algorithms.md"]
+    for card in re.split(r"^### ", text, flags=re.M)[1:]:
+        card = re.split(r"^## ", card, flags=re.M)[0]
+        rows = dict(re.findall(r"^\| (\w+) \| (.+) \|$", card, re.M))
+        codes = [b.code for b in read_blocks(card) if b.language == "bash"]
+        yield card.partition("\n")[0], rows, "\n".join(codes)
+
+
+def test_every_card_says_what_to_expect():
+    for heading, rows, commands in read_cards():
+        missing = {"paper", "file", "computed", "bytes", "differs", "expect"} - {*rows}
+        assert not missing, heading
+        assert list(read_commands(commands)), heading
+        for path in re.findall(r"`(hsee_jax/[\w/]+\.py)`", rows["file"]):
+            assert (ROOT / path).is_file(), heading
+
+
+def test_every_algorithm_of_the_house_has_a_card():
+    cards = list(read_cards())
+    for name, entry in ALGORITHMS.items():
+        if entry.make.__module__.startswith("hsee_jax."):
+            path = f"`{entry.make.__module__.replace('.', '/')}.py`"
+            found = [commands for _, rows, commands in cards if path in rows["file"]]
+            assert any(re.search(rf"--strategy {name}\b", code) for code in found), name
 
 
 def test_the_reference_has_every_option_and_every_flag():
