@@ -207,9 +207,10 @@ def test_the_form_for_large_images(name):
 def test_logits_and_gradients_equal_torchvisions(name, train, request):
     """Its own modules, at full width where they know no other."""
     import_torch().manual_seed(0)
+    # Before `smooth`, as torchvision keeps the ReLU of its import in default arguments.
+    models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
     if train:
         request.getfixturevalue("smooth")
-    models = pytest.importorskip("torchvision.models", reason="torchvision is missing")
     size, options = 72, {"conv": "grouped"}
     if name == "vit":
         size, options = SIZE, VIT
