@@ -94,7 +94,7 @@ def _codec(shares: Sequence[float], *, feedback: bool) -> Codec:
         encode=encode,
         decode=_dense,
         nbytes=_nbytes,
-        init_client=init_client,
+        init_client=init_client if len(shares) > 1 else None,
     )
 
 
