@@ -1,5 +1,8 @@
 """The largest values of a sample, against NumPy's sort and the bytes of arrays."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +10,12 @@ import pytest
 from rounds import KEY, assert_same, branches, train
 from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
 
+from hsee_jax import cli
 from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.core import UserError
 from hsee_jax.link import CODECS, FULL, topk, unpack_bytes
+from hsee_jax.runs import read_history
+from hsee_jax.systems.replanning import plan_rounds
 from hsee_jax.systems.traffic import traffic_of, training_bytes
 
 MODEL = tiny_model((DenseLayer(8), DenseLayer(5)))
@@ -135,6 +141,8 @@ def test_both_forms_of_the_engine_agree_and_bytes_are_those_sent():
     shapes = jax.eval_shape(strategy.init, KEY)
     traffic = traffic_of(federation, strategy, shapes)
     assert [one.sample.up_bytes for one in traffic] == [6 * 3 + 4, 6 * 2 + 4]
+    own = {i: one.of(i).sample.up_bytes for one in traffic for i in one.own}
+    assert own == {i: 6 * kept[i] + 4 for i in cuts}
 
 
 def test_options_reach_the_codec_and_are_checked():
@@ -144,3 +152,108 @@ def test_options_reach_the_codec_and_are_checked():
     for name, value in (("keep_share", 0.0), ("link_rates", (1.0, -2.0))):
         with pytest.raises(UserError, match=f"{name}: .* is not allowed"):
             CODECS["topk"].options[name].checked(value)
+
+
+# Computing takes no time and draws nothing; the joules are the seconds of sending.
+FLEET = """\
+name,up_bytes_per_s,forward_flops_per_s,busy_watts,sending_watts,receiving_watts,idle_watts
+slow,1e6,1e18,0,1,0,0
+fast,3e6,1e18,0,1,0,0
+"""
+# Of the 20 features behind each layer the slow client keeps 2, the fast one 6. A batch
+# of 8 sends them with places of 2 bytes, and labels of 4.
+BATCH = 8 * (6 * 2 + 4), 8 * (6 * 6 + 4)
+RATES = ["--devices", "fleet.csv", "--link-rates-from-devices"]
+TOPK = ["--link", "topk", "--keep-share", "0.1"]
+SMALL = "--network mlp --depth 2 --hidden 20 --strategy sequential --batch-size 8"
+SMALL += " --max-train-samples 20 --max-test-samples 8 --validation-share 0.2"
+SMALL += " --rounds 1"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """A folder with a file of devices."""
+    folder = tmp_path_factory.mktemp("fleet")
+    (folder / "fleet.csv").write_text(FLEET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(fleet):
+    """A run of one step of each client."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(fleet)
+        words = [*SMALL.split(), "--num-clients", "2", "--cuts", "1", *TOPK, *RATES]
+        assert cli.main(["train", *words, "--out", "run"]) == 0
+    return fleet / "run"
+
+
+def test_rates_are_those_of_the_devices(run):
+    """The configuration, the bytes of the run, and the clock, by hand."""
+    config = json.loads((run / "config.json").read_text())
+    assert config["clients"]["link_rates"] == [1e6, 3e6]
+    history = read_history(run)
+    (record,) = history.records
+    assert record.link == (sum(BATCH), 0)
+    (cut,) = history.summary.link.cuts
+    assert cut["step"]["up_bytes"] == cut["round"]["up_bytes"] == sum(BATCH) / 2
+    sending = BATCH[0] / 1e6 + BATCH[1] / 3e6
+    assert record.simulated.joules == pytest.approx(sending)
+
+
+@pytest.mark.slow
+def test_the_gate_counts_what_each_client_sends(run, capsys):
+    capsys.readouterr()
+    assert cli.main(["gate", str(run), "--json"]) == 0
+    clients = json.loads(capsys.readouterr().out)["curve"]["clients"]
+    for client, size in zip(clients, (6 * 2, 6 * 6), strict=True):
+        point = client["points"][0]
+        assert point["on_device"] < 1
+        assert point["bytes"] == pytest.approx((1 - point["on_device"]) * size)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_the_planner_counts_what_each_client_sends(command, fleet, monkeypatch):
+    seen = []
+
+    def plan_cuts(problem, *_):
+        seen.append(problem)
+        raise UserError("enough")
+
+    module = {"train": "plan_file", "plan": "plan"}[command]
+    monkeypatch.setattr(f"hsee_jax.cli.{module}.plan_cuts", plan_cuts)
+    monkeypatch.chdir(fleet)
+    words = [command, *SMALL.split(), *TOPK, *RATES, "--boundary", "joint"]
+    words += ["--cuts", "auto"] if command == "train" else []
+    assert cli.main([*words, "--out", "never"]) == 2
+    (problem,) = seen
+    work = problem.work(np.array([1, 2]))
+    assert work.up_bytes.tolist() == [*BATCH]
+    assert work.down_bytes.tolist() == [size - 8 * 4 for size in BATCH]
+    fast = plan_rounds(problem, rounds=1, every=1, present=lambda _: [False, True])
+    sending = (2 * BATCH[1] - 8 * 4) / 3e6
+    assert fast.seconds[0] == pytest.approx(sending, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*TOPK, RATES[2]], "devices: missing; link_rates_from_devices needs"),
+        (RATES, "link_rates_from_devices: has no effect on link full; allowed is topk"),
+        ([*TOPK, *RATES, "--link-rates", "1"], "link_rates: is not allowed together"),
+        (
+            [*TOPK, "--devices", "no.csv", RATES[2]],
+            "devices: no.csv, line 2: up_bytes_per_s: missing",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_rates_that_cannot_be_are_refused(
+    command, words, message, fleet, monkeypatch, capsys
+):
+    monkeypatch.chdir(fleet)
+    (fleet / "no.csv").write_text("name,forward_flops_per_s\nold,1e9\n")
+    assert cli.main([command, *SMALL.split(), *words, "--out", "never"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and re.search(message, line), line
+    assert not (fleet / "never").exists()

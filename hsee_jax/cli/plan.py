@@ -8,6 +8,7 @@ from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.expectations import expected_problem, read_experience
 from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.link_rates import add_link_rates, config_with_link_rates
 from hsee_jax.cli.plan_pairs import check_flags, show_pairs
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.config import Config
@@ -47,7 +48,7 @@ def plan(words: Sequence[str]) -> None:
     _check(given)
     out = given.get("out", Path("plan"))
     check_writable(out)
-    config = config_from(given)
+    config = config_with_link_rates(config_from(given), given)
     resources = read_resources(given, config)
     use_cache(given)
     check_devices()
@@ -126,6 +127,7 @@ def _parser(words: Sequence[str]) -> Parser:
     parser.add_argument(
         "--devices", type=Path, metavar="FILE", help="TOML or CSV with the devices"
     )
+    add_link_rates(parser)
     parser.add_argument(
         "--minimize",
         metavar="|".join(_MINIMIZE),

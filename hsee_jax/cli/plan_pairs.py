@@ -23,6 +23,7 @@ _NO_EFFECT = (
     "accuracy_from",
     "min_exit_accuracy",
     "compare",
+    "link_rates_from_devices",
 )
 _TRAINED = "fedavg"  # by pairs: every client a whole network
 

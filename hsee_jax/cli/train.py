@@ -11,6 +11,7 @@ import jax
 
 from hsee_jax.cli.arguments import add_run, config_parser, print_figures
 from hsee_jax.cli.flags import Parser, use_cache
+from hsee_jax.cli.link_rates import add_link_rates, config_with_link_rates
 from hsee_jax.cli.plan_file import AUTO, config_with_plan, plan_now
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
@@ -30,6 +31,7 @@ def train(words: Sequence[str]) -> int | None:
     if how["resume"] and out is None:
         raise UserError("out: missing; --resume needs the folder of the run")
     config = config_with_plan(given, stored=out if how["resume"] else None)
+    config = config_with_link_rates(config, given)
     processes.join(*map(given.get, ("coordinator", "num_processes", "process_id")))
     processes.check_devices()
     use_cache(given)
@@ -110,6 +112,7 @@ def _add_devices(parser: Parser) -> None:
         help="TOML or CSV with the device of each client: every round gets simulated "
         "seconds and joules; with --cuts auto the fastest cuts are planned for them",
     )
+    add_link_rates(parser)
     parser.add_argument(
         "--availability",
         type=Path,

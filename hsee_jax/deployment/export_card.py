@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.federation.branch import Branch
 from hsee_jax.inference.gate import CRITERIA
-from hsee_jax.link.codecs import Codec, sample_bytes
+from hsee_jax.link.codecs import Codec, sample_bytes_of
 from hsee_jax.nn.model import Model, layer_inputs
 from hsee_jax.systems.costs import layer_costs
 
@@ -125,7 +125,7 @@ def card_of(
             "shape": features.shape[1:],
             "dtype": features.dtype.name,
             "link": config.clients.link,
-            "bytes": sample_bytes(trained.codec, features),
+            "bytes": sample_bytes_of(trained.codec, features, [trained.id])[0],
         },
         "platforms": PLATFORMS,
         "versions": {name: metadata.version(name) for name in ("hsee-jax", "jax")},

@@ -25,7 +25,7 @@ from hsee_jax.inference.calibration import (
 )
 from hsee_jax.inference.client_study import TIMED_OFFLOADS, ClientStudy, SampleCosts
 from hsee_jax.inference.gate import CRITERIA
-from hsee_jax.link.codecs import sample_bytes
+from hsee_jax.link.codecs import sample_bytes_of
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.mesh import to_host
 from hsee_jax.runs.experiment import Experiment
@@ -64,7 +64,7 @@ def measure_clients(
         )
         answer_of = partial(answers_of, gate, federation, strategy, state, view, g)
         seen_by = 1 if strategy.junction is None else len(group.ids)
-        costs = _sample_costs(federation, layers, group.cut, seen_by)
+        costs = _sample_costs(federation, layers, group, seen_by)
         yield from _group_studies(answer_of, group, costs, largest, held_out, test)
 
 
@@ -76,31 +76,37 @@ def _samples(data: Dataset, info: DatasetInfo, batch_size: int) -> _Samples:
 
 
 def _sample_costs(
-    federation: Federation, layers: Sequence[LayerCost], cut: int, seen_by: int
-) -> SampleCosts:
-    """Add up the costs of a sample, from the result of `layer_costs`.
+    federation: Federation, layers: Sequence[LayerCost], group: Group, seen_by: int
+) -> list[SampleCosts]:
+    """Add up the costs of a sample of each client, from the result of `layer_costs`.
 
-    Where several clients see it, they all send their features if one is not sure, and
-    the work of the others counts with that of the server.
+    Where all clients of the group see it, they all send their features if one is not
+    sure, and the work of the others counts with that of the server.
     """
-    features = layer_inputs(federation.model)
+    cut, features = group.cut, layer_inputs(federation.model)
+    sizes = sample_bytes_of(federation.codec, features[cut], group.ids)
+    if seen_by > 1:
+        sizes = [sum(sizes)] * len(sizes)
     flops = [layer.flops for layer in layers]  # L layers, L exits, final head
     count = len(flops) // 2
     of_client = [sum(flops[:n]) + flops[count + n - 1] for n in range(1, cut + 1)]
-    return SampleCosts(
-        feature_bytes=seen_by * sample_bytes(federation.codec, features[cut]),
-        client_flops=of_client[-1],
-        server_flops=(seen_by - 1) * sum(flops[:cut])
-        + sum(flops[cut:count])
-        + flops[-1],
-        early_flops=tuple(of_client[: early_exits(cut, federation.exits)]),
-    )
+    return [
+        SampleCosts(
+            feature_bytes=size,
+            client_flops=of_client[-1],
+            server_flops=(seen_by - 1) * sum(flops[:cut])
+            + sum(flops[cut:count])
+            + flops[-1],
+            early_flops=tuple(of_client[: early_exits(cut, federation.exits)]),
+        )
+        for size in sizes
+    ]
 
 
 def _group_studies(
     answer_of: Callable[[int], AnswerFn],
     group: Group,
-    costs: SampleCosts,
+    costs: Sequence[SampleCosts],
     largest: float,
     held_out: _Samples,
     test: _Samples,
@@ -110,19 +116,19 @@ def _group_studies(
     Args:
       answer_of: returns the gate of a member of the group.
       group: the group.
-      costs: the costs of a sample at its cut.
+      costs: the costs of a sample of each of its clients.
       largest: the criterion's largest value.
       held_out: the samples that give the thresholds.
       test: the samples that measure the thresholds.
     """
     studies = []
-    for member, i in enumerate(group.ids):
+    for member, (i, own) in enumerate(zip(group.ids, costs, strict=True)):
         answer = answer_of(member)
         held = _scores(answer, held_out)
         study = ClientStudy(
             id=i,
             cut=group.cut,
-            costs=costs,
+            costs=own,
             largest_uncertainty=largest,
             finite=_all_finite(held),
             held_out=offload_curve(held, all_thresholds(held.lowest, largest)),

@@ -9,6 +9,7 @@ from hsee_jax.link.codecs import (
     pack_bytes,
     register,
     sample_bytes,
+    sample_bytes_of,
     stateless,
     unpack_bytes,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "pack_bytes",
     "register",
     "sample_bytes",
+    "sample_bytes_of",
     "stateless",
     "topk",
     "unpack_bytes",

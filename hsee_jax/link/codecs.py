@@ -5,7 +5,7 @@ company nor on padding. It may keep a state for each client, such as an error to
 good in the next message.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -162,18 +162,44 @@ def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
     """Return the bytes of the first message of one sample.
 
     Args:
-      codec: of the link.
+      codec: of the link; where clients differ, the smallest message counts.
       features: shape and dtype of a sample's features, ``[1, ...]``.
     """
 
     @jax.jit  # one program; mostly a constant
     def first_message() -> Array:
-        zeros = jnp.zeros(features.shape, features.dtype)
-        mask = jnp.ones(len(zeros), bool)
-        message, _ = codec.encode(zeros, codec.init(features), mask)
-        return codec.nbytes(message)[0]
+        return _first_bytes(codec, features, codec.init(features))
 
     return int(first_message())
+
+
+def sample_bytes_of(
+    codec: Codec, features: jax.ShapeDtypeStruct, clients: Sequence[int]
+) -> list[int]:
+    """Return the bytes of the first message of one sample of each client.
+
+    Args:
+      codec: of the link.
+      features: shape and dtype of a sample's features, ``[1, ...]``.
+      clients: the ids of the clients.
+    """
+    init = codec.init_client
+    if init is None:
+        return [sample_bytes(codec, features)] * len(clients)
+
+    @jax.jit
+    def first_messages(ids: Array) -> Array:
+        return jax.lax.map(
+            lambda i: _first_bytes(codec, features, init(features, i)), ids
+        )
+
+    return first_messages(jnp.asarray(clients, jnp.int32)).tolist()
+
+
+def _first_bytes(codec: Codec, features: jax.ShapeDtypeStruct, state: PyTree) -> Array:
+    zeros = jnp.zeros(features.shape, features.dtype)
+    message, _ = codec.encode(zeros, state, jnp.ones(len(zeros), bool))
+    return codec.nbytes(message)[0]
 
 
 _LOW_BITS = 15

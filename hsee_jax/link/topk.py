@@ -7,9 +7,9 @@ the sum of squares, and nothing where k = n.
 
 FusionLLM compresses most where the link is slowest. Here the client with the slowest
 link keeps the share R; a client whose link is f times as fast keeps f R, or everything
-[recalled], so that messages of one cut take equally long. The choice of links by hand,
-the mean error of a batch that is added to the next, and one share for features and
-gradients are ours.
+[recalled], so that messages of one cut take equally long. The speeds that are given, by
+hand or from a file of devices, the mean error of a batch that is added to the next, and
+one share for features and gradients are ours.
 """
 
 import math
@@ -94,7 +94,7 @@ def _codec(shares: Sequence[float], *, feedback: bool) -> Codec:
         encode=encode,
         decode=_dense,
         nbytes=_nbytes,
-        init_client=init_client,
+        init_client=init_client if len(shares) > 1 else None,
     )
 
 

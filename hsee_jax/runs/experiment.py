@@ -119,7 +119,7 @@ class Experiment(NamedTuple):
     init_key: Key
     stop_on_nonfinite: bool  # whether the first client that is not finite ends the run
     plain_model: Model  # with the native convolution, see `build_model`
-    traffic: tuple[Traffic, ...]  # of a client of each group
+    traffic: tuple[Traffic, ...]  # of the clients of each group
     store: Store
     learning_rates: npt.NDArray[np.float32]  # [rounds, T]
     round_fn: RoundFn

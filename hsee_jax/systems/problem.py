@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     """N clients that train one network of L layers."""
 
     costs: tuple[LayerCost, ...]  # of L layers, L exits and the final head
-    traffic: Mapping[int, Traffic]  # of a client of each cut that the algorithm takes
+    traffic: Mapping[int, Traffic]  # of clients at each cut that the algorithm takes
     devices: tuple[Device, ...]  # [N]
     server: Device
     schedule: Schedule  # of a round

@@ -106,7 +106,9 @@ def _in_round(problem: Problem, number: int) -> Problem:
 def _of(problem: Problem, clients: Ints) -> Problem:
     """Return the problem of some of the clients."""
     devices = tuple(problem.devices[i] for i in clients)
-    return problem._replace(devices=devices, steps=problem.steps[clients])
+    traffic = {cut: one.take(clients.tolist()) for cut, one in problem.traffic.items()}
+    steps = problem.steps[clients]
+    return problem._replace(traffic=traffic, devices=devices, steps=steps)
 
 
 def _lasting_cuts(problem: Problem, most: Floats) -> Ints:

@@ -3,14 +3,15 @@
 For each sample its features, in the form of the link, and its label go up; with a joint
 boundary the gradient of the features comes down, in the dtype of the computation unless
 the codec says otherwise. Where exits learn from the server's logits, these come down,
-too, as float32. Every step counts the bytes of its messages. Where a codec
-treats clients differently, figures by cut are those of the client with the smallest
-messages. Whenever layers of clients are averaged, the clients that take part in the
-round send their layers up and get the mean, of the same size. The means that an absent
-client receives later, and the bookkeeping, do not count.
+too, as float32. Every step counts the bytes of its messages. Whenever layers of clients
+are averaged, the clients that take part in the round send their layers up and get the
+mean, of the same size. The means that an absent client receives later, and the
+bookkeeping, do not count.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,13 @@ from hsee_jax.engine.round import due_after
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.link.codecs import FULL, Codec, sample_bytes, unpack_bytes
+from hsee_jax.link.codecs import (
+    FULL,
+    Codec,
+    sample_bytes,
+    sample_bytes_of,
+    unpack_bytes,
+)
 from hsee_jax.nn.model import Model, layer_inputs, logits_of
 
 
@@ -39,8 +46,20 @@ class Traffic(NamedTuple):
     """The traffic on the link of a client of one cut."""
 
     cut: int
-    sample: Bytes  # of a sample in training; of its first message if sizes vary
+    # Of a sample in training; of its first message if sizes vary, and of the client
+    # with the smallest messages if clients differ.
+    sample: Bytes
     weights: int  # bytes each way, whenever layers are averaged
+    own: Mapping[int, Bytes] = MappingProxyType({})  # by id if clients differ
+
+    def of(self, client: int) -> "Traffic":
+        """Return the traffic of the client with this id."""
+        return Traffic(self.cut, self.own.get(client, self.sample), self.weights)
+
+    def take(self, clients: Sequence[int]) -> "Traffic":
+        """Return the traffic of some clients, who get the ids 0, 1, ... in turn."""
+        own = {i: self.own[old] for i, old in enumerate(clients) if old in self.own}
+        return self._replace(own=own)
 
     def total(self, samples: float, averages: float, down_share: float = 1) -> Bytes:
         """Return the bytes of some samples and some averages.
@@ -71,17 +90,40 @@ def training_bytes(
 
     Args:
       features: the shape and dtype of the sample's features, ``[1, ...]``.
-      codec: the codec of the link.
+      codec: the codec of the link; where clients differ, the smallest messages count.
       boundary: see `Strategy`.
       logits: the server's logits of the sample, which come down; None for none.
     """
     if boundary == "none":
         return Bytes(0, 0)
-    label = nbytes(jax.ShapeDtypeStruct((1,), jnp.int32))
-    down = nbytes(logits)
+    back = 0
     if boundary == "joint":
-        down += sample_bytes(codec.gradient or FULL, features)
-    return Bytes(sample_bytes(codec, features) + label, down)
+        back = sample_bytes(codec.gradient or FULL, features)
+    return _with_labels(sample_bytes(codec, features), back, logits)
+
+
+def _own_bytes(
+    features: jax.ShapeDtypeStruct,
+    codec: Codec,
+    boundary: str,
+    logits: jax.ShapeDtypeStruct | None,
+    clients: Sequence[int],
+) -> dict[int, Bytes]:
+    """Return `training_bytes` of each client, by its id; nothing if all are alike."""
+    if boundary == "none" or codec.init_client is None:
+        return {}
+    back = [0] * len(clients)
+    if boundary == "joint":
+        back = sample_bytes_of(codec.gradient or FULL, features, clients)
+    sizes = zip(sample_bytes_of(codec, features, clients), back, strict=True)
+    each = (_with_labels(up, down, logits) for up, down in sizes)
+    return dict(zip(clients, each, strict=True))
+
+
+def _with_labels(up: int, down: int, logits: jax.ShapeDtypeStruct | None) -> Bytes:
+    """Add the label that goes up, and the logits that come down."""
+    label = nbytes(jax.ShapeDtypeStruct((1,), jnp.int32))
+    return Bytes(up + label, down + nbytes(logits))
 
 
 def logits_down(model: Model, strategy: Strategy) -> jax.ShapeDtypeStruct | None:
@@ -92,7 +134,7 @@ def logits_down(model: Model, strategy: Strategy) -> jax.ShapeDtypeStruct | None
 def traffic_of(
     federation: Federation, strategy: Strategy, state: RunState
 ) -> tuple[Traffic, ...]:
-    """Return the traffic of a client of each group.
+    """Return the traffic of the clients of each group.
 
     Args:
       federation: the clients.
@@ -108,6 +150,9 @@ def traffic_of(
             group.cut,
             training_bytes(features[group.cut], codec, strategy.boundary, logits),
             nbytes(message) // size,
+            _own_bytes(
+                features[group.cut], codec, strategy.boundary, logits, group.ids
+            ),
         )
         for group, message, size in zip(federation.groups, messages, sizes, strict=True)
     )
@@ -171,10 +216,12 @@ def bytes_by_cut(
 ) -> list[dict[str, Any]]:
     """Return the bytes on the link of a client of each cut, in a step and in a round.
 
+    They are means over the clients of the cut, who differ in their samples, and in the
+    bytes of a sample if the codec treats them differently.
+
     Args:
-      traffic: the traffic of a client of each group.
-      shares: the samples of all clients; a round's figures are means over the clients
-        of the cut.
+      traffic: the traffic of the clients of each group.
+      shares: the samples of all clients.
       batch_size: samples in a step.
       averages: how often a round averages layers.
       gradient_share: see `Strategy`; a gradient for several clients is divided among
@@ -182,9 +229,18 @@ def bytes_by_cut(
     """
     found = []
     for one in traffic:
-        samples = [share.samples for share in shares if share.cut == one.cut]
-        rows = gradient_rows(gradient_share, batch_size, len(samples))
-        mean = float(np.mean(samples))
-        step, each = one.total(batch_size, 0, rows), one.total(mean, averages, rows)
-        found.append({"cut": one.cut, "step": step._asdict(), "round": each._asdict()})
+        members = [share for share in shares if share.cut == one.cut]
+        rows = gradient_rows(gradient_share, batch_size, len(members))
+        own = [one.of(share.id) for share in members]
+        steps = [each.total(batch_size, 0, rows) for each in own]
+        rounds = [
+            each.total(share.samples, averages, rows)
+            for each, share in zip(own, members, strict=True)
+        ]
+        means = {"step": _mean(steps), "round": _mean(rounds)}
+        found.append({"cut": one.cut, **means})
     return found
+
+
+def _mean(values: Sequence[Bytes]) -> dict[str, float]:
+    return Bytes(*map(statistics.mean, zip(*values, strict=True)))._asdict()

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.federation.federation import Client, Federation, group_clients
+from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
@@ -124,11 +124,11 @@ def _factor(
 def traffic_by_cut(
     federation: Federation, make: Callable[[Federation], Strategy], cuts: Iterable[int]
 ) -> dict[int, Traffic]:
-    """Return the traffic of a client of each cut under an algorithm.
+    """Return the traffic of the clients at each cut under an algorithm.
 
     Args:
-      federation: with the network, the codec and the optimizer; its clients do not
-        matter.
+      federation: with the network, the codec, the optimizer and the ids of the clients;
+        their own cuts do not matter.
       make: makes the algorithm's strategy for a federation, such as a function of
         `hsee_jax.algorithms`.
       cuts: the cuts.
@@ -137,11 +137,13 @@ def traffic_by_cut(
       UserError: the algorithm does not take such a cut.
     """
     found = {}
+    everyone = tuple(i for group in federation.groups for i in group.ids)
     for cut in cuts:
         alone = federation._replace(groups=group_clients([Client(0, cut)]), mesh=None)
         strategy = make(alone)
         state = jax.eval_shape(strategy.init, jax.random.key(0))
-        (found[cut],) = traffic_of(alone, strategy, state)
+        together = alone._replace(groups=(Group(cut, everyone),))
+        (found[cut],) = traffic_of(together, strategy, state)
     return found
 
 
@@ -161,8 +163,8 @@ def workload(
 
     Args:
       costs: the costs of L layers, L exits and the final head.
-      traffic: of a client of each of the cuts, see `traffic_by_cut`.
-      cuts: the cut of each of N clients.
+      traffic: of the clients at each of the cuts, see `traffic_by_cut`.
+      cuts: the cut of each of N clients, by id.
       devices: the device of each client. One client that holds all the data, as with
         ``centralized``, runs on the device that is given here.
       server: its link does not matter, those of the clients count.
@@ -179,7 +181,7 @@ def workload(
     share_of = functools.partial(gradient_rows, gradient_share, batch_size)
     behind = cut_seconds(costs, server, batch_size)
     rows = []
-    for cut, device in zip(cuts, devices, strict=True):
+    for client, (cut, device) in enumerate(zip(cuts, devices, strict=True)):
         own = cut_seconds(costs, device, batch_size)
         forward, backward, *remote = (float(seconds[cut - 1]) for seconds in own)
         back = share_of(sum(n for other, n in counts.items() if other <= cut))
@@ -187,7 +189,7 @@ def workload(
         served += back * float(behind.server_backward[cut - 1])
         if boundary == "none":
             forward, backward, served = forward + remote[0], backward + remote[1], 0.0
-        sample, weights = traffic[cut].sample, traffic[cut].weights
+        _, sample, weights, _ = traffic[cut].of(client)
         up, down = batch_size * sample.up_bytes, batch_size * sample.down_bytes
         rows.append(
             (
