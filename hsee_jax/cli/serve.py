@@ -191,7 +191,7 @@ def _add_devices(parser: Parser) -> None:
         "--max-refusals",
         type=int,
         metavar="INT",
-        help="refused messages of a client, more than which leave it out (3)",
+        help="refused messages that a client may send; one more leaves it out (3)",
     )
     group.add_argument(
         "--feature-bound",

@@ -50,8 +50,8 @@ class DataConfig(Section):
     }
     dataset: Annotated[
         str,
-        "dataset to train on; fashion_mnist_small is in the package, a Python program "
-        "passes arrays, and --data-dir holds every other",
+        "dataset to train on; --data-dir holds all but fashion_mnist_small, which is in "
+        "the package, and arrays, which a Python program passes",
         one_of(DATASETS),
     ] = "fashion_mnist_small"
     data_dir: Annotated[
@@ -191,7 +191,7 @@ class StrategyConfig(Section):
     registries: ClassVar[Mapping[str, Registry]] = {"strategy": ALGORITHMS}
     strategy: Annotated[
         str,
-        "algorithm; sequential and averaging are the two strategies of Hetero-SplitEE",
+        "algorithm of the training",
         one_of(ALGORITHMS),
     ] = "averaging"
 
