@@ -50,8 +50,8 @@ class DataConfig(Section):
     }
     dataset: Annotated[
         str,
-        "dataset to train on; --data-dir holds all but fashion_mnist_small, which is in "
-        "the package, and arrays, which a Python program passes",
+        "dataset to train on; --data-dir holds all but fashion_mnist_small, which is "
+        "in the package, and arrays, which a Python program passes",
         one_of(DATASETS),
     ] = "fashion_mnist_small"
     data_dir: Annotated[
