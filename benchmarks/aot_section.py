@@ -51,14 +51,14 @@ AOT = Section(
     "Rounds compiled for accelerators",
     "*Compiled for, not run on*: no figure of this section was measured on a device. "
     "XLA compiled ResNet-18 of width 64 with batches of 128 in bfloat16. The time is "
-    "the sum of the cycles that XLA for TPU expects; orders and factors above 1.5 can "
-    "be trusted, milliseconds cannot. The cost is that time for an image relative to "
-    "one plain network on one chip; 1 means that all chips work as well as one that "
-    "trains one network. Two columns are for comparison: the plain network's FLOPs at "
-    "the peak of the chips, the least time there is, and all bytes that XLA counts at "
-    "the bandwidth of the memory, of which some never leave the chip. Links count the "
-    "bytes on a ring of the chips, and are not in the time of a step. Memory is that "
-    "of one chip, in GB. The compiler shared its cores with other work. `auto` takes "
+    "the sum of the cycles that XLA for TPU expects; trust its order and factors above "
+    "1.5, not its milliseconds. The cost is the time for an image relative to one "
+    "plain network on one chip; at 1, each chip works as well as a chip that trains "
+    "one network. Two columns are for comparison: the plain network's FLOPs at the "
+    "peak of the chips, which is the least possible time, and all bytes that XLA "
+    "counts at the bandwidth of the memory, though some never leave the chip. Links "
+    "count the bytes on a ring of the chips, and are not in the time of a step. Memory "
+    "is in GB of one chip. The compiler shared its cores with other work. `auto` takes "
     "`grouped` on TPU and `unrolled` on a GPU.",
     (
         Part(

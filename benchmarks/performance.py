@@ -24,10 +24,10 @@ INTRODUCTION = """\
 
 `python benchmarks/bench_all.py` runs every benchmark in a process of its own. A figure
 is the median of several timed calls; the lowest and the highest follow in brackets.
-Compilation and warm-up are outside. Figures that are compared were timed in turns in
-one process, so that a noisy machine disturbs both alike. On CPU the rounds
-against PyTorch were timed while nothing else ran; the other CPU tables are older, and
-other work may have slowed them.
+Compilation and warm-up do not count. Figures that are compared were timed in turns in
+one process, so that a noisy machine disturbs both alike. On CPU nothing else ran during
+the rounds against PyTorch whose column `idle` says yes; other work may have slowed the
+other CPU figures.
 """
 
 Result = dict[str, Any]

@@ -161,8 +161,8 @@ SECTIONS = (
     Section(
         "scaling-memory",
         "Peak memory by the number of clients",
-        "On a CPU it is the resident memory with compilation, above a process that "
-        "builds nothing; on a GPU it is the memory allocated on the device.",
+        "On a CPU, the resident memory with compilation, above a process that builds "
+        "nothing; on a GPU, the memory allocated on the device.",
         (Part("", _values("strategy", "clients", "peak MB")),),
     ),
     Section(
@@ -274,9 +274,9 @@ SECTIONS = (
         "start",
         "From the command to the first step",
         "The seconds from the start of `hsee train demo` to the end of its first step, "
-        "without compiled programs and with those of an earlier call "
-        "(`--compilation-cache`); and all programs that a run compiles, with the "
-        "seconds in which XLA compiles them, or reads them from the cache.",
+        "without compiled programs and with the programs of an earlier call "
+        "(`--compilation-cache`); the number of programs of a run; and the seconds in "
+        "which XLA compiles them, or reads them from the cache.",
         (
             Part(
                 "",
@@ -332,13 +332,12 @@ SECTIONS = (
                 {"table": "rounds"},
             ),
             Part(
-                "Bytes of the whole run, by call. The prediction is that of the "
-                "traffic on the links, which a simulation reports: features and labels "
-                "up, and the layers of each average up and down. It leaves out what a "
-                "deployment sends besides: a device's whole state at each evaluation "
-                "and checkpoint, its first layers, and the configuration. A counting "
-                "proxy between devices and server saw what is on the wire, without "
-                "the encryption of certificates.",
+                "Bytes of the whole run, by call. The predicted bytes are those that a "
+                "simulation reports for its links: features and labels up, and the "
+                "layers of each average up and down. A deployment also sends a "
+                "device's whole state at each evaluation and checkpoint, its first "
+                "layers, and the configuration. A counting proxy between devices and "
+                "server measured the bytes on the wire, without encryption.",
                 _values(
                     "call", "predicted up", "sent up", "predicted down", "sent down"
                 ),
@@ -352,10 +351,9 @@ SECTIONS = (
         "The memory of a device",
         "The peak of the resident memory of `hsee join` in a round of two batches of "
         "32 images of 32x32x3, with ResNet-18 at width 64: at the first start, which "
-        "compiles, and at a later one, which finds the programs of the first. The "
-        "imports are Python, JAX and gRPC before any work. Counted are weights, "
-        "gradients, the optimizer's state and the activations of a batch, as `hsee "
-        "info` shows them.",
+        "compiles, and at a later start, which finds the programs of the first. The "
+        "imports are Python, JAX and gRPC before any work. Counted are the weights, "
+        "gradients, optimizer state and activations of a batch.",
         (
             Part(
                 "",

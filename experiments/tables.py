@@ -41,10 +41,10 @@ INTRODUCTION = """\
 <!-- `python experiments/tables.py` writes this page; do not edit it. -->
 # Accuracy
 
-Each figure is the mean over the clients of a run of their accuracy on the test images,
-then mean ± standard deviation over seeds. Studies that choose a setting say that their
-figures are of held-out training images. Read [the protocol](protocol.md) before you
-compare rows: it says what was chosen by looking at the test images.
+The accuracy of a run is the mean over its clients, on the test images. A figure is the
+mean ± standard deviation over seeds. Studies that choose a setting measure on held-out
+training images instead, and say so. Read [the protocol](protocol.md) before you compare
+rows: it says what was chosen by looking at the test images.
 
 Images/s and seconds were taken while the machine did other work; for speed see
 [performance](performance.md).

@@ -72,7 +72,7 @@ def _command(name: str) -> str:
     for title, description, group in _groups(name):
         if title:
             lines += [f"**{title.capitalize()}.** {prose(description)}".strip(), ""]
-        rows = [(_argument(name, action), prose(action.help or "")) for action in group]
+        rows = [(_argument(name, action), prose(_help(action))) for action in group]
         lines += [table(("argument", "meaning"), rows), ""]
     if _takes_options(name):
         lines += [
@@ -115,6 +115,11 @@ def _argument(command: str, action: argparse.Action) -> str:
         takes = "" if action.nargs == 0 else f" {value}"
         name = f"{action.option_strings[-1]}{takes}"
     return f"`{name}`{{ #{anchor(command, action)} }}"
+
+
+def _help(action: argparse.Action) -> str:
+    """Return the help of an argument with its default, as argparse prints it."""
+    return (action.help or "") % vars(action)
 
 
 def anchor(command: str, action: argparse.Action) -> str:

@@ -13,10 +13,10 @@ from hsee_jax.inference import CRITERIA
 _CONFIGURATION = """\
 # Configuration
 
-A configuration has six sections. Every option is a flag of `hsee train` and `hsee info`
-(`learning_rate` is `--learning-rate`), a keyword of `hs.override(config, ...)`, and a
-value in a run's `config.json`. A flag that the chosen network, algorithm or codec does
-not read is refused.
+A configuration has six sections. Every option is a flag of `hsee train`, `serve`,
+`info`, `plan`, `profile` and `tune` (`learning_rate` is `--learning-rate`), a keyword
+of `hs.override(config, ...)`, and a value in a run's `config.json`. The commands refuse
+a flag that the chosen network, algorithm or codec does not read.
 
 <span class="ours">ours</span> marks a choice that the paper leaves open. *Demo*
 is the value of the preset `demo` where it differs from the default.
@@ -45,15 +45,20 @@ def _field(option: Option) -> tuple[str, ...]:
     return (
         f"`{option.name}`{{ #option-{option.name} }}",
         shown(option.default),
-        _meaning(option),
+        _meaning(option, in_demo=True),
     )
 
 
-def _meaning(option: Option) -> str:
-    """Return the help of an option, its values, and the value of the demo."""
+def _meaning(option: Option, *, in_demo: bool) -> str:
+    """Return the help of an option, its values, and its value in the demo.
+
+    Args:
+      option: the option.
+      in_demo: whether the demo reads this declaration of the option.
+    """
     lines = [prose(option.help), f"*Values:* {_values(option)}"]
     demo = flatten(PRESETS["demo"]).get(option.name, option.default)
-    if demo != option.default:
+    if in_demo and demo != option.default:
         lines.append(f"*Demo:* {shown(demo)}")
     return "<br>".join(line for line in lines if line)
 
@@ -62,10 +67,10 @@ def _registry(field: str, registry: Registry) -> str:
     """Show the entries that a field can name, and their options."""
     lines = [f"### Values of `{field}` {{ #values-of-{flag(field)} }}", ""]
     lines += [_entries(registry), ""]
-    rows = list(_options_of(registry))
+    rows = list(_options_of(field, registry))
     if rows:
         columns = ("option", "read by", *_COLUMNS[1:])
-        lines += [f"Options that a `{field}` reads:", "", table(columns, rows)]
+        lines += [f"Options that values of `{field}` read:", "", table(columns, rows)]
     return "\n".join(lines)
 
 
@@ -81,8 +86,9 @@ def _entries(registry: Registry) -> str:
     return table(header, [row[: len(header)] for row in rows])
 
 
-def _options_of(registry: Registry) -> Iterator[tuple[str, ...]]:
+def _options_of(field: str, registry: Registry) -> Iterator[tuple[str, ...]]:
     """Yield a row for each option; readers with another default have a row each."""
+    demo = flatten(PRESETS["demo"])[field]
     for name in registry.options():
         for number, (option, readers) in enumerate(_declarations(registry, name)):
             mark = f"{{ #option-{name} }}" if number == 0 else ""
@@ -91,7 +97,7 @@ def _options_of(registry: Registry) -> Iterator[tuple[str, ...]]:
                 f"`{name}`{mark}",
                 "all" if everyone else ", ".join(map(code, readers)),
                 shown(option.default),
-                _meaning(option),
+                _meaning(option, in_demo=demo in readers),
             )
 
 

@@ -42,8 +42,7 @@ GradientShare = Annotated[
 Distill = Annotated[
     float,
     "temperature at which a client's exit also learns from the server's logits of the "
-    "same batch, which come down, so that the client waits for them; 0: it does not "
-    "[ours]",
+    "same batch, for which the client waits; 0 turns it off [ours]",
     at_least(0),
 ]
 WidthTarget = Annotated[
@@ -54,22 +53,19 @@ WidthTarget = Annotated[
 ]
 Period = Annotated[
     int,
-    "how often to average, in units of period_unit; 0 is never; an absent client loses "
-    "its training since the last average [ours]",
+    "how often to average, in units of period_unit; 0 is never; a client that is "
+    "absent at an average loses its training since the average before [ours]",
     at_least(0),
 ]
 PeriodUnit = Annotated[str, "unit of period", one_of(PERIOD_UNITS)]
-Average = Annotated[
-    str,
-    "a layer's mean is over the server replicas that hold it, or over all holders, "
-    "clients included [ours]",
-    one_of(AVERAGES),
-]
-ClientAverage = Annotated[
-    str,
-    "client layers are never averaged, or each over the clients that hold it [ours]",
-    one_of(CLIENT_AVERAGES),
-]
+# The help of both declarations: the flag is one, and shows the first.
+_AVERAGED = (
+    "holders over which each layer is averaged: in averaging the servers, or "
+    "all_holders, clients included; in sequential and vicreg none, or the clients "
+    "[ours]"
+)
+Average = Annotated[str, _AVERAGED, one_of(AVERAGES)]
+ClientAverage = Annotated[str, _AVERAGED, one_of(CLIENT_AVERAGES)]
 Weights = Annotated[
     str,
     "weights of the clients in a mean: their numbers of training samples, or uniform "

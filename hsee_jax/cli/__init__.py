@@ -1,8 +1,8 @@
-"""The command line: ``hsee train | eval | gate | export | info | report | data``.
+"""The command line ``hsee``; `hsee_jax.cli.commands` lists its commands.
 
-Every field of `Config` is a flag. `main` turns an error into a line on standard error
-and an exit status; `console_main` also handles the signals and the standard streams of
-its process.
+A command that takes a configuration has a flag for every option of `Config`. `main`
+turns an error into a line on standard error and an exit status; `console_main` also
+handles the signals and the standard streams of its process.
 """
 
 from hsee_jax.cli.main import console_main, main

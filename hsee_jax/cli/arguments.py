@@ -48,7 +48,8 @@ def config_parser(command: str, words: Sequence[str]) -> Parser:
         command,
         argument_default=argparse.SUPPRESS,
         epilog="[ours]: the paper leaves this choice open. (demo: X): the value of the "
-        "preset demo. (a, b): only these values of the option before read the flag.",
+        "preset demo. (a, b): only the networks, strategies ... of these names read "
+        "the flag.",
     )
     parser.add_argument(
         "preset", nargs="?", help=f"{', '.join(PRESETS)}; demo by default"

@@ -52,7 +52,7 @@ COMMANDS = {
     "serve": Command(
         "serve",
         "serve",
-        "Train a run with clients that are devices on a network.",
+        "Train a run whose clients are devices on a network.",
         "--resume continues after the last round that ended",
     ),
     "join": Command(
@@ -70,16 +70,14 @@ COMMANDS = {
     "profile": Command(
         "profile",
         "profile_machine",
-        "Time the layers on this machine and write it as a device.",
+        "Time the layers on this machine, and write it as a device for hsee plan.",
     ),
     "tune": Command(
         "tune",
         "tune_forms",
         "Find the fastest form of each convolution on this machine, and keep it.",
     ),
-    "plan": Command(
-        "plan", "plan", "Choose the cut of each device, and draw a round with them."
-    ),
+    "plan": Command("plan", "plan", "Choose the cut of each device, and draw a round."),
     "report": Command("report", "report", "Draw and compare runs on one page."),
     "data": Command(
         "data",

@@ -21,7 +21,10 @@ def export(words: Sequence[str]) -> None:
         "join), which has one client",
     )
     parser.add_argument(
-        "--plugin", nargs="+", default=(), help="modules that a device's run needs"
+        "--plugin",
+        nargs="+",
+        default=(),
+        help="modules that the run of a device needs",
     )
     parser.add_argument(
         "--out",
@@ -39,8 +42,8 @@ def export(words: Sequence[str]) -> None:
         "--width",
         choices=WIDTHS,
         default="dense",
-        help="in a run with --width-target: dense is all channels, gated is without "
-        "those whose gates are closed (dense)",
+        help="in a run with --width-target: dense has all channels, gated only the "
+        "channels whose gates are open (dense)",
     )
     given = parse_run(parser, words)
     if is_device(given.run):

@@ -18,7 +18,7 @@ from hsee_jax.runs.folder import check_writable
 _TARGETS = {
     "offload": "at most this share of the samples goes to the server",
     "accuracy": "at least this accuracy, at the lowest offload",
-    "bytes": "at most so many bytes of features leave the client, mean of a sample",
+    "bytes": "at most this many bytes of features leave the client, mean of a sample",
 }
 
 
@@ -51,22 +51,24 @@ def _parser() -> Parser:
     parser.add_argument(
         "--criterion",
         default="entropy",
-        help="how unsure an exit is, entropy by default: "
+        help="measure of how unsure an exit is (entropy): "
         + "; ".join(f"{entry.name}: {entry.summary}" for entry in CRITERIA.values()),
     )
     one = parser.add_argument_group(
         "a target",
-        "each client's threshold meets it on the samples held out by "
-        "--validation-share in training and is kept in thresholds.json; without a "
-        "target there is only the curve",
+        "each client gets a threshold that meets the target on the samples held out by "
+        "--validation-share in training; thresholds.json keeps the thresholds. Without "
+        "a target there is only the curve",
     ).add_mutually_exclusive_group()
     for name, meaning in _TARGETS.items():
         one.add_argument(f"--target-{name}", type=float, help=meaning)
     parser.add_argument(
-        "--batch-size", type=int, help="of the inference; the run's eval_batch_size"
+        "--batch-size",
+        type=int,
+        help="samples in a batch of the inference (the run's eval_batch_size)",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the files, which are replaced; RUN/gate"
+        "--out", type=Path, help="folder for the files, which are replaced (RUN/gate)"
     )
     return parser
 

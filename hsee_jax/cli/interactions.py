@@ -43,7 +43,7 @@ def interactions(words: Sequence[str]) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the files, which are replaced; RUN/interactions",
+        help="folder for the files, which are replaced (RUN/interactions)",
     )
     given = parse_run(parser, words)
     show_log()

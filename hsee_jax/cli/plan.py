@@ -161,8 +161,8 @@ def _parser(words: Sequence[str]) -> Parser:
     parser.add_argument(
         "--pairs",
         metavar="|".join(RULES),
-        help="pair the clients without a server: each trains a whole network, and the "
-        "partner computes a part of it; writes pairs.json",
+        help="pair the clients without a server: each client trains a whole network, "
+        "of which its partner computes a part; writes pairs.json",
     )
     parser.add_argument(
         "--compare",

@@ -151,7 +151,7 @@ def _parser(words: Sequence[str]) -> Parser:
     add_run(
         parser,
         name="serve-DATE",
-        resume="go on with the run in --out after the last round that ended",
+        resume="continue the run in --out after the last round that ended",
     )
     _add_devices(parser)
     return parser
@@ -162,7 +162,7 @@ def _add_devices(parser: Parser) -> None:
     group.add_argument(
         "--listen",
         metavar="HOST:PORT",
-        help="where devices call; without --keys a host of this machine",
+        help="address at which devices call; without --keys an address of this machine",
     )
     group.add_argument(
         "--keys", type=Path, metavar="FOLDER", help="keys/server of hsee enroll"
@@ -185,17 +185,17 @@ def _add_devices(parser: Parser) -> None:
         "--min-clients",
         type=int,
         metavar="INT",
-        help="clients that a round waits for whatever the deadline (1)",
+        help="clients that a round waits for, whatever the deadline (1)",
     )
     group.add_argument(
         "--max-refusals",
         type=int,
         metavar="INT",
-        help="messages refused of a client before it is left out (3)",
+        help="refused messages that a client may send; one more leaves it out (3)",
     )
     group.add_argument(
         "--feature-bound",
         type=float,
         metavar="FLOAT",
-        help="a batch with a feature larger than this is refused (10000)",
+        help="largest size of a feature; a batch with a larger one is refused (10000)",
     )

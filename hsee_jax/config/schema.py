@@ -50,11 +50,13 @@ class DataConfig(Section):
     }
     dataset: Annotated[
         str,
-        "dataset to train on; all but the first are read from --data-dir",
+        "dataset to train on; --data-dir holds all but fashion_mnist_small, which is "
+        "in the package, and arrays, which a Python program passes",
         one_of(DATASETS),
     ] = "fashion_mnist_small"
     data_dir: Annotated[
-        str | None, "folder of the data; by default ~/tensorflow_datasets"
+        str | None,
+        "folder of the data; by default $TFDS_DATA_DIR, or ~/tensorflow_datasets",
     ] = None
     max_train_samples: Annotated[
         int | None, "use only the first training samples, this many", at_least(1)
@@ -121,9 +123,7 @@ class ClientsConfig(Section):
     ] = ()
     link: Annotated[
         str,
-        "form in which features leave a client, in training and after it: as computed, "
-        "in half precision, or as 256 levels between the extremes of each sample "
-        "[ours]",
+        "form in which features leave a client, in training and after it [ours]",
         one_of(CODECS),
     ] = "full"
     participation: Annotated[
@@ -162,8 +162,8 @@ class ClientsConfig(Section):
     ] = False
     on_nonfinite: Annotated[
         str,
-        "if a client's loss or gradient is not finite it skips the step, and leave_out "
-        "leaves the client out of the round's averages; stop ends the run",
+        "a client whose loss or gradient is not finite skips the step; leave_out "
+        "leaves it out of the round's averages, stop ends the run",
         one_of("leave_out", "stop"),
     ] = "leave_out"
 
@@ -191,8 +191,7 @@ class StrategyConfig(Section):
     registries: ClassVar[Mapping[str, Registry]] = {"strategy": ALGORITHMS}
     strategy: Annotated[
         str,
-        "algorithm: sequential has one shared server, averaging a server per client, "
-        "averaged layer by layer; the others are baselines",
+        "algorithm of the training",
         one_of(ALGORITHMS),
     ] = "averaging"
 
@@ -224,7 +223,7 @@ class RunConfig(Section):
     micro_batches: Annotated[
         int,
         "equal parts in which a client takes a batch, one after another, to need less "
-        "memory; BatchNorm sees each part by itself; for a detached boundary [ours]",
+        "memory; BatchNorm sees each part by itself; needs a detached boundary [ours]",
         at_least(1),
     ] = 1
     refit_exits_every: Annotated[

@@ -33,11 +33,13 @@ NormName = Annotated[
     "less from unlike clients and small batches [ours]",
     one_of("batch", "group"),
 ]
-ExitHead = Annotated[
-    str,
-    "an exit: a pool and a linear layer, or also a BatchNorm before them [ours]",
-    one_of("linear", "bn_linear"),
-]
+# The help of both declarations: the flag is one, and shows the first.
+_EXIT_HEAD = (
+    "an exit: a pool and a linear layer; before them also a BatchNorm or, in ResNets, "
+    "three small convolutions [ours]"
+)
+ExitHead = Annotated[str, _EXIT_HEAD, one_of("linear", "bn_linear")]
+ResNetExitHead = Annotated[str, _EXIT_HEAD, one_of("linear", "bn_linear", "conv")]
 DtypeName = Annotated[
     str,
     "dtype of the computation; parameters and statistics stay float32",

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from hsee_jax.core.options import one_of
 from hsee_jax.core.types import Array
 from hsee_jax.nn.gated_layer import Between, gated_from_linen
-from hsee_jax.nn.layers import Conv, ConvForm, DtypeName, Head, Norm, NormName, Width
+from hsee_jax.nn.layers import (
+    Conv,
+    ConvForm,
+    DtypeName,
+    Head,
+    Norm,
+    NormName,
+    ResNetExitHead,
+    Width,
+)
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
 
@@ -23,13 +32,6 @@ StemName = Annotated[
     str,
     "first layer: 3x3, or 7x7 and a max-pool; auto is 3x3 up to 64 pixels [ours]",
     one_of("auto", "3x3", "7x7"),
-]
-
-ExitHead = Annotated[
-    str,
-    "an exit: a pool and a linear layer; or before them also a BatchNorm, or three "
-    "small convolutions [ours]",
-    one_of("linear", "bn_linear", "conv"),
 ]
 
 _PLACES = (Between("conv1", "bn1", "conv2"), Between("conv2", "bn2", "conv3"))
@@ -173,7 +175,7 @@ def resnet18(
     width: Width = 64,
     stem: StemName = "auto",
     norm: NormName = "batch",
-    exit_head: ExitHead = "linear",
+    exit_head: ResNetExitHead = "linear",
     dtype: DtypeName = "float32",
     conv: ConvForm = "auto",
 ) -> Model:
@@ -207,7 +209,7 @@ def resnet34(
     width: Width = 64,
     stem: StemName = "auto",
     norm: NormName = "batch",
-    exit_head: ExitHead = "linear",
+    exit_head: ResNetExitHead = "linear",
     dtype: DtypeName = "float32",
     conv: ConvForm = "auto",
 ) -> Model:
@@ -225,7 +227,7 @@ def resnet50(
     width: Width = 64,
     stem: StemName = "auto",
     norm: NormName = "batch",
-    exit_head: ExitHead = "linear",
+    exit_head: ResNetExitHead = "linear",
     dtype: DtypeName = "float32",
     conv: ConvForm = "auto",
 ) -> Model:

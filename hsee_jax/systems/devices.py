@@ -46,12 +46,12 @@ class Entry:
     """The fields of an entry; where one is missing, the catalogue's value holds."""
 
     device: Annotated[str | None, "entry of the catalogue to start from"] = None
-    link: Annotated[str | None, "link of the catalogue; own rates win"] = None
+    link: Annotated[str | None, "link of the catalogue; rates of the entry win"] = None
     count: Annotated[int, "number of such devices", between(1, 1_000_000)] = 1
     compute_spread: Annotated[
         float,
         "standard deviation of the logarithm of the computing speed over the devices "
-        "of the entry, around the entry's as median",
+        "of the entry, whose own speed is the median",
         at_least(0),
     ] = 0.0
     link_spread: Annotated[
@@ -69,7 +69,7 @@ class Entry:
         float | None, "bytes/s from the server; by default as up", positive
     ] = None
     message_overhead_s: Annotated[
-        float | None, "seconds of each message beside its bytes", at_least(0)
+        float | None, "seconds that a message takes besides its bytes", at_least(0)
     ] = None
     memory_bytes: Annotated[float | None, "memory for training", positive] = None
     busy_watts: Annotated[float | None, "draw while it computes", at_least(0)] = None
@@ -79,16 +79,16 @@ class Entry:
     )
     idle_watts: Annotated[float | None, "draw while it waits", at_least(0)] = None
     battery_joules: Annotated[
-        float | None, "energy at the start of a run; without it no end", positive
+        float | None, "energy at the start of a run; by default unlimited", positive
     ] = None
     change_round: Annotated[
         int | None, "round of a run from which the device changes", at_least(2)
     ] = None
     compute_change: Annotated[
-        float | None, "so many times as fast it computes from change_round on", positive
+        float | None, "factor of the computing speed from change_round on", positive
     ] = None
     link_change: Annotated[
-        float | None, "so many times as fast its link is from change_round on", positive
+        float | None, "factor of the rates of the link from change_round on", positive
     ] = None
     source: Annotated[str | None, "where the numbers come from"] = None
     cluster: Annotated[
