@@ -8,7 +8,8 @@ from functools import partial
 import hsee_jax as hs
 from hsee_jax.core.errors import Stopped
 from hsee_jax.deployment.box import Box
-from hsee_jax.deployment.device import Device, join
+from hsee_jax.deployment.device import Changed, Device, join
+from hsee_jax.deployment.protocol import digest
 from hsee_jax.deployment.reception import serve
 from hsee_jax.runs.material import shares
 
@@ -65,8 +66,9 @@ class Network:
         for i in self._data:
             self.start(i)
 
-    def serve(self, **options):
-        """Serve the run until it ends, or is killed."""
+    def serve(self, config=None, **options):
+        """Serve the run until it ends, or is killed; it may go on in another way."""
+        self._config = config or self._config
         run, stop = self._folder / "run", lambda: bool(self.failures)
         try:
             return serve(self._config, run, self._doors, stop=stop, **options)
@@ -110,9 +112,10 @@ class Network:
                 box = Box(folder)
                 box.claim(values["run"], i)
                 box.put_about(values)
-                Device(part, data, box, call).run(lambda: bool(self.failures))
+                device = Device(part, data, box, call, about=digest(values))
+                device.run(lambda: bool(self.failures))
                 return
-            except Killed:
+            except (Killed, Changed):
                 continue
             except BaseException as error:
                 self.failures.append(error)

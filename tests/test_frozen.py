@@ -279,6 +279,39 @@ def test_a_server_trains_on_the_features_of_a_frozen_device(tmp_path, segment):
     assert records[0].train.exit_accuracy == records[1].train.exit_accuracy
 
 
+def test_it_learns_of_other_test_batches():
+    """Of a server that was resumed while it waited."""
+    config = {
+        "clients": {"link": "full", "keep_layers_private": True},
+        "model": {"network": "mlp"},
+    }
+    run = dict(config=config, cut=1, test_samples=10, test_batch_size=10)
+    rounds, told = [frozen._EVALUATE, frozen._EVALUATE, frozen._END], []
+
+    def call(method, message):
+        fields, tensors = frozen.unpack(message)
+        if method == "join":
+            return json.dumps(run).encode()
+        if method == "next":
+            return frozen.pack({"kind": rounds.pop(0), "round": 2})
+        if method == "test":
+            return frozen.pack(
+                {}, {"images": np.zeros((run["test_batch_size"], 1), "f4")}
+            )
+        told.append((fields["step"], len(tensors["logits"])))
+        if len(told) == 1:
+            run["test_batch_size"] = 5
+        return frozen.pack({"closed": 0})
+
+    def segment(images):
+        return {"logits": images}
+
+    segment.card = dict(cut=1, network="mlp", features=dict(link="full"))
+    samples = frozen.Samples(np.zeros((3, 1)), np.zeros(3, np.int32))
+    frozen.FrozenDevice(segment, samples, call).run()
+    assert told == [(0, 10), (0, 5), (1, 5)]
+
+
 @pytest.mark.slow
 def test_devices_with_and_without_jax_train_together(tmp_path, segment):
     config = hs.override(PRIVATE, num_clients=3, cuts=("2", "1"), link="float16")

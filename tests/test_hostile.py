@@ -220,12 +220,12 @@ def test_the_first_layers_are_those_of_the_simulation(call, experiment):
 def test_a_client_waits_for_its_round(call, mailbox):
     fields, _ = split(
         call("next", 0, pack({"round": 0, "since": 0})),
-        ("kind", "round", "layers", "last", "means"),
+        ("kind", "round", "layers", "last", "means", "about"),
     )
     assert (fields["kind"], fields["round"]) == (Kind.TRAIN, 1)
     mailbox.end(last={0: 1}, means={})
     fields, _ = split(
         call("next", 0, pack({"round": 1, "since": 0})),
-        ("kind", "round", "layers", "last", "means"),
+        ("kind", "round", "layers", "last", "means", "about"),
     )
     assert (fields["kind"], fields["last"]) == (Kind.END, 1)

@@ -222,11 +222,12 @@ def device(experiment, answers):
             client = jax.tree.map(lambda leaf: leaf[0], experiment.init().clients[0])
             return hs.deployment.box.DeviceState(client, 0, 0)
 
-    return Device(part, data, NoBox(), lambda method, message: answers[method])
+    call = lambda method, message: answers[method]  # noqa: E731
+    return Device(part, data, NoBox(), call, about=7)
 
 
 def test_a_device_sends_no_layers_whatever_the_server_asks():
-    task = dict(kind=Kind.TRAIN, round=1, layers=Layers.ALL, last=0, means=0)
+    task = dict(kind=Kind.TRAIN, round=1, layers=Layers.ALL, last=0, means=0, about=7)
     one = device(build_served(PRIVATE), {"next": pack(task)})
     with pytest.raises(UserError, match="keep_layers_private: the server asks"):
         one.run(lambda: False)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hsee_jax.deployment.protocol import (
     Refusal,
     check_finite,
     check_labels,
+    digest,
     form_of,
     named,
     pack,
@@ -117,7 +119,11 @@ class Service:
             share = name == "samples" and fields[name] == -1
             if fields[name] != allowed and not share:
                 raise Refusal(f"{name}: {fields[name]}; allowed is {allowed}")
-        return json.dumps({"run": self._run} | describe(self._experiment, i)).encode()
+        return json.dumps(self._about(i)).encode()
+
+    def _about(self, i: int) -> dict[str, Any]:
+        """Return what a device is told of the run."""
+        return {"run": self._run} | describe(self._experiment, i)
 
     def _begin(self, i: int, message: bytes, alive: Alive) -> bytes:
         """Return the client's layers before the first round, drawn as in a simulation.
@@ -146,6 +152,7 @@ class Service:
                 "layers": task.layers,
                 "last": task.last,
                 "means": newest if sent else 0,
+                "about": digest(self._about(i)),
             },
             named(sent, "means"),
         )
