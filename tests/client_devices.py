@@ -46,13 +46,14 @@ class Network:
     Attributes:
       failures: the errors of devices.
       lives: how often each device was started.
+      ended: whether the run has ended, so that no server comes back.
       post: carries the messages of a device: (what delivers one) -> what calls.
     """
 
     def __init__(self, config, folder):
         self._config, self._folder = config, folder
         self._data = dict(enumerate(shares(config)))
-        self._service, self._threads = None, []
+        self._service, self._threads, self.ended = None, [], False
         self.failures, self.lives = [], dict.fromkeys(self._data, 0)
         self.post = lambda call: call
 
@@ -71,19 +72,22 @@ class Network:
         self._config = config or self._config
         run, stop = self._folder / "run", lambda: bool(self.failures)
         try:
-            return serve(self._config, run, self._doors, stop=stop, **options)
+            summary = serve(self._config, run, self._doors, stop=stop, **options)
         except Stopped:
             raise self.failures[0] from None
+        self.ended = True
+        return summary
 
     def join(self):
         """Wait for the end of all devices."""
         for thread in self._threads:
             thread.join(30)
         assert not self.failures, self.failures
+        assert not any(thread.is_alive() for thread in self._threads)
 
     def call(self, i, method, message):
         """Call the server as gRPC does: again, until the same server has answered."""
-        while not self.failures:
+        while not (self.failures or self.ended):
             service = self._service
             if service is None:
                 time.sleep(0.01)
@@ -117,6 +121,8 @@ class Network:
                 return
             except (Killed, Changed):
                 continue
+            except ConnectionError:  # nobody answers any more
+                return
             except BaseException as error:
                 self.failures.append(error)
 

@@ -1,6 +1,7 @@
 """A device and its files: where it goes on, and what it never throws away."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_device_joins_again_if_the_run_goes_on_in_another_way(
                 raise Changed
             return True
 
-    monkeypatch.setattr("hsee_jax.deployment.take_part.Device", Stub)
+    monkeypatch.setattr(sys.modules[take_part.__module__], "Device", Stub)
     call = lambda method, message: json.dumps(next(answers)).encode()  # noqa: E731
     assert take_part(call, tmp_path, None, (), bool)
     assert built == [(n, digest(run)) for n, run in zip((1, 2), runs, strict=True)]

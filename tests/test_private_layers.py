@@ -141,8 +141,9 @@ def test_a_device_exports_its_client(runs, tmp_path, capsys):
     for card in own, expected:
         del card["exit_accuracy"], card["server_accuracy"]
     assert own == expected
-    assert main(["export", str(state), "--client", "1"]) == 2
-    assert "not allowed for the folder of a device" in capsys.readouterr().err
+    for words in (["--client", "1"], ["--checkpoint", "best"], ["--width", "gated"]):
+        assert main(["export", str(state), *words]) == 2
+        assert "not allowed for the folder of a device" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -106,13 +106,15 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
         assert share["label_counts"] == [of_share.count(label) for label in range(10)]
 
     path.unlink()
-    (tmp_path / "run" / "report").mkdir()
+    derived = [tmp_path / "run" / name for name in ("report", "interactions")]
+    for place in derived:
+        place.mkdir()
     runs.train(config, tmp_path / "run", resume=True)
     assert path.read_text() == text
     other = override(config, partition_seed=4)
     runs.train(other, tmp_path / "run", overwrite=True)
     assert path.read_text() != text
-    assert not (tmp_path / "run" / "report").exists()
+    assert not any(place.exists() for place in derived)
 
 
 def test_the_same_dataset_in_another_order_is_refused(tmp_path):

@@ -51,11 +51,18 @@ def export(words: Sequence[str]) -> None:
                 f"width: {given.width} is not allowed for the folder of a device; "
                 "allowed is dense"
             )
+        if given.checkpoint != "latest":
+            raise UserError(
+                f"checkpoint: {given.checkpoint} is not allowed for the folder of a "
+                "device, which keeps its last rounds; allowed is latest"
+            )
         place = export_device(
             given.run, out=given.out, onnx=given.onnx, plugins=given.plugin
         )
     elif given.client is None:
         raise UserError("--client: missing; allowed is the id of a client of the run")
+    elif given.plugin:
+        raise UserError("plugin: has no effect on a run, whose configuration names it")
     else:
         place = export_client(
             given.run,
