@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,29 @@ def test_an_address_needs_keys(words, message):
             int(given["--client"]) if "--client" in given else None,
             1.0,
         )
+
+
+def test_a_call_that_was_damaged_on_its_way_is_repeated(monkeypatch):
+    grpc = pytest.importorskip("grpc")
+    codes = [grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE]
+
+    class Damaged(grpc.RpcError):
+        def code(self):
+            return codes.pop(0)
+
+        def details(self):
+            return "bad record"
+
+    def function(message, timeout, metadata):
+        if codes:
+            raise Damaged
+        return message
+
+    channel = SimpleNamespace(unary_unary=lambda method: function)
+    monkeypatch.setattr(grpc, "insecure_channel", lambda address, options: channel)
+    monkeypatch.setattr(frozen, "_PAUSE_S", 0.01)
+    call = frozen.connect("localhost:7", None, 0, 60.0)
+    assert call("next", b"x") == b"x" and not codes
 
 
 def test_onnx_without_its_packages_names_the_extra(tmp_path, capsys, monkeypatch):

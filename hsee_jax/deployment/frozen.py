@@ -252,7 +252,8 @@ def connect(
         secure = grpc.ssl_channel_credentials(*credentials)
         channel = grpc.secure_channel(address, secure, options)
     metadata = None if client is None else (("client-id", str(client)),)
-    away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    # Unknown: such as bytes on the way that TLS does not accept
+    away = [grpc.StatusCode[n] for n in "UNAVAILABLE DEADLINE_EXCEEDED UNKNOWN".split()]
 
     def call(method: str, message: bytes) -> bytes:
         function = channel.unary_unary(f"/hsee_jax.Server/{method}")
