@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -196,6 +197,14 @@ def test_who_joins_is_told_of_the_run_and_has_its_samples(call, experiment):
             call("join", 1, pack(hello | change))
     with pytest.raises(Refusal, match="client: 2 is not one of this run"):
         call("join", 2, pack(hello))
+
+
+def test_who_has_samples_of_its_own_does_not_join_with_a_share(mailbox):
+    service = Service(build_served(small_run(), (9, 9)), mailbox, "a run", bound=1e4)
+    for samples, joins in ((9, True), (-1, False)):
+        hello = pack({"samples": samples, "version": VERSION})
+        with nullcontext() if joins else pytest.raises(Refusal, match="samples: -1"):
+            service.call("join", 1, hello, lambda: True)
 
 
 def test_a_device_imports_only_plugins_that_its_user_names(experiment):

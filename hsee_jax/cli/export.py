@@ -1,5 +1,6 @@
 """The command ``hsee export``."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,18 +45,7 @@ def export(words: Sequence[str]) -> None:
     )
     given = parse_run(parser, words)
     if is_device(given.run):
-        if given.client is not None:
-            raise UserError("client: is not allowed for the folder of a device")
-        if given.width != "dense":
-            raise UserError(
-                f"width: {given.width} is not allowed for the folder of a device; "
-                "allowed is dense"
-            )
-        if given.checkpoint != "latest":
-            raise UserError(
-                f"checkpoint: {given.checkpoint} is not allowed for the folder of a "
-                "device, which keeps its last rounds; allowed is latest"
-            )
+        _check_device(given)
         place = export_device(
             given.run, out=given.out, onnx=given.onnx, plugins=given.plugin
         )
@@ -73,3 +63,20 @@ def export(words: Sequence[str]) -> None:
             width=given.width,
         )
     print(place)
+
+
+def _check_device(given: argparse.Namespace) -> None:
+    """Refuse flags that the folder of a device does not allow.
+
+    Raises:
+      UserError: such a flag is given.
+    """
+    if given.client is not None:
+        raise UserError("client: is not allowed for the folder of a device")
+    for name, allowed in (("width", "dense"), ("checkpoint", "latest")):
+        value = getattr(given, name)
+        if value != allowed:
+            raise UserError(
+                f"{name}: {value} is not allowed for the folder of a device; allowed "
+                f"is {allowed}"
+            )

@@ -71,6 +71,10 @@ class Service:
         """Return the number of clients."""
         return len(self._forms)
 
+    def samples(self, i: int) -> int:
+        """Return how many samples client i has."""
+        return len(self._experiment.shards[i])
+
     def limit(self) -> int:
         """Return the bytes of the largest message of any device."""
         rows, test_rows = self._experiment.batch_size, self._experiment.eval_batch_size
@@ -114,9 +118,9 @@ class Service:
     def _join(self, i: int, message: bytes, alive: Alive) -> bytes:
         del alive
         fields, _ = split(message, ("samples", "version"))
-        known = len(self._experiment.shards[i])
-        for name, allowed in (("version", VERSION), ("samples", known)):
-            share = name == "samples" and fields[name] == -1
+        dealt = bool(self._experiment.manifest[i].indices)
+        for name, allowed in (("version", VERSION), ("samples", self.samples(i))):
+            share = name == "samples" and fields[name] == -1 and dealt
             if fields[name] != allowed and not share:
                 raise Refusal(f"{name}: {fields[name]}; allowed is {allowed}")
         return json.dumps(self._about(i)).encode()
