@@ -8,7 +8,8 @@ from functools import partial
 import hsee_jax as hs
 from hsee_jax.core.errors import Stopped
 from hsee_jax.deployment.box import Box
-from hsee_jax.deployment.device import Device, join
+from hsee_jax.deployment.device import Changed, Device, join
+from hsee_jax.deployment.protocol import digest
 from hsee_jax.deployment.reception import serve
 from hsee_jax.runs.material import shares
 
@@ -45,13 +46,14 @@ class Network:
     Attributes:
       failures: the errors of devices.
       lives: how often each device was started.
+      ended: whether the run has ended, so that no server comes back.
       post: carries the messages of a device: (what delivers one) -> what calls.
     """
 
     def __init__(self, config, folder):
         self._config, self._folder = config, folder
         self._data = dict(enumerate(shares(config)))
-        self._service, self._threads = None, []
+        self._service, self._threads, self.ended = None, [], False
         self.failures, self.lives = [], dict.fromkeys(self._data, 0)
         self.post = lambda call: call
 
@@ -65,23 +67,27 @@ class Network:
         for i in self._data:
             self.start(i)
 
-    def serve(self, **options):
-        """Serve the run until it ends, or is killed."""
+    def serve(self, config=None, **options):
+        """Serve the run until it ends, or is killed; it may go on in another way."""
+        self._config = config or self._config
         run, stop = self._folder / "run", lambda: bool(self.failures)
         try:
-            return serve(self._config, run, self._doors, stop=stop, **options)
+            summary = serve(self._config, run, self._doors, stop=stop, **options)
         except Stopped:
             raise self.failures[0] from None
+        self.ended = True
+        return summary
 
     def join(self):
         """Wait for the end of all devices."""
         for thread in self._threads:
             thread.join(30)
         assert not self.failures, self.failures
+        assert not any(thread.is_alive() for thread in self._threads)
 
     def call(self, i, method, message):
         """Call the server as gRPC does: again, until the same server has answered."""
-        while not self.failures:
+        while not (self.failures or self.ended):
             service = self._service
             if service is None:
                 time.sleep(0.01)
@@ -110,10 +116,13 @@ class Network:
                 box = Box(folder)
                 box.claim(values["run"], i)
                 box.put_about(values)
-                Device(part, data, box, call).run(lambda: bool(self.failures))
+                device = Device(part, data, box, call, about=digest(values))
+                device.run(lambda: bool(self.failures))
                 return
-            except Killed:
+            except (Killed, Changed):
                 continue
+            except ConnectionError:  # nobody answers any more
+                return
             except BaseException as error:
                 self.failures.append(error)
 

@@ -259,7 +259,8 @@ def test_a_client_is_asked_where_its_node_is(quick, caplog):
     assert nodes.sent == [(7, WHO, {}), (7, TURN, {"next": b"1"})]
 
     def restart():
-        time.sleep(0.2)
+        while len(nodes.sent) < 3:  # until it is asked
+            time.sleep(0.01)
         nodes.since = "b"
 
     thread = threading.Thread(target=restart)

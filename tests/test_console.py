@@ -32,7 +32,7 @@ def start(code):
 # A mutex that is locked twice holds a thread in C for ever; signals do not end that.
 # The handler keeps an early SIGINT from ending the thread before it is stuck.
 STUCK = """
-import ctypes, signal
+import ctypes, os, signal
 from hsee_jax.cli.signals import StopSignals, exit_on_second
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
 signal.signal(signal.SIGINT, lambda number, frame: None)
@@ -45,34 +45,39 @@ with {context}:
 
 @pytest.mark.parametrize(
     ("context", "number"),
-    [("StopSignals()", signal.SIGTERM), ("exit_on_second(print)", signal.SIGINT)],
+    [
+        ("StopSignals()", signal.SIGTERM),
+        ("exit_on_second(lambda _: os.write(2, b'first\\n'))", signal.SIGINT),
+    ],
 )
 def test_the_second_signal_ends_a_process_that_is_stuck(context, number):
     child = start(STUCK.format(context=context))
     child.send_signal(number)
+    first = child.stderr.readline()  # it has heard the first
+    stops = "hsee: stops after this step; a second signal ends it at once\n"
+    assert first == (stops if number == signal.SIGTERM else "first\n")
     time.sleep(0.7)
     assert child.poll() is None
     child.send_signal(number)
-    _, errors = child.communicate(timeout=5)
-    assert child.returncode == 128 + number
-    first = "hsee: stops after this step; a second signal ends it at once\n"
-    assert errors == first * (number == signal.SIGTERM) + "hsee: ended at once\n"
+    _, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (128 + number, "hsee: ended at once\n")
 
 
 def test_a_signal_that_is_sent_twice_at_once_is_one():
     """As timeout(1) sends it: to the process, and to its group."""
     child = start(
-        "import time; from hsee_jax.cli.signals import StopSignals\n"
-        "with StopSignals() as stop:\n"
+        "import time; from hsee_jax.cli import signals\n"
+        "signals._TOGETHER_S = 60\n"
+        "with signals.StopSignals() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.received: time.sleep(0.01)\n"
-        "    time.sleep(0.2)\n"
+        "    time.sleep(0.3)\n"
         "print(stop.received, flush=True)\n"
     )
-    for _ in range(2):
-        child.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-    out, _ = child.communicate(timeout=5)
+    child.send_signal(signal.SIGTERM)
+    assert child.stderr.readline().startswith("hsee: stops")
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=60)
     assert (child.returncode, out) == (0, f"{int(signal.SIGTERM)}\n")
 
 

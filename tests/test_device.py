@@ -1,5 +1,8 @@
 """A device and its files: where it goes on, and what it never throws away."""
 
+import json
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +11,10 @@ from client_devices import small_run
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.deployment.box import Box, DeviceState, read, write
-from hsee_jax.deployment.device import Device
+from hsee_jax.deployment.device import Changed, Device
 from hsee_jax.deployment.forms import Kind, Layers
-from hsee_jax.deployment.protocol import pack
+from hsee_jax.deployment.protocol import digest, pack
+from hsee_jax.deployment.take_part import take_part
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
 
@@ -44,10 +48,13 @@ def device(experiment, box, *tasks):
         assert method == "next"
         kind, number, last = next(answers)
         return pack(
-            dict(kind=kind, round=number, layers=Layers.NONE, last=last, means=0)
+            dict(
+                kind=kind, round=number, layers=Layers.NONE, last=last, means=0, about=7
+            )
         )
 
-    return Device(build_participant(describe(experiment, 0)), DATA, box, call)
+    part = build_participant(describe(experiment, 0))
+    return Device(part, DATA, box, call, about=7)
 
 
 def run(device):
@@ -71,6 +78,29 @@ def test_a_state_that_is_older_than_the_server_knows_goes_on(experiment, box, ca
     one = device(experiment, box, (Kind.WAIT, 0, 0), (Kind.END, 12, 11))
     assert run(one) and one.state.round == 9
     assert "the server counts round 11, the state here is of 9" in caplog.text
+
+
+def test_a_device_joins_again_if_the_run_goes_on_in_another_way(
+    experiment, tmp_path, monkeypatch
+):
+    runs = [
+        {"run": "a run"} | describe(experiment, 0) | {"test_samples": n} for n in (1, 2)
+    ]
+    answers, built = iter(runs), []
+
+    class Stub:
+        def __init__(self, part, data, box, call, *, about):
+            built.append((part.test_samples, about))
+
+        def run(self, stop):
+            if len(built) == 1:
+                raise Changed
+            return True
+
+    monkeypatch.setattr(sys.modules[take_part.__module__], "Device", Stub)
+    call = lambda method, message: json.dumps(next(answers)).encode()  # noqa: E731
+    assert take_part(call, tmp_path, None, (), bool)
+    assert built == [(n, digest(run)) for n, run in zip((1, 2), runs, strict=True)]
 
 
 def test_a_folder_belongs_to_one_client_of_one_run(tmp_path):
@@ -105,6 +135,15 @@ def test_old_rounds_are_forgotten(box, layers):
     assert box.rounds() == [9, 10]
     assert list(box.messages(10)) == [b"first"] and box.finish(10) == b"last"
     assert list(box.messages(9)) == []
+
+
+def test_test_inputs_are_fetched_once_for_each_size_of_a_batch(box):
+    def fetch(content):
+        return lambda: content
+
+    assert box.inputs(1, 10, fetch(b"ten")) == b"ten"
+    assert box.inputs(1, 5, fetch(b"five")) == b"five"
+    assert box.inputs(1, 10, fetch(b"again")) == b"ten"
 
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ call is repeated whose first try had arrived. The page "What a federation surviv
 lists the cases; a test compares its tables with those below.
 """
 
+import contextlib
 import itertools
 import random
 import threading
@@ -77,8 +78,9 @@ class Overtaken:
 
     def __call__(self, method, message):
         answer = self._call(method, message)
-        for held in self._held:
-            self._call(*held)
+        with contextlib.suppress(ConnectionError):  # the server has ended
+            for held in self._held:
+                self._call(*held)
         self._held = [(method, message)] if method in TOLD else []
         return answer
 

@@ -229,6 +229,7 @@ def test_the_command_exports(run, monkeypatch, capsys):
         ("--client 0 --checkpoint bset", "did you mean best?"),
         ("--client first", "--client: invalid int value"),
         ("--client 0 --width gated", "width: gated is not allowed for a run without"),
+        ("--client 0 --plugin tiny", "plugin: has no effect on a run"),
         ("", "--client: missing"),
     ],
 )

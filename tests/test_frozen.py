@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,29 @@ def test_an_address_needs_keys(words, message):
             int(given["--client"]) if "--client" in given else None,
             1.0,
         )
+
+
+def test_a_call_that_was_damaged_on_its_way_is_repeated(monkeypatch):
+    grpc = pytest.importorskip("grpc")
+    codes = [grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE]
+
+    class Damaged(grpc.RpcError):
+        def code(self):
+            return codes.pop(0)
+
+        def details(self):
+            return "bad record"
+
+    def function(message, timeout, metadata):
+        if codes:
+            raise Damaged
+        return message
+
+    channel = SimpleNamespace(unary_unary=lambda method: function)
+    monkeypatch.setattr(grpc, "insecure_channel", lambda address, options: channel)
+    monkeypatch.setattr(frozen, "_PAUSE_S", 0.01)
+    call = frozen.connect("localhost:7", None, 0, 60.0)
+    assert call("next", b"x") == b"x" and not codes
 
 
 def test_onnx_without_its_packages_names_the_extra(tmp_path, capsys, monkeypatch):
@@ -277,6 +301,39 @@ def test_a_server_trains_on_the_features_of_a_frozen_device(tmp_path, segment):
     for scores in (summary.scores, *(record.test for record in records)):
         assert scores.clients[0].exit_accuracy == pytest.approx(right)
     assert records[0].train.exit_accuracy == records[1].train.exit_accuracy
+
+
+def test_it_learns_of_other_test_batches():
+    """Of a server that was resumed while it waited."""
+    config = {
+        "clients": {"link": "full", "keep_layers_private": True},
+        "model": {"network": "mlp"},
+    }
+    run = dict(config=config, cut=1, test_samples=10, test_batch_size=10)
+    rounds, told = [frozen._EVALUATE, frozen._EVALUATE, frozen._END], []
+
+    def call(method, message):
+        fields, tensors = frozen.unpack(message)
+        if method == "join":
+            return json.dumps(run).encode()
+        if method == "next":
+            return frozen.pack({"kind": rounds.pop(0), "round": 2})
+        if method == "test":
+            return frozen.pack(
+                {}, {"images": np.zeros((run["test_batch_size"], 1), "f4")}
+            )
+        told.append((fields["step"], len(tensors["logits"])))
+        if len(told) == 1:
+            run["test_batch_size"] = 5
+        return frozen.pack({"closed": 0})
+
+    def segment(images):
+        return {"logits": images}
+
+    segment.card = dict(cut=1, network="mlp", features=dict(link="full"))
+    samples = frozen.Samples(np.zeros((3, 1)), np.zeros(3, np.int32))
+    frozen.FrozenDevice(segment, samples, call).run()
+    assert told == [(0, 10), (0, 5), (1, 5)]
 
 
 @pytest.mark.slow

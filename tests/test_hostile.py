@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -198,6 +199,14 @@ def test_who_joins_is_told_of_the_run_and_has_its_samples(call, experiment):
         call("join", 2, pack(hello))
 
 
+def test_who_has_samples_of_its_own_does_not_join_with_a_share(mailbox):
+    service = Service(build_served(small_run(), (9, 9)), mailbox, "a run", bound=1e4)
+    for samples, joins in ((9, True), (-1, False)):
+        hello = pack({"samples": samples, "version": VERSION})
+        with nullcontext() if joins else pytest.raises(Refusal, match="samples: -1"):
+            service.call("join", 1, hello, lambda: True)
+
+
 def test_a_device_imports_only_plugins_that_its_user_names(experiment):
     values = describe(experiment, 0)
     values["config"]["run"]["plugin"] = ["antigravity"]
@@ -220,12 +229,12 @@ def test_the_first_layers_are_those_of_the_simulation(call, experiment):
 def test_a_client_waits_for_its_round(call, mailbox):
     fields, _ = split(
         call("next", 0, pack({"round": 0, "since": 0})),
-        ("kind", "round", "layers", "last", "means"),
+        ("kind", "round", "layers", "last", "means", "about"),
     )
     assert (fields["kind"], fields["round"]) == (Kind.TRAIN, 1)
     mailbox.end(last={0: 1}, means={})
     fields, _ = split(
         call("next", 0, pack({"round": 1, "since": 0})),
-        ("kind", "round", "layers", "last", "means"),
+        ("kind", "round", "layers", "last", "means", "about"),
     )
     assert (fields["kind"], fields["last"]) == (Kind.END, 1)

@@ -141,8 +141,9 @@ def test_a_device_exports_its_client(runs, tmp_path, capsys):
     for card in own, expected:
         del card["exit_accuracy"], card["server_accuracy"]
     assert own == expected
-    assert main(["export", str(state), "--client", "1"]) == 2
-    assert "not allowed for the folder of a device" in capsys.readouterr().err
+    for words in (["--client", "1"], ["--checkpoint", "best"], ["--width", "gated"]):
+        assert main(["export", str(state), *words]) == 2
+        assert "not allowed for the folder of a device" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -222,11 +223,12 @@ def device(experiment, answers):
             client = jax.tree.map(lambda leaf: leaf[0], experiment.init().clients[0])
             return hs.deployment.box.DeviceState(client, 0, 0)
 
-    return Device(part, data, NoBox(), lambda method, message: answers[method])
+    call = lambda method, message: answers[method]  # noqa: E731
+    return Device(part, data, NoBox(), call, about=7)
 
 
 def test_a_device_sends_no_layers_whatever_the_server_asks():
-    task = dict(kind=Kind.TRAIN, round=1, layers=Layers.ALL, last=0, means=0)
+    task = dict(kind=Kind.TRAIN, round=1, layers=Layers.ALL, last=0, means=0, about=7)
     one = device(build_served(PRIVATE), {"next": pack(task)})
     with pytest.raises(UserError, match="keep_layers_private: the server asks"):
         one.run(lambda: False)

@@ -137,6 +137,46 @@ def test_a_server_that_lost_its_first_round_knows_its_devices(
     assert_undisturbed(simulated, config, tmp_path)
 
 
+PRIVATE = dict(strategy="sequential", keep_layers_private=True, eval_every=2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (dict(rounds=3), dict(rounds=4, eval_every=2)),
+        pytest.param(
+            dict(rounds=2, **PRIVATE), dict(eval_batch_size=5), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["rounds and layers", "test batches"],
+)
+def test_a_server_may_go_on_with_other_bookkeeping(
+    before, after, tmp_path, monkeypatch
+):
+    """Devices that wait for it learn of other rounds, layers and test batches."""
+    first = small_run(**before)
+    second, network = hs.override(first, **after), Network(first, tmp_path)
+    finish = Mailbox.finish
+
+    def dies(self, i):
+        """In round 2, when all devices have sent what is due after it."""
+        finished = finish(self, i)
+        if self._number == 2 and i == 1 and set(self._finished) == {0, 1}:
+            monkeypatch.undo()
+            raise Killed
+        return finished
+
+    monkeypatch.setattr(Mailbox, "finish", dies)
+    network.start_all()
+    with pytest.raises(Killed):
+        network.serve()
+    network.serve(second, resume=True)
+    network.join()
+    assert set(network.lives.values()) == {2}  # each has joined again
+    records = read_records(tmp_path / "run")
+    assert [record.missed for record in records] == [[]] * second.run.rounds
+
+
 def test_a_client_that_comes_late_was_absent_until_then(
     simulated, tmp_path, monkeypatch
 ):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from client_devices import SMALL, Network, small_run
+from tiny import write_run
 
 import hsee_jax as hs
 from hsee_jax.cli import main
@@ -119,6 +120,7 @@ def test_the_certificate_says_who_calls(echo, tmp_path):
     [
         ("localhost", "listen: localhost is not allowed; allowed is HOST:PORT"),
         ("localhost:70000", "allowed is HOST:PORT"),
+        ("localhost:²", "allowed is HOST:PORT"),
         (":80", "allowed is HOST:PORT"),
         ("0.0.0.0:80", "without --keys"),
         ("example.org:80", "without --keys"),
@@ -134,6 +136,30 @@ def test_a_port_that_is_taken_is_named(echo):
         with pytest.raises(UserError, match=f"listen: 127.0.0.1:{port} is not free"):
             with open_port(echo, f"127.0.0.1:{port}", None):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--listen", "0.0.0.0:7443"], "listen: 0.0.0.0:7443 is not allowed without"),
+        (["--listen", "localhost:0", "--keys", "nowhere"], "keys: nowhere/ca.pem"),
+    ],
+)
+def test_a_server_that_cannot_open_replaces_no_run(tmp_path, capsys, words, error):
+    run = tmp_path / "run"
+    write_run(run, small_run())
+    before = sorted(run.rglob("*"))
+    options = [*flags(**SMALL), "--out", str(run), "--overwrite"]
+    assert main(["serve", "demo", *options, *words]) == 2
+    assert error in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1"])
+def test_patience_is_a_time(seconds, tmp_path, capsys):
+    words = ["--client", "0", "--state", str(tmp_path / "state")]
+    assert main(["join", "127.0.0.1:1", *words, "--patience", seconds]) == 2
+    assert f"patience: {float(seconds)} is not allowed" in capsys.readouterr().err
 
 
 def test_who_joins_says_who_it_is_once(tmp_path, capsys):

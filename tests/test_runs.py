@@ -11,12 +11,12 @@ from hsee_jax import runs
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import DivergenceError, UserError
-from hsee_jax.data.partition import hold_out
+from hsee_jax.data.partition import Share, hold_out
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.inference.study import study
 from hsee_jax.optim import SCHEDULES
 from hsee_jax.runs.data import build_data
-from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.folder import check_partition, read_config
 
 SMALL = override(
     preset("demo"),
@@ -106,13 +106,25 @@ def test_the_partition_is_kept_with_the_run(tmp_path):
         assert share["label_counts"] == [of_share.count(label) for label in range(10)]
 
     path.unlink()
-    (tmp_path / "run" / "report").mkdir()
+    derived = [tmp_path / "run" / name for name in ("report", "interactions")]
+    for place in derived:
+        place.mkdir()
     runs.train(config, tmp_path / "run", resume=True)
     assert path.read_text() == text
     other = override(config, partition_seed=4)
     runs.train(other, tmp_path / "run", overwrite=True)
     assert path.read_text() != text
-    assert not (tmp_path / "run" / "report").exists()
+    assert not any(place.exists() for place in derived)
+
+
+def test_samples_of_the_clients_themselves_are_named(tmp_path):
+    """Where devices have them, and not the machine that opens the run."""
+    own = [Share(0, 1, 4, [0, 0], []), Share(1, 1, 9, [0, 0], [])]
+    text = json.dumps([share._asdict() for share in own])
+    (tmp_path / "partition.json").write_text(text)
+    check_partition(tmp_path, [share._replace(cut=2) for share in own])
+    with pytest.raises(UserError, match="samples: .* needs --samples 4 9"):
+        check_partition(tmp_path, own[:1])
 
 
 def test_the_same_dataset_in_another_order_is_refused(tmp_path):

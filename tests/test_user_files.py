@@ -1,9 +1,12 @@
 """Files that users write with whatever program they have: absences, configurations."""
 
+import json
+
 import pytest
 
 from hsee_jax import cli
 from hsee_jax.cli.flags import config_from
+from hsee_jax.cli.plan_file import AUTO, config_with_plan
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
@@ -83,6 +86,26 @@ def test_clients_are_counted_where_they_are_set(tmp_path):
     with pytest.raises(UserError, match=r"client 11 .* allowed are 0\.\.5"):
         absences(path, content, preset="demo")
     assert absences(path, content, preset="demo", num_clients=12) == ("11:1-1",)
+
+
+def test_clients_are_counted_after_a_plan(tmp_path, monkeypatch):
+    """A plan for more clients than the preset has, which may be absent as well."""
+    (tmp_path / "absences.csv").write_text("client,from,to\n8,1,2\n")
+    given = {"absences_file": tmp_path / "absences.csv"}
+    given |= {"network": "mlp", "depth": 2, "rounds": 2}
+    entry = 'name = "one"\ncount = 9\nforward_flops_per_s = 1e9\nlink = "ethernet"'
+    devices, plan = tmp_path / "fleet.toml", tmp_path / "plan.json"
+    devices.write_text(f"[[devices]]\n{entry}\n")
+    clients = [{"cut": 1}] * 9
+    plan.write_text(json.dumps({"layers": ["dense1", "dense2"], "clients": clients}))
+    for own in ({"plan": plan}, {"cuts": AUTO, "devices": devices}):
+        config = config_with_plan(given | own, stored=None)
+        assert config.clients.num_clients == 9
+        assert config.clients.absences == ("8:1-2",)
+    monkeypatch.setattr("hsee_jax.cli.plan._plan_cuts", lambda known, given, out: None)
+    words = ["plan", "--devices", str(devices), "--out", str(tmp_path / "plan")]
+    words += ["--network", "mlp", "--depth", "2", "--hidden", "4"]
+    assert cli.main([*words, "--absences", "8:1-2"]) == 0
 
 
 def test_an_absences_file_that_is_not_there(tmp_path, capsys):

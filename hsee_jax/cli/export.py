@@ -1,5 +1,6 @@
 """The command ``hsee export``."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,18 +48,14 @@ def export(words: Sequence[str]) -> None:
     )
     given = parse_run(parser, words)
     if is_device(given.run):
-        if given.client is not None:
-            raise UserError("client: is not allowed for the folder of a device")
-        if given.width != "dense":
-            raise UserError(
-                f"width: {given.width} is not allowed for the folder of a device; "
-                "allowed is dense"
-            )
+        _check_device(given)
         place = export_device(
             given.run, out=given.out, onnx=given.onnx, plugins=given.plugin
         )
     elif given.client is None:
         raise UserError("--client: missing; allowed is the id of a client of the run")
+    elif given.plugin:
+        raise UserError("plugin: has no effect on a run, whose configuration names it")
     else:
         place = export_client(
             given.run,
@@ -69,3 +66,20 @@ def export(words: Sequence[str]) -> None:
             width=given.width,
         )
     print(place)
+
+
+def _check_device(given: argparse.Namespace) -> None:
+    """Refuse flags that the folder of a device does not allow.
+
+    Raises:
+      UserError: such a flag is given.
+    """
+    if given.client is not None:
+        raise UserError("client: is not allowed for the folder of a device")
+    for name, allowed in (("width", "dense"), ("checkpoint", "latest")):
+        value = getattr(given, name)
+        if value != allowed:
+            raise UserError(
+                f"{name}: {value} is not allowed for the folder of a device; allowed "
+                f"is {allowed}"
+            )

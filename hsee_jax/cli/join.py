@@ -9,6 +9,7 @@ from hsee_jax.cli.flags import Parser, add_cache, find_plugins, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show_log
 from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.paths import expand_home
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.folder import sole_writer
@@ -31,6 +32,8 @@ def join(words: Sequence[str]) -> int | None:
         ) from error
     from hsee_jax.deployment.take_part import take_part
 
+    patience = Option("patience", float, None, rules=(at_least(0),))
+    patience.checked(given.patience)
     check_devices()
     show_log()
     state = expand_home(given.state, "state")

@@ -48,6 +48,8 @@ def plan(words: Sequence[str]) -> None:
     _check(given)
     out = given.get("out", Path("plan"))
     check_writable(out)
+    if "devices" in given:
+        given["num_clients"] = len(read_devices(given["devices"]).clients)
     config = config_with_link_rates(config_from(given), given)
     resources = read_resources(given, config)
     use_cache(given)

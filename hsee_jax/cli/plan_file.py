@@ -70,6 +70,7 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
         taken = ("num_clients", "recuts")
         _refuse(given, taken, f"the devices of {given['devices']}")
         given = {name: value for name, value in given.items() if name != "cuts"}
+        given["num_clients"] = len(read_devices(given["devices"]).clients)
     elif "replan_every" in given:
         raise UserError("replan_every: has no effect; it is read with --cuts auto")
     return config_from(given, stored=stored)
@@ -94,13 +95,15 @@ def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
             )
         return config_with_plans(config, Resources(fleet), every)
     answer = plan_cuts(problem_of(planning(config, Resources(fleet))))
-    return _with_cuts(config, tuple(map(str, answer.cuts.tolist())))
+    cuts = tuple(map(str, answer.cuts.tolist()))
+    return override(config, cuts=cuts, num_clients=len(cuts))
 
 
 def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config:
     _refuse(given, ("cuts", "num_clients", "replan_every"), f"plan {path}")
     plan = read_cuts(path)
-    config = _with_cuts(config_from(given, stored=stored), plan.cuts)
+    own = {"cuts": plan.cuts, "num_clients": len(plan.cuts)}
+    config = config_from(given | own, stored=stored)
     layers = build_model(config).layer_names
     if plan.layers != layers:
         raise UserError(
@@ -108,10 +111,6 @@ def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config
             f"this network has {', '.join(layers)}"
         )
     return config
-
-
-def _with_cuts(config: Config, cuts: tuple[str, ...]) -> Config:
-    return override(config, cuts=cuts, num_clients=len(cuts))
 
 
 def _refuse(given: dict[str, Any], names: tuple[str, ...], what: str) -> None:

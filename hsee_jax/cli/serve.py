@@ -88,11 +88,20 @@ def _run(
 def _doors(
     config: "Config", given: dict[str, Any], devices: "LocalDevices | None"
 ) -> "Doors":
-    """Return what lets the calls of devices in."""
-    from hsee_jax.deployment.rpc import open_port
+    """Return what lets the calls of devices in.
+
+    Raises:
+      UserError: the address or the keys are not allowed.
+    """
+    from hsee_jax.deployment.credentials import server_credentials
+    from hsee_jax.deployment.rpc import check_address, open_port
 
     keys = given.get("keys")
     keys = None if keys is None else expand_home(keys, "keys")
+    # Before a run in the folder is replaced.
+    check_address(given["listen"], "listen", keys)
+    if keys is not None:
+        server_credentials(keys)
 
     @contextlib.contextmanager
     def doors(service: "Service") -> Iterator[None]:

@@ -119,7 +119,7 @@ class Box:
                 (self._folder / f"{_STATE}{later}").unlink(missing_ok=True)
 
     def put(self, number: int, step: int | None, message: bytes) -> None:
-        """Keep a message of a round; without a step, the last one."""
+        """Keep a message of a round; without a step, the metrics of its end."""
         name = _FINISH if step is None else f"{step:08}"
         write(self._outbox(number) / name, message, sync=False)
 
@@ -130,12 +130,18 @@ class Box:
                 yield read(path)
 
     def finish(self, number: int) -> bytes:
-        """Return the last message of a round."""
+        """Return the metrics of the end of a round."""
         return read(self._outbox(number) / _FINISH)
 
-    def inputs(self, step: int, fetch: Callable[[], bytes]) -> bytes:
-        """Return a batch of test inputs, and fetch it if it is not kept here yet."""
-        path = self._folder / _TEST / f"{step:08}"
+    def inputs(self, step: int, size: int, fetch: Callable[[], bytes]) -> bytes:
+        """Return a batch of test inputs, and fetch it if it is not kept here yet.
+
+        Args:
+          step: the number of the batch.
+          size: of all batches but the last, which a resumed server may change.
+          fetch: asks the server for the batch.
+        """
+        path = self._folder / _TEST / str(size) / f"{step:08}"
         if not path.exists():
             write(path, fetch())
         return read(path)

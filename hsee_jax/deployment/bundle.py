@@ -169,7 +169,7 @@ class Courier:
             self._failures.append(error)
 
     def _carry(self, service: Service, i: int) -> None:
-        hello = pack({"samples": -1, "version": VERSION})
+        hello = pack({"samples": service.samples(i), "version": VERSION})
         asks = pack({"round": 0, "since": 0})  # for all means that there are
         run = service.call("join", i, hello, self._alive)
         lost: bool | None = None  # whether the device has no state; None if not known

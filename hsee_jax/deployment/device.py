@@ -42,6 +42,10 @@ _log = logging.getLogger(__name__)
 Call = Callable[[str, bytes], bytes]
 
 
+class Changed(Exception):
+    """The server goes on with the run in another way than it said to the device."""
+
+
 def join(
     call: Call, samples: int, plugins: tuple[str, ...] = ()
 ) -> tuple[Any, Participant]:
@@ -67,7 +71,9 @@ class Device:
       state: of its client.
     """
 
-    def __init__(self, part: Participant, data: Dataset, box: Box, call: Call) -> None:
+    def __init__(
+        self, part: Participant, data: Dataset, box: Box, call: Call, *, about: int
+    ) -> None:
         """Prepare the device, and read where it goes on.
 
         Args:
@@ -75,11 +81,12 @@ class Device:
           data: its samples, on the host.
           box: the device's files.
           call: calls the server; raises `Refusal` if it refuses what it got.
+          about: the `digest` of what the server said of the run.
 
         Raises:
           UserError: the files are damaged.
         """
-        self._part, self._box, self._call = part, box, call
+        self._part, self._box, self._call, self._about = part, box, call, about
         self._labels = np.asarray(data.labels, np.int32)
         self._programs = make_programs(part, data)
         steps = part.learning_rates.shape[1]
@@ -97,6 +104,7 @@ class Device:
 
         Raises:
           UserError: see `_go_back`.
+          Changed: the device has to join again.
         """
         while not stop():
             kind, number, layers = self._next()
@@ -126,10 +134,12 @@ class Device:
         form = form_of(forms.means, "means")
         fields, data = split(
             self._call("next", pack({"round": state.round, "since": state.since})),
-            ("kind", "round", "layers", "last", "means"),
+            ("kind", "round", "layers", "last", "means", "about"),
             limit=size_limit(form),
         )
         kind, number = Kind(fields["kind"]), fields["round"]
+        if kind != Kind.END and fields["about"] != self._about:
+            raise Changed
         again = kind == Kind.TRAIN and number == state.round
         if kind != Kind.WAIT and not again and fields["last"] != state.round:
             behind = kind != Kind.END and number < state.round
@@ -172,7 +182,7 @@ class Device:
         return True
 
     def _take_part(self, number: int, layers: Layers) -> None:
-        """Train a round, or answer again with what it was answered with.
+        """Train a round, or send again what was sent of it.
 
         Raises:
           UserError: the server asks for layers that are private.
@@ -186,7 +196,9 @@ class Device:
         if number == self.state.round:
             for message in box.messages(number):
                 self._answer("push", message)
-            self._answer("finish", box.finish(number))
+            form = self._forms.metrics
+            kept = split(box.finish(number), (), limit=size_limit(form)).tensors
+            self._finish(layers, unpack(kept, form))
             return
 
         def exchange(step: int, tensors: Tensors) -> Tensors:
@@ -204,15 +216,19 @@ class Device:
             number,
             exchange,
         )
-        leaves = named(jax.device_get(client), "client")
-        kept = {name: leaves[name] for name in self._forms.layers[layers]}
-        fields = {"round": number, "layers": layers}
-        message = pack(fields, named(metrics, "exit") | kept)
-        box.put(number, None, message)
+        tensors = named(metrics, "exit")
+        box.put(number, None, pack({}, tensors))
         self.state = DeviceState(client, number, self.state.since)
         box.save(self.state)
         box.forget(number)
-        self._answer("finish", message)
+        self._finish(layers, tensors)
+
+    def _finish(self, layers: Layers, metrics: Tensors) -> None:
+        """End the last round with its metrics and the layers that are asked for."""
+        leaves = named(jax.device_get(self.state.client), "client")
+        kept = {name: leaves[name] for name in self._forms.layers[layers]}
+        fields = {"round": self.state.round, "layers": layers}
+        self._answer("finish", pack(fields, metrics | kept))
 
     def _evaluate(self, number: int) -> None:
         """Send what the client makes of the server's test inputs."""
@@ -239,7 +255,8 @@ class Device:
             answer = self._call("test", pack({"step": step}))
             return split(answer, (), limit=size_limit(form)).tensors
 
-        return unpack(self._box.inputs(step, fetch), form)["images"]
+        size = self._part.test_batch_size
+        return unpack(self._box.inputs(step, size, fetch), form)["images"]
 
     def _answer(self, method: str, message: bytes, limit: int = 0) -> bytes:
         """Call the server, and return the tensors of its answer.

@@ -88,7 +88,7 @@ def _hosts(
     if not server.exists():
         return wanted or [host_name(host) for host in LOCAL]
     known = hosts_of(_read_certificate(server / "certificate.pem"))
-    if wanted and wanted != known and not renew:
+    if wanted and set(wanted) != set(known) and not renew:
         shown = " ".join(str(name.value) for name in known)
         raise UserError(
             f"host: {server} has a certificate for {shown}; allowed are these, or "

@@ -148,8 +148,7 @@ class FrozenDevice:
           Failure: the segment is not made for the run.
         """
         self._segment, self._samples, self._call = segment, samples, call
-        joined = {"samples": len(samples.labels), "version": _VERSION}
-        self._run = json.loads(call("join", pack(joined)))
+        self._run = self._join()
         config, card = self._run["config"], segment.card
         for name, own, its in (
             ("cut", card["cut"], self._run["cut"]),
@@ -175,46 +174,47 @@ class FrozenDevice:
             elif fields["kind"] == _EVALUATE:
                 self._evaluate(fields["round"])
 
+    def _join(self) -> dict[str, Any]:
+        """Return what the server says of the run."""
+        joined = {"samples": len(self._samples.labels), "version": _VERSION}
+        return json.loads(self._call("join", pack(joined)))
+
     def _train(self, number: int) -> None:
         """Send the batches of a round, and the losses of the exit on them."""
         scores = np.zeros((3, self._run["steps"]))
         for step, rows in enumerate(self._batches(number)):
-            if not len(rows):
-                continue
             labels = self._samples.labels[rows]
             sent = self._segment(self._samples.inputs[rows])
             scores[:, step] = exit_scores(sent.pop("logits"), labels)
             sent["labels"] = labels
-            message = pack({"round": number, "step": step}, sent)
-            if not self._told("push", message):
+            if not self._told("push", sent, round=number, step=step):
                 return
         kinds = {"loss_sum": np.float32, "correct": np.int32, "count": np.int32}
         metrics = {
             f"exit.{name}": values.astype(kind)
             for (name, kind), values in zip(kinds.items(), scores, strict=True)
         }
-        self._told("finish", pack({"round": number, "layers": 0}, metrics))
+        self._told("finish", metrics, round=number, layers=0)
 
     def _batches(self, number: int) -> list[np.ndarray]:
-        """Return the samples of each step of a round, as the server expects them."""
+        """Return the samples of each batch of a round, as the server expects them."""
         run, size = self._run, self._run["batch_size"]
         key = (run["config"]["run"]["data_seed"], _BATCHES, run["client"], number - 1)
         order = np.random.default_rng(key).permutation(len(self._samples.labels))
-        return [order[step * size : (step + 1) * size] for step in range(run["steps"])]
+        return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
     def _evaluate(self, number: int) -> None:
         """Send what the segment makes of the server's test inputs."""
-        steps = -(-self._run["test_samples"] // self._run["test_batch_size"])
-        for step in range(steps):
+        run = self._join()  # a server that goes on may have another batch size
+        for step in range(-(-run["test_samples"] // run["test_batch_size"])):
             _, tensors = unpack(self._call("test", pack({"step": step})))
             answers = self._segment(tensors["images"])
-            message = pack({"round": number, "step": step}, answers)
-            if not self._told("score", message):
+            if not self._told("score", answers, round=number, step=step):
                 return
 
-    def _told(self, method: str, message: bytes) -> bool:
+    def _told(self, method: str, tensors: Tensors, **fields: int) -> bool:
         """Send a message; return whether the round goes on with this device."""
-        return not unpack(self._call(method, message))[0]["closed"]
+        return not unpack(self._call(method, pack(fields, tensors)))[0]["closed"]
 
 
 def exit_scores(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int, int]:
@@ -252,7 +252,8 @@ def connect(
         secure = grpc.ssl_channel_credentials(*credentials)
         channel = grpc.secure_channel(address, secure, options)
     metadata = None if client is None else (("client-id", str(client)),)
-    away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    # Unknown: such as bytes on the way that TLS does not accept
+    away = [grpc.StatusCode[n] for n in "UNAVAILABLE DEADLINE_EXCEEDED UNKNOWN".split()]
 
     def call(method: str, message: bytes) -> bytes:
         function = channel.unary_unary(f"/hsee_jax.Server/{method}")

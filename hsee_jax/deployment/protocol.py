@@ -8,6 +8,7 @@ may have, then the values.
 
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -80,6 +81,11 @@ def split(message: bytes, names: Sequence[str], *, limit: int = 0) -> Parts:
         if type(value) is not int or not -1 <= value <= _LARGEST_FIELD:
             raise Refusal(f"{name}: not a whole number from -1 to {_LARGEST_FIELD}")
     return Parts(found, message[len(line) + 1 :])
+
+
+def digest(values: Mapping[str, Any]) -> int:
+    """Return a field of a message that differs for other values of JSON."""
+    return zlib.crc32(json.dumps(values).encode()) >> 1
 
 
 def size_limit(form: Form) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from hsee_jax.deployment.protocol import (
     Refusal,
     check_finite,
     check_labels,
+    digest,
     form_of,
     named,
     pack,
@@ -69,6 +71,10 @@ class Service:
         """Return the number of clients."""
         return len(self._forms)
 
+    def samples(self, i: int) -> int:
+        """Return how many samples client i has."""
+        return len(self._experiment.shards[i])
+
     def limit(self) -> int:
         """Return the bytes of the largest message of any device."""
         rows, test_rows = self._experiment.batch_size, self._experiment.eval_batch_size
@@ -112,12 +118,16 @@ class Service:
     def _join(self, i: int, message: bytes, alive: Alive) -> bytes:
         del alive
         fields, _ = split(message, ("samples", "version"))
-        known = len(self._experiment.shards[i])
-        for name, allowed in (("version", VERSION), ("samples", known)):
-            share = name == "samples" and fields[name] == -1
+        dealt = bool(self._experiment.manifest[i].indices)
+        for name, allowed in (("version", VERSION), ("samples", self.samples(i))):
+            share = name == "samples" and fields[name] == -1 and dealt
             if fields[name] != allowed and not share:
                 raise Refusal(f"{name}: {fields[name]}; allowed is {allowed}")
-        return json.dumps({"run": self._run} | describe(self._experiment, i)).encode()
+        return json.dumps(self._about(i)).encode()
+
+    def _about(self, i: int) -> dict[str, Any]:
+        """Return what a device is told of the run."""
+        return {"run": self._run} | describe(self._experiment, i)
 
     def _begin(self, i: int, message: bytes, alive: Alive) -> bytes:
         """Return the client's layers before the first round, drawn as in a simulation.
@@ -146,6 +156,7 @@ class Service:
                 "layers": task.layers,
                 "last": task.last,
                 "means": newest if sent else 0,
+                "about": digest(self._about(i)),
             },
             named(sent, "means"),
         )

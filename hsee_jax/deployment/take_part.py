@@ -1,5 +1,6 @@
 """A device from its files: take part in a run, from its start or from where it was."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,8 +8,8 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.data.arrays import as_known
 from hsee_jax.data.npz import read_split
 from hsee_jax.deployment.box import Box
-from hsee_jax.deployment.device import Call, Device, join
-from hsee_jax.deployment.protocol import Refusal
+from hsee_jax.deployment.device import Call, Changed, Device, join
+from hsee_jax.deployment.protocol import Refusal, digest
 from hsee_jax.runs.participant import own_share
 
 
@@ -22,6 +23,9 @@ def take_part(
     private: bool = False,
 ) -> bool:
     """Take part in a run until it ends.
+
+    A server that was stopped may go on with other rounds or another evaluation; the
+    device then joins it again.
 
     Args:
       call: calls the server.
@@ -40,7 +44,8 @@ def take_part(
     """
     raw = None if data is None else read_split(data)
     samples = -1 if raw is None else len(raw.labels)
-    try:
+
+    def once() -> bool:
         values, part = join(call, samples, tuple(plugins))
         if private and not part.private:
             raise UserError(
@@ -51,6 +56,11 @@ def take_part(
         box.claim(values["run"], part.client)
         box.put_about(values)
         own = own_share(values) if raw is None else as_known(raw, part.info)
-        return Device(part, own, box, call).run(stop)
+        return Device(part, own, box, call, about=digest(values)).run(stop)
+
+    try:
+        while True:
+            with contextlib.suppress(Changed):
+                return once()
     except Refusal as refusal:
         raise UserError(f"server: sends what is not allowed: {refusal}") from refusal

@@ -195,17 +195,20 @@ def check_partition(folder: Path, shares: Sequence[Share]) -> None:
         stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # it is lost, and `train` writes it anew
-    found = [share._asdict() for share in shares]
-    if [_without_cut(one) for one in stored] != [_without_cut(one) for one in found]:
+    found = [share._asdict() | {"cut": 0} for share in shares]
+    same = [one | {"cut": 0} for one in stored] == found
+    own = [str(one["samples"]) for one in stored if one.get("indices") == []]
+    if own and not same:
+        raise UserError(
+            f"samples: the clients of {folder} have samples of their own, which are "
+            f"not here; `hsee serve --resume` needs --samples {' '.join(own)}"
+        )
+    if not same:
         raise UserError(
             f"data_dir: the training samples found now are not those of {folder}; "
             "allowed is the same dataset in the same form, be it prepared by "
             "tensorflow-datasets, an archive or npz"
         )
-
-
-def _without_cut(share: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in share.items() if name != "cut"}
 
 
 @contextlib.contextmanager

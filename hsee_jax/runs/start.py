@@ -36,6 +36,7 @@ _DERIVED = (
     "export",
     "refit",
     "refit.json",
+    "interactions",
     "tracking",
     "tensorboard",
     "wandb",

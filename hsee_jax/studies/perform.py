@@ -1,10 +1,12 @@
 """Train the runs of a study, each in a process of its own."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +23,8 @@ from hsee_jax.studies.results import (
 )
 from hsee_jax.studies.study import Run
 from hsee_jax.studies.train import changes, cores, refusal, train_run
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)  # by the parent, which stops the runs
 
 
 class End(NamedTuple):
@@ -150,7 +154,8 @@ class _Sweep:
             args=(run, _folder(self._out, run), share, self._told, tell),
             kwargs=self._options,
         )
-        process.start()
+        with _blocked():
+            process.start()
         tell.close()  # the process has the only other end
         self._at_work[answer] = _Work(run, process, answer, share)
 
@@ -171,6 +176,24 @@ class _Sweep:
         return end
 
 
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Start processes that no Ctrl-C ends while they import what they need.
+
+    A process inherits which signals are blocked, and may be long before it can ignore
+    them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # the first process starts it, and it unblocks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(
     run: Run,
     folder: Path,
@@ -182,7 +205,7 @@ def _work(
     setup: Callable[[], None] | None,
 ) -> None:
     """Train a run in this process, and send its end."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent passes them on
+    for number in _PASSED_ON:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
