@@ -30,6 +30,7 @@ from hsee_jax.federation.step import branch_step
 from hsee_jax.link import CODECS, sample_bytes
 from hsee_jax.nn import NETWORKS, masked_cross_entropy, parse_cut
 from hsee_jax.nn.model import Network, init_network, layer_inputs
+from hsee_jax.systems import layer_costs
 
 SMALL = {"width": 2, "features": 2, "hidden": 4, "depth": 3, "heads": 2, "window": 3}
 SMALL |= {"order": 3}
@@ -39,8 +40,8 @@ INPUT_SHAPES = {1: (4,), 2: (12, 2), 3: (8, 8, 1)}  # by rank: tables, series, i
 FORMS = {
     f"{name} group": (name, {"norm": "group"})
     for name in ("conv1d", "resnet18", "resnet50", "mobilenet_v2")
-}
-SLOW = ("resnet34", "resnet50", "mobilenet", "resnet18 group", "conv1d group")
+} | {"resnet18 conv": ("resnet18", {"exit_head": "conv"})}
+SLOW = ("resnet34", "resnet50", "mobilenet", "resnet18 ", "conv1d group")
 DESCENT = optax.scale(-1.0)  # the change of the weights is the gradient
 RATES = (jnp.float32(1.0), jnp.float32(1.0))
 REAL, ROWS = 6, 8
@@ -140,6 +141,34 @@ def test_a_network_has_a_name_and_an_exit_for_each_layer(name):
     assert set(counts) == {len(set(model.layer_names))}
     assert model.input_shape in INPUT_SHAPES.values()
     assert parse_cut(model.layer_names[-1], model.layer_names) == len(model.stages)
+
+
+@functools.cache
+def hollow(stage):
+    """The stage, computing zeros of the right shape, so that XLA has little to do."""
+
+    def apply(variables, inputs, mask, *, train):
+        run = functools.partial(stage.apply, train=train)
+        return jax.tree.map(
+            jnp.zeros_like, jax.eval_shape(run, variables, inputs, mask)
+        )
+
+    return Stage(stage.init, apply)
+
+
+@of_all(*SLOW, "resnet18", "short_resnet")
+def test_the_parameters_of_the_costs_are_those_of_the_network(name):
+    model, network = model_of(name), network_of(name)
+    costs = layer_costs(
+        model._replace(
+            stages=tuple(map(hollow, model.stages)),
+            exit_heads=tuple(map(hollow, model.exit_heads)),
+            final_head=hollow(model.final_head),
+        )
+    )
+    parts = (*network.layers, *network.exit_heads, network.final_head)
+    held = [sum(leaf.size for leaf in jax.tree.leaves(p["params"])) for p in parts]
+    assert [cost.parameters for cost in costs] == held
 
 
 @of_all(*FORMS)

@@ -210,7 +210,11 @@ def test_the_catalogue_gives_sources_and_sane_numbers():
     # HPL and its watts, from the source; training reaches 1.3 of 11.9 GFLOP/s.
     for name, flops, watts in (
         ("raspberry-pi-4", 11.889e9, 7.2),
+        ("raspberry-pi-cm4", 11.433e9, 5.2),
         ("raspberry-pi-5", 35.169e9, 12.7),
+        ("arduino-uno-q", 9.60e9, 3.5),
+        ("radxa-q6a", 48.408e9, 10.1),
+        ("orange-pi-5", 53.333e9, 11.5),
         ("intel-n100", 37.224e9, 16.0),
         ("phone-a18-pro", 57.012e9, 10.6),
     ):

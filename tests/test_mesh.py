@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounds import assert_same, branches, train
-from test_strategies import CUTS, SIZES
+from test_strategies import ALIKE, CUTS, LAST, SIZES
 from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 
+from hsee_jax.algorithms import averaging, fedavg, sequential, splitfed_v1, vicreg
 from hsee_jax.algorithms.compose import compose
-from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.data import AUGMENTATIONS
 from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
@@ -28,7 +29,12 @@ STRATEGIES = {
     "clients": (compose, {"shared": True, "average": "clients"}),
     "joint": (compose, JOINT),
     "joint-steps": (compose, JOINT | {"period": 2, "period_unit": "steps"}),
+    "splitfed_v1": (splitfed_v1, {}),
+    "fedavg": (fedavg, {}),
+    "vicreg": (vicreg, {}),
 }
+CUTS_OF = {"splitfed_v1": ALIKE, "fedavg": LAST}
+NOISE = PIPELINE._replace(augment=AUGMENTATIONS.make("noise"))
 
 
 def first_devices(count):
@@ -66,26 +72,22 @@ def check_devices(name, participation, counts, axis="vmap"):
     """Equal to the loop on one device, in training and in evaluation."""
     make, options = STRATEGIES[name]
     shards, few = tiny_shards(SIZES), participation < 1
-    federation = tiny_federation(CUTS)
+    federation = tiny_federation(CUTS_OF.get(name, CUTS))
+    given = {"participation": participation}
+    if name == "vicreg":
+        given["pipeline"] = NOISE  # so that the two copies of a sample differ
     strategy = make(federation, **options)
-    state, log = train(
-        strategy, federation, shards, axis="loop", participation=participation
-    )
+    state, log = train(strategy, federation, shards, axis="loop", **given)
     expected = branches(federation, strategy, state)
     data = tiny_data(11, seed=5)
     evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=4)
     scores = evaluate(state, to_devices(data, None, SAME))
     for count in counts:
         mesh = first_devices(count)
-        federation = tiny_federation(CUTS, mesh=mesh)
+        federation = federation._replace(mesh=mesh)
         strategy = make(federation._replace(one_by_one=axis == "map"), **options)
         state, spread_log = train(
-            strategy,
-            federation,
-            shards,
-            axis=axis,
-            participation=participation,
-            few=few,
+            strategy, federation, shards, axis=axis, few=few, **given
         )
         found = branches(federation, strategy, state)
         assert_same(expected, found, rtol=1e-3, atol=1e-4)

@@ -233,6 +233,26 @@ def plan(fleet, out, *words):
     return cli.main(["plan", "demo", *SMALL, "--strategy", "sequential", *flags])
 
 
+def check_row(shown, fleet, name, limits):
+    """The numbers of a strategy in the comparison are those of its own plan."""
+    (row,) = [
+        line for line in shown.splitlines() if f" {name} " in line and "│" in line
+    ]
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    sizes = {"max_train_samples": 60, "max_test_samples": 20, "batch_size": 8}
+    config = override(preset("demo"), **TINY, **sizes, rounds=1)
+    problem = problem_of(planning(config, Resources(read_devices(fleet))), name)
+    own = plan_cuts(problem, limits=limits)
+    numbers = [own.time.seconds, own.joules.sum()]
+    numbers += [side.sum() / 1e6 for side in (own.time.up_bytes, own.time.down_bytes)]
+    assert min(numbers) > 0.1
+    assert cells[:2] == [name, str(own.cuts[0])]
+    for cell, number, half in zip(
+        cells[2:6], numbers, (0.05, 0.5, 0.05, 0.05), strict=True
+    ):
+        assert float(cell) == pytest.approx(number, abs=1.01 * half)
+
+
 @pytest.mark.usefixtures("own_algorithms")
 def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
     """The table, the JSON and the picture; then a run with the cuts of the plan."""
@@ -256,6 +276,7 @@ def test_plan_writes_and_train_reads(fleet, tmp_path, capsys, runs):
     assert f"{written['seconds']:,.1f} s" in shown
     for name in ("fedavg", "splitfed_v1", "centralized", "equal cuts", "what binds"):
         assert name in shown
+    check_row(shown, fleet, "splitfed_v1", Limits(min_cut=2))
     assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
 
     flags = ["--plan", str(out / "plan.json"), "--devices", str(fleet)]

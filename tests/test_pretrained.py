@@ -253,10 +253,7 @@ def logits_at(model, network, cut, images):
     "name",
     [
         "vit",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("resnet50", "mobilenet_v2", "mobilenet_v3_small")
-        ),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in SMALL if n != "vit"),
     ],
 )
 def test_a_file_fills_every_client_and_server(name, file_of):
@@ -312,6 +309,29 @@ def timm_names(tensors):
     return found
 
 
+def timm_names_of_mobilenet(tensors):
+    """Rename MobileNetV2's arrays of torchvision to those of timm, by hand.
+
+    Torchvision counts all blocks in a row, timm within their groups. The first block
+    has no expansion.
+    """
+    groups = [f"{g}.{b}" for g, n in enumerate((1, 2, 3, 4, 3, 3, 1)) for b in range(n)]
+    first = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+    inner = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2"}
+    inner |= {"2": "conv_pwl", "3": "bn3"}
+    ends = {"0.0": "conv_stem", "0.1": "bn1", "18.0": "conv_head", "18.1": "bn2"}
+    renamed = {f"features.{place}": name for place, name in ends.items()}
+    renamed["classifier.1"] = "classifier"
+    for number, group in enumerate(groups, start=1):
+        for place, name in (first if number == 1 else inner).items():
+            renamed[f"features.{number}.conv.{place}"] = f"blocks.{group}.{name}"
+    found = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        found[f"{renamed[module]}.{kind}"] = tensor
+    return found
+
+
 def seven_classes(tensors):
     head = {"weight": (7, VIT["hidden"]), "bias": (7,)}
     return tensors | {
@@ -339,6 +359,17 @@ def test_the_names_of_timm_and_another_number_of_classes(file_of, caplog):
     for path, leaf in other.items():
         expected = fresh if "final_head/params/linear" in path else one
         np.testing.assert_array_equal(leaf, expected[path], path)
+
+
+@pytest.mark.slow
+def test_the_names_of_timm_for_mobilenet(file_of):
+    """They are others, and bring the same weights."""
+    plain = network("mobilenet_v2", MOBILENET)
+    one, other = (
+        starts_of(load_pretrained(plain, file_of("mobilenet_v2", change)))
+        for change in (lambda tensors: tensors, timm_names_of_mobilenet)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def without(name):

@@ -1,10 +1,12 @@
 """Quasi-global momentum against its closed form and NumPy."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounds import assert_same, branches, train
+from rounds import KEY, assert_same, branches, train
 from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import averaging, fedavg, sequential
@@ -180,6 +182,40 @@ def test_layers_in_no_mean_use_the_rule_of_one_worker(make, options, sides):
         assert (np.max(own.rates) > 0) == (side in sides)
         changed = max(np.abs(leaf).max() for leaf in jax.tree.leaves(own.momentum))
         assert (changed > 0) == (side not in sides)
+
+
+@pytest.mark.slow
+def test_under_fedavg_the_buffers_follow_the_means():
+    """Two rounds, in which client 0 takes two steps and client 1 takes one.
+
+    A buffer becomes MU m + (1 - MU) (x - mean) / (sum of the client's rates).
+    """
+    federation = federation_of(OPTIMIZER, {0: 2, 1: 2})
+    strategy, shards = fedavg(federation), tiny_shards({0: 7, 1: 3})
+
+    def layers(state):
+        found = branches(federation, strategy, state)
+        return {i: (*own.layers, server.head) for i, (own, server) in found.items()}
+
+    moments = [layers(jax.jit(strategy.init)(KEY))]
+    for rounds in (1, 2):
+        state, log = train(strategy, federation, shards, axis="loop", rounds=rounds)
+        moments.append(layers(state))
+    for (plan, rates, _), (old, new) in zip(log, pairwise(moments), strict=True):
+        for i in shards:
+            steps = plan.mask[:, plan.ids.tolist().index(i)].any(axis=1)
+            assert steps.sum() == (2, 1)[i]
+            total = rates[steps].sum()
+            for before, after in zip(old[i], new[i], strict=True):
+                expected = jax.tree.map(
+                    lambda m, x, y, s=total: MU * m + (1 - MU) * (x - y) / s,
+                    before.opt_state.momentum,
+                    before.params,
+                    after.params,
+                )
+                found = after.opt_state.momentum
+                assert_same(found, expected, rtol=1e-3, atol=1e-5)
+                assert max(abs(leaf).max() for leaf in jax.tree.leaves(found)) > 1e-2
 
 
 def test_its_rule_cannot_be_replaced():

@@ -1,5 +1,7 @@
 """Both strategies equal the plain Python of reference.py, in both engine forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from reference import Layer, Reference, train_branch
 from rounds import KEY, assert_same, branches, train
 from tiny import (
+    LAYERS,
     OPTIM,
     PIPELINE,
     DenseLayer,
@@ -374,6 +377,40 @@ def test_batch_norm_stays_local_where_only_servers_are_averaged(average, same):
     (norm,) = layer.batch_stats.values()
     assert (np.ptp(norm["var"], axis=0).max() > 0) == (same == "keep_local")
     assert np.ptp(layer.params["Conv_0"]["kernel"], axis=0).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairings"),
+    [
+        ((DenseLayer(8), DenseLayer(5)), [(1, 2)]),
+        pytest.param(LAYERS, [(1, 2, 3), (2, 1, 3)], marks=pytest.mark.slow),
+    ],
+    ids=["dense", "norm"],
+)
+def test_whoever_hosts_the_upper_layers_the_algebra_is_that_of_fedavg(layers, pairings):
+    """So a plan of pairs says nothing about training."""
+    model, depth = tiny_model(layers), len(layers)
+    joint = partial(
+        averaging, boundary="joint", average="all_holders", batch_norm="average"
+    )
+
+    def trained(make, cuts):
+        """The whole network of each client."""
+        federation = tiny_federation(dict(enumerate(cuts)), model)
+        shards = tiny_shards(dict(enumerate((7, 4, 3)[: len(cuts)])))
+        strategy = make(federation)
+        state, _ = train(strategy, federation, shards, axis="loop")
+        return {
+            i: [
+                (layer.params, layer.batch_stats)
+                for layer in (*client.layers, *server.layers, server.head)
+            ]
+            for i, (client, server) in branches(federation, strategy, state).items()
+        }
+
+    expected = trained(fedavg, [depth] * len(pairings[0]))
+    for cuts in pairings:
+        assert_same(trained(joint, cuts), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_with_one_client_averaging_is_sequential():

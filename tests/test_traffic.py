@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from test_networks import taps
 from tiny import DenseLayer, tiny_federation, tiny_model
 
 from hsee_jax import cli
@@ -194,10 +195,30 @@ def test_info_shows_what_crosses_at_every_cut(capsys):
     }
 
 
+def resnet18_products(taps):
+    """Products of numbers in ResNet-18 for a sample of 32 pixels and 10 classes.
+
+    ``taps(size, window, stride)`` counts those of a convolution along an axis.
+    """
+    total = taps(32, 3, 1) ** 2 * (3 * 64 + 4 * 64 * 64) + 512 * 10
+    for size, before in ((32, 64), (16, 128), (8, 256)):
+        after = 2 * before
+        total += (taps(size, 3, 2) ** 2 + taps(size, 1, 2) ** 2) * before * after
+        total += 3 * taps(size // 2, 3, 1) ** 2 * after**2
+    return total
+
+
 def test_four_cuts_of_resnet18_are_not_dominated():
-    """Features halve at cuts 4, 6 and 8; a cut in between computes more for nothing."""
-    model = resnet18(num_classes=10, input_shape=(32, 32, 3), width=64)
+    """Features halve at cuts 4, 6 and 8; a cut in between computes more for nothing.
+
+    With padding the network takes 555.4 million products; XLA counts none with padding.
+    """
+    model = resnet18(num_classes=10, input_shape=(32, 32, 3), width=64, conv="grouped")
     costs = layer_costs(model)
+    padded = resnet18_products(lambda size, window, stride: size // stride * window)
+    assert padded == pytest.approx(555.4e6, rel=1e-4)
+    flops = sum(cost.flops for cost in (*costs[:9], costs[-1]))
+    assert 1 < flops / (2 * resnet18_products(taps)) < 1.05
     forward = np.cumsum([cost.flops for cost in costs[:9]])
     codec = CODECS.make("full")
     sent = [
