@@ -1,5 +1,6 @@
 """The studies of `experiments/`, their results, and the page made of them."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import accelerator  # noqa: E402
 import answers  # noqa: E402
 import findings  # noqa: E402
 import hold_out  # noqa: E402
+import relatives  # noqa: E402
 import tables  # noqa: E402
 
 NAMES = sorted(path.parent.name for path in EXPERIMENTS.glob("*/study.toml"))
@@ -71,6 +73,43 @@ def test_the_pages_show_the_results():
     assert tables.PAGE.read_text(encoding="utf-8") == tables.accuracy()
     readme = tables.README.read_text(encoding="utf-8")
     assert tables.insert(readme, tables.headline(), "headline") == readme
+
+
+def test_the_page_of_relatives_shows_the_results():
+    assert relatives.PAGE.read_text(encoding="utf-8") == relatives.page()
+    names = set(relatives.rows("iid"))
+    assert names == set(relatives.rows("dirichlet"))
+    assert set(relatives.CHANGED) | set(relatives.CHANGED.values()) <= names
+
+
+def result(seed, accuracy):
+    """A run whose exits have an accuracy."""
+    _, (one, *_) = tables.load("demo")
+    scores = one.summary.scores._replace(mean_exit_accuracy=accuracy)
+    summary = one.summary._replace(scores=scores)
+    return dataclasses.replace(one, seed=seed, summary=summary)
+
+
+def test_a_gain_has_the_interval_of_paired_seeds():
+    """Derived by hand: gains of 1, 2 and 3 points have the deviation 1.
+
+    The quantile of Student's t with two degrees of freedom is 4.3027.
+    """
+    plain = [result(seed, 0.1 * seed) for seed in (1, 2, 3)]
+    more = [result(seed, 0.1 * seed + 0.01 * seed) for seed in (3, 1, 2)]
+    figure = relatives.figure(more, plain, "mean_exit_accuracy")
+    assert figure.mean == pytest.approx(22.0)
+    assert figure.gain == pytest.approx(2.0)
+    half = 4.3027 / np.sqrt(3)
+    assert figure[2:] == pytest.approx((2 - half, 2 + half), abs=1e-3)
+    assert not figure.is_clear
+    even = relatives.figure(
+        [result(seed, 0.5) for seed in (1, 2)],
+        [result(seed, 0.4) for seed in (1, 2, 3)],
+        "mean_exit_accuracy",
+    )
+    assert even[1:] == pytest.approx((10.0, 10.0, 10.0))
+    assert even.is_clear
 
 
 def test_the_page_says_once_what_is_not_run():

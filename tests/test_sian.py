@@ -289,7 +289,7 @@ def test_only_the_samples_of_the_run_are_read(folder, tmp_path, capsys):
     own = [share | {"indices": []} for share in shares]  # on the devices
     (out / "partition.json").write_text(json.dumps(own))
     assert cli.main(["interactions", str(out)]) == 2
-    assert "training samples found now are not those" in capsys.readouterr().err
+    assert "have samples of their own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
