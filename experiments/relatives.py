@@ -195,7 +195,15 @@ def page() -> str:
         "accuracies": accuracies_table(iid, skewed),
         "exits": exits_table("iid"),
     }
-    return text.format(**shown, iid=iid, skewed=skewed)
+    joint, shared = iid["sequential-joint"], iid["sequential-joint-shared"]
+    return text.format(
+        **shown,
+        iid=iid,
+        skewed=skewed,
+        averaging_qgm_loss=-iid["averaging-qgm"].server.gain,
+        joint_shared_loss=-shared.server.gain,
+        joint_shared_saved=joint.megabytes - shared.megabytes,
+    )
 
 
 def main() -> None:
