@@ -18,6 +18,7 @@ from typing import Any
 
 import bench
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Array, Variables
@@ -73,11 +74,12 @@ def _segment(
     model: Model, layers: Sequence[Variables], image: np.ndarray
 ) -> Callable[[], Any]:
     """Return a call that runs a sample through the layers of a device."""
+    mask = jnp.ones(1, bool)
 
     @jax.jit
     def segment(features: Array) -> Array:
         for stage, own in zip(model.stages, layers, strict=True):
-            features, _ = stage.apply(own, features, np.ones(1, bool), train=False)
+            features, _ = stage.apply(own, features, mask, train=False)
         return features
 
     return lambda: jax.device_get(segment(image))

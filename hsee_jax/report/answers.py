@@ -1,6 +1,7 @@
 """Tables of a report: answers beside those of the exit at the cut and of the server."""
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def _gated(name: str) -> Callable[[ClientResult], float]:
 def _text(
     runs: Sequence[Sequence[ClientResult]], figure: Callable[[ClientResult], float]
 ) -> str:
-    return mean_text([np.mean([figure(one) for one in run]) for run in runs], 4)
+    return mean_text([mean(map(figure, run)) for run in runs], 4)
 
 
 def _table(
