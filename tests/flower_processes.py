@@ -12,6 +12,7 @@ from pathlib import Path
 from hsee_jax.data.npz import write_shard
 
 BIN = Path(sys.executable).parent
+TESTS = str(Path(__file__).parent)  # plugins of nodes are there
 MARK = "HSEE_FLOWER_TEST"  # in the environment of all processes
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -36,7 +37,8 @@ class Federation:
             | {
                 MARK: str(folder),
                 "FLWR_HOME": str(folder / "flwr"),
-                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+                "PATH": joined(str(BIN), os.environ["PATH"]),
+                "PYTHONPATH": joined(TESTS, os.environ.get("PYTHONPATH", "")),
                 "JAX_COMPILATION_CACHE_DIR": os.environ.get(
                     "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
                 ),
@@ -143,6 +145,10 @@ class Federation:
         while not ready():
             assert time.monotonic() < end, self.log("superlink")
             time.sleep(0.2)
+
+
+def joined(*folders):
+    return os.pathsep.join(filter(None, folders))
 
 
 def settings_of(values):

@@ -74,20 +74,27 @@ def test_three_nodes_on_loopback_equal_the_simulation(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_what_is_killed_changes_nothing(tmp_path):
-    """A ClientApp, a SuperNode and the ServerApp, each in the middle of a round."""
+    """Each ClientApp, a SuperNode and the ServerApp, each in the middle of a round.
+
+    A ClientApp dies while it trains: one that dies while it hands over its answer leaves
+    its SuperNode waiting for ever, until the node is started again (Flower 1.42).
+    """
     settings = SMALL | dict(rounds=3, eval_every=3, checkpoint_every=3)
     config, out = config_from_flat(settings), tmp_path / "run"
-    app = make_app(tmp_path / "app", settings, out=str(out), resume=False)
+    options = settings | dict(plugin="dies_once")
+    app = make_app(tmp_path / "app", options, out=str(out), resume=False)
     data = shares(config)
     with Federation.start(tmp_path) as federation:
-        nodes = [federation.start_node(i, share) for i, share in enumerate(data)]
+
+        def start(i):
+            return federation.start_node(i, data[i], plugin="dies_once")
+
+        nodes = [start(i) for i in range(len(data))]
         first = federation.begin(app)
-        federation.wait_for(lambda: federation.processes("flwr-clientapp"))
-        federation.wait_for(lambda: list(tmp_path.glob("device-*/outbox")))
-        federation.kill(signal.SIGKILL, "flwr-clientapp")
         federation.wait_for(lambda: (out / "deployment" / "rounds" / "1").exists())
+        assert len(list(tmp_path.glob("device-*-died"))) == len(data)
         nodes[1].kill()
-        federation.start_node(1, data[1])
+        start(1)
         federation.kill(signal.SIGKILL, "flwr-serverapp")
         first.wait(LIMIT_S)
         said = federation.run(app, LIMIT_S, resume=True)
