@@ -76,8 +76,8 @@ def test_three_nodes_on_loopback_equal_the_simulation(tmp_path, capsys):
 def test_what_is_killed_changes_nothing(tmp_path):
     """Each ClientApp, a SuperNode and the ServerApp, each in the middle of a round.
 
-    A ClientApp dies while it trains: one that dies while it hands over its answer leaves
-    its SuperNode waiting for ever, until the node is started again (Flower 1.42).
+    A ClientApp dies while it trains. One that dies while it hands over its answer
+    leaves its SuperNode waiting until somebody starts the node again (Flower 1.42).
     """
     settings = SMALL | dict(rounds=3, eval_every=3, checkpoint_every=3)
     config, out = config_from_flat(settings), tmp_path / "run"

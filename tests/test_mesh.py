@@ -11,11 +11,16 @@ from test_strategies import ALIKE, CUTS, LAST, SIZES
 from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 
 from hsee_jax.algorithms import averaging, fedavg, sequential, splitfed_v1, vicreg
-from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.compose import Properties, compose
 from hsee_jax.data import AUGMENTATIONS
 from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
+
+
+def composed(federation, **properties):
+    return compose(federation, Properties(**properties))
+
 
 TOGETHER = {"turn": "together", "boundary": "joint", "gradient_share": 0.5}
 JOINT = {"shared": True, "average": "clients", "boundary": "joint"}
@@ -26,9 +31,9 @@ STRATEGIES = {
     "averaging": (averaging, {"average": "all_holders"}),
     "median": (averaging, {"aggregate": "median", "weights": "uniform"}),
     "steps": (averaging, {"period": 2, "period_unit": "steps"}),
-    "clients": (compose, {"shared": True, "average": "clients"}),
-    "joint": (compose, JOINT),
-    "joint-steps": (compose, JOINT | {"period": 2, "period_unit": "steps"}),
+    "clients": (composed, {"shared": True, "average": "clients"}),
+    "joint": (composed, JOINT),
+    "joint-steps": (composed, JOINT | {"period": 2, "period_unit": "steps"}),
     "splitfed_v1": (splitfed_v1, {}),
     "fedavg": (fedavg, {}),
     "vicreg": (vicreg, {}),
@@ -113,7 +118,7 @@ def collectives(monkeypatch):
 
     def reading(function, **options):
         compiled = jit(function, **options)
-        if function.__name__ != "run":
+        if getattr(function, "__name__", "") != "run":
             return compiled
 
         def run(*arguments):

@@ -176,11 +176,15 @@ def _only(model, number):
     ],
 )
 def test_costs_are_those_that_torchvision_states(name, products, options):
-    """Products at 224 pixels; each is two FLOPs. Ours are without padding."""
+    """Products at 224 pixels; each is two FLOPs.
+
+    XLA leaves out products with padding: of a 3x3 convolution of n x n a share of
+    1 - (1 - 2 / (3 n))^2, and of ResNet-18 7 %.
+    """
     if name != "vit":
         options = {"conv": "grouped"}
     found = flops_of(name, (224, 224, 3), **options).sum()
-    assert 0.94 < found / (2 * products) < 1.1
+    assert 0.92 < found / (2 * products) < 1.1
 
 
 @pytest.mark.parametrize(
