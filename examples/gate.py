@@ -18,7 +18,7 @@ import numpy as np
 
 import hsee_jax as hs
 from hsee_jax.inference import Target, make_gate, study
-from hsee_jax.link import sample_bytes
+from hsee_jax.link import sample_bytes_of
 
 BATCH_SIZE = 250
 
@@ -54,7 +54,8 @@ def answer(folder: Path, offload: float) -> list[dict[str, float]]:
         sent = 1 - float(np.concatenate([part.exited for part in answers]).mean())
         row = {"id": i, "cut": cut, "threshold": threshold, "sent": sent}
         row["accuracy"] = float(np.mean(classes == test.labels))
-        row["bytes"] = sent * sample_bytes(run.federation.codec, features[cut])
+        (size,) = sample_bytes_of(run.federation.codec, features[cut], [i])
+        row["bytes"] = sent * size
         row["exit"], row["server"] = client["exit_accuracy"], client["server_accuracy"]
         rows.append(row)
     return rows

@@ -72,6 +72,7 @@ def _clock(
         batch_size=batch_size,
         steps=[-(-share.samples // batch_size) for share in experiment.manifest],
         boundary=experiment.strategy.boundary,
+        gradient_share=experiment.strategy.gradient_share,
     )
     return Clock(
         work,
