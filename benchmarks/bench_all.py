@@ -2,7 +2,7 @@
 
 Shows: what the parts show; a part that fails or takes too long does not stop the
 others, and is named at the end.
-Cost: the sum of the parts, about 50 minutes on two CPU cores.
+Cost: the sum of the parts, about 90 minutes on two CPU cores, without ``aot``.
 Command: python benchmarks/bench_all.py [--out FOLDER] [PARTS ...], where a part is a
 name that --list prints. It needs no network; without PyTorch its columns stay empty,
 and ``aot`` adds nothing without compilers for accelerators. On a machine that is lent
