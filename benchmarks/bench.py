@@ -33,7 +33,7 @@ class Timing(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the processors have done since the machine started."""
+    """The processors' work since the machine started, and this process's part of it."""
 
     busy_s: float  # CPU seconds of all processes, and seconds that a host took away
     own_s: float  # of this process

@@ -85,8 +85,8 @@ def compile_program(program: Program, text: Path | None = None) -> bench.Row:
 def figures(compiled: Compiled, program: Program) -> bench.Row:
     """Return memory, work, estimated time and collectives of a compiled program.
 
-    XLA's FLOPs and bytes count the body of every loop once: that of the steps, and in
-    ``sequential`` and with the client axis ``map`` also that of the clients.
+    XLA's FLOPs and bytes count the body of every loop once: the loop over the steps,
+    and in ``sequential`` and with the client axis ``map`` the loop over the clients.
     """
     chip, memory = CHIPS[program.chip], cast(Any, compiled.memory_analysis())
     costs = cast(Any, compiled.cost_analysis())

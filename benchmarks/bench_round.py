@@ -318,7 +318,7 @@ def flops_per_image(experiment: Experiment) -> float:
     """Return the FLOPs of training on an image: three forward passes, mean of clients.
 
     Forward FLOPs are XLA's count for the direct convolution on the CPU, where no
-    library call hides them, whatever form is timed. The count includes the gradient by
+    library call hides them, whatever form is timed. The count includes the gradient of
     the images, which no layer needs, because it is small.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):

@@ -16,7 +16,7 @@ _WORKERS = 4  # at most
 
 
 class _Look(NamedTuple):
-    """How the bars of an activity look."""
+    """The look of the bars of an activity."""
 
     lane: float  # of the row, the centre is 0
     height: float

@@ -40,8 +40,8 @@ class Course(NamedTuple):
     compute_s: Floats
     link_s: Floats
     server_s: Floats
-    resume: Floats  # when each client goes on
-    free: float  # when the server goes on
+    resume: Floats  # when each client begins the next part
+    free: float  # when the server is free for the next part
     transfer: Transfer | None
 
 

@@ -134,7 +134,7 @@ def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
 
 
 def _without_costly(plan: Plan, draw: Floats, allowed: Bools, most: Floats) -> Bools:
-    """Forbid the cuts that draw as much as those of a plan that draw too much.
+    """Forbid a client whose planned cut draws too much all cuts that draw as much.
 
     A client may always take the cut that draws least.
     """

@@ -32,7 +32,7 @@ class Log(NamedTuple):
 
 
 class Desk(NamedTuple):
-    """What the server has to know of its clients in a part of a round."""
+    """What the server knows of its clients in a part of a round."""
 
     steps: Sequence[int]  # [N]: batches of each client
     server_s: Sequence[float]  # [N]

@@ -44,7 +44,7 @@ class Tuning(NamedTuple):
 
     forms: dict[Place, str]
     native_s: float  # with native convolutions
-    default_s: float  # with the forms of `auto` before
+    default_s: float  # with the form that `auto` takes where nothing was measured
     tuned_s: float
 
 

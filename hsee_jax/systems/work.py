@@ -1,4 +1,4 @@
-"""What the clients of a round do, and what an algorithm says about its course."""
+"""The work of the clients in a round, and the course that an algorithm gives it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ TURNS = ("batch", "epoch", "together")
 
 
 class Work(NamedTuple):
-    """What N clients do in a round; a field is ``float64 [N]``, or a number for all.
+    """The work of N clients in a round; a field is ``float64 [N]``, or one number.
 
     Seconds and bytes are per batch, except for those of weights, which are per average.
     """
@@ -43,12 +43,12 @@ class Work(NamedTuple):
         return Work(*(np.atleast_1d(field) for field in fields))
 
     def take(self, members: Sequence[int]) -> "Work":
-        """Return the work of some clients, such as the participants of a round."""
+        """Return the work of some clients, such as the participants, by position."""
         return Work(*(field[list(members)] for field in self.arrays()))
 
 
 class Schedule(NamedTuple):
-    """What an algorithm says about the course of a round."""
+    """The course of a round under an algorithm."""
 
     shared: bool  # one server for all clients, else a replica for each
     boundary: str = "detached"  # see `Strategy`

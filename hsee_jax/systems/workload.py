@@ -1,10 +1,11 @@
 """From costs, bytes and devices to the numbers that `round_time` takes.
 
 A device computes a part's forward FLOPs at its ``forward_flops_per_s``, and twice as
-many in the backward pass at its ``backward_flops_per_s``: a product of the gradient by
-the inputs and one by the weights [ours]. This counts the gradient by the images, which
-the first layer does not need, and leaves out the optimizer's update. Where a device has
-measured seconds, these count instead, in proportion to the batch size.
+many in the backward pass at its ``backward_flops_per_s``: as many for the gradient of
+the inputs, and as many for that of the weights [ours]. This counts the gradient of the
+images, which the first layer does not need, and leaves out the optimizer's update.
+Where a device has measured seconds, these count instead, in proportion to the batch
+size.
 
 Where clients share gradients, the server's backward pass shares rows among the clients
 up to the same depth. The gradient for all clients of a cut takes its time on each of
