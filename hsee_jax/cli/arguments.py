@@ -64,7 +64,7 @@ def add_run(parser: Parser, *, name: str, resume: str) -> None:
 
     Args:
       parser: the command's parser.
-      name: the name in ``runs`` of the folder without ``--out``, for the help.
+      name: the folder's name in ``runs`` without ``--out``, for the help.
       resume: the help of ``--resume``.
     """
     parser.add_argument(

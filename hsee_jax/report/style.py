@@ -56,7 +56,12 @@ def curve_style(number: int) -> dict[str, Any]:
 
 
 def show_percent(axis: "Axis", most: int = 7) -> None:
-    """Label an axis of shares in percent, in at most ``most`` round steps."""
+    """Label an axis of shares in percent, at round numbers.
+
+    Args:
+      axis: the axis.
+      most: the most steps between the first and the last label.
+    """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))

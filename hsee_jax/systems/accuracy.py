@@ -40,7 +40,8 @@ class Score(NamedTuple):
     """How well a model predicts what it was not fitted to."""
 
     mean_error: float  # absolute
-    tau: float  # Kendall's rank correlation; NaN if all on one side are equal
+    # Kendall's rank correlation; NaN if all predictions or all values are equal.
+    tau: float
 
 
 class Estimate(NamedTuple):

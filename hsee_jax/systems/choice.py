@@ -125,7 +125,7 @@ def plain(value: float) -> str:
 
 
 def upward(value: float) -> str:
-    """Return a number from 0 rounded up to four significant digits, as text."""
+    """Return a number, 0 or more, rounded up to four significant digits, as text."""
     if value == 0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)

@@ -114,7 +114,7 @@ def _from_json(value: float | None) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Clock:
-    """The clients' work and devices, which are the same in every round of a run."""
+    """The inputs of the clock that are the same in every round of a run."""
 
     work: Work  # of clients 0..N-1 in a round, arrays ``[N]``
     devices: tuple[Device, ...]  # [N]

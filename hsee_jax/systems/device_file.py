@@ -177,7 +177,7 @@ def _expand(values: Mapping[str, Any], first: int, seed: int) -> Iterable[Device
 
 
 def vary(device: Device, compute: float, link: float) -> Device:
-    """Return a device that computes and communicates by these factors as fast."""
+    """Return a device with its computing speed and link rates times these factors."""
     measured = device.measured
     return dataclasses.replace(
         device,

@@ -134,7 +134,7 @@ def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
 
 
 def _without_costly(plan: Plan, draw: Floats, allowed: Bools, most: Floats) -> Bools:
-    """Forbid a client whose planned cut draws too much all cuts that draw as much.
+    """Forbid cuts to clients whose planned cut draws too much: those that draw no less.
 
     A client may always take the cut that draws least.
     """

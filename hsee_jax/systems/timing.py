@@ -34,7 +34,7 @@ class Shares(NamedTuple):
     compute_s: Floats
     link_s: Floats  # of transfers that no computation hides
     server_s: Floats  # of waiting for its messages while the server works
-    waiting_s: Floats  # of waiting for other clients, or with the server for them
+    waiting_s: Floats  # for other clients, directly or because the server waits
 
 
 class RoundTime(NamedTuple):
