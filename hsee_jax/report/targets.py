@@ -62,7 +62,7 @@ def _cells(
     series: Sequence[Values | None],
     scales: Sequence[float],
 ) -> Iterator[str]:
-    """Yield the text of each series ``[S, R]`` in the first round that is ``reached``."""
+    """Yield the text of each series ``[S, R]`` where each seed is first ``reached``."""
     some, first = np.asarray(reached.any(axis=1)), reached.argmax(axis=1)
     for column, (values, scale) in enumerate(zip(series, scales, strict=True)):
         if not some.all():
