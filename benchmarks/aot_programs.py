@@ -16,7 +16,7 @@ from hsee_jax.runs import lower
 from hsee_jax.runs.build import build_model, build_optimizer
 from hsee_jax.runs.data import build_info
 
-AUTO = {"tpu": "grouped", "gpu": "unrolled"}  # what `auto` is for stacked weights
+AUTO = {"tpu": "grouped", "gpu": "unrolled"}  # what `auto` takes for stacked weights
 
 
 class Program(NamedTuple):
@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
 
 def programs(*, quick: bool = False) -> list[Program]:
-    """Return the programs of the table, the most telling of each chip first."""
+    """Return the programs of the table, with the most telling first for each chip."""
     if quick:
         tiny = partial(Program, "v5e", width=4, batch_size=8, steps=2)
         return [tiny(1, "plain", 1), *(tiny(4, s, 3) for s in STRATEGIES)]

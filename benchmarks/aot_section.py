@@ -1,4 +1,4 @@
-"""The section of the page on performance that no device has measured."""
+"""The section of the page on performance whose figures no device has measured."""
 
 import bench
 from sections import Cell, Part, Section, figure, value

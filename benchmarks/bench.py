@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-IDLE_CORES = 0.5  # that other processes may keep busy on a machine that counts as idle
+IDLE_CORES = 0.5  # other processes may keep so many busy on an idle machine
 Row = dict[str, Any]
 
 
@@ -29,19 +29,19 @@ class Timing(NamedTuple):
     median: float
     low: float
     high: float
-    turns: tuple[float, ...] = ()  # each of them, in order
+    turns: tuple[float, ...] = ()  # of each call, in order
 
 
 class Work(NamedTuple):
-    """What the processors have done since the machine started."""
+    """The processors' work since the machine started, and this process's part of it."""
 
-    busy_s: float  # CPU seconds of all processes, and those that a host took away
+    busy_s: float  # CPU seconds of all processes, and seconds that a host took away
     own_s: float  # of this process
     at_s: float  # by the clock
 
 
 def work() -> Work | None:
-    """Return the work so far; None where the system does not tell (Linux does)."""
+    """Return the work so far; None on a system other than Linux."""
     try:
         words = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
     except OSError:
@@ -124,7 +124,14 @@ def _processor() -> str:
 def write(
     name: str, rows: Sequence[Row], *, out: Path = RESULTS, on: Row | None = None
 ) -> Path:
-    """Write a benchmark's rows with a machine, or with this one; return the file."""
+    """Write a benchmark's rows, and return the file.
+
+    Args:
+      name: the benchmark's name.
+      rows: the rows.
+      out: the folder, which is made if it is missing.
+      on: the machine, see `machine`; None for this machine.
+    """
     on = on or machine()
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"bench-{name}-{on['backend']}.json"

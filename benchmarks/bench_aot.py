@@ -1,7 +1,7 @@
 """Compile rounds for accelerators that are not there, and read what XLA expects.
 
-Shows: for TPU v5e and v6e and for the H100 what a step of both strategies needs of
-memory, of time and of the links between chips, beside plain networks and the peak.
+Shows: the memory, the time and the bytes on the links between chips that a step of both
+strategies needs on TPU v5e and v6e and on the H100, beside plain networks and the peak.
 Nothing runs. A time is the sum of the cycles that XLA for TPU notes in the program (for
 a GPU it notes none), and bytes over the links are those of a ring of the chips. Trust
 orders, and factors above 1.5.
@@ -55,7 +55,7 @@ COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}  # modules, by backend
 def compile_program(program: Program, text: Path | None = None) -> bench.Row:
     """Compile a program, and return what XLA says about it.
 
-    A program that needs more memory than the chip has gets no figures but that memory.
+    If the program needs more memory than the chip has, the row has only that memory.
 
     Args:
       program: the program.
@@ -85,8 +85,8 @@ def compile_program(program: Program, text: Path | None = None) -> bench.Row:
 def figures(compiled: Compiled, program: Program) -> bench.Row:
     """Return memory, work, estimated time and collectives of a compiled program.
 
-    XLA's FLOPs and bytes count the body of every loop once: that of the steps, and in
-    ``sequential`` and with the client axis ``map`` also that of the clients.
+    XLA's FLOPs and bytes count the body of every loop once: the loop over the steps,
+    and in ``sequential`` and with the client axis ``map`` the loop over the clients.
     """
     chip, memory = CHIPS[program.chip], cast(Any, compiled.memory_analysis())
     costs = cast(Any, compiled.cost_analysis())
@@ -120,7 +120,7 @@ def _collectives(cost: Cost) -> list[bench.Row]:
 
 
 def compared(rows: Sequence[bench.Row]) -> list[bench.Row]:
-    """Add how each row compares with plain networks on the same chip, if compiled.
+    """Add to each row how it compares with the plain network on its chip, if compiled.
 
     A cost of 1 means that the chips train as many images in the time as if each image
     cost what it costs one plain network on one chip. A step cannot take less time than

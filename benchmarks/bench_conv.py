@@ -3,12 +3,12 @@
 Shows: the fastest form of `hsee_jax.nn.convolution` for one set of weights and for
 weights stacked over clients, at the convolutions of ResNet-18 on images of 32 pixels
 (width 64 with batches of 32, width 16 with batches of 8), and the cost of a scan for
-the gradient by the weights. The rows with the ``setting`` single are evidence for the
+the gradient of the weights. The rows with the ``setting`` single are evidence for the
 table in `hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
 
 Expected on CPU: which form is fastest depends on the processor; from 256 channels up
 winograd is not slower than grouped; grouped is slowest by far on stacks; the native
-gradient by the weights is many times slower in a scan than in a loop.
+gradient of the weights is many times slower in a scan than in a loop.
 
 Cost: about 3 minutes on two CPU cores. Command::
 
@@ -136,7 +136,7 @@ def compare(
 
 
 def scanned(shape: Shape, batch: int, steps: int, repeats: int) -> list[bench.Row]:
-    """Time the gradient by one set of weights, summed over batches: loop and scan."""
+    """Time the gradient of one set of weights over batches: in a loop and in a scan."""
     xs, ws, dys = arrays(shape, batch, (steps,))
     rows = []
     for form in ("grouped", "patches", "winograd", "winograd4"):

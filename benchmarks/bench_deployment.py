@@ -4,8 +4,8 @@ Shows: `hsee serve demo --local 3` ends with the network and the accuracies of `
 train demo --num-clients 3`, bit for bit; the seconds of a round of both, trained in
 turns; and the bytes that a counting proxy sees between devices and server, beside the
 bytes of the messages and what `hsee_jax.systems.traffic` predicts.
-Expected: equal networks; upwards less than 1 % more on the wire than predicted. Less
-goes down, in which first layers and the frames of gRPC weigh more.
+Expected: equal networks; upwards less than 1 % more on the wire than predicted. Fewer
+bytes go down, so the first layers and the frames of gRPC add a larger share to them.
 Cost: about ten minutes on two CPU cores; --rounds and --pairs shorten it.
 Command: python benchmarks/bench_deployment.py [--rounds 12] [--clients 3] [--pairs 3]
 """
@@ -136,7 +136,7 @@ def _seconds(folder: Path) -> list[float]:
 
 
 def _same(one: Path, other: Path) -> str:
-    """Return whether two runs ended with the same network."""
+    """Say whether two runs ended with the same network."""
     leaves = zip(
         *(jax.tree.leaves(hs.restore(folder).state) for folder in (one, other)),
         strict=True,

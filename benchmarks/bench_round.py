@@ -4,7 +4,8 @@ Shows: images trained a second by hsee_jax and by `pytorch_baseline.py` (eager, 
 torch.compile), their ratio, and the share of the machine's matrix-product peak that
 each reaches. Before the timing both train from the same weights, and their losses must
 agree: step by step in a small federation, and over the first round of the timed one.
-Run `hsee tune` before, for the width and the batch size; a row says whether it was.
+Run `hsee tune` before, for the width and the batch size; a row says whether this
+machine has tuned forms.
 A row also says whether the machine was idle: whether other processes kept at most 0.5
 of its cores busy meanwhile.
 Expected: on two idle CPU cores about 1.2 times eager PyTorch at width 8 and 0.9 times
@@ -38,7 +39,7 @@ from hsee_jax.systems.costs import layer_costs
 
 try:
     import pytorch_baseline as baseline
-except ModuleNotFoundError as error:  # its rows are then not measured
+except ModuleNotFoundError as error:  # without PyTorch its columns stay empty
     if error.name != "torch":
         raise
     baseline = None  # type: ignore[assignment]
@@ -217,7 +218,7 @@ def _build(size: Size, strategy: str, **changes: Any) -> Experiment:
 
 
 def check(width: int, strategy: str, *, rounds: int = 4, **changes: Any) -> list[float]:
-    """Train rounds of one step in both, in full float32, with one client a cut.
+    """Train rounds of one step in JAX and in PyTorch, in full float32, a client a cut.
 
     Args:
       width: the width of the network.
@@ -290,8 +291,8 @@ def _pytorch_calls(
 ) -> tuple[dict[str, partial], float]:
     """Return calls of a round in eager PyTorch and, if it works, in compiled PyTorch.
 
-    The baseline and the runner have then trained one round; also return the largest
-    relative difference of the losses in it.
+    Train the baseline and the runner for one round before, and also return the largest
+    relative difference of their losses in it.
     """
     setting = baseline.Setting(
         device=_device(), bfloat16=size.dtype == "bfloat16", compile=False
@@ -317,7 +318,7 @@ def flops_per_image(experiment: Experiment) -> float:
     """Return the FLOPs of training on an image: three forward passes, mean of clients.
 
     Forward FLOPs are XLA's count for the direct convolution on the CPU, where no
-    library call hides them, whatever form is timed. The count includes the gradient by
+    library call hides them, whatever form is timed. The count includes the gradient of
     the images, which no layer needs, because it is small.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):

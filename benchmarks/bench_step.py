@@ -33,7 +33,7 @@ from hsee_jax.runs.model import build_model
 SIZES = ((8, 8), (16, 8), (64, 32))  # width and batch size
 QUICK = ((2, 2),)
 REPEATS = 5
-# What an operation is for, by the first pattern that its place in the program has.
+# What an operation is for, by the first pattern that matches its place in the program.
 KINDS = {
     "convolutions": r"/(conv\w*|down)/conv/",
     "normalisation": r"/bn\w*/|/norm\w*/",

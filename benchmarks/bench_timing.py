@@ -143,7 +143,7 @@ def _compare(predicted: float, seconds: list[float]) -> dict[str, float]:
 def predict(
     experiment: Experiment, costs: Sequence[LayerCost], device: Device
 ) -> float:
-    """Return the seconds of a round of which one machine computes everything."""
+    """Predict the seconds of a round in which one machine computes everything."""
     strategy = experiment.strategy
     cuts = [share.cut for share in experiment.manifest]
     steps = experiment.learning_rates.shape[1]

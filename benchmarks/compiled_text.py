@@ -1,8 +1,8 @@
 """Read cycles and collectives from the text of a compiled program.
 
 XLA for TPU notes beside an instruction the cycles that it expects of it. A step of a
-round is one turn of the outermost loop; loops within it count as often as they run, and
-of the branches for several cuts the mean counts.
+round is one turn of the outermost loop. Loops within it count as often as they run; of
+the branches for several cuts the mean counts.
 """
 
 import re
@@ -47,7 +47,7 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The cost of a computation; with branches the figures are means."""
+    """The cost of a computation; see `_cost` for the branch that counts."""
 
     cycles: float
     counts: Mapping[Collective, float]
@@ -118,7 +118,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _end_of_type(text: str) -> int:
-    """Return where a type ends, which may hold spaces within brackets."""
+    """Return where the type at the start of a text ends; brackets may hold spaces."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -143,9 +143,9 @@ def _cost(computations: Computations, i: Instruction, *, longest: bool) -> Cost:
     """Return the cost of an instruction with all that it calls.
 
     Args:
-      computations: of the module.
+      computations: the computations of the module.
       i: the instruction.
-      longest: take the longest branch of a conditional, and not the mean.
+      longest: count the longest branch of a conditional instead of the mean.
     """
     cycles = _CYCLES.search(i.text)
     own = Cost(float(cycles[1]) if cycles else 0.0, *_collectives(i))

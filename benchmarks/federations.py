@@ -86,16 +86,16 @@ def federation(
 
 
 def plain_branch(model: Model, optimizer: Optimizer, key: Array) -> Branch:
-    """Draw one network without clients, as a branch with all layers."""
+    """Draw one network without clients, and return it as a branch with all layers."""
     return init_server(init_network(model, key), 0, optimizer)
 
 
 def plain_program(model: Model, optimizer: Optimizer, dataset: str) -> Wrapped:
-    """Compile the training of one network without clients, batch by batch.
+    """Return a jitted program that trains one network without clients.
 
     Returns:
-      A compiled function of `plain_branch`, a `Dataset` and rows ``int32 [T, B]``, to
-      the branch after T steps.
+      A function from the branch of `plain_branch`, a `Dataset` and rows
+      ``int32 [T, B]`` to the branch after T steps. It donates the branch.
     """
     spec, info = server_spec(model, 0, optimizer), dataset_info(dataset)
     pipeline = InputPipeline(info.mean, info.std)

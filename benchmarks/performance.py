@@ -1,7 +1,7 @@
 """Write docs/results/performance.md from the results of the benchmarks.
 
-Shows: figures read from results/bench-*.json; what no machine has measured is said once
-at the end of the page.
+Shows: figures read from results/bench-*.json; the end of the page lists what no machine
+has measured.
 Cost: a second.
 Command: python benchmarks/performance.py
 """
@@ -34,7 +34,7 @@ Result = dict[str, Any]
 
 
 def load(folder: Path) -> list[Result]:
-    """Read all results, by name of the file, and what no device has measured last."""
+    """Read all results by the name of the file, with the compiled rounds last."""
     paths = sorted(
         folder.glob("bench-*.json"), key=lambda path: ("bench-aot" in path.name, path)
     )

@@ -131,11 +131,12 @@ class TorchFederation:
         """Copy weights and data.
 
         Args:
-          state: the state before the first round; one shared server is `sequential`.
+          state: the state before the first round; with one shared server the strategy
+            is `sequential`.
           groups: the clients.
           data: the training samples.
-          mean: of each channel, on the scale 0..1.
-          std: of each channel, on the scale 0..1.
+          mean: the mean of each channel, on the scale 0..1.
+          std: the standard deviation of each channel, on the scale 0..1.
           setting: the settings.
         """
         self.setting = setting
@@ -266,7 +267,7 @@ class TorchFederation:
             momentum=self.setting.momentum,
             fused=True,
         )
-        for w in weights:  # else a layer that joins late breaks the fused update
+        for w in weights:  # without it, a layer that joins late breaks the fused update
             sgd.state[w]["momentum_buffer"] = torch.zeros_like(w)
         return sgd
 
@@ -332,7 +333,7 @@ def _load(module: nn.Module, leaves: Any, stats: Any) -> None:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Set whether float32 products may be computed in TF32, as by default in JAX."""
+    """Set whether float32 products may be computed in TF32, as JAX does by default."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 

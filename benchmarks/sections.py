@@ -1,4 +1,4 @@
-"""The sections of the page on performance: which figures a reader gets, and how."""
+"""The sections of the page on performance: their figures, and how to read them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ class Section(NamedTuple):
 
 
 def figure(value: Any) -> str:
-    """Return a figure as text: with three digits, or from 100 as a whole number."""
+    """Return a figure as text: with three digits, or as a whole number from 100 on."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -6,7 +6,8 @@ the training; at most the given share of these goes to the server::
 
     python examples/gate.py --run runs/demo --offload 0.3
 
-If the folder holds no run, the example trains a small one there.
+Without ``--run`` the example opens the run in ``runs/gate``, or trains a small one
+there.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def answer(folder: Path, offload: float) -> list[dict[str, float]]:
     """Answer the test images behind the gate of each client.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
       offload: the share of the held-out images that may go to the server.
 
     Returns:

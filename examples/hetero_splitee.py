@@ -66,7 +66,7 @@ def server_turn(
 
 
 def share(servers: Branches, trained: Branch) -> Branches:
-    """Sequential: hand the layers that a turn has trained to all who hold them."""
+    """Hand the layers that a turn has trained to all servers that hold them."""
 
     def updated(server: Branch) -> Branch:
         untouched = len(server.layers) - len(trained.layers)  # or none, if negative
@@ -80,7 +80,7 @@ def share(servers: Branches, trained: Branch) -> Branches:
 def average(
     servers: Branches, samples: Mapping[int, Array], number: Array, optimizer: Optimizer
 ) -> Branches:
-    """Averaging: replace each layer by its mean over the servers that hold it.
+    """Replace each layer by its mean over the servers that hold it.
 
     The weights are the clients' numbers of samples. BatchNorm stays local, because a
     server sees the features of one client; so does the momentum.

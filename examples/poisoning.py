@@ -1,10 +1,10 @@
-r"""One of ten devices sends poisoned layers; the mean, a trimmed mean and the median.
+r"""Compare mean, trimmed mean and median when one of ten devices sends poisoned layers.
 
 After each round every layer is averaged over its holders. Client 1, one of the five
-with the deeper cut, multiplies its layers by a factor before it sends them: 1 is
-honest, a negative factor flips their signs. The attack is part of this example, not of
-the library. The script prints the mean accuracy of the nine honest clients, over seeds;
-it takes a few minutes::
+with the deeper cut, multiplies its layers by a factor before it sends them: a factor of
+1 is honest, and a negative factor flips their signs. The attack is part of this
+example, not of the library. The script prints the mean accuracy of the nine honest
+clients, over seeds; it takes a few minutes::
 
     python examples/poisoning.py --json examples/poisoning.json
     python examples/poisoning.py --skew --factors 1 -10 \
@@ -66,7 +66,7 @@ def poisoned(
 
 
 def _scale(stack: Any, member: int, factor: float) -> Any:
-    """Multiply the parameters of one client of a stack, of its layers and its exit."""
+    """Multiply the parameters of one client's layers and exit in a stack."""
 
     def scale(layer: Any) -> Any:
         params = jax.tree.map(lambda p: p.at[member].multiply(factor), layer.params)

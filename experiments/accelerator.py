@@ -1,8 +1,8 @@
-"""Measure on an accelerator what needs one: speed first, then the runs of the studies.
+"""Measure what needs an accelerator: speed first, then the runs of the studies.
 
 Shows: the parts of benchmarks/bench_all.py, and then the next rows of the studies at
-full size, in the time that the machine is lent.
-Cost: the time that it is given. The same command goes on with the next run.
+full size, within a limit of time.
+Cost: --seconds. The same command goes on with the next run.
 Command: python experiments/accelerator.py --seconds 540 --data-dir FOLDER [PARTS ...],
 where a part is a name that `bench_all.py --list` prints; ``none`` leaves all out. Runs
 of a narrow network leave a large device idle: ``--jobs 5`` trains five at once.

@@ -3,7 +3,7 @@
 Shows: for every run in STUDY/runs and every cut, the accuracy of exits and servers on
 the test images with a 95 % interval (bootstrap over the images), and the accuracy where
 30 and 60 % of the samples are answered on the device. The gate's thresholds come from
-the held-out samples; the share that is really answered stands beside each accuracy.
+the held-out samples; the share that devices really answer stands beside each accuracy.
 Cost: about a minute a run on two CPU cores.
 Command: python experiments/answers.py experiments/cifar10-w16 [--seeds 0]
 """

@@ -1,9 +1,8 @@
 """Compute the simulated seconds and joules of a study's rows on its devices.
 
 Shows: what each row would cost on the devices of STUDY/fleet.toml, by the clock of
-`hsee plan`. The clock depends on the settings and not on what is learned, so nothing is
-trained, and the images are blank.
-Expected: STUDY/clock.json.
+`hsee plan`; writes STUDY/clock.json. The clock depends on the settings and not on what
+is learned, so nothing is trained, and the images are blank.
 Cost: some seconds a row.
 Command: python experiments/clock.py experiments/cifar10-w16
 """

@@ -1,8 +1,8 @@
 """Write docs/results/findings.md, what the study cifar10-w16 shows, and its picture.
 
-Shows: its figures, all of them read from the study's results.jsonl, answers.jsonl (see
-`answers.py`) and clock.json (see `clock.py`), and from the study why-averaging; the
-words are those of cifar10-w16/findings.md.
+Shows: figures of the study, all read from its results.jsonl, answers.jsonl (see
+`answers.py`) and clock.json (see `clock.py`), and from the study why-averaging. The
+words come from cifar10-w16/findings.md.
 Cost: a second.
 Command: python experiments/findings.py
 """
@@ -76,7 +76,7 @@ def _row(results: tuple[Result, ...], time: Mapping[str, float]) -> Row:
 
 
 def costs_table(found: Mapping[str, Row]) -> str:
-    """Return accuracies and costs of all rows."""
+    """Return a table of the accuracies and costs of all rows."""
     header = ("row", "exit %", "server %", "GB up", "simulated hours", "MJ")
     lines = [
         (
@@ -90,7 +90,7 @@ def costs_table(found: Mapping[str, Row]) -> str:
 
 
 def cuts_table() -> str:
-    """Return the accuracies by cut with their intervals, and the gated ones."""
+    """Return a table of accuracies by cut with intervals, and of gated accuracies."""
     measured = answers.read(tables.HERE / NAME / answers.FILE)
     known = {one["row"]: one["cuts"] for one in measured}
     study, _ = tables.load(NAME)
@@ -110,7 +110,7 @@ def cuts_table() -> str:
 
 
 def why_table() -> str:
-    """Return what could help averaging, with accuracies on held-out images."""
+    """Return a table of what could help averaging, with held-out accuracies."""
     study, results = tables.load(WHY)
     found, lines = studies.by_row(study, results), []
     for row in study.rows:
@@ -123,7 +123,7 @@ def why_table() -> str:
 
 
 def again_table() -> str:
-    """Return the rows that were trained a second time, beside their first figures."""
+    """Return a table of the rows trained a second time, beside their first figures."""
     study, first = tables.load(NAME)
     header = ("row", "trained on", "CPU cores", "exit %", "server %")
     lines = []

@@ -1,7 +1,7 @@
-"""Hold a validation part out of a dataset's training images, in the place of its test.
+"""Hold images out of a dataset's training images, to use in place of its test images.
 
 Shows: nothing; it writes OUT/NAME/train.npz with the first training images and
-OUT/NAME/test.npz with the next ones. A study with `--data-dir OUT` then gives
+OUT/NAME/test.npz with the images after them. A study with `--data-dir OUT` then gives
 accuracies on the held-out images, and no test image is read.
 Cost: half a minute for CIFAR-10.
 Command: python experiments/hold_out.py cifar10 --data-dir FOLDER --train 30000
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def write(path: Path, data: Dataset, first: int, end: int) -> None:
-    """Write the samples from first to end, without the last."""
+    """Write the samples ``first`` to ``end - 1`` as an npz."""
     np.savez(path, images=data.images[first:end], labels=data.labels[first:end])
     print(f"{path}: {end - first} images")
 

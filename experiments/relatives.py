@@ -1,8 +1,8 @@
 """Write docs/results/relatives.md, what related methods add to both strategies.
 
 Shows: the rows of the study cpu-small-methods, each beside the row that it changes,
-with the gain over the same seeds; all figures are read from the study's results.jsonl,
-the words are those of cpu-small-methods/findings.md.
+with the gain over the same seeds. All figures are read from the study's results.jsonl;
+the words come from cpu-small-methods/findings.md.
 Cost: a second.
 Command: python experiments/relatives.py
 """
@@ -35,10 +35,10 @@ CHANGED = {
 
 
 class Figure(NamedTuple):
-    """An accuracy in percent, and what it is above that of the changed row in points.
+    """An accuracy in percent, and its gain over the changed row in points.
 
-    Means over seeds. The interval is that of Student's t for paired seeds, 95 %; it is
-    a point where all seeds agree.
+    Both are means over seeds. The interval is that of Student's t for paired seeds,
+    95 %; it is a point where all seeds agree, and infinite with fewer than two seeds.
     """
 
     mean: float
@@ -114,7 +114,7 @@ def _by_seed(results: Sequence[Result], name: str) -> dict[int, float]:
 
 
 def rows_table(iid: Mapping[str, Row]) -> str:
-    """Return what each row is, which row it changes, and the bytes of a run."""
+    """Return a table of what each row is, which row it changes, and a run's bytes."""
     shows = {row.name.partition(",")[0]: row.shows for row in tables.load(NAME)[0].rows}
     header = ("row", "what it is", "gain over", "MB")
     lines = [
@@ -130,7 +130,7 @@ def rows_table(iid: Mapping[str, Row]) -> str:
 
 
 def accuracies_table(iid: Mapping[str, Row], skewed: Mapping[str, Row]) -> str:
-    """Return the accuracies of the rows with their gains; a clear gain is bold."""
+    """Return a table of accuracies with their gains; a clear gain is bold."""
     header = ("row", "exit %", "server %", "exit %, skewed", "server %, skewed")
     lines = [
         (
@@ -158,9 +158,9 @@ def _cell(one: Figure, *, gains: bool) -> str:
 
 
 def exits_table(partition: str) -> str:
-    """Return the accuracies of several exits in one client, in percent, by cut.
+    """Return a table of the accuracies of several exits in one client, by cut.
 
-    Means over the clients of a cut and over seeds.
+    They are in percent, means over the clients of a cut and over seeds.
     """
     study, results = tables.load(NAME)
     found = studies.by_row(study, results)

@@ -59,7 +59,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _absence(values: dict[str, str], where: str, num_clients: int) -> str:
-    """Return a row as an entry of `absences`; errors begin with ``where``."""
+    """Return a row as an entry of `absences`; begin errors with ``where``."""
     for name in _COLUMNS:
         if not re.fullmatch(r"\d{1,9}", values.get(name, "")):
             raise UserError(

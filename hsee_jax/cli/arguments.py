@@ -41,7 +41,7 @@ def config_parser(command: str, words: Sequence[str]) -> Parser:
 
     Args:
       command: the command.
-      words: what is to be parsed; the plugins among it may add flags.
+      words: the words to parse; the plugins that they name may add flags.
     """
     find_plugins(words)
     parser = parser_of(
@@ -63,8 +63,8 @@ def add_run(parser: Parser, *, name: str, resume: str) -> None:
     """Add the flags of a command that trains a run in a folder.
 
     Args:
-      parser: of the command.
-      name: of the folder in ``runs`` without ``--out``, for the help.
+      parser: the command's parser.
+      name: the folder's name in ``runs`` without ``--out``, for the help.
       resume: the help of ``--resume``.
     """
     parser.add_argument(
@@ -101,10 +101,10 @@ def add_figures(parser: Parser, *, file: str) -> None:
 
 
 def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of `run_parser`, and prepare JAX as they say.
+    """Parse the flags of `run_parser`, set the compilation cache, and start JAX.
 
     Raises:
-      UserError: a flag is wrong, or the devices are not there.
+      UserError: a flag is not allowed, or JAX finds no device.
     """
     given = parser.parse(words)
     if given.checkpoint not in ("latest", "best"):
@@ -119,10 +119,10 @@ def print_figures(rounds: int, scores: Scores, folder: Path, *, as_json: bool) -
     """Print what the clients of a run score, as a table or as JSON.
 
     Args:
-      rounds: that the run has finished.
-      scores: of its clients.
-      folder: of the run.
-      as_json: print JSON.
+      rounds: the number of finished rounds.
+      scores: the scores of the clients.
+      folder: the run's folder.
+      as_json: whether to print JSON.
     """
     if as_json:
         print(json.dumps({"rounds": rounds} | scores.to_json(), indent=2))

@@ -1,4 +1,4 @@
-"""What accuracy a plan may expect, learnt from the runs of ``--accuracy-from``."""
+"""The accuracy that a plan may expect, learnt from the runs of ``--accuracy-from``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ from hsee_jax.systems.problem import Problem
 
 
 def read_experience(places: Sequence[Path], known: Planning) -> Experience | None:
-    """Fit predictors to the runs in some places; None if there is no place.
+    """Fit predictors to the runs in some places; return None without places.
 
     Args:
       places: folders of runs, and folders of studies with their ``results.jsonl``.
-      known: of the plan.
+      known: what the plan knows of the run.
 
     Raises:
-      UserError: a place holds no finished run, or see `learn`.
+      UserError: a place holds no finished run; or see `learn`.
     """
     if not places:
         return None
@@ -40,8 +40,8 @@ def expected_problem(
     """Return the planner's problem with the predicted accuracies of the exits.
 
     Args:
-      known: of the plan.
-      experience: of finished runs, if there are any.
+      known: what the plan knows of the run.
+      experience: predictors fitted to finished runs; None predicts nothing.
       strategy: see `problem_of`.
 
     Raises:

@@ -69,7 +69,7 @@ def export(words: Sequence[str]) -> None:
 
 
 def _check_device(given: argparse.Namespace) -> None:
-    """Refuse flags that the folder of a device does not allow.
+    """Refuse flags that cannot be used with the folder of a device.
 
     Raises:
       UserError: such a flag is given.

@@ -31,7 +31,7 @@ from hsee_jax.runs.folder import load_config, read_config
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` instead of printing its usage."""
+    """A parser that raises `UserError` instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
@@ -66,7 +66,14 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def use_cache(given: dict[str, Any]) -> None:
-    """Keep compiled programs where the flags say."""
+    """Keep compiled programs where the flags say.
+
+    Args:
+      given: flags by name.
+
+    Raises:
+      UserError: the folder that a flag names cannot be made.
+    """
     chosen = given.get("compilation_cache")
     if chosen is None:
         if "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -92,8 +99,11 @@ def use_cache(given: dict[str, Any]) -> None:
 def find_plugins(words: Sequence[str]) -> None:
     """Import the modules that a command line needs, so that they can add flags.
 
-    ``--plugin`` names them, and the configuration that ``--config``, or ``--out`` of a
-    run to resume, begins with.
+    ``--plugin`` names modules, and so does the configuration that the command starts
+    from: the file of ``--config``, or the run in ``--out`` with ``--resume``.
+
+    Raises:
+      PluginError: a module cannot be imported.
     """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", nargs="+", default=())
@@ -109,10 +119,10 @@ def find_plugins(words: Sequence[str]) -> None:
 
 
 def import_plugins_of(path: Path) -> None:
-    """Import the plugins of a configuration, if it can be read.
+    """Import the plugins that a configuration file names; skip an invalid file.
 
     Raises:
-      PluginError: one of them cannot be imported.
+      PluginError: a plugin cannot be imported.
     """
     try:
         load_config(path)
@@ -123,7 +133,14 @@ def import_plugins_of(path: Path) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every option of `Config`, and ``--seed`` for three of them."""
+    """Add a flag for every option of `Config`, and three that set options indirectly.
+
+    ``--seed`` sets all three seeds; ``--absences-file`` and ``--interactions-file``
+    read an option from a file.
+
+    Raises:
+      UserError: an option of a plugin has the name of another flag.
+    """
     options()  # refuses two options of one name
     demo = flatten(PRESETS["demo"])
     for section in SECTIONS.values():
@@ -152,7 +169,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_option(place: Any, option: Option, text: str) -> None:
-    """Add the flag of an option, with a help, to a parser or a group of one."""
+    """Add an option's flag, with this help, to a parser or to one of its groups."""
     nargs = "?" if option.kind is bool else None
     place.add_argument(
         f"--{option.name.replace('_', '-')}",
@@ -165,7 +182,7 @@ def add_option(place: Any, option: Option, text: str) -> None:
 
 
 def _parsed(option: Option) -> Any:
-    """Return what turns a word into a value."""
+    """Return the function that turns a word into a value of the option."""
     if option.kind is not bool:
         return option.kind
 
@@ -179,7 +196,7 @@ def _parsed(option: Option) -> Any:
 
 
 def _help(section: Any, option: Option, demo: Any) -> str:
-    """Return help, readers and the demo's value of an option."""
+    """Return an option's help, with its readers and its value in the demo."""
     text = option.help
     for registry in section.registries.values():
         readers = registry.readers(option.name)
@@ -199,11 +216,11 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """Return the named preset, file or stored run, with the given flags applied.
 
     Args:
-      given: flags by name; those that are no options of `Config` are passed over.
-      stored: folder of the run to go on with.
+      given: flags by name; flags that are not options of `Config` are ignored.
+      stored: the folder of the run to resume; None for a new run.
 
     Raises:
-      UserError: a flag is not allowed, or has no effect.
+      UserError: a flag is not allowed or has no effect, or a file cannot be read.
     """
     changes = {name: given[name] for name in options() if name in given}
     for name in {"data_dir", "pretrained"} & changes.keys():

@@ -1,4 +1,4 @@
-"""``hsee gate``."""
+"""The command ``hsee gate``."""
 
 import argparse
 import json
@@ -77,7 +77,8 @@ def _target(given: argparse.Namespace) -> Target | None:
     """Check the flags of the study and return its target, if there is one.
 
     Raises:
-      UserError: the criterion is unknown, or the batch size too small.
+      UserError: the criterion is unknown, or the batch size or the target is not
+        allowed.
     """
     import_plugins_of(given.run / "config.json")  # they may bring the criterion
     CRITERIA.entry(given.criterion)

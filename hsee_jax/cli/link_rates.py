@@ -23,12 +23,12 @@ def config_with_link_rates(config: Config, given: dict[str, Any]) -> Config:
     """Return a configuration with the uplinks of its devices, if the flag is given.
 
     Args:
-      config: of the run.
+      config: the run's configuration.
       given: flags by name.
 
     Raises:
-      UserError: there are no devices, or rates are given as well, or the link does not
-        read any.
+      UserError: no file of devices is given, ``--link-rates`` is given as well, or the
+        run's link reads no rates.
     """
     if "link_rates_from_devices" not in given:
         return config

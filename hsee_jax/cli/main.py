@@ -1,8 +1,10 @@
 """The entry of ``hsee``: run a command and turn its errors into an exit status.
 
 Status 0 is success, 2 an error that the user can correct, 3 divergence, 1 output that
-cannot be written, and 128 + N the end by signal N. This file imports nothing heavy, so
-that the handler of Ctrl-C is set before the import of JAX.
+cannot be written or an unexpected error, and 128 + N the end by signal N. ``hsee
+sweep`` reports its runs by statuses of its own, see `hsee_jax.cli.sweep.sweep`. This
+file imports nothing heavy, so that the handler of Ctrl-C is set before the import of
+JAX.
 """
 
 import errno

@@ -39,7 +39,7 @@ _NUMBERS = {
     "bandwidth": "bytes/s of an uplink that all clients share; it is divided so that "
     "the last upload ends as early as possible",
 }
-_CHOSEN = ("cuts", "num_clients")  # by the plan
+_CHOSEN = ("cuts", "num_clients")  # options that the plan chooses
 
 
 def plan(words: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def plan(words: Sequence[str]) -> None:
 
 
 def _check(given: dict[str, Any]) -> None:
-    """Refuse flags before anything is read."""
+    """Refuse flags that are not allowed, before any file is read."""
     for name in _CHOSEN:
         if name in given:
             raise UserError(f"{name}: is not allowed; the plan says it")
@@ -111,7 +111,7 @@ def read_resources(given: dict[str, Any], config: Config) -> Resources:
     """Read the devices that the flags name, the server's workers and the uplink.
 
     Raises:
-      UserError: there is no file of devices, or a value is not allowed.
+      UserError: no file of devices is given, or a value is not allowed.
     """
     if "devices" not in given:
         raise UserError("devices: missing; allowed is a file of TOML or CSV")
@@ -178,10 +178,10 @@ def _parser(words: Sequence[str]) -> Parser:
 
 
 def _number(given: dict[str, Any], name: str) -> float | None:
-    """Return a flag of `_NUMBERS`, if it is given.
+    """Return the value of a flag of `_NUMBERS`; None if it is not given.
 
     Raises:
-      UserError: it is not allowed.
+      UserError: the value is not allowed.
     """
     if name not in given:
         return None
@@ -216,7 +216,7 @@ def _least_accuracy(given: dict[str, Any]) -> float | None:
 def _problems(
     known: Planning, experience: Experience | None
 ) -> dict[str, Problem | UserError]:
-    """Return the problem under every algorithm, or why there is none."""
+    """Return the problem under each algorithm, or the error where there is none."""
     found: dict[str, Problem | UserError] = {}
     for name in ALGORITHMS:
         try:

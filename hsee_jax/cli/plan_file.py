@@ -1,4 +1,4 @@
-"""The cuts of a plan, for ``hsee train``: of a file, or planned on the spot."""
+"""The cuts of a plan, for ``hsee train``: read from a file, or planned at once."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from hsee_jax.runs.planning import (
 from hsee_jax.systems.device_file import read_devices
 from hsee_jax.systems.planner import plan_cuts
 
-AUTO = ["auto"]  # of the flag --cuts
+AUTO = ["auto"]  # the value of --cuts that asks for a plan
 
 
 class Cuts(NamedTuple):
@@ -50,17 +50,17 @@ def read_cuts(path: Path) -> Cuts:
 
 
 def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
-    """Return the configuration of a run, with the cuts of its plan if it names one.
+    """Return the configuration of a run, with the cuts of the plan that a flag names.
 
-    With ``--cuts auto`` the cuts are missing yet, see `plan_now`.
+    With ``--cuts auto`` the cuts are still missing; `plan_now` adds them.
 
     Args:
       given: flags by name.
       stored: see `config_from`.
 
     Raises:
-      UserError: see `config_from`; or a flag contradicts the plan, or the plan is of
-        another network.
+      UserError: see `config_from`; or a flag contradicts the plan, the plan is for
+        another network, or ``--cuts auto`` lacks a file of devices.
     """
     if "plan" in given:
         return _from_file(given, given["plan"], stored)
@@ -80,8 +80,8 @@ def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
     """Return a configuration with the fastest cuts for a file of devices.
 
     Args:
-      config: of the run.
-      devices: the file.
+      config: the run's configuration.
+      devices: the file of devices.
       every: the rounds after which the cuts are planned again; None for never.
 
     Raises:

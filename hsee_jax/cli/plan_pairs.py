@@ -25,7 +25,7 @@ _NO_EFFECT = (
     "compare",
     "link_rates_from_devices",
 )
-_TRAINED = "fedavg"  # by pairs: every client a whole network
+_TRAINED = "fedavg"  # what pairs train: a whole network for every client
 
 
 def check_flags(given: dict[str, Any]) -> None:
@@ -47,9 +47,9 @@ def show_pairs(
     """Pair the clients, print the pairs and write ``pairs.json``.
 
     Args:
-      known: of the plan.
+      known: what the plan knows of the run.
       rule: one of `RULES`.
-      memory_bytes: of every device; None for its own.
+      memory_bytes: the memory of every device; None for each device's own.
       out: the folder for the file.
 
     Raises:

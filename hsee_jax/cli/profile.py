@@ -97,7 +97,7 @@ def _entry(name: str, times: Profile, costs: Sequence[LayerCost]) -> str:
 
 
 def _toml(fields: Mapping[str, Any]) -> list[str]:
-    """Write numbers, texts and lists of them, in which JSON is TOML."""
+    """Return fields as lines of TOML, with values as JSON writes them."""
     return [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
 
 

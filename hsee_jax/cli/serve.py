@@ -64,7 +64,7 @@ def _run(
     options: dict[str, Any],
     signals: StopSignals,
 ) -> Any:
-    """Serve the run, and start its devices here if that is asked for."""
+    """Serve the run, and start its devices on this machine with ``--local``."""
     from hsee_jax.deployment.local import LocalDevices
     from hsee_jax.deployment.reception import serve as serve_run
 
@@ -88,7 +88,7 @@ def _run(
 def _doors(
     config: "Config", given: dict[str, Any], devices: "LocalDevices | None"
 ) -> "Doors":
-    """Return what lets the calls of devices in.
+    """Return a function that opens the port and, with ``--local``, starts the devices.
 
     Raises:
       UserError: the address or the keys are not allowed.
@@ -98,7 +98,7 @@ def _doors(
 
     keys = given.get("keys")
     keys = None if keys is None else expand_home(keys, "keys")
-    # Before a run in the folder is replaced.
+    # Check both before a run in the folder is replaced.
     check_address(given["listen"], "listen", keys)
     if keys is not None:
         server_credentials(keys)
@@ -119,7 +119,11 @@ def _doors(
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a server, and complete those of its run."""
+    """Return the server's options; add to ``given`` what ``--local`` implies.
+
+    Raises:
+      UserError: a flag is missing, or is not allowed.
+    """
     from hsee_jax.deployment.types import Patience
 
     if "local" in given:

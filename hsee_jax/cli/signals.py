@@ -105,9 +105,10 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def keep_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Repeat a Ctrl-C that came inside a callback that cannot raise; a hook of `sys`.
+    """Repeat a Ctrl-C that came inside a callback that cannot raise.
 
-    Python would print its traceback there and continue.
+    This is a `sys.unraisablehook`. Python's own hook prints the traceback, and the
+    process continues.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)

@@ -55,7 +55,7 @@ class _Messages(io.TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Replace the standard streams of this process by the streams of this module.
+    """Replace the standard streams of this process with those of this module.
 
     Raises:
       OutputError: standard output is closed.

@@ -61,7 +61,7 @@ def sweep(words: Sequence[str]) -> int:
 
 
 def _limit(seconds: float | None) -> float:
-    """Return after how many seconds to stop."""
+    """Return the seconds after which the sweep stops; infinite without a limit."""
     if seconds is None:
         return math.inf
     return Option("seconds", float, None, rules=(at_least(0),)).checked(seconds)

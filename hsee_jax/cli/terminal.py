@@ -30,7 +30,7 @@ from hsee_jax.systems.traffic import Bytes
 
 
 def results_table(scores: Scores, *, title: str) -> Table:
-    """Return a table of the clients: their cuts and the accuracies of both answers.
+    """Return a table of the clients: cuts, and accuracies of exits and servers.
 
     Args:
       scores: the scores of the clients.
@@ -135,7 +135,7 @@ def text_table(
 
 
 def _title(text: str) -> Text:
-    """Return a title as it is: brackets in a user's text are no markup."""
+    """Return a title that Rich prints as it is; brackets in it are not markup."""
     return Text(text, "table.title")
 
 

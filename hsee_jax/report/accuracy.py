@@ -22,8 +22,8 @@ def leave_one_out_table(expected: Expectations, cuts: Ints) -> Table:
     The title names what the runs do not cover: options of the plan, and its cuts.
 
     Args:
-      expected: of the plan.
-      cuts: of the plan, ``int64 [N]``.
+      expected: the predictions for the plan.
+      cuts: the plan's cuts, ``int64 [N]``.
     """
     header = ["accuracy"]
     for model in MODELS:
@@ -60,7 +60,8 @@ def _cells(estimate: Estimate) -> tuple[str, ...]:
 def predicted(expected: Expectations, cuts: Ints) -> dict[str, Any]:
     """Return the predicted means for cuts ``int64 [N]`` as values of JSON.
 
-    Beside them are the models that made them, with their errors by leave-one-out.
+    The result also names the models that made the predictions, with their errors by
+    leave-one-out.
     """
     predictor = expected.predictor
     exits, servers = predictor.means(cuts, expected.settings)

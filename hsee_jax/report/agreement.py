@@ -31,7 +31,7 @@ def agreement(curve: Curve) -> Figure:
     """Draw a bar for each cut, with a part for each case of `Agreement`.
 
     Args:
-      curve: it has an `agreement`.
+      curve: a curve whose `agreement` is not None.
     """
     cuts, sizes = np.unique(curve.cuts, return_counts=True)
     shares = np.array([_shares(curve, cut) for cut in cuts])

@@ -1,4 +1,4 @@
-"""Tables of a report: answers beside those of the exit at the cut and of the server."""
+"""Tables of a report: answers of exits before the cut, and of the gated width."""
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import mean

@@ -11,8 +11,8 @@ def cluster_entries(problem: Problem, plan: Plan) -> list[dict[str, Any]]:
     """Return the clusters of a plan as values of JSON.
 
     Args:
-      problem: of the planner.
-      plan: its answer.
+      problem: the planner's problem.
+      plan: the planner's answer.
     """
     entries = []
     for client, pipelines in problem.clusters.items():

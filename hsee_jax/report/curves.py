@@ -25,7 +25,7 @@ class Run(NamedTuple):
     """The content of a run's folder."""
 
     name: str  # the folder, relative to the common parent of all runs
-    settings: Options  # without those of the run's own, see `History.settings`
+    settings: Options  # without options of the run's own, see `History.settings`
     data_dir: str | None
     seeds: tuple[int, ...]
     partition: list[Share]
@@ -47,7 +47,7 @@ class Curve(NamedTuple):
 
     @property
     def final(self) -> Values:
-        """Return the accuracy after the last round, ``[S, 2, N]``."""
+        """Return the accuracy after the last evaluated round, ``[S, 2, N]``."""
         return self.accuracy[:, -1]
 
     @property
@@ -63,7 +63,7 @@ class Curve(NamedTuple):
 
     @property
     def losses(self) -> Values:
-        """Return the training losses ``[S, R, 2]`` of all rounds that all runs have.
+        """Return the training losses ``[S, T, 2]`` of the T rounds that all runs have.
 
         Rounds count from 1; a loss that is not finite is NaN.
         """
@@ -80,7 +80,7 @@ class Curve(NamedTuple):
     def agreement(self) -> npt.NDArray[np.int64] | None:
         """Return the sum of `Run.agreement` over the runs, ``[N, 4, K]``.
 
-        It is None if a run does not have it.
+        The result is None if a run has no agreement.
         """
         parts = [run.agreement for run in self.runs]
         return np.sum(parts, axis=0) if all(map(len, parts)) else None
@@ -92,7 +92,10 @@ class Curve(NamedTuple):
 
 
 def spread(values: Values) -> tuple[Any, Any]:
-    """Return mean and sample standard deviation (0 of one) over the leading axis."""
+    """Return mean and sample standard deviation over axis 0.
+
+    The deviation of a single value is 0.
+    """
     deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * values[0]
     return values.mean(axis=0), deviation
 
@@ -105,7 +108,7 @@ def mean_text(values: Sequence[float] | Values, digits: int) -> str:
 
 
 def differing(every: Sequence[Options]) -> list[str]:
-    """Return the options that differ between the runs that have them."""
+    """Return the names of the options that differ between the runs that have them."""
     names = dict.fromkeys(name for options in every for name in options)
     return [n for n in names if len({own[n] for own in every if n in own}) > 1]
 

@@ -37,7 +37,7 @@ class Picture(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """Return the title without what tells it from pictures of the same kind."""
+        """Return the title without the part that pictures of one kind differ in."""
         return self.title.partition("\n")[0].partition(";")[0]
 
 
@@ -50,7 +50,7 @@ class Pictures(NamedTuple):
 
     @property
     def all(self) -> list[Picture]:
-        """Return all of them in the order of the page."""
+        """Return all pictures in the order of the page."""
         return [*self.overview, *chain(*self.curves), *self.splits]
 
 
@@ -61,11 +61,11 @@ def draw(curves: Sequence[Curve]) -> Pictures:
       curves: at least one curve.
 
     Returns:
-      In the overview the accuracy and the training loss over rounds, the accuracy over
-      what the runs have spent, as far as they know it, and a comparison if there are
-      several curves; of each curve its clients, and the agreement of exit
-      and server and the accuracy by class if its runs hold the counts for them; each
-      different split of the classes.
+      The pictures. The overview holds the accuracy and the training loss over rounds,
+      the accuracy over what the runs have spent, as far as they know it, and a
+      comparison if there are several curves. Each curve has a picture of its clients,
+      and, if its runs hold the counts for them, of the agreement of exit and server and
+      of the accuracy by class. Each different split of the classes has a picture.
     """
     with mpl.rc_context(RC):
         return Pictures(

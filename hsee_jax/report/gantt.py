@@ -11,12 +11,12 @@ from hsee_jax.systems.intervals import Interval, intervals
 from hsee_jax.systems.outcome import Plan
 from hsee_jax.systems.problem import Problem
 
-_ROWS = 24  # kinds of clients
-_WORKERS = 4
+_ROWS = 24  # kinds of clients, at most
+_WORKERS = 4  # at most
 
 
 class _Look(NamedTuple):
-    """How the bars of an activity look."""
+    """The look of the bars of an activity."""
 
     lane: float  # of the row, the centre is 0
     height: float
@@ -41,12 +41,13 @@ _RC = RC | {"hatch.linewidth": 0.6}
 def draw_round(problem: Problem, plan: Plan) -> bytes:
     """Draw a round as PNG, with a row for each kind of client and server worker.
 
-    A kind is a device and a cut; its row shows the client that is ready last. Of many
-    kinds the rows are those that are ready last.
+    A kind is a device and a cut; its row shows the client that is ready last. Of more
+    than 24 kinds the picture shows those that are ready last, and of more than 4
+    workers the first 4.
 
     Args:
-      problem: of the planner.
-      plan: its answer.
+      problem: the planner's problem.
+      plan: the planner's answer.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ def classes(curve: Curve) -> Figure:
     """Draw the accuracy within each class, with a row for each cut.
 
     Args:
-      curve: it has an `agreement`.
+      curve: a curve whose `agreement` is not None.
     """
     cuts = np.unique(curve.cuts)
     figure = Figure((WIDTH, 1.8 + 2 * max(0.35 * len(cuts), 0.6)))
@@ -44,7 +44,7 @@ def classes(curve: Curve) -> Figure:
 
 
 def _accuracy(curve: Curve, cut: int, branch: str) -> Any:
-    """Return the accuracy ``[K]`` within each class; NaN if it has no samples."""
+    """Return the accuracy ``[K]`` within each class; NaN without samples."""
     counts: Any = curve.agreement
     total = Agreement.of(counts[curve.cuts == cut].sum(axis=0))
     right = getattr(total, f"{branch}_correct")

@@ -19,7 +19,7 @@ class Section(NamedTuple):
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """Return a page with a table of contents, for wide and narrow, light and dark."""
+    """Return a page with a table of contents, for any width, light or dark."""
     body = "\n".join(
         [f"<h1>{html.escape(title)}</h1>", _contents(sections), *_body(sections)]
     )

@@ -25,8 +25,8 @@ def pairs_document(
     """Return pairs as values of JSON.
 
     Args:
-      problem: of the planner.
-      pairs: of all its clients.
+      problem: the planner's problem.
+      pairs: the pairs of all its clients.
       layers: the names of the network's layers.
     """
     return {

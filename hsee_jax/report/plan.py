@@ -23,8 +23,8 @@ def document(problem: Problem, plan: Plan, layers: Sequence[str]) -> Document:
     """Return a plan as values of JSON.
 
     Args:
-      problem: of the planner.
-      plan: its answer.
+      problem: the planner's problem.
+      plan: the planner's answer.
       layers: the names of the network's layers.
     """
     time, binds = plan.time, plan.time.binds
@@ -129,11 +129,11 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def side_by_side(title: str, what: str, rows: Sequence[Row]) -> Table:
-    """Make a table with a row for each of some plans.
+    """Make a table with a row for each plan.
 
     Args:
-      title: of the table.
-      what: the heading of the names.
+      title: the table's title.
+      what: the heading of the column of names.
       rows: the plans.
     """
     header = (what, "cuts", "seconds", "joules", "MB up", "MB down", "server busy")
@@ -160,8 +160,8 @@ def write(plan: Document, problem: Problem, answer: Plan, folder: Path) -> None:
 
     Args:
       plan: the document, perhaps with more entries.
-      problem: of the planner.
-      answer: its answer.
+      problem: the planner's problem.
+      answer: the planner's answer.
       folder: the folder for the files; `write` makes it if it is missing.
 
     Raises:

@@ -30,7 +30,7 @@ def accuracy_over(curves: Sequence[Curve], quantity: Quantity) -> Figure:
     """Draw the test accuracy over what the rounds have spent, as means over seeds.
 
     Args:
-      curves: at least one knows the quantity; the others are not drawn.
+      curves: the curves; at least one knows the quantity, the others are not drawn.
       quantity: what is spent.
     """
     totals = [spent(curve, quantity) for curve in curves]
@@ -48,7 +48,7 @@ def accuracy_over(curves: Sequence[Curve], quantity: Quantity) -> Figure:
 
 
 def _unit(quantity: Quantity, most: float) -> tuple[float, str]:
-    """Return how much a unit on the axis is, and the unit in words."""
+    """Return the size of a unit on the axis, and its name in brackets."""
     if quantity is SECONDS:
         return 1.0, ""
     power = min(int(math.log10(max(most, 1.0)) / 3), 4)

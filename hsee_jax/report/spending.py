@@ -45,7 +45,8 @@ QUANTITIES = (SECONDS, JOULES, BYTES)
 def spent(curve: Curve, quantity: Quantity) -> Values | None:
     """Return what each run has spent by each evaluated round, ``[S, R]``.
 
-    It is None if a run does not know it, or has spent nothing in all its rounds.
+    The result is None if a run does not know the quantity, or if its links carried no
+    bytes at all.
     """
     rows = [quantity.totals(run.records) for run in curve.runs]
     if not all(map(len, rows)):

@@ -1,7 +1,7 @@
 """The look of all figures: colours, markers, dashes and sizes.
 
 The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/) without
-yellow; no distinction rests on colour alone. Figures are narrow and their text is
+yellow. No distinction rests on colour alone. Figures are narrow and their text is
 large, so that they can be read at half their size.
 """
 
@@ -56,7 +56,12 @@ def curve_style(number: int) -> dict[str, Any]:
 
 
 def show_percent(axis: "Axis", most: int = 7) -> None:
-    """Label an axis of shares in percent, at round numbers, at most so many."""
+    """Label an axis of shares in percent, at round numbers.
+
+    Args:
+      axis: the axis.
+      most: the most steps between the first and the last label.
+    """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))

@@ -10,8 +10,8 @@ from hsee_jax.report.spending import BYTES, JOULES, QUANTITIES, SECONDS, spent
 from hsee_jax.report.tables import Table
 
 _LEVELS = (0.01, 0.02, 0.05, *(tens / 10 for tens in range(1, 10)), 0.95, 0.99)
-_ROUNDING = 1e-9  # of a mean that is equal to a level but for rounding
-_MOST = 5  # levels, the highest that are reached
+_ROUNDING = 1e-9  # a mean this far below a level has reached it
+_MOST = 5  # levels in a table: the highest that are reached
 TARGETS = (
     "A row shows the first evaluated round in which the mean accuracy over the clients "
     "reaches the accuracy on the left, and what the run has spent by the end of this "
@@ -28,8 +28,8 @@ def targets(curves: Sequence[Curve]) -> list[Table]:
     """Make a table for exits and a table for servers.
 
     A row is an accuracy and a curve, with the first evaluated round in which the mean
-    over clients reaches the accuracy, and what has been spent by its end. There is no
-    table if no curve knows what it has spent.
+    over clients reaches the accuracy, and what has been spent by the end of the round.
+    There is no table if no curve knows what it has spent.
     """
     known = [q for q in QUANTITIES if any(spent(c, q) is not None for c in curves)]
     header = ("accuracy", "curve", "round", *(_COLUMNS[q][0] for q in known))
@@ -62,7 +62,7 @@ def _cells(
     series: Sequence[Values | None],
     scales: Sequence[float],
 ) -> Iterator[str]:
-    """Yield the text for each series ``[S, R]`` where it is first reached."""
+    """Yield the text of each series ``[S, R]`` where each seed is first ``reached``."""
     some, first = np.asarray(reached.any(axis=1)), reached.argmax(axis=1)
     for column, (values, scale) in enumerate(zip(series, scales, strict=True)):
         if not some.all():

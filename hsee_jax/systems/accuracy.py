@@ -1,4 +1,4 @@
-"""What accuracy some cuts will give, learnt from finished runs.
+"""Predict the accuracy that some cuts will give, from finished runs.
 
 Two models predict each accuracy: ridge regression, and a graph network over the layers
 after GCN-NAS (arXiv:2004.08423). Leave-one-out says which is better.
@@ -40,13 +40,14 @@ class Score(NamedTuple):
     """How well a model predicts what it was not fitted to."""
 
     mean_error: float  # absolute
-    tau: float  # Kendall's rank correlation; NaN where all predictions are equal
+    # Kendall's rank correlation; NaN if all predictions or all values are equal.
+    tau: float
 
 
 class Estimate(NamedTuple):
     """The prediction of one accuracy by the better of two models."""
 
-    scores: Mapping[str, Score]  # of each of `MODELS`, and of the ``mean`` of the rest
+    scores: Mapping[str, Score]  # of `MODELS`, and of the ``mean`` of the other rows
     winner: str  # the model with the least mean error
     predict: Predict
 
@@ -56,19 +57,19 @@ class Predictor(NamedTuple):
 
     costs: tuple[LayerCost, ...]
     mixes: int  # number of different mixes of cuts and settings that it was fitted to
-    tried: tuple[int, ...]  # the cuts of the clients of these
+    tried: tuple[int, ...]  # the cuts of the clients in these mixes
     server: Estimate  # mean server accuracy, from the cuts of all clients
     mean_exit: Estimate  # mean exit accuracy, from the cuts of all clients
     exit: Estimate  # exit accuracy of a client, from its own cut
 
     def means(self, cuts: Ints, settings: Sequence[float] = ()) -> tuple[float, float]:
-        """Return the mean exit and the mean server accuracy of cuts ``int64 [N]``."""
+        """Predict the mean exit and the mean server accuracy of cuts ``int64 [N]``."""
         inputs = make_inputs(self.costs, [cuts], [settings])
         exits, servers = (_of(one, inputs) for one in (self.mean_exit, self.server))
         return float(exits[0]), float(servers[0])
 
     def exits(self, settings: Sequence[float] = ()) -> Floats:
-        """Return the exit accuracy of a client of each cut 1..L, ``[L]``."""
+        """Predict the exit accuracy of a client of each cut 1..L, ``[L]``."""
         cuts = [np.array([cut]) for cut in range(1, len(self.costs) // 2 + 1)]
         return _of(self.exit, make_inputs(self.costs, cuts, [settings] * len(cuts)))
 
@@ -126,7 +127,7 @@ def leave_one_out(fit: Fit, inputs: Inputs, values: Floats, groups: Ints) -> Flo
     Args:
       fit: fits the model.
       inputs: the features of n rows.
-      values: what is predicted, ``[n]``.
+      values: the accuracies to predict, ``[n]``.
       groups: the group of each row, ``int64 [n]``, which is left out as a whole.
     """
     found = np.empty(len(values))

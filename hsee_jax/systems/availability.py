@@ -75,7 +75,7 @@ def check_period(period: Period, num_clients: int) -> None:
     """Refuse a period of an unknown client, or one that is empty.
 
     Raises:
-      UserError: it is not allowed.
+      UserError: the period is not allowed.
     """
     client, from_s, to_s = period
     if not 0 <= client < num_clients:
@@ -113,7 +113,7 @@ def by_client(periods: Iterable[Period]) -> Availability:
 def available_from(availability: Availability, client: int, second: float) -> float:
     """Return the first second, not before ``second``, at which a client is available.
 
-    It is infinite if there is none.
+    The result is infinite if there is no such second.
     """
     if client not in availability:
         return second

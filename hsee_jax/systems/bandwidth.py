@@ -14,7 +14,7 @@ from hsee_jax.systems.quantities import Floats
 
 
 class Division(NamedTuple):
-    """The rate of each client, and when the last of them is ready."""
+    """The rate of each client, and the second at which the last upload ends."""
 
     bytes_per_s: Floats  # [N]
     seconds: float
@@ -33,7 +33,8 @@ def divide_uplink(
       up_bytes: the bytes of each client's upload, ``[N]``.
       start_s: the second at which each client can start to send, ``[N]``.
       bandwidth: bytes per second of all clients together.
-      link_bytes_per_s: the most that each client's own link takes, ``[N]`` or one.
+      link_bytes_per_s: the most that each client's own link takes, ``[N]`` or one
+        number.
     """
 
     def rates(end: float) -> Floats:

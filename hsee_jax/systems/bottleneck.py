@@ -2,7 +2,7 @@
 
 A detached round takes ``max(max_i own_i, sum_i server_i / workers)`` seconds. If no
 client may take longer than a threshold, each client does best with the cut that
-leaves the server least to do among its cuts below the threshold. So the best of the
+leaves the server least to do among its cuts up to the threshold. So the best of the
 at most N L thresholds gives the best choice, without a solver.
 """
 

@@ -42,7 +42,7 @@ def choose(
       minimize: one of `QUANTITIES`.
       limits: the most of some of `QUANTITIES`.
       one_cut: whether all clients have the same cut.
-      measure: what the cuts need in truth, for the error; None for their `totals`.
+      measure: returns what cuts really need, for the error; None for their `totals`.
 
     Returns:
       The cuts of all clients, ``int64 [N]``, from 1 to L.
@@ -125,7 +125,7 @@ def plain(value: float) -> str:
 
 
 def upward(value: float) -> str:
-    """Return a positive number rounded up to four digits, as text."""
+    """Return a number, 0 or more, rounded up to four significant digits, as text."""
     if value == 0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(value)) - 3)
@@ -142,8 +142,8 @@ def allowed_cuts(
     """Return which cuts fit each client's memory, ``[N, L]``.
 
     Args:
-      memory_bytes: what a client needs at each cut, ``[L]``.
-      most_bytes: what each client has, ``[N]``.
+      memory_bytes: the bytes that a client needs at each cut, ``[L]``.
+      most_bytes: the bytes that each client has, ``[N]``.
       names: the names of the N clients, for the error.
       choices: the cuts to choose from, at least one.
 
@@ -168,8 +168,8 @@ def accurate_cuts(
 
     Args:
       allowed: the cuts that each client may take otherwise, ``[N, L]``.
-      accuracy: predicted for a client of each cut, ``[L]``.
-      least: that is asked for.
+      accuracy: the predicted exit accuracy of a client of each cut, ``[L]``.
+      least: the least accuracy to reach, from 0 to 1.
       one_cut: whether all clients have the same cut.
 
     Raises:

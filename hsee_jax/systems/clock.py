@@ -2,8 +2,8 @@
 
 The rules are ours [ours]:
 
-- A round opens when the round before it has ended, or later: as soon as a client is
-  available that can be done by the deadline.
+- A round opens when the round before it has ended, or later: as soon as a client that
+  can be done by the deadline is available.
 - A client that is not available when the round opens is *away*. A client that has begun
   stays to the end.
 - A client is *late* if its round would take longer than the deadline even with the
@@ -40,7 +40,7 @@ class RoundClock(NamedTuple):
     """A round on the simulated clock."""
 
     begin_s: float  # the second at which it opens, since the start of the run
-    seconds: float  # that it lasts
+    seconds: float  # from its opening to its end
     joules: float  # of the devices in the round; NaN where watts are not known
     lost_bytes: float  # on the links of late clients, up and down
     away: tuple[int, ...]  # ids of the drawn clients that were not available
@@ -114,9 +114,9 @@ def _from_json(value: float | None) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Clock:
-    """What holds in every round of a run with N clients."""
+    """The inputs of the clock that are the same in every round of a run."""
 
-    work: Work  # of client 0, 1, ... in a round, arrays ``[N]``
+    work: Work  # of clients 0..N-1 in a round, arrays ``[N]``
     devices: tuple[Device, ...]  # [N]
     availability: Availability = field(default_factory=dict)
     deadline_s: float = math.inf  # of a round, from its opening
@@ -142,17 +142,17 @@ def clock_round(
     """Return the course of a round on the simulated clock.
 
     Args:
-      clock: of the run.
-      schedule: of the round.
+      clock: the run's clock.
+      schedule: the round's schedule.
       ids: A clients in ascending order, who take part if they are available and in
         time.
       order: their turns at a shared server, positions in ``ids``, ``[T, A]``.
-      now_s: the second at which the round before it has ended.
-      number: of the round, for errors.
+      now_s: the second at which the previous round has ended.
+      number: the round's number, for errors.
 
     Raises:
-      UserError: none of the clients can be done by the deadline, or none of those who
-        can is ever available again.
+      UserError: no client can be done by the deadline, or no client that can is ever
+        available again.
     """
     able = _able(clock, schedule, ids, number)
     start = {i: available_from(clock.availability, i, now_s) for i in ids}
@@ -203,9 +203,9 @@ def _in_time(
     order: Order,
     able: set[int],
 ) -> tuple[RoundTime, list[int]]:
-    """Return the course of the round of those who are in time, and who they are.
+    """Return the course of the round with the clients that are in time, and their ids.
 
-    Each of ``able`` alone is in time.
+    Each of the clients ``able`` is in time if it has the server for itself.
     """
 
     def course(members: Collection[int]) -> tuple[RoundTime, list[int]]:
@@ -244,7 +244,7 @@ def _lost(device: Device, own: RoundTime, seconds: float) -> _Lost:
 
 
 def _joules(course: RoundTime, devices: Sequence[Device], seconds: float) -> float:
-    """Return the energy of devices in a round that is as long as theirs, or longer."""
+    """Return the joules of devices in a round of ``seconds``, idle after ``course``."""
     idle = np.array([device.idle_watts for device in devices], float)
     rest = seconds - course.seconds
     return float(np.sum(joules(course, devices) + idle * rest))

@@ -45,15 +45,15 @@ def best_pipelines(
 ) -> Pipelines:
     """Return the fastest pipeline for each cut, over splits and micro-batches.
 
-    The first device has the data and the last one the exit, so both hold a layer at
-    least. Micro-batches are equal parts of a batch; each device keeps the activations
-    of the whole batch.
+    The first device has the data and the last device the exit, so both hold at least
+    one layer. Micro-batches are equal parts of a batch; each device keeps the
+    activations of the whole batch.
 
     Args:
       costs: the costs of L layers, L exits and the final head.
-      devices: of the cluster; the first has the data.
+      devices: the cluster's devices; the first has the data.
       batch_size: samples in a batch.
-      slots: of the optimizer, see `optimizer_slots`.
+      slots: the optimizer's slots, see `optimizer_slots`.
     """
     count = len(costs) // 2
     seconds = np.array([sum(part_seconds(costs, d, batch_size)) for d in devices])
@@ -80,14 +80,14 @@ def cluster_device(
 ) -> Device:
     """Return the device that takes as long as the best pipeline of a cluster.
 
-    It has the link of the last device, and draws what all devices draw together. That
-    all compute at the same time makes its energy an upper bound.
+    It has the link of the last device, and draws what all devices draw together. Its
+    energy is an upper bound, because it counts all devices as computing at once.
 
     Args:
-      name: of the cluster.
-      costs: of the network.
+      name: the cluster's name.
+      costs: the costs of L layers, L exits and the final head.
       pipelines: see `best_pipelines`.
-      batch_size: of the pipelines.
+      batch_size: the batch size of the pipelines.
     """
     devices = pipelines.devices
     last = devices[_LAST]
@@ -134,15 +134,15 @@ def _fits(
             needed[a, b] = parts_memory(parts, batch_size=batch_size, slots=slots)
     memory = np.array([device.memory_bytes for device in devices])
     fits = needed[None] <= memory[:, None, None]
-    fits[0, 0, 0] = fits[_LAST, cut, cut] = False  # they hold a layer at least
+    fits[0, 0, 0] = fits[_LAST, cut, cut] = False  # both hold a layer
     return fits
 
 
 def _send_seconds(devices: tuple[Device, ...], sizes: Floats) -> Floats:
     """Return the seconds of a micro-batch's features and gradients, ``[K, cut]``.
 
-    Each device passes them to the next one, and the gradients come back. The rate is
-    that to the next device also where it holds no layer.
+    Each device passes features to the next device, and the gradients come back. The
+    rate is that of the link to the next device, even if that device holds no layer.
     """
     rows = np.zeros((len(devices), len(sizes)))
     for k, (one, after) in enumerate(zip(devices, devices[1:], strict=False)):

@@ -16,7 +16,7 @@ from hsee_jax.systems.planner import Limits, plan_cuts, possible_cuts
 from hsee_jax.systems.problem import Problem, cut_costs
 from hsee_jax.systems.quantities import Ints
 
-_DRAWS = 21
+_DRAWS = 21  # odd, for the median
 
 
 class Row(NamedTuple):
@@ -33,9 +33,9 @@ def compare(
     """Plan the same devices under several algorithms.
 
     Args:
-      problems: by the name of the algorithm, or why it cannot be had.
+      problems: the problem by the name of the algorithm, or the error that refuses it.
       minimize: see `plan_cuts`.
-      limits: of each plan.
+      limits: the limits of each plan.
     """
     rows = []
     for name, problem in problems.items():
@@ -49,15 +49,15 @@ def compare(
 
 
 def other_choices(problem: Problem, minimize: str, limits: Limits) -> list[Row]:
-    """Return what other ways to choose the cuts lead to, within memory and `min_cut`.
+    """Return plans with cuts chosen in other ways, among the `possible_cuts`.
 
     They are the best equal cut, the shallowest and the deepest cut of each client, and
-    the median of some random choices.
+    the median of 21 random choices.
 
     Args:
-      problem: of an algorithm.
+      problem: the problem under an algorithm.
       minimize: see `plan_cuts`.
-      limits: only those of memory and of the least cut count.
+      limits: the limits that `possible_cuts` reads; limits of totals do not count.
     """
     allowed = possible_cuts(problem, limits)
     layers = allowed.shape[1]

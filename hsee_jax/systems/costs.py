@@ -29,7 +29,7 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
     Args:
       model: the network.
       exits: see `hsee_jax.federation.Federation`; with ``"all"``, the cost of an exit
-        is that of all exits up to it, as a client with this cut has them.
+        is the sum over all exits up to it, which a client with this cut has.
     """
     shapes = layer_inputs(model)
     stages = [*model.stages, *model.exit_heads, model.final_head]
@@ -45,7 +45,7 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
 
 
 def _with_all_exits(costs: list[LayerCost]) -> tuple[LayerCost, ...]:
-    """Add to the cost of each exit those of the exits before it."""
+    """Add the costs of the exits before it to the cost of each exit."""
     count = len(costs) // 2
     total: tuple[int, ...] = (0, 0, 0, 0)
     for number in range(count, 2 * count):

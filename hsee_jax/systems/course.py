@@ -40,18 +40,20 @@ class Course(NamedTuple):
     compute_s: Floats
     link_s: Floats
     server_s: Floats
-    resume: Floats  # when each client goes on
-    free: float  # when the server goes on
+    resume: Floats  # when each client begins the next part
+    free: float  # when the server is free for the next part
     transfer: Transfer | None
 
 
 def run(setting: Setting, part: Part, log: Log, start: Floats, free: float) -> Course:
-    """Fill in the log of a part of a round, and return how it went.
+    """Fill in the log of a part of a round, and return how the part went.
+
+    Times are seconds from the start of the round.
 
     Args:
-      setting: of the round.
+      setting: what all parts of the round share.
       part: the steps.
-      log: of the round.
+      log: the round's log.
       start: when each client begins, ``[N]``.
       free: when the server begins.
     """
@@ -87,7 +89,7 @@ def _server_s(
 ) -> Floats:
     """Return how long each client waits for its messages while the server works.
 
-    While the server is idle it waits for another client, and so do they.
+    Seconds in which the server is idle do not count: all then wait for another client.
     """
     begin, end = log.begin[: rows.stop], log.end[: rows.stop]
     known = ~np.isnan(begin)

@@ -1,4 +1,4 @@
-"""What a predictor of accuracy knows about some clients: layers, and settings.
+"""The features from which accuracy is predicted: of layers, and settings.
 
 The layers of a network form a chain. How many clients hold a layer, and how many have
 their exit behind it, differ between runs; its FLOPs and bytes tell layers apart.
@@ -34,7 +34,7 @@ def layer_features(costs: Sequence[LayerCost], cuts: Ints) -> Floats:
 
     Args:
       costs: the costs of L layers, L exits and the final head.
-      cuts: of the clients, ``int64 [N]``.
+      cuts: the cuts of the clients, ``int64 [N]``.
     """
     layers = np.arange(1, len(costs) // 2 + 1)
     flops = np.array([cost.flops for cost in costs[: len(layers)]], float)

@@ -1,6 +1,6 @@
 """Files of devices: a user's TOML or CSV, with a number and a spread for each entry.
 
-In TOML a list of tables named ``devices``, and a table ``server``::
+A TOML file holds a list of tables named ``devices``, and a table ``server``::
 
     devices = [
       {device = "raspberry-pi-4", link = "wifi", count = 40},
@@ -9,7 +9,7 @@ In TOML a list of tables named ``devices``, and a table ``server``::
     ]
     server = {device = "gpu-server"}
 
-In CSV a header of the same fields, and a row for each entry::
+A CSV file holds a header with the same fields, and a row for each entry::
 
     device,link,count
     raspberry-pi-4,wifi,40
@@ -53,7 +53,7 @@ class Cluster(NamedTuple):
 class Fleet(NamedTuple):
     """The devices of a federation."""
 
-    # Of client 0, 1, ...; a cluster has its last device here, under its own name.
+    # Of client 0, 1, ...; a cluster has its last device here, with the cluster's name.
     clients: tuple[Device, ...]
     server: Device
     clusters: tuple[Cluster, ...] = ()
@@ -64,7 +64,8 @@ def read_devices(path: str | Path, *, seed: int = 0) -> Fleet:
 
     Args:
       path: a file of TOML if its name ends in ``.toml``, else of CSV.
-      seed: of the spread. A device's draw depends on this and on its number alone.
+      seed: the seed of the spread. A device's draw depends only on it and on the
+        device's number.
 
     Raises:
       UserError: the file cannot be read, has no entry, or an entry is not allowed.
@@ -98,7 +99,7 @@ def read_devices(path: str | Path, *, seed: int = 0) -> Fleet:
 
 
 def _fleet(devices: Iterable[tuple[str | None, Device]], server: Device) -> Fleet:
-    """Gather the devices of each cluster; a client's place is its first device's."""
+    """Gather the devices of each cluster; a cluster takes its first device's place."""
     members: dict[str | int, list[Device]] = {}
     for number, (cluster, device) in enumerate(devices):
         members.setdefault(number if cluster is None else cluster, []).append(device)
@@ -176,7 +177,7 @@ def _expand(values: Mapping[str, Any], first: int, seed: int) -> Iterable[Device
 
 
 def vary(device: Device, compute: float, link: float) -> Device:
-    """Return a device that computes and communicates so many times as fast."""
+    """Return a device with its computing speed and link rates times these factors."""
     measured = device.measured
     return dataclasses.replace(
         device,

@@ -34,16 +34,16 @@ class Device:
     receiving_watts: float = math.nan
     idle_watts: float = math.nan
     battery_joules: float = math.inf  # at the start of a run
-    change_round: int | None = None  # from which the next two hold; counted from 1
-    compute_change: float = 1.0  # the device computes so many times as fast
-    link_change: float = 1.0  # and so does its link
+    change_round: int | None = None  # the next two hold from it on; counted from 1
+    compute_change: float = 1.0  # factor of the computing speed
+    link_change: float = 1.0  # factor of the rates of the link
     measured: Measured | None = None  # wins over the FLOP/s
     source: str = ""  # of the numbers, for the reader
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fields of an entry; where one is missing, the catalogue's value holds."""
+    """The fields of an entry; the catalogue's value holds for a missing field."""
 
     device: Annotated[str | None, "entry of the catalogue to start from"] = None
     link: Annotated[str | None, "link of the catalogue; rates of the entry win"] = None
@@ -124,8 +124,8 @@ def find_device(name: str, link: str | None = None) -> Device:
     """Return a device of the catalogue.
 
     Args:
-      name: of the device.
-      link: of the catalogue; None for the link that the entry names.
+      name: the device's name.
+      link: a link of the catalogue; None for the link that the entry names.
 
     Raises:
       UserError: the catalogue has no such device or link.
@@ -137,8 +137,8 @@ def make_device(values: Mapping[str, Any]) -> Device:
     """Make a device from the fields of an entry, see `Entry`.
 
     Args:
-      values: by the name of the field, and ``measured`` as `read_measured` takes it;
-        the number of devices and the spreads are passed over.
+      values: the fields by name, and ``measured`` as `read_measured` takes it; the
+        number of devices, the spreads and the cluster are checked but not used.
 
     Raises:
       UserError: a field is unknown, missing, or has a value that is not allowed.
@@ -178,7 +178,7 @@ _INSTEAD = {
 
 
 def check_entry(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of an entry in their types, those without a value left out.
+    """Return an entry's fields in their types, without ``measured`` and without None.
 
     Raises:
       UserError: a field is unknown, or its value is not allowed.

@@ -10,14 +10,15 @@ from hsee_jax.systems.work import Floats
 
 
 def joules(time: RoundTime, devices: Sequence[Device]) -> Floats:
-    """Return the energy of each client's device in a round, ``float64 [N]``.
+    """Return the joules of each client's device in a round, ``float64 [N]``.
 
-    Each activity takes its watts times its seconds. What it adds to the idle draw adds
-    up where activities overlap, as an upload beside the next batch does.
+    A device draws its idle watts all the time. Each activity adds its seconds times the
+    watts that it draws above that, also where activities overlap, such as an upload and
+    the next batch. The energy is NaN where a device does not know its watts.
 
     Args:
-      time: of the round.
-      devices: of its clients. NaN stands where a device does not know its watts.
+      time: the course of the round.
+      devices: the devices of its N clients.
     """
 
     def watts(name: str) -> Floats:

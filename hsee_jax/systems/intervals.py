@@ -13,7 +13,7 @@ class Span(NamedTuple):
     """The times of one kind of activity; NaN where there is none."""
 
     kind: str
-    start_s: Floats  # [S, N]: of batch s of client i
+    start_s: Floats  # [S, N]: of batch or average s of client i
     end_s: Floats  # [S, N]
     worker: npt.NDArray[np.int64] | None = None  # [S, N]: of the server; None: a client
 
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
 
 def intervals(spans: Iterable[Span], clients: Sequence[int]) -> Iterator[Interval]:
-    """Yield the bars of some clients; those without length are left out."""
+    """Yield the bars of some clients, except bars without length."""
     for span in spans:
         for client in clients:
             starts, ends = span.start_s[:, client], span.end_s[:, client]

@@ -1,9 +1,9 @@
 """The memory that training needs on each side of a cut.
 
-Weights, gradients and the optimizer's state take 4 bytes for each parameter; a batch
-takes the activations that the backward pass needs. These are counted as JAX keeps them,
-which is more than XLA needs: about twice as much for ResNet-18 on a CPU. The program
-itself, and what else runs on a device, come on top.
+For each parameter the weight, the gradient and each value of the optimizer's state take
+4 bytes; a batch takes the activations that the backward pass needs. These are counted
+as JAX keeps them, which is more than XLA needs: about twice as much for ResNet-18 on a
+CPU. The program itself, and what else runs on a device, come on top.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def client_memory(
     Args:
       costs: the costs of L layers, L exits and the final head.
       batch_size: samples in a batch.
-      slots: of the optimizer, see `optimizer_slots`.
+      slots: the optimizer's slots, see `optimizer_slots`.
       boundary: see `Strategy`; with ``"none"`` a client holds the server's layers.
     """
     count = len(costs) // 2
@@ -70,12 +70,13 @@ def server_memory(
 
     Args:
       costs: the costs of L layers, L exits and the final head.
-      cuts: of all clients.
+      cuts: the cuts of all clients.
       batch_size: samples in a client's batch.
-      slots: of the optimizer.
+      slots: the optimizer's slots, see `optimizer_slots`.
       shared: whether there is one server, from the shallowest cut on, or a replica for
         each client.
-      workers: that hold the activations of a batch each; a shared server is one.
+      workers: how many workers a server with replicas has, each with the activations
+        of a batch; a shared server has one.
       together: whether a shared server takes the batches of all clients as one.
     """
     held = [min(cuts)] if shared else cuts

@@ -31,14 +31,15 @@ class _Kinds(NamedTuple):
 class _Program(NamedTuple):
     """A program over V variables.
 
-    They are the number of clients of each of G kinds at each of L cuts, whether there
-    are any, and the seconds of each phase and of the round, in some unit.
+    The variables are the number of clients of each of G kinds at each of L cuts,
+    whether there are any, and the length of each phase and of the round, in a unit that
+    keeps the numbers near 1.
     """
 
     totals: Mapping[str, Floats]  # of each quantity, [V]
     constraints: list[LinearConstraint]
     upper: Floats  # [V]
-    integers: int  # that many variables are whole numbers
+    integers: int  # the first ``integers`` variables are whole numbers
 
 
 def cheapest(

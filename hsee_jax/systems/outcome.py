@@ -23,7 +23,7 @@ class Plan(NamedTuple):
     joules: Floats  # [N]; NaN where a device does not know its watts
     memory_bytes: Ints  # [N]
     server_bytes: int
-    bound_s: float | None = None  # of a planned round, which queues do not shorten
+    bound_s: float | None = None  # the planner's lower bound of the round's seconds
 
     def totals(self) -> Totals:
         """Return the totals over all clients."""
@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
-    """Return the round of given cuts ``int64 [N]``, whatever the limits."""
+    """Return the cuts ``int64 [N]`` with their round, whatever the limits."""
     own, schedule = problem.work(cuts), problem.schedule
     work = problem.work(cuts, _on_shared_uplink(problem, own))
     workers = 1 if schedule.shared else problem.workers
@@ -60,7 +60,7 @@ def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
 
 
 def client_bytes(problem: Problem) -> Ints:
-    """Return the memory that a client of each cut needs, ``int64 [L]``."""
+    """Return the bytes of memory that a client of each cut needs, ``int64 [L]``."""
     return client_memory(
         problem.costs,
         batch_size=-(-problem.batch_size // problem.micro_batches),

@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
     clients: tuple[int, int]  # the lower number first
     cuts: tuple[int, int]  # of their own networks; L where the partner has no part
-    busy_s: tuple[float, float]  # of a round; computing alone
+    busy_s: tuple[float, float]  # of computing in a round, without exchanges
     seconds: float  # of a round; infinite if the networks do not fit
     memory_bytes: tuple[int, int]
 
@@ -49,13 +49,14 @@ def plan_pairs(
 ) -> tuple[Pair, ...]:
     """Return pairs of all clients, each with the cuts that end its round first.
 
-    Features and gradients cross the link between two clients as computed; they do not
-    overlap with computing. The means of the weights after a round do not count.
+    Features and gradients cross the link between two clients without compression, and
+    their transfer does not overlap with computing. The means of the weights after a
+    round do not count.
 
     Args:
-      problem: of the planner; its server and its schedule do not matter.
+      problem: the planner's problem; its server and its schedule do not matter.
       rule: ``"greedy"`` as FedPairing does it, or ``"exact"``, see `exact_pairs`.
-      memory_bytes: of every device; None for its own.
+      memory_bytes: the memory of every device; None for each device's own.
 
     Raises:
       UserError: the number of clients is not allowed, or a pair has too little memory.
@@ -142,7 +143,7 @@ def _exchange(sent: Floats, one: Device, other: Device) -> Floats:
 
 
 def _rates(devices: Sequence[Device]) -> Floats:
-    """Return bytes per second between each two clients, in the slower direction."""
+    """Return bytes per second between any two clients, in the slower direction."""
     up = np.array([device.up_bytes_per_s for device in devices])
     down = np.array([device.down_bytes_per_s for device in devices])
     there = np.minimum(up[:, None], down[None])

@@ -21,8 +21,8 @@ def pair_seconds(
 ) -> Floats:
     """Return the seconds of each possible pair, ``[N, N]``.
 
-    The two share the work of both networks, ``2 flops / (f_i + f_j)``, and exchange
-    features and gradients.
+    The two clients share the work of both networks, ``2 flops / (f_i + f_j)``, and
+    exchange features and gradients.
 
     Args:
       flops: the work of one network in a round.
@@ -44,7 +44,7 @@ def slowest_pair_s(seconds: Floats, pairs: Pairs) -> float:
 
 
 def fold_pairs(flops_per_s: Floats) -> Pairs:
-    """Pair the slowest client with the fastest, the second slowest with the second ...
+    """Pair the slowest client with the fastest, and so on towards the middle.
 
     This is optimal if the exchange takes no time.
 
@@ -63,7 +63,7 @@ def greedy_pairs(
 
     Args:
       flops_per_s: the speed of each client, ``[N]``.
-      rates: bytes per second between each two clients, symmetric ``[N, N]``.
+      rates: bytes per second between any two clients, symmetric ``[N, N]``.
       gap: the weight of the squared gap, relative to the largest.
       rate: the weight of the rate, relative to the largest.
 
@@ -87,10 +87,11 @@ def greedy_pairs(
 
 
 def exact_pairs(seconds: Floats) -> Pairs:
-    """Return the pairs whose slowest is fastest, by trying all.
+    """Return the pairs whose slowest pair is fastest, by trying all.
 
     Args:
-      seconds: of each possible pair, symmetric ``[N, N]``, see `pair_seconds`.
+      seconds: the seconds of each possible pair, symmetric ``[N, N]``, see
+        `pair_seconds`.
 
     Raises:
       UserError: the number of clients is odd, or too large to try all.

@@ -39,7 +39,7 @@ def ideal_micro_batches(alpha: Floats, beta: Floats) -> float:
     """Return the best M as a real number, while one stage stays the slowest.
 
     It is ``sqrt((sum beta - beta_max) / alpha_max)``, where the slowest stage has
-    ``alpha_max`` and ``beta_max``. Infinite if that stage has no alpha.
+    ``alpha_max`` and ``beta_max``. It is infinite if ``alpha_max`` is 0.
     """
     slowest = int(np.argmax(beta))
     if alpha[slowest] == 0:
@@ -66,8 +66,9 @@ def split_layers(
 
     Args:
       layer_s: seconds of a micro-batch in each layer on each device, ``[K, L]``.
-      send_s: seconds for each device to pass on the output of each layer, ``[K, L]``;
-        nothing is passed on after layer L, nor by a device without layers.
+      send_s: seconds in which each device passes on a micro-batch's output of each
+        layer, ``[K, L]``; the device with layer L and devices without layers send
+        nothing.
       micro_batches: M.
       fits: whether device k can hold the layers a+1..b, ``[K, L+1, L+1]`` at
         ``[k, a, b]``; None if every device can hold all layers.

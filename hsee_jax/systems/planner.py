@@ -92,6 +92,8 @@ def _candidates(
 ) -> Iterator[Plan]:
     """Yield plans within the aims, ever more cautious about what queues add.
 
+    The last plans ignore one aim each, and have the least of its quantity.
+
     Raises:
       UserError: not even the bound of a plan is within the aims.
     """
@@ -124,7 +126,16 @@ def _candidates(
 
 
 def possible_cuts(problem: Problem, limits: Limits) -> Bools:
-    """Return which cuts each client may take, ``[N, L]``."""
+    """Return which cuts each client may take, ``[N, L]``.
+
+    Args:
+      problem: the clients, their network and their devices.
+      limits: `memory_bytes`, `min_cut`, `exit_accuracy` and `cuts` count, and with a
+        shared server also `server_bytes`; limits of other totals do not.
+
+    Raises:
+      UserError: no cut is left, for a client or for all.
+    """
     devices = problem.devices
     most = np.array([device.memory_bytes for device in devices])
     if limits.memory_bytes is not None:
@@ -184,7 +195,7 @@ def _within_clusters(problem: Problem, limits: Limits, allowed: Bools) -> Bools:
 
 
 def _shared_bytes(problem: Problem, cut: int) -> int:
-    """Return the memory of a shared server, if all clients have this cut."""
+    """Return the bytes of a shared server if all clients have this cut."""
     together = problem.schedule.turn == "together"
     return server_memory(
         problem.costs,
@@ -197,7 +208,7 @@ def _shared_bytes(problem: Problem, cut: int) -> int:
 
 
 def _batch_bytes(problem: Problem, allowed: Bools) -> float:
-    """Return the most memory of the batches at a server with replicas."""
+    """Return the most bytes that batches take at a server with replicas."""
     if problem.schedule.boundary == "none":
         return 0.0
     cut = int(np.flatnonzero(allowed.any(axis=0))[0]) + 1
@@ -209,11 +220,11 @@ def require_watts(devices: Sequence[Device], clients: Sequence[int] = ()) -> Non
     """Refuse devices that do not know their watts.
 
     Args:
-      devices: of the clients.
-      clients: who needs to know them; empty for all.
+      devices: the devices of all clients.
+      clients: the clients whose devices must know their watts; empty for all.
 
     Raises:
-      UserError: one does not.
+      UserError: a device does not know its watts.
     """
     for i in clients or range(len(devices)):
         for name in _WATTS:

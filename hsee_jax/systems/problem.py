@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     steps: Ints  # batches of each client in a round, [N]
     batch_size: int
     slots: int  # of the optimizer, see `optimizer_slots`
-    micro_batches: int = 1  # in which a client takes a batch
+    micro_batches: int = 1  # into which a client divides a batch
     workers: int = 1  # of a server with replicas
     uplink_bytes_per_s: float = np.inf  # that all clients share
     gradient_share: float = 0.0  # of a shared server, see `Strategy`
@@ -57,13 +57,13 @@ class Problem(NamedTuple):
 
 
 def own_seconds(work: Work, schedule: Schedule) -> Floats:
-    """Return the round of each client if it had the server for itself, ``[N]``.
+    """Return the seconds of each client's round with the server for itself, ``[N]``.
 
     With several averages of the clients' layers in a round this is a lower bound.
 
     Args:
-      work: of the clients, arrays ``[N]``.
-      schedule: of the round.
+      work: the work of the clients, arrays ``[N]``.
+      schedule: the round's schedule.
     """
     steps, forward, up, served = work.steps, work.forward_s, work.up_s, work.server_s
     step = forward + work.backward_s
@@ -85,7 +85,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     batches, and for the order of the turns.
 
     Args:
-      problem: of the planner.
+      problem: the planner's problem.
       allowed: whether each client may take each cut, ``[N, L]``.
     """
     shape = (len(problem.devices), problem.num_layers)
@@ -134,9 +134,9 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
 
 
 def replica_bytes(problem: Problem, cut: int) -> int:
-    """Return the memory of one client's replica, without activations.
+    """Return the bytes of one client's replica, without activations.
 
-    It is 0 where the server holds no replicas.
+    The result is 0 where the server holds no replicas.
     """
     if problem.schedule.shared or problem.schedule.boundary == "none":
         return 0

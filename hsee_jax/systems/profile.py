@@ -45,7 +45,7 @@ class Timing(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The range, relative to the median."""
+        """Return the range, relative to the median."""
         return (self.high - self.low) / self.median
 
 
@@ -103,7 +103,7 @@ def profile(federation: Federation, batch_size: int, *, repeats: int = 5) -> Pro
     """Time every layer and head, and whole steps at every cut.
 
     Args:
-      federation: with the network, the optimizer and the codec; its clients do not
+      federation: gives the network, the optimizer and the codec; its clients do not
         matter.
       batch_size: samples in a batch.
       repeats: timed calls of each program; medians count.
@@ -141,7 +141,7 @@ def _time_part(
 ) -> tuple[Timing, Timing]:
     """Time a part forward, and forward and backward with its update.
 
-    The first layer computes no gradient by its inputs.
+    The first layer computes no gradient with respect to its inputs.
     """
     update = as_optimizer(optimizer).update
     mask = jnp.ones(len(inputs), bool)
@@ -223,7 +223,7 @@ def _time_steps(
 
 
 def _chain(step: Callable, branch: Branch, batch: Batch) -> Callable[[], Any]:
-    """Return calls each of which goes on from the state of the one before."""
+    """Return a function; each call continues from the state that the last one left."""
 
     def call() -> Any:
         nonlocal branch

@@ -53,8 +53,8 @@ def plan_rounds(
       problem: the clients, with their devices as they are in round 1.
       rounds: R, the rounds of the run.
       every: the rounds for which a plan holds.
-      present: returns who is to take part in a round, ``bool [N]``, whatever its
-        battery; None for all clients in all rounds.
+      present: returns which clients are to take part in a round, ``bool [N]``,
+        whatever their batteries; None for all clients in all rounds.
 
     Raises:
       UserError: a device fits no cut, or has a battery and does not know its watts; or
@@ -118,7 +118,7 @@ def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
     algorithm needs one cut for all, batteries do not count.
 
     Args:
-      problem: of the clients.
+      problem: the clients' problem.
       most: joules of each client in a round, ``[N]``.
     """
     plan, allowed = plan_cuts(problem), possible_cuts(problem, Limits())
@@ -134,9 +134,9 @@ def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
 
 
 def _without_costly(plan: Plan, draw: Floats, allowed: Bools, most: Floats) -> Bools:
-    """Forbid the cuts that draw as much as those of a plan that draw too much.
+    """Forbid cuts to clients whose planned cut draws too much: those that draw no less.
 
-    Each client keeps the cut that draws least.
+    A client may always take the cut that draws least.
     """
     over = plan.joules > most
     costly = over[:, None] & (draw >= pick(draw, plan.cuts)[:, None])

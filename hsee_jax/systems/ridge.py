@@ -26,7 +26,7 @@ def solve_ridge(rows: Floats, values: Floats, penalty: float) -> tuple[Floats, f
 
 
 def fit_ridge(inputs: Inputs, values: Floats, kept: Bools) -> Predict:
-    """Fit a ridge regression; the penalty is that of the least leave-one-out error."""
+    """Fit a ridge regression with the penalty of the least leave-one-out error."""
     rows = _flat(inputs)[kept]
     errors = [left_out_error(rows, values[kept], one) for one in PENALTIES]
     best = PENALTIES[int(np.argmin(errors))]
@@ -47,8 +47,8 @@ def left_out_error(rows: Floats, values: Floats, penalty: float) -> float:
 def _flat(inputs: Inputs) -> Floats:
     """Return the shares of each layer, two sums over the layers, and the settings.
 
-    The sums are the mean share of the FLOPs on a device, and the mean bytes that it
-    sends.
+    The sums are the mean share of the FLOPs on a device, and the mean bytes that a
+    device sends, relative to the largest output.
     """
     holders, exits, flops, sizes = np.moveaxis(inputs.layers, 2, 0)
     sums = [(holders * flops).sum(axis=1), (exits * sizes).sum(axis=1)]

@@ -32,12 +32,12 @@ class Log(NamedTuple):
 
 
 class Desk(NamedTuple):
-    """What the server has to know of its clients in a part of a round."""
+    """What the server knows of its clients in a part of a round."""
 
     steps: Sequence[int]  # [N]: batches of each client
     server_s: Sequence[float]  # [N]
-    # From the end of the server's step to the arrival of the client's next message,
-    # with a joint boundary; else the log holds all arrivals already.
+    # From the end of the server's step to the arrival of the client's next message, if
+    # clients wait for replies; None if they do not: the log then holds all arrivals.
     pause_s: Sequence[float] | None
     stop: int  # the step at which the part of the round ends
 
@@ -55,16 +55,16 @@ class Desk(NamedTuple):
 def in_turns(
     log: Log, desk: Desk, turns: Iterable[tuple[int, int]], free: float
 ) -> float:
-    """Take messages in the order of ``turns``, of step and client.
+    """Take messages in the order of ``turns``.
 
     Args:
-      log: filled in.
+      log: the log to fill in.
       desk: the clients.
-      turns: those without a batch are passed over.
-      free: when the server is free.
+      turns: pairs of step and client; a pair without a batch is skipped.
+      free: the second at which the server is free.
 
     Returns:
-      When the server is free again.
+      The second at which the server is free again.
     """
     for step, client in turns:
         if step < desk.steps[client]:
@@ -93,8 +93,8 @@ def together(log: Log, desk: Desk, steps: Iterable[int], free: float) -> float:
 def by_workers(log: Log, desk: Desk, steps: range, free: float, workers: int) -> float:
     """Take the message that has been ready longest, whenever a worker is free.
 
-    A message is ready when it is there and the client's replica has taken the one
-    before. See `in_turns` for the other arguments.
+    A message is ready when it has arrived and the client's replica is done with the
+    message before it. See `in_turns` for the other arguments.
     """
     queue = [
         (float(log.arrive[steps.start, client]), client, steps.start)

@@ -32,8 +32,8 @@ class Shares(NamedTuple):
     """The round of each client in parts, ``float64 [N]``, which sum to the round."""
 
     compute_s: Floats
-    link_s: Floats  # that no computation hides
-    server_s: Floats  # in which it waits for its messages while the server works
+    link_s: Floats  # of transfers that no computation hides
+    server_s: Floats  # of waiting for its messages while the server works
     waiting_s: Floats  # for other clients, directly or because the server waits
 
 
@@ -69,9 +69,9 @@ def round_time(
     it can, by a little, as in every queue that does not look ahead.
 
     Args:
-      work: of the clients that take part.
-      schedule: of the round.
-      workers: of the server, for replicas; a shared server counts as one.
+      work: the work of the clients that take part.
+      schedule: the round's schedule.
+      workers: the workers of a server with replicas; a shared server counts as one.
       order: the turns at a shared server, the positions of all clients for each step;
         by default ascending. With ``turn="epoch"`` the first step's counts.
 

@@ -46,8 +46,8 @@ class Traffic(NamedTuple):
     """The traffic on the link of a client of one cut."""
 
     cut: int
-    # Of a sample in training; of its first message if sizes vary, and of the client
-    # with the smallest messages if clients differ.
+    # Of a sample in training. If sizes vary over time, those of the first message
+    # count; if clients differ, those of the client with the smallest messages.
     sample: Bytes
     weights: int  # bytes each way, whenever layers are averaged
     own: Mapping[int, Bytes] = MappingProxyType({})  # by id if clients differ
@@ -65,8 +65,8 @@ class Traffic(NamedTuple):
         """Return the bytes of some samples and some averages.
 
         Args:
-          samples: their number.
-          averages: their number.
+          samples: the number of samples.
+          averages: the number of averages.
           down_share: the share of the samples' gradients that is sent, see
             `gradient_rows`.
         """
@@ -196,9 +196,9 @@ def gradient_rows(share: float, batch_size: int, clients: int) -> float:
     """Return the rows of gradient that a server sends for each row of a client.
 
     Args:
-      share: of the rows whose gradient clients share, see `Strategy`.
+      share: the share of the rows whose gradient clients share, see `Strategy`.
       batch_size: samples in a batch.
-      clients: that share it; a gradient sent to all of them counts once.
+      clients: how many clients share it; a gradient sent to all of them counts once.
     """
     if share == 0:
         return 1
@@ -216,8 +216,8 @@ def bytes_by_cut(
 ) -> list[dict[str, Any]]:
     """Return the bytes on the link of a client of each cut, in a step and in a round.
 
-    They are means over the clients of the cut, who differ in their samples, and in the
-    bytes of a sample if the codec treats them differently.
+    The bytes are means over the clients of the cut, which differ in their samples, and
+    in the bytes of a sample if the codec treats them differently.
 
     Args:
       traffic: the traffic of the clients of each group.
@@ -226,6 +226,10 @@ def bytes_by_cut(
       averages: how often a round averages layers.
       gradient_share: see `Strategy`; a gradient for several clients is divided among
         them.
+
+    Returns:
+      For each cut a dictionary with ``cut``, and with ``up_bytes`` and ``down_bytes``
+      in ``step`` and in ``round``.
     """
     found = []
     for one in traffic:

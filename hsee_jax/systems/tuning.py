@@ -33,10 +33,10 @@ from hsee_jax.systems.profile import time_call
 _log = logging.getLogger(__name__)
 _CLOSE = 1.5  # times the fastest, alone
 _SHARE = 0.02  # of all passes alone; what takes less is not tried in the step
-_GAIN = 0.98  # a form is taken if the step takes less than this share of its time
+_GAIN = 0.98  # a form wins if the step takes less than this share of its time before
 _RATE = 1e-4
 Call = Callable[[], Any]
-Alone = Mapping[Place, Mapping[str, float]]
+Alone = Mapping[Place, Mapping[str, float]]  # seconds of each pass in each form
 
 
 class Tuning(NamedTuple):
@@ -44,12 +44,12 @@ class Tuning(NamedTuple):
 
     forms: dict[Place, str]
     native_s: float  # with native convolutions
-    default_s: float  # with the forms of `auto` before
+    default_s: float  # with the form that `auto` takes where nothing was measured
     tuned_s: float
 
 
 class _Recorder:
-    """A choice of native convolutions that keeps the places that it is asked for."""
+    """A choice that takes native convolutions, and keeps the places asked for."""
 
     def __init__(self) -> None:
         self.places: dict[Place, None] = {}
@@ -72,7 +72,7 @@ def tune(
 
     Args:
       make_model: makes the network with a choice of forms.
-      optimizer: that the step uses.
+      optimizer: the optimizer of the step.
       batch_size: samples in a step of a client.
       other: the name of the form that ``auto`` takes where nothing was measured.
       stack: the clients whose steps run at once, or 0 for steps one after another.
@@ -114,8 +114,8 @@ def search(
         seconds of each.
 
     Returns:
-      The forms of the fastest step; if native convolutions or ``other`` are as fast,
-      theirs.
+      The forms of the fastest step, which are those of native convolutions or of
+      ``other`` if these are as fast.
     """
     forms = {place: min(s, key=s.__getitem__) for place, s in alone.items()}
     for place, form in _attempts(alone, forms):
@@ -192,7 +192,7 @@ def _program(
 def _compile(
     model: Model, optimizer: OptimizerLike, batch_size: int, stack: int
 ) -> Call:
-    """Compile a step; every call takes it from the same state, of small constants."""
+    """Compile a step; every call starts from the same state, of small constants."""
     step, *shapes = _program(model, optimizer, batch_size, stack)
     arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), shapes)
     return partial(jax.jit(step).lower(*arguments).compile(), *arguments)

@@ -1,4 +1,4 @@
-"""What the clients of a round do, and what an algorithm says about its course."""
+"""The work of the clients in a round, and the course that an algorithm gives it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ TURNS = ("batch", "epoch", "together")
 
 
 class Work(NamedTuple):
-    """What N clients do in a round; a field is ``float64 [N]``, or a number for all.
+    """The work of N clients in a round; a field is ``float64 [N]``, or one number.
 
-    Seconds and bytes are those of a batch, but those of weights of each average.
+    Seconds and bytes are per batch, except for those of weights, which are per average.
     """
 
     steps: Any  # batches in the round; 0 for a client without samples
@@ -32,7 +32,7 @@ class Work(NamedTuple):
     weights_bytes: Any = 0.0  # each way
 
     def arrays(self) -> "Work":
-        """Return the same with an array for each field.
+        """Return the same work with a ``float64 [N]`` array for each field.
 
         Raises:
           ValueError: the fields do not fit each other, or a value is negative or NaN.
@@ -43,12 +43,12 @@ class Work(NamedTuple):
         return Work(*(np.atleast_1d(field) for field in fields))
 
     def take(self, members: Sequence[int]) -> "Work":
-        """Return the work of some clients, such as the participants of a round."""
+        """Return the work of some clients, such as the participants, by position."""
         return Work(*(field[list(members)] for field in self.arrays()))
 
 
 class Schedule(NamedTuple):
-    """What an algorithm says about the course of a round."""
+    """The course of a round under an algorithm."""
 
     shared: bool  # one server for all clients, else a replica for each
     boundary: str = "detached"  # see `Strategy`
@@ -101,8 +101,9 @@ def parts_of_round(work: Work, schedule: Schedule) -> Iterator[Part]:
     """Yield the parts of a round.
 
     Args:
-      work: as `Work.arrays` gives it; where it has weights, clients are averaged.
-      schedule: of the round.
+      work: the result of `Work.arrays`; if it has weights, clients' layers are
+        averaged.
+      schedule: the round's schedule.
     """
     last = int(np.max(work.steps, initial=0))
     ends = [step for step in schedule.averages if step < last]

@@ -1,10 +1,11 @@
 """From costs, bytes and devices to the numbers that `round_time` takes.
 
 A device computes a part's forward FLOPs at its ``forward_flops_per_s``, and twice as
-many in the backward pass at its ``backward_flops_per_s``: a product of the gradient by
-the inputs and one by the weights [ours]. This counts the gradient by the images, which
-the first layer does not need, and leaves out the optimizer's update. Where a device has
-measured seconds, these count instead, in proportion to the batch size.
+many in the backward pass at its ``backward_flops_per_s``: as many for the gradient of
+the inputs, and as many for that of the weights [ours]. This counts the gradient of the
+images, which the first layer does not need, and leaves out the optimizer's update.
+Where a device has measured seconds, these count instead, in proportion to the batch
+size.
 
 Where clients share gradients, the server's backward pass shares rows among the clients
 up to the same depth. The gradient for all clients of a cut takes its time on each of
@@ -47,7 +48,7 @@ def cut_seconds(
 
     Args:
       costs: the costs of L layers, L exits and the final head, see `layer_costs`.
-      device: that computes.
+      device: the device that computes.
       batch_size: samples in a batch.
 
     Raises:
@@ -71,7 +72,7 @@ def part_seconds(
 
     Args:
       costs: the costs of L layers, L exits and the final head.
-      device: that computes.
+      device: the device that computes.
       batch_size: samples in a batch.
 
     Raises:
@@ -115,7 +116,7 @@ def _by_cut(forward: Floats, backward: Floats) -> CutSeconds:
 def _factor(
     steps: Sequence[float], scale: float, passes: tuple[Floats, ...]
 ) -> Floats | float:
-    """Return what makes both passes together as long as the measured whole steps."""
+    """Return the factor by which both passes last as long as the measured steps."""
     if not steps:
         return 1.0
     return scale * np.array(steps) / np.maximum(sum(passes), np.finfo(float).tiny)
@@ -127,8 +128,8 @@ def traffic_by_cut(
     """Return the traffic of the clients at each cut under an algorithm.
 
     Args:
-      federation: with the network, the codec, the optimizer and the ids of the clients;
-        their own cuts do not matter.
+      federation: gives the network, the codec, the optimizer and the ids of the
+        clients; their own cuts do not matter.
       make: makes the algorithm's strategy for a federation, such as a function of
         `hsee_jax.algorithms`.
       cuts: the cuts.
@@ -163,14 +164,14 @@ def workload(
 
     Args:
       costs: the costs of L layers, L exits and the final head.
-      traffic: of the clients at each of the cuts, see `traffic_by_cut`.
+      traffic: the traffic of the clients at each of the cuts, see `traffic_by_cut`.
       cuts: the cut of each of N clients, by id.
       devices: the device of each client. One client that holds all the data, as with
         ``centralized``, runs on the device that is given here.
-      server: its link does not matter, those of the clients count.
+      server: the server's device; its link does not matter, the clients' links count.
       batch_size: samples in a client's batch; a last batch that is smaller counts as a
         whole one.
-      steps: batches of a client in the round, or of each client.
+      steps: batches in the round, one number for all clients or one for each.
       boundary: see `Strategy`; with ``"none"`` a client computes the server's layers.
       gradient_share: see `Strategy` and `gradient_rows`; every link takes its time.
 
@@ -210,5 +211,5 @@ def workload(
 
 
 def _transfer(size: float, bytes_per_s: float, device: Device) -> float:
-    """Return the seconds of a message; without bytes there is none."""
+    """Return the seconds of a message; 0 without bytes, as there is no message then."""
     return device.message_overhead_s + size / bytes_per_s if size else 0.0
