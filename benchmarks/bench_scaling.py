@@ -8,8 +8,8 @@ Shows, each as its own part:
 * precision: bfloat16 against float32, and one compiled scan (vmap) against a loop;
 * population: a round of 20 clients out of 200 and out of 2,000.
 Expected: 64 clients take at most 1.2 times the time per image of 4; the round of 20
-takes out of 2,000 at most 1.2 times its time out of 200; memory of `sequential` grows by a
-client's part for each client, memory of `averaging` by a whole network.
+takes out of 2,000 at most 1.2 times its time out of 200; memory of `sequential` grows
+by a client's part for each client, memory of `averaging` by a whole network.
 Cost: on two CPU cores about three minutes a part.
 Command: python benchmarks/bench_scaling.py clients devices memory precision population
 """

@@ -394,7 +394,7 @@ SECTIONS = (
                 {"setting": "stacked"},
             ),
             Part(
-                "The gradient by the weights in a loop and in a compiled scan:",
+                "The gradient of the weights in a loop and in a compiled scan:",
                 {**_CONVOLUTION, **_values("form", "loop", "scan")},
                 {"setting": "scanned"},
             ),

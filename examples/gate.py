@@ -20,6 +20,7 @@ import numpy as np
 import hsee_jax as hs
 from hsee_jax.inference import Target, make_gate, study
 from hsee_jax.link import sample_bytes_of
+from hsee_jax.runs.data import build_data
 
 BATCH_SIZE = 250
 
@@ -37,9 +38,7 @@ def answer(folder: Path, offload: float) -> list[dict[str, float]]:
     """
     chosen = study(folder).thresholds(Target("offload", offload))["clients"]
     run = hs.restore(folder)
-    _, test = hs.data.load_dataset(
-        run.config.data.dataset, max_test=run.config.data.max_test_samples
-    )
+    test = build_data(run.config.data)[1]
     images = hs.data.normalize(test.images, run.info.mean, run.info.std)
     features = hs.nn.layer_inputs(run.federation.model)
     gate_of = cache(partial(make_gate, batch_size=BATCH_SIZE))  # one for each cut

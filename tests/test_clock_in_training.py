@@ -117,6 +117,10 @@ CASES = {
     "sequential": ({}, lambda number: Schedule(shared=True)),
     "epoch": ({"turn": "epoch"}, lambda number: Schedule(True, turn="epoch")),
     "joint": ({"boundary": "joint"}, lambda number: Schedule(True, "joint")),
+    "shared gradients": (
+        {"boundary": "joint", "turn": "together", "gradient_share": 0.5},
+        lambda number: Schedule(True, "joint", turn="together"),
+    ),
     # After 2 and 4 of the 3 steps of rounds 1 and 2, so within both of them.
     "averaging": (
         {
@@ -148,6 +152,7 @@ def test_a_round_is_that_of_its_participants(fleet, case):
         batch_size=8,
         steps=3,  # 20 samples of each
         boundary=changes.get("boundary", "detached"),
+        gradient_share=changes.get("gradient_share", 0.0),
     )
     assert len(
         {len(experiment.plan(n).ids[experiment.plan(n).active]) for n in range(3)}

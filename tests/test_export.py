@@ -230,7 +230,7 @@ def test_the_command_exports(run, monkeypatch, capsys):
         ("--client first", "--client: invalid int value"),
         ("--client 0 --width gated", "width: gated is not allowed for a run without"),
         ("--client 0 --plugin tiny", "plugin: has no effect on a run"),
-        ("", "--client: missing"),
+        ("", "client: missing"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(run, capsys, words, message):

@@ -11,6 +11,7 @@ from tiny import TINY
 
 from hsee_jax import cli
 from hsee_jax.algorithms import ALGORITHMS
+from hsee_jax.cli.plan import _sample_bytes
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.report.gantt import draw_round
@@ -133,6 +134,19 @@ def test_the_plan_is_no_worse_than_other_choices(known):
     assert (rows["shallowest cuts"].cuts <= rows["deepest cuts"].cuts).all()
     joules = plan_cuts(problem, "joules").joules.sum()
     assert joules < plan.joules.sum()
+
+
+def test_where_cuts_may_not_differ_the_others_are_equal_cuts(known):
+    problem = problem_of(known, "splitfed_v2")
+    rows = other_choices(problem, "seconds", Limits())
+    assert [row.name for row in rows] == ["equal cuts"]
+
+
+def test_samples_of_float32_are_four_times_as_long(known):
+    size = np.prod(known.info.input_shape)
+    assert _sample_bytes(known) == size
+    floats = known.info._replace(dtype="float32")
+    assert _sample_bytes(known._replace(info=floats)) == 4 * size
 
 
 def test_each_limit_changes_the_plan(known):

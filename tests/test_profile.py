@@ -86,13 +86,13 @@ def test_calls_are_timed_in_the_median():
 
 def test_the_file_is_a_device(tmp_path, capsys):
     out = tmp_path / "me.toml"
-    words = [*WORDS, "--batch-size", "4", "--name", "bench", "--out", str(out)]
+    words = [*WORDS, "--batch-size", "4", "--name", "bench-µ-📱", "--out", str(out)]
     assert cli.main(words) == 0
     shown, log = capsys.readouterr()
     assert "hsee: compiling and timing the steps of cut 1" in log
     assert "final head" in shown and "ms of a batch of 4" in shown
     (device,) = read_devices(out).clients
-    assert device.name == "bench" and device.measured.batch_size == 4
+    assert device.name == "bench-µ-📱" and device.measured.batch_size == 4
     assert device.memory_bytes > 1e8 and device.forward_flops_per_s > 0
     costs = layer_costs(one_layer(num_classes=10, input_shape=(28, 28, 1)))
     seconds = cut_seconds(costs, device, 8)

@@ -53,7 +53,7 @@ def export(words: Sequence[str]) -> None:
             given.run, out=given.out, onnx=given.onnx, plugins=given.plugin
         )
     elif given.client is None:
-        raise UserError("--client: missing; allowed is the id of a client of the run")
+        raise UserError("client: missing; allowed is the id of a client of the run")
     elif given.plugin:
         raise UserError("plugin: has no effect on a run, whose configuration names it")
     else:

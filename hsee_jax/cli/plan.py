@@ -1,8 +1,11 @@
 """The command ``hsee plan``."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.arguments import config_parser
@@ -239,8 +242,6 @@ def _strategies(known: Planning, rows: Sequence[Row]) -> Table:
 
 
 def _sample_bytes(known: Planning) -> int:
-    """Return the bytes of an image of uint8."""
-    size = 1
-    for length in known.federation.model.input_shape:
-        size *= length
-    return size
+    """Return the bytes of a sample as it is stored."""
+    info = known.info
+    return math.prod(info.input_shape) * np.dtype(info.dtype).itemsize

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _entry(name: str, times: Profile, costs: Sequence[LayerCost]) -> str:
 
 def _toml(fields: Mapping[str, Any]) -> list[str]:
     """Return fields as lines of TOML, with values as JSON writes them."""
-    return [f"{name} = {json.dumps(value)}" for name, value in fields.items()]
+    as_text = partial(json.dumps, ensure_ascii=False)
+    return [f"{name} = {as_text(value)}" for name, value in fields.items()]
 
 
 def _memory_bytes() -> int:

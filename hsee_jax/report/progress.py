@@ -96,7 +96,7 @@ def _panels(
             _plot(panel, line, branch, number, labels[number])
         panel.set_title(f"{name}s")
         panel.set_xlabel(xlabel)
-        panel.set_xlim(0, 1.03 * max(line.x[-1] for _, line in drawn))
+        panel.set_xlim(0, 1.03 * max(line.x[-1] for _, line in drawn) or 1)
     handles, _ = panels[0].get_legend_handles_labels()
     figure.legend(handles=handles, loc="outside lower left", frameon=False)
     return figure

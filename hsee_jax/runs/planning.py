@@ -9,7 +9,7 @@ import numpy as np
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
-from hsee_jax.data.info import TRAIN_SAMPLES
+from hsee_jax.data.info import TRAIN_SAMPLES, DatasetInfo
 from hsee_jax.data.partition import PARTITIONS, hold_out, labelled, partition
 from hsee_jax.engine.plan import participants
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
@@ -47,6 +47,7 @@ class Planning(NamedTuple):
 
     config: Config
     resources: Resources
+    info: DatasetInfo
     federation: Federation  # its clients do not matter
     costs: tuple[LayerCost, ...]
     samples: Ints  # of each client, [N]
@@ -70,10 +71,12 @@ def planning(config: Config, resources: Resources) -> Planning:
     """
     count = len(resources.fleet.clients)
     config = override(config, cuts=("1",), num_clients=count, absences=())
-    federation = build_federation(config, build_info(config.data), plain=True)
+    info = build_info(config.data)
+    federation = build_federation(config, info, plain=True)
     return Planning(
         config,
         resources,
+        info,
         federation,
         layer_costs(federation.model, federation.exits),
         _samples(config),

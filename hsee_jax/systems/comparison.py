@@ -51,8 +51,8 @@ def compare(
 def other_choices(problem: Problem, minimize: str, limits: Limits) -> list[Row]:
     """Return plans with cuts chosen in other ways, among the `possible_cuts`.
 
-    They are the best equal cut, the shallowest and the deepest cut of each client, and
-    the median of 21 random choices.
+    They are the best equal cut and, where cuts may differ, the shallowest and the
+    deepest cut of each client, and the median of 21 random choices.
 
     Args:
       problem: the problem under an algorithm.
@@ -68,6 +68,8 @@ def other_choices(problem: Problem, minimize: str, limits: Limits) -> list[Row]:
         rows.append(Row("equal cuts", evaluate_cuts(problem, equal)))
     except UserError as error:
         rows.append(Row("equal cuts", None, str(error)))
+    if problem.one_cut:
+        return rows
     shallow = allowed.argmax(axis=1) + 1
     deep = layers - allowed[:, ::-1].argmax(axis=1)
     rows.append(Row("shallowest cuts", evaluate_cuts(problem, shallow)))
