@@ -60,7 +60,7 @@ class Scores(NamedTuple):
 
 
 class OffloadCurve(NamedTuple):
-    """The results of P thresholds on a dataset, by falling number at the server.
+    """The results of P thresholds on a dataset, ordered by falling offload.
 
     It holds numbers of samples, so that targets are compared without rounding errors.
     """

@@ -96,7 +96,7 @@ class Answers(NamedTuple):
     logits: npt.NDArray[np.float32]  # [B, K]: of the server where it ran, or the exit
     exited: npt.NDArray[np.bool_]  # [B]: whether an exit answered
     exit_logits: npt.NDArray[np.float32]  # [B, K]: of the last exit
-    uncertainty: npt.NDArray[np.float32]  # [B]: of this exit; inf if not finite
+    uncertainty: npt.NDArray[np.float32]  # [B]: of this exit; inf: logits not finite
     # The same of the E - 1 exits before it: [B, E - 1, K] and [B, E - 1].
     early_logits: npt.NDArray[np.float32]
     early_uncertainty: npt.NDArray[np.float32]
