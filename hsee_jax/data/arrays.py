@@ -50,7 +50,7 @@ def from_arrays(
     labels: str = "refuse",
     is_there: Callable[[Path], bool] = Path.is_dir,
 ) -> Form:
-    """Make an entry of `DATASETS` of a function that returns arrays.
+    """Make an entry of `DATASETS` from a function that returns arrays.
 
     Args:
       load: reads the folder of ``--data-dir``; see `convert` for what the arrays may
@@ -77,12 +77,12 @@ def four(given: Any, field: str, role: str = "") -> Arrays:
     """Return x, y, x_test and y_test.
 
     Args:
-      given: these four, or the training and the test set as two `Dataset`.
-      field: what they were given as, for errors.
-      role: more words on that.
+      given: these four, or the training and the test set, each as a `Dataset`.
+      field: the option or argument that gave them, for errors.
+      role: a further clause for errors.
 
     Raises:
-      UserError: they are not four.
+      UserError: they are neither four values nor two datasets.
     """
     try:
         parts = tuple(given)
@@ -107,7 +107,7 @@ def _name(load: Callable[[Path], Arrays]) -> str:
 
 
 def raw_of(arrays: Arrays, name: str, field: str = "data_dir") -> tuple[Raw, Raw]:
-    """Name the splits of arrays for errors."""
+    """Return the training and the test set, each with a name for errors."""
     x, y, x_test, y_test = four(arrays, field)
     return (
         Raw(x, y, Place(f"the training set of {name}", field)),
@@ -159,7 +159,7 @@ def as_known(raw: Raw, info: DatasetInfo) -> Dataset:
     """Check and convert a split of a dataset whose properties are known.
 
     Raises:
-      UserError: the arrays are not valid, or those of another dataset.
+      UserError: the arrays are not valid, or belong to another dataset.
     """
     return _fitting(raw, info, Classes(tuple(range(info.num_classes)), natural=True))
 
@@ -183,7 +183,7 @@ def digest(data: Data) -> str:
 
 
 def _fitting(raw: Raw, info: DatasetInfo, classes: Classes) -> Dataset:
-    """Convert a split, and refuse another form than the training samples have."""
+    """Convert a split; refuse samples that differ in form from the training set."""
     samples, _ = _samples(raw)
     for found, allowed in (
         (list(samples.shape[1:]), list(info.input_shape)),
@@ -198,7 +198,7 @@ def _fitting(raw: Raw, info: DatasetInfo, classes: Classes) -> Dataset:
 def _samples(raw: Raw) -> tuple[Samples, list[str]]:
     """Check and convert samples; return also what was done, in clauses.
 
-    They are in C order, so that equal samples have equal sums.
+    The result is in C order, so that equal samples have equal sums.
     """
     samples, notes = as_array(raw.samples, raw.place, _ALLOWED), []
     for valid, found in (

@@ -37,8 +37,8 @@ def dataset_info(name: str, *, folder: Folder = None, **options: Any) -> Dataset
       **options: of the entry.
 
     Raises:
-      UserError: there is no dataset of that name, an option is not allowed, or the
-        folder does not hold the data, or they are not valid.
+      UserError: there is no dataset of that name, an option is not allowed, the folder
+        does not hold the data, or they are not valid.
     """
     form = _form(name, options)
     return form.info or _read(form, _absolute(folder), NO_LIMITS).info
@@ -131,8 +131,8 @@ def prepare(
       A line that says what is there.
 
     Raises:
-      UserError: the dataset is neither there nor can it be downloaded, or it is not
-        valid.
+      UserError: there is no dataset of that name, an option is not allowed, the dataset
+        is neither there nor can it be downloaded, or it is not valid.
     """
     form, place = _form(name, options), _absolute(folder)
     there = form.fetch is None or _is_there(form, place)

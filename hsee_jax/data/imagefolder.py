@@ -1,9 +1,9 @@
-"""Datasets as folders of PNG or JPEG files, one folder a class.
+"""Datasets as folders of PNG or JPEG files, one folder per class.
 
 A folder holds ``train/CLASS/`` and ``test/CLASS/``, or ``CLASS/`` alone; then a share
 of each class becomes the test set. The splits may have the other names in `split`, in
-capitals too. The files of a class may lie in folders of its own. Passed over are files
-of other types, and names that begin with ``.`` or ``__``.
+capitals too. The folder of a class may have folders in it. `read` passes over files of
+other types, and names that begin with ``.`` or ``__``.
 """
 
 import os
@@ -56,7 +56,8 @@ def read(
       split_seed: the seed of the order of the samples and of the test set.
 
     Raises:
-      UserError: the folder is not like that, or a picture is not valid.
+      UserError: the folder has another layout, a picture is not valid, or there is
+        a test set and ``test_share`` was given too.
     """
     train_folder, test_folder, unread = _split_folders(folder)
     train = _files(train_folder)
@@ -120,7 +121,7 @@ def _folders(folder: Path) -> Sequence[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its folders, without what is hidden."""
+    """Yield the files in a folder and its folders, except hidden names."""
 
     def refuse(error: OSError) -> None:
         raise error

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from hsee_jax.core.types import Dataset
 
-Figures = tuple[float, ...]  # one of each entry of the last axis
+Figures = tuple[float, ...]  # one for each entry of the last axis
 
 
 class DatasetInfo(NamedTuple):
@@ -26,9 +26,9 @@ class DatasetInfo(NamedTuple):
 def difference(one: DatasetInfo, other: DatasetInfo) -> str | None:
     """Return the name of the first property in which datasets differ, or None.
 
-    Digests tell equal data from others. Where one is missing, as in the runs of older
-    versions, mean and deviation do; they depend on the order of a sum in the last
-    digits.
+    If both have a digest, it decides whether the data are equal. Otherwise, as for runs
+    of older versions, mean and deviation decide; they are compared up to rounding, as
+    their last digits depend on the order of a sum.
     """
     by_digest = one.digest is not None and other.digest is not None
     for name in one._fields:
@@ -43,7 +43,7 @@ def difference(one: DatasetInfo, other: DatasetInfo) -> str | None:
 
 
 def _are_close(ours: Figures, theirs: Figures, deviations: Figures) -> bool:
-    """Compare figures of each column; a mean may be 0 but for its last digits."""
+    """Compare figures up to rounding, relative to the deviation for a mean near 0."""
     return len(ours) == len(theirs) and all(
         math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6 * deviation)
         for a, b, deviation in zip(ours, theirs, deviations, strict=True)

@@ -26,7 +26,7 @@ class Labels(NamedTuple):
     """The labels of a split."""
 
     values: npt.NDArray[Any]  # [M], of integers or text
-    num_classes: int | None = None  # K of one-hot labels
+    num_classes: int | None = None  # K of one-hot labels; None for others
 
 
 class Classes(NamedTuple):
@@ -125,7 +125,7 @@ def numbers_of(labels: Labels, classes: Classes, place: Place) -> npt.NDArray[np
     """Return the class of each sample, ``int32 [M]``.
 
     Raises:
-      UserError: there is a label that no class has.
+      UserError: a label is in none of the classes.
     """
     found, places = np.unique(labels.values, return_inverse=True)
     number = {value: k for k, value in enumerate(classes.values)}

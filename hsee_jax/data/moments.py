@@ -49,7 +49,12 @@ def check_rounding(given: Samples, samples: Samples, place: Place) -> None:
 def moments(samples: Samples, place: Place) -> tuple[Figures, Figures]:
     """Return mean and deviation of each entry of the last axis.
 
-    The deviation of a constant is 1, so that no division is by zero.
+    Samples of uint8 are scaled to 0..1 first. The deviation of a constant is 1, so that
+    no division is by zero.
+
+    Args:
+      samples: ``uint8`` or ``float32 [M, ..., F]``.
+      place: where they were found.
 
     Raises:
       UserError: the range or the deviation is too large or too small for float32.

@@ -2,7 +2,7 @@
 
 Each file holds samples as ``images`` or ``x``, and labels as ``labels`` or ``y``; see
 `arrays` for their types and shapes. The folder holds the user's own dataset, or has the
-name of a key of `KNOWN`.
+name of a dataset in `KNOWN`.
 """
 
 import contextlib
@@ -121,10 +121,10 @@ def _write_split(path: Path, split: Raw) -> None:
 
 
 def read_split(path: Path) -> Raw:
-    """Read the samples and labels of a file; nothing is unpickled.
+    """Read the samples and labels of a file; unpickle nothing.
 
     Raises:
-      UserError: it cannot be read, or lacks them.
+      UserError: the file cannot be read, or lacks samples or labels.
     """
     try:
         with path.open("rb") as file:
@@ -139,7 +139,7 @@ def read_split(path: Path) -> Raw:
 
 
 def _pair(content: Any, path: Path) -> Raw:
-    """Read samples and labels of what NumPy found in a file."""
+    """Take samples and labels from what NumPy found in a file."""
     if isinstance(content, np.ndarray):
         raise ValueError("it holds one array without a name, as a .npy file does")
     with content as arrays:

@@ -44,7 +44,7 @@ def imagefolder(
     test_share: TestShare = None,
     split_seed: SplitSeed = 0,
 ) -> Form:
-    """Read pictures in one folder a class."""
+    """Read pictures, with one folder per class."""
     return _form(
         folders.read,
         folders.is_there,
@@ -77,7 +77,7 @@ def parquet(
 
 @register(summary="own arrays that a Python program passes as data=")
 def arrays(*, labels: LabelRule = "refuse") -> Form:
-    """Stand for arrays that are no files; only a program can pass them again."""
+    """Take arrays from a Python program; no file holds them."""
 
     def read(folder: Path, limits: Limits) -> Data:
         raise UserError(
@@ -95,7 +95,7 @@ def arrays(*, labels: LabelRule = "refuse") -> Form:
 def _form(
     read_all: Callable[..., Data], is_there: Callable[[Path], bool], **options: Any
 ) -> Form:
-    """Make a form of a function that reads all samples of a folder."""
+    """Make a form from a function that reads all samples of a folder."""
 
     def read(folder: Path, limits: Limits) -> Data:
         return limited(read_all(folder, **options), limits)

@@ -58,7 +58,8 @@ def read(
       split_seed: the seed of the order of the samples and of the test set.
 
     Raises:
-      UserError: pyarrow is missing, there are no such files, or they are not valid.
+      UserError: pyarrow is missing, there are no such files, they are not valid, or
+        there is a test set and ``test_share`` was given too.
     """
     place, files = _place(folder)
     if not files:
@@ -104,7 +105,7 @@ def _place(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def _split_files(place: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files of the training and of the test set, which may be none."""
+    """Return the files of the training set and of the test set, if there is one."""
 
     def starting(prefix: str) -> list[Path]:
         return [path for path in files if path.name.lower().startswith(prefix)]

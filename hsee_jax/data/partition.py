@@ -59,7 +59,11 @@ def iid() -> DealFn:
 
 @PARTITIONS.register(summary="each label in shares from a Dirichlet distribution")
 def dirichlet(*, alpha: Alpha = 0.3) -> DealFn:
-    """Draw the shares of each label from Dirichlet(alpha) (Hsu et al., 1909.06335)."""
+    """Draw the shares of each label from Dirichlet(alpha).
+
+    After Yurochkin et al. (ICML 2019), who draw for each label how much of it every
+    client gets.
+    """
 
     def deal(labels: Labels, num_clients: int, rng: np.random.Generator) -> Parts:
         by_label = [
@@ -100,7 +104,7 @@ def quantity(*, alpha: Alpha = 0.3) -> DealFn:
 
 
 def hold_out(count: int, share: float, *, seed: int) -> tuple[Indices, Indices]:
-    """Draw samples uniformly that no client gets.
+    """Draw the samples that no client gets, uniformly.
 
     Args:
       count: M, the number of training samples.
@@ -144,7 +148,7 @@ def partition(
         )
     parts = list(deal(labels, num_clients, np.random.default_rng(seed)))
     for i, part in enumerate(parts):
-        if len(part) == 0:  # it gets a sample from the client with the most
+        if len(part) == 0:  # give it a sample of the client with the most
             largest = max(range(len(parts)), key=lambda j: len(parts[j]))
             parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
     return tuple(np.sort(part).astype(np.int32) for part in parts)

@@ -33,7 +33,7 @@ class Picture(NamedTuple):
     content: Path | bytes
 
     def open(self) -> Image.Image:
-        """Read the header; the pixels are read when they are asked for."""
+        """Read the header; Pillow reads the pixels when they are needed."""
         content = self.content
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         return Image.open(file, formats=_FORMATS)
@@ -51,7 +51,7 @@ def decode(
     """Decode pictures.
 
     Args:
-      pictures: M of them.
+      pictures: M pictures, at least one.
       image_size: resize them all to this width and height; None refuses pictures of
         different sizes.
 
@@ -59,7 +59,8 @@ def decode(
       The images, ``uint8 [M, H, W, C]``, and what was done to them, in clauses.
 
     Raises:
-      UserError: a picture cannot be read, or they have different sizes.
+      UserError: a picture cannot be read or has more than 8 bits per channel, or the
+        sizes differ and ``image_size`` is None.
     """
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(_header, pictures))

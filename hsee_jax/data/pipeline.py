@@ -121,7 +121,7 @@ class InputPipeline(NamedTuple):
     std: tuple[float, ...]
     augment: AugmentFn = none()
     view: ViewFn | None = None  # of each client; None for whole samples
-    copies: int = 1  # of each training sample, augmented each by itself
+    copies: int = 1  # of each training sample; each is augmented by itself
 
     def check(self, input_shape: tuple[int, ...]) -> None:
         """Refuse an augmentation that does not take views of this shape.
@@ -135,10 +135,10 @@ class InputPipeline(NamedTuple):
     def training(
         self, key: Key, data: Dataset, indices: Array, mask: Array, client: Array
     ) -> Batch:
-        """Return the samples at ``int32 [B]`` like `evaluation`, but augmented.
+        """Do what `evaluation` does, and augment the samples.
 
-        With one copy the inputs are ``[B, ...]``, with more ``[B, copies, ...]``, and
-        the batch has a key for random draws in the layers.
+        With one copy the inputs are ``[B, ...]``. With more they are
+        ``[B, copies, ...]``, and the batch has a key for random draws in the layers.
         """
         batch = self.evaluation(data, indices, mask, client)
         if self.copies == 1:
@@ -151,7 +151,7 @@ class InputPipeline(NamedTuple):
     def evaluation(
         self, data: Dataset, indices: Array, mask: Array, client: Array
     ) -> Batch:
-        """Return a client's view of the samples at ``int32 [B]``, normalised.
+        """Return a client's view of the samples at ``indices``, normalised.
 
         Args:
           data: the samples.

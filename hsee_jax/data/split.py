@@ -1,4 +1,4 @@
-"""The order of samples that lie class by class, and a test set where there is none."""
+"""Shuffle samples that lie class by class, and draw a test set if there is none."""
 
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ TestShare = Annotated[
 SplitSeed = Annotated[
     int, "seed of the order of the samples and of their test set", at_least(0)
 ]
-# The names of folders and files that hold a split; of the test sets the first counts.
+# Names of folders and files that hold a split; the first test set found is read.
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev")
 Rows = npt.NDArray[np.intp]

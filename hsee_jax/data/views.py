@@ -52,11 +52,12 @@ def whole(sample_shape: tuple[int, ...], num_clients: int) -> Views:
 def tiles(sample_shape: tuple[int, ...], num_clients: int) -> Views:
     """Cut an image ``[H, W, C]`` into a grid of equal tiles, one for each client.
 
-    Of all grids with as many tiles as clients it takes the one closest to a square, and
-    more columns than rows. Tiles overlap where they cannot fill the image exactly.
+    Of all grids with as many tiles as clients it takes the grid closest to a square,
+    with at least as many columns as rows. Tiles overlap where they cannot fill the
+    image exactly.
 
     Raises:
-      UserError: the samples are no images, or have fewer pixels than a grid needs.
+      UserError: the samples are not images, or have fewer pixels than a grid needs.
     """
     if len(sample_shape) != 3:
         raise UserError(

@@ -43,7 +43,9 @@ def answers_of(
     group: int,
     member: int,
 ) -> AnswerFn:
-    """Put what answers on the device: a client and its server, or all that see events.
+    """Put the networks that answer on the device; return the function that runs them.
+
+    These are a client and its server, or with a junction all clients and the server.
 
     Args:
       gate: of `gate_of`.
@@ -51,8 +53,8 @@ def answers_of(
       strategy: the algorithm.
       state: with a slot for every client in the order of its group.
       view: of the samples; None where a client sees them whole.
-      group: of the client that is asked first.
-      member: of this client in the group.
+      group: the group of the client that is asked first.
+      member: its position in the group.
     """
     ids, stack = federation.groups[group].ids, state.clients[group]
 

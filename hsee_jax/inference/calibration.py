@@ -52,14 +52,15 @@ class Scores(NamedTuple):
     def lowest(self) -> Floats:
         """Return the lowest uncertainty up to each exit, ``[E, M]``.
 
-        An exit has answered at a threshold above it; infinite where none is finite.
+        At a threshold above an entry, this exit or one before it answers. An entry is
+        infinite where no uncertainty is finite.
         """
         rows = np.stack([own for own, _ in self.exits])
         return np.minimum.accumulate(np.where(np.isfinite(rows), rows, np.inf), axis=0)
 
 
 class OffloadCurve(NamedTuple):
-    """The results of P thresholds on a dataset, from most samples at the server on.
+    """The results of P thresholds on a dataset, ordered by falling offload.
 
     It holds numbers of samples, so that targets are compared without rounding errors.
     """
@@ -112,7 +113,7 @@ def all_thresholds(uncertainty: Floats, largest: float) -> Floats:
     """Return one threshold for every way to split the samples by their uncertainty.
 
     Args:
-      uncertainty: ``[M]``. Values that are not finite are never thresholds.
+      uncertainty: ``[M]`` or ``[E, M]``. No threshold is infinite or NaN.
       largest: the criterion's largest value.
 
     Returns:

@@ -27,11 +27,11 @@ TIMED_OFFLOADS = OFFLOADS[::5]
 class Target:
     """A target for a client's threshold on the held-out samples."""
 
-    kind: str  # "offload" or "bytes" of a sample at most, or "accuracy" at least
+    kind: str  # "offload" or "bytes" per sample, at most; "accuracy", at least
     value: float
 
     def __post_init__(self) -> None:
-        """Refuse a value that no threshold can reach."""
+        """Refuse a value outside of what the kind allows; raise `UserError`."""
         many_bytes = self.kind == "bytes" and 1 < self.value < math.inf
         if not (many_bytes or 0 <= self.value <= 1):
             allowed = "0 or more" if self.kind == "bytes" else "0..1"
@@ -59,7 +59,7 @@ class ClientStudy(NamedTuple):
     finite: bool  # whether all logits for the held-out samples are finite
     held_out: OffloadCurve  # at all thresholds that differ on the held-out samples
     test: Scores
-    seconds: Mapping[float, float]  # of a sample, by the keys `TIMED_OFFLOADS`
+    seconds: Mapping[float, float]  # of a sample, by offload (`TIMED_OFFLOADS`)
 
     def choose(self, target: Target) -> int:
         """Return the point of the held-out curve that meets a target.

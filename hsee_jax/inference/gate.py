@@ -96,7 +96,7 @@ class Answers(NamedTuple):
     logits: npt.NDArray[np.float32]  # [B, K]: of the server where it ran, or the exit
     exited: npt.NDArray[np.bool_]  # [B]: whether an exit answered
     exit_logits: npt.NDArray[np.float32]  # [B, K]: of the last exit
-    uncertainty: npt.NDArray[np.float32]  # [B]: of it; inf: logits not finite
+    uncertainty: npt.NDArray[np.float32]  # [B]: of this exit; inf: logits not finite
     # The same of the E - 1 exits before it: [B, E - 1, K] and [B, E - 1].
     early_logits: npt.NDArray[np.float32]
     early_uncertainty: npt.NDArray[np.float32]
@@ -191,8 +191,8 @@ def make_gate(
       server_spec: what its server computes.
       batch_size: B; a smaller batch is padded to B rows.
       criterion: a name in `CRITERIA`.
-      sizes: the numbers of rows that the server runs on, up to B; the samples that go
-        to the server are padded to the next size. None for the eighths of B.
+      sizes: the numbers of rows that the server runs on, one of them B; the samples
+        that go to the server are padded to the next size. None for the eighths of B.
       junction: of the strategy, see `Gate.answer_events`; None where each client is
         answered by itself.
     """

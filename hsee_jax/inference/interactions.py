@@ -59,9 +59,9 @@ def find_interactions(
     """Score the interactions in a client's network and choose the strongest.
 
     The network is that of the client and of the server behind it, up to the final
-    logits. Of these, the mean over the classes is taken off, as it changes no answer.
-    The rows are training samples of this client alone; the baseline of a row is
-    another one of them.
+    logits. The mean of the logits over the classes is subtracted, as it changes no
+    answer. The rows are training samples of this client alone, and the baseline of a
+    row is another of these rows.
 
     Args:
       folder: of a run on a table.
@@ -74,8 +74,9 @@ def find_interactions(
       data: see `reopen`.
 
     Raises:
-      UserError: there is no such run or client, its samples are no rows of a table, or
-        fewer than two; its data are missing, or not the data of the run.
+      UserError: there is no such run or client; its samples are not rows of a table, or
+        fewer than two; its layers are private; or its data are missing, or differ from
+        the data of the run.
     """
     max_samples = _MAX_SAMPLES.checked(max_samples)
     run = restore(folder, which)

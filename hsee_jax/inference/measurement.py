@@ -44,7 +44,7 @@ class _Samples(NamedTuple):
 def measure_clients(
     experiment: Experiment, state: RunState, criterion: str, batch_size: int
 ) -> Iterator[ClientStudy]:
-    """Study all clients, one cut after the other.
+    """Yield the study of each client, one cut after the other.
 
     Args:
       experiment: the run; it has held-out samples.
@@ -80,8 +80,8 @@ def _sample_costs(
 ) -> list[SampleCosts]:
     """Add up the costs of a sample of each client, from the result of `layer_costs`.
 
-    Where all clients of the group see it, they all send their features if one is not
-    sure, and the work of the others counts with that of the server.
+    Where all clients of the group see each sample, they all send their features if the
+    client that is asked is unsure, and the work of the others counts as the server's.
     """
     cut, features = group.cut, layer_inputs(federation.model)
     sizes = sample_bytes_of(federation.codec, features[cut], group.ids)
@@ -168,7 +168,7 @@ def _all_finite(scores: Scores) -> bool:
 def _seconds(
     answer: AnswerFn, curve: OffloadCurve, inputs: Array
 ) -> dict[float, float]:
-    """Measure the seconds of a sample at each of `TIMED_OFFLOADS`.
+    """Measure the seconds that a sample takes at each of `TIMED_OFFLOADS`.
 
     Each figure is the median of several calls. The calls for different offloads take
     turns, so that a slow moment hits all of them alike.

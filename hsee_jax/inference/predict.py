@@ -42,10 +42,13 @@ def predict(
       criterion: the measure of uncertainty, a name in `CRITERIA`.
       batch_size: samples that run at once.
 
+    Returns:
+      The answers to all M samples, on the host.
+
     Raises:
-      UserError: there is no such client or criterion; the threshold or the batch size
-        is not allowed; or the samples have another shape or type than the run's data,
-        or values that it cannot hold.
+      UserError: there is no such client or criterion; the clients kept their layers
+        private; the threshold or the batch size is not allowed; or the samples have
+        another shape or type than the run's data, or values that it cannot hold.
     """
     samples = _samples(inputs, run.info)
     batch_size = _BATCH_SIZE.checked(batch_size)

@@ -45,13 +45,15 @@ class Study(NamedTuple):
     def thresholds(self, target: Target) -> Figures:
         """Return the threshold of each client that meets a target, as plain JSON.
 
-        Of the thresholds that meet a budget it is the one with the highest offload; of
-        those that reach an accuracy, the one with the lowest. A client whose logits
-        are not all finite may have none: it gets the threshold that comes closest.
+        Of the thresholds that meet a budget, it takes the highest offload; of the
+        thresholds that reach an accuracy, the lowest offload. If a client has none, as
+        may be if its logits are not all finite, it takes the threshold that comes
+        closest.
 
         Raises:
-          UserError: a client with finite logits does not reach the accuracy, or no
-            client does; the message says which accuracy is possible.
+          UserError: a client with finite logits does not reach the accuracy; if no
+            client has finite logits, any client. The message says which accuracy is
+            possible.
         """
         if target.kind == "accuracy":
             self._check_accuracy(target.value)
@@ -99,8 +101,8 @@ def study(
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
-      UserError: there is no such run, it held out no samples, or the training samples
-        are no longer the run's own.
+      UserError: see `reopen`; or there is no such criterion, the run held out no
+        samples, or the training samples are no longer the run's own.
     """
     experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
     if experiment.validation is None:

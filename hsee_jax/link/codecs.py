@@ -1,8 +1,8 @@
 """The form in which features cross the link: the client encodes, the server decodes.
 
-A `Codec` encodes every sample by itself, so that what arrives depends neither on its
-company nor on padding. It may keep a state for each client, such as an error to make
-good in the next message.
+A `Codec` encodes every sample by itself, so what arrives depends neither on the other
+samples of the batch nor on padding. It may keep a state for each client, such as an
+error to correct in the next message.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,11 +49,11 @@ class Codec(NamedTuple):
     encode: EncodeFn
     decode: DecodeFn
     nbytes: Callable[[Message], Array]  # message -> bytes of each sample, int32 [B]
-    # How the gradient of features comes down, from the same state, which it leaves as
-    # it is; None for as it is computed.
+    # The codec of the gradient that comes down. It reads the state of the client and
+    # does not change it. None sends the gradient as it was computed.
     gradient: Any = None
-    # In place of `init` for clients that differ: takes the client's id as well,
-    # int32 []. Then `init` is for the client with the smallest messages.
+    # Replaces `init` where clients differ; it also takes the client's id, int32 [].
+    # `init` is then for the client with the smallest messages.
     init_client: Callable[[jax.ShapeDtypeStruct, Array], PyTree] | None = None
 
 
@@ -63,7 +63,7 @@ register = CODECS.register
 
 
 def fixed_size(message: Message) -> Array:
-    """Return the bytes of each sample of a message that has no other size.
+    """Return the bytes of each sample of a message, if all samples have one size.
 
     Args:
       message: leaves ``[B, ...]``.
@@ -79,11 +79,11 @@ def fixed_size(message: Message) -> Array:
 def stateless(
     encode: Callable[[Array], Message], decode: DecodeFn | None = None
 ) -> Codec:
-    """Make a codec of functions that keep no state, for messages of a fixed size.
+    """Make a codec from functions that keep no state, for messages of a fixed size.
 
     Args:
       encode: features ``[B, ...]`` to a message.
-      decode: see `Codec`; without it, the message has the shape of the features and
+      decode: see `DecodeFn`; without it, the message has the shape of the features and
         only its dtype changes.
     """
     return Codec(
@@ -122,7 +122,7 @@ def float16() -> Codec:
 
 
 class Levels(NamedTuple):
-    """Features as numbers of evenly spaced values, which each sample has of its own."""
+    """Features as codes of 8 bits; each sample has evenly spaced levels of its own."""
 
     codes: Array  # int8 [B, ...]; -128 is the smallest value
     offset: Array  # float32 [B, 1 ...]: the smallest value
@@ -133,7 +133,7 @@ def _encode_int8(features: Array) -> Levels:
     values = features.astype(jnp.float32)
     axes = tuple(range(1, values.ndim))
     offset = jnp.min(values, axes, keepdims=True)
-    # Products, as quotients are compiled in another way for another batch size.
+    # Products only: XLA compiles quotients differently for different batch sizes.
     step = (jnp.max(values, axes, keepdims=True) - offset) * (1 / 255)
     inverse = 1 / jnp.where(step > 0, step, 1.0)
     levels = jnp.clip(jnp.round((values - offset) * inverse), 0, 255)
@@ -152,8 +152,8 @@ INT8 = stateless(_encode_int8, _decode_int8)
 def int8() -> Codec:
     """Send each value as one of 256 levels between its sample's extremes.
 
-    No value arrives further from the original than half a step, the range of its
-    sample / 510.
+    The error of a value is at most half a step, which is the range of its sample
+    divided by 510.
     """
     return INT8
 
@@ -162,7 +162,7 @@ def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
     """Return the bytes of the first message of one sample.
 
     Args:
-      codec: of the link; where clients differ, the smallest message counts.
+      codec: of the link; where clients differ, this is their smallest message.
       features: shape and dtype of a sample's features, ``[1, ...]``.
     """
 

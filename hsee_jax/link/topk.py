@@ -2,14 +2,14 @@
 
 Of the n features of a sample a client sends the k that are largest in size, and their
 places; the server takes 0 for the others. The gradient that comes down with a joint
-boundary is treated alike. What is lost of a sample is at most 1 - k/n of its energy,
-the sum of squares, and nothing where k = n.
+boundary is treated alike. A sample loses at most 1 - k/n of its energy, the sum of
+squares, and nothing where k = n.
 
 FusionLLM compresses most where the link is slowest. Here the client with the slowest
 link keeps the share R; a client whose link is f times as fast keeps f R, or everything
-[recalled], so that messages of one cut take equally long. The speeds that are given, by
-hand or from a file of devices, the mean error of a batch that is added to the next, and
-one share for features and gradients are ours.
+[recalled], so that messages of one cut take equally long. Three things are ours: the
+user gives the speeds, by hand or in a file of devices; the mean error of a batch may be
+added to the next batch; and features and gradients have one share.
 """
 
 import math
@@ -34,7 +34,7 @@ class Largest(struct.PyTreeNode):
 
 
 class TopkState(NamedTuple):
-    """What a client keeps."""
+    """The state of a client."""
 
     kept: Array  # int32 []: the values that it sends of a sample
     error: PyTree  # float32 [1, ...]: mean over the last batch; () without feedback
@@ -60,7 +60,15 @@ def topk(
         bool, "add the mean error of a client's last batch to its next one [ours]"
     ] = False,
 ) -> Codec:
-    """Send only the largest values."""
+    """Send only the largest values of each sample, and their places.
+
+    Args:
+      keep_share: k/n of the client with the slowest link, more than 0 and at most 1.
+      link_rates: speeds of links in any unit, given to the clients in turn; without
+        them all are equal.
+      error_feedback: whether to add the mean error of a client's last batch to its next
+        batch.
+    """
     rates = link_rates or (1.0,)
     shares = [min(1.0, keep_share * rate / min(rates)) for rate in rates]
     gradient = _codec(shares, feedback=False)
@@ -139,7 +147,7 @@ def _dense(message: Largest, dtype: Any) -> Array:
 
 
 def _nbytes(message: Largest) -> Array:
-    """Return k (value + place) of each sample, ``int32 [B]``."""
+    """Return the bytes of each sample, its values and places: ``int32 [B]``."""
     sent = message.places < math.prod(message.shape)
     each = message.values.dtype.itemsize + message.places.dtype.itemsize
     return each * jnp.sum(sent, axis=1, dtype=jnp.int32)

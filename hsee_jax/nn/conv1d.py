@@ -2,9 +2,9 @@
 
 A layer is a convolution along time, a normalisation and ReLU; the heads average over
 time (arXiv:1611.06455). Their network has three layers with windows of 8, 5 and 3 and
-128, 256 and 128 channels. Here number, window and width are options, and every second
-layer halves the series and doubles the channels, so that later cuts send fewer bytes
-[ours].
+128, 256 and 128 channels. Here the number of layers, their window and their width are
+options, and every second layer halves the series and doubles the channels, so that
+later cuts send fewer bytes [ours].
 """
 
 from typing import Annotated
@@ -57,7 +57,7 @@ def conv1d(
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
     Raises:
-      UserError: the window is even.
+      UserError: the window is even, or the samples are not series.
     """
     if window % 2 == 0:
         raise UserError(f"window: {window} is not allowed; allowed is an odd number")

@@ -8,13 +8,14 @@ equal to it up to rounding and runs in one of these forms:
 =============  ===================================================================
 ``grouped``    the native convolution; stacked weights become its groups
 ``unrolled``   the native convolution, called once for each of the stacked weights
-``patches``    shifted slices times matrices: no convolution, more memory
+``patches``    shifted slices times matrices: no native convolution, more memory
 ``winograd``   F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 products where the
-               others take 36; only for 3x3 of stride 1, else it is ``patches``
-``winograd4``  F(4x4, 3x3), 36 products where the others take 144; otherwise as
-               ``winograd``, and rounds about five times as coarsely
-``mixed``      on a CPU, the native form, or another that was about as fast or faster
-               where it was measured
+               others take 36; only for 3x3 of stride 1 with at most 2 zeros a side,
+               else it is ``patches``
+``winograd4``  F(4x4, 3x3), 36 products where the others take 144; it rounds about five
+               times as coarsely as ``winograd``, and has the same limits
+``mixed``      a form for each shape, as measured on CPUs; stacked weights never get a
+               native one
 ``auto``       the form of the default backend, see `auto_form`
 =============  ===================================================================
 

@@ -74,7 +74,7 @@ class FormTable:
 
 
 def forms_of(place: Place) -> tuple[str, ...]:
-    """Return the forms that differ at a place."""
+    """Return the forms whose programs differ at a place."""
     forms = (
         ("grouped", "unrolled", "patches") if place.stack else ("grouped", "patches")
     )
@@ -126,7 +126,7 @@ _CPU = (
 
 
 def _mixed(place: Place) -> str:
-    """Choose a form for a CPU that was not measured.
+    """Choose a form by shape, for a CPU on which nothing was measured.
 
     Stacked weights never get a native convolution: XLA runs it slowly inside a scan.
     """

@@ -1,4 +1,4 @@
-"""Layers with gates, made of Flax modules; see `hsee_jax.nn.gates`.
+"""Layers with gates, made from Flax modules; see `hsee_jax.nn.gates`.
 
 A layer with gates has the parameters of its module, the gates, and a second set of
 normalisations. Its gated pass is the pass of the module with other parameters: the
@@ -30,12 +30,12 @@ class Between(NamedTuple):
 
 
 def gated_from_linen(module: Any, between: Sequence[Between] = ()) -> Stage:
-    """Make a layer with gates of a Flax module, see `from_linen`.
+    """Make a layer with gates from a Flax module, see `from_linen`.
 
     Args:
-      module: with the attribute ``inner``, the number of channels in each place, if
-        there is a place.
-      between: the places of the gates; each has as many gates as there are channels.
+      module: the module. If ``between`` is not empty, it has the attribute ``inner``,
+        a tuple of the number of channels at each place.
+      between: the places of the gates; each channel of a place gets a gate.
     """
     plain = from_linen(module)
 
@@ -80,7 +80,7 @@ def gated_from_linen(module: Any, between: Sequence[Between] = ()) -> Stage:
 
 
 def _draw(key: Key, before: PyTree) -> PyTree:
-    """Draw the gates of the channels that a convolution makes; half of them open."""
+    """Draw the gates of a convolution's outputs, each open with probability 1/2."""
     channels = jax.tree.leaves(before)[0].shape[-1]
     return {
         "logits": jax.random.normal(key, (channels,), jnp.float32),
@@ -164,7 +164,7 @@ def _narrow(
 ) -> tuple[Stage, Variables]:
     """Return a layer of the open channels, see `Gates`.
 
-    If no channel is open, one stays, of which the next convolution reads 0 times.
+    If no channel is open, one stays, and the next convolution multiplies it by 0.
     """
     opened = [np.asarray(gates) for gates in _open(variables, between)]
     own = _gated(variables, opened, between)  # type: ignore[arg-type]

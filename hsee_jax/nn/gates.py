@@ -39,7 +39,7 @@ def open_gates(logits: Array, key: Key | None = None) -> Array:
 
     Args:
       logits: ``float32 [C]``.
-      key: of the noise; without one, the gates with a logit above 0 are open.
+      key: of the noise; without a key, the gates with a logit above 0 are open.
 
     Returns:
       ``float32 [C]``. The gradient is that of ``sigmoid((logits + noise) / (2 / 3))``.
@@ -57,7 +57,7 @@ def width_loss(share: Array, target: float) -> Array:
 
 
 def with_gates(model: Model) -> Model:
-    """Return a network whose layers have gates; its dense pass is that of the network.
+    """Return the network with gates in its layers; the dense pass stays the same.
 
     Raises:
       UserError: the network has no layers with gates.
@@ -111,9 +111,9 @@ def without_gates(
 def flops_share(
     stages: Sequence[Stage], layers: Sequence[Variables], inputs: jax.ShapeDtypeStruct
 ) -> Array:
-    """Return the FLOPs of some layers at their gated width, relative to all of them.
+    """Return the FLOPs of some layers at their gated width, as a share of the dense.
 
-    It counts the products in the convolutions, and those with padding as well. The
+    It counts the products in the convolutions, including products with padding. The
     gradient reaches the logits, as in `open_gates`.
 
     Args:
@@ -122,7 +122,7 @@ def flops_share(
       inputs: the shape of the first layer's inputs, ``[1, ...]``.
 
     Returns:
-      ``float32 []``.
+      ``float32 []``, 0..1.
     """
     gated, dense = jnp.float32(0.0), 0
     mask = jax.ShapeDtypeStruct((1,), jnp.bool_)

@@ -4,7 +4,7 @@ After SIAN (Enouen and Liu, NeurIPS 2022, arXiv:2209.09326), which scores intera
 like Archipelago (Tsang et al., NeurIPS 2020). Take two rows, x and a baseline. With
 ``x_T`` for the baseline with the columns T of x, the effect of the columns S is
 
-    inc(S) = sum over T in S of (-1)^(|S| - |T|) f(x_T).
+    inc(S) = sum over the subsets T of S of (-1)^(|S| - |T|) f(x_T).
 
 It is 0 unless f joins all columns of S. Two choices are ours. The other columns stay at
 the baseline, where the papers average over two contexts. And the score is the mean of
@@ -66,8 +66,8 @@ def interaction_effects(
     """Return ``inc(S)`` of some sets of columns, see `hsee_jax.nn.interactions`.
 
     Args:
-      f: any function of rows. It is called once for every subset of the sets, always
-        with M rows.
+      f: any function of rows. It is called once for each of the sets and once for each
+        of their proper subsets, always with M rows.
       x: ``[M, F]``.
       baseline: ``[F]``, or ``[M, F]`` for a baseline of each row.
       sets: columns of each interaction.
@@ -88,8 +88,8 @@ def select_interactions(
 ) -> tuple[Interaction, ...]:
     """Choose the strongest interactions of each order in a trained function.
 
-    All pairs are candidates. Of higher orders, those sets are candidates whose subsets
-    of one column less have all been chosen.
+    All pairs are candidates. A larger set is a candidate if all its subsets of one
+    column less were chosen.
 
     Args:
       f: see `interaction_effects`.
@@ -103,7 +103,7 @@ def select_interactions(
       Interactions by ascending order, and by falling score within an order.
 
     Raises:
-      UserError: ``max_order`` is below 2, ``count`` below 1.
+      UserError: ``max_order`` is below 2, or ``count`` is below 1.
     """
     max_order, count = _MAX_ORDER.checked(max_order), _COUNT.checked(count)
     x = np.asarray(x, np.float32)

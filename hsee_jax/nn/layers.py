@@ -1,12 +1,13 @@
 """What the convolutional networks share: convolutions, normalisation, heads, options.
 
-As in torchvision: explicit padding, BatchNorm with decay 0.9 and epsilon 1e-5, Kaiming
-normal convolutions (fan out) and uniform linear layers. Two things differ: biases start
-at 0, and the running variance is the biased variance, as everywhere in Flax.
+These follow the ResNets of torchvision: explicit padding, BatchNorm with decay 0.9 and
+epsilon 1e-5, Kaiming normal convolutions (fan out) and uniform linear layers. Two
+things differ: biases start at 0, and the running variance is the biased variance, as
+everywhere in Flax.
 
-Every module maps ``x [B, ..., C]`` and ``mask bool [B]`` to its output; rows with a
-false mask do not reach the batch statistics. ``conv`` names a form of the convolution,
-see `hsee_jax.nn.convolution`, and ``norm`` a normalisation, see `Norm`.
+Every module but `Conv` maps ``x [B, ..., C]`` and ``mask bool [B]`` to its output; rows
+with a false mask do not reach the batch statistics. ``conv`` names a form of the
+convolution, see `hsee_jax.nn.convolution`, and ``norm`` a normalisation, see `Norm`.
 """
 
 import math
@@ -94,7 +95,7 @@ class Norm(nn.Module):
     """Normalisation of ``[B, ..., C]``, with statistics in float32.
 
     ``"batch"`` is BatchNorm over the real rows. ``"group"`` is GroupNorm (Wu and He,
-    ECCV 2018) with 32 groups, or with fewer where each would have less than two
+    ECCV 2018) with 32 groups, or with fewer where each would have fewer than two
     channels or where 32 does not divide the channels.
     """
 
@@ -120,8 +121,8 @@ class Norm(nn.Module):
 class ConvNorm(nn.Module):
     """A convolution, a normalisation and an activation.
 
-    ``[B, H, W, C] -> [B, H/s, W/s, features]``, or ``[B, T, C] -> [B, T/s, features]``
-    for series, with stride s.
+    With stride s it maps images ``[B, H, W, C] -> [B, H/s, W/s, features]`` and series
+    ``[B, T, C] -> [B, T/s, features]``.
     """
 
     features: int

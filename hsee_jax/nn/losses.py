@@ -48,7 +48,7 @@ def distillation_loss(
 
     Args:
       logits: of the student, ``float32 [B, K]``.
-      teacher: its logits, ``float32 [B, K]``; no gradient flows into them.
+      teacher: the teacher's logits, ``float32 [B, K]``; they get no gradient.
       mask: ``bool [B]``, false on padding.
       temperature: T, more than 0.
 

@@ -7,10 +7,9 @@ from hsee_jax.core.types import Array, Key
 
 
 class Mixer(nn.Module):
-    """A dense layer over the channels of all views, ``[B, ..., V C]``, to those of one.
+    """A dense layer over the channels of all views: ``[B, ..., V C] -> [B, ..., C]``.
 
-    For images it is a 1x1 convolution. It starts as the sum over the views, divided by
-    their number.
+    For images it is a 1x1 convolution. It starts as the mean over the V views.
     """
 
     num_views: int  # V

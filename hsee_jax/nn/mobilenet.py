@@ -1,10 +1,11 @@
 """The layers of MobileNetV2 (Sandler et al., CVPR 2018), as Flax modules.
 
-They are those of torchvision, with three differences: those of `hsee_jax.nn.layers`;
-no dropout before the classes; and other widths scale the channels without rounding to
-multiples of 8. For images of up to 64 pixels the stem and the second group keep the
-size of the image, so that 32 pixels become 4 [ours]. `hsee_jax.nn.mobilenet_v3` is made
-of the same blocks.
+They follow torchvision, with these differences. Initial weights and BatchNorm are as
+`hsee_jax.nn.layers` says, so linear layers start from a uniform distribution, not a
+normal one. There is no dropout before the classes. Other widths scale the channels
+without rounding to multiples of 8. For images of up to 64 pixels the stem and the
+second group keep the size of the image, so that 32 pixels become 4 [ours].
+`hsee_jax.nn.mobilenet_v3` uses the same blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +32,8 @@ from hsee_jax.nn.layers import (
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, images_only
 
-# Of each group of blocks, table 2 of the paper: expansion, channels at width 32, blocks
-# and stride.
+# Table 2 of the paper. Each group of blocks has an expansion, channels at width 32, a
+# number of blocks, and a stride.
 _GROUPS = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -81,9 +82,9 @@ class InvertedResidual(nn.Module):
     """A 1x1, a depthwise and a 1x1 convolution, the last without activation.
 
     The shapes are ``[B, H, W, C] -> [B, H/s, W/s, features]``, with ``inner`` channels
-    between; the first convolution is left out where ``inner`` is C. With ``squeeze``
-    a `SqueezeExcitation` of so many channels precedes the last convolution. The input
-    is added where the shape stays.
+    between; where ``inner`` is C there is no first convolution. If ``squeeze`` is not
+    0, a `SqueezeExcitation` with this many channels precedes the last convolution. The
+    block adds its input to its output where both have the same shape.
     """
 
     features: int
@@ -183,7 +184,7 @@ _BLOCK = (
 
 
 def paired(modules: Sequence[str], places: Sequence[str]) -> dict[str, str]:
-    """Return the names of a library by ours; a normalisation is of either kind."""
+    """Map our module names to a library's, for BatchNorm and for GroupNorm."""
     names = dict(zip(modules, places, strict=True))
     norms = [name for name in modules if name.startswith("bn")]
     return names | {f"{n}/{kind}": names[n] for n in norms for kind in ("bn", "gn")}

@@ -1,9 +1,9 @@
 """The layers of MobileNetV3-small (Howard et al., ICCV 2019), as Flax modules.
 
-They are those of torchvision, with the differences that `hsee_jax.nn.mobilenet` names,
-and BatchNorm decays by 0.9, as in our other networks, and not by 0.99. For images of up
-to 64 pixels the stem and the first block keep the size of the image, so that 32 pixels
-become 4 [ours].
+They follow torchvision, with the differences that `hsee_jax.nn.mobilenet` names and one
+more: BatchNorm decays by 0.9, as in our other networks, and not by 0.99. For images of
+up to 64 pixels the stem and the first block keep the size of the image, so that 32
+pixels become 4 [ours].
 """
 
 from typing import NamedTuple
@@ -53,7 +53,7 @@ _BLOCKS = (
     _Block("layer5.2", 5, 576, 96, 144, True, 1),
 )
 _LAST, _HIDDEN = 576, 1024  # channels behind the blocks, and in the final head
-_EPSILON = 1e-3  # of its normalisations
+_EPSILON = 1e-3  # of the normalisations in its layers
 _NAMES = ("stem", *(block.name for block in _BLOCKS), "last")
 
 

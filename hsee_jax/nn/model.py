@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from hsee_jax.core.types import Array, Key, PyTree, Stage, Variables
 
-# Names the modules of a layer, or of "head", as another library does, by the paths of
-# ours: {"conv1/conv": "layer1.0.conv1", ...}.
+# Takes the name of a layer, or "head", and returns for each of its modules the name in
+# another library: {"conv1/conv": "layer1.0.conv1", ...}.
 WeightNames = Callable[[str], Mapping[str, str]]
 
 
@@ -26,8 +26,8 @@ class Model(NamedTuple):
     final_head: Stage
     layer_names: tuple[str, ...]  # L names, such as "layer2.0"
     input_shape: tuple[int, ...]  # of one sample, (H, W, C) for images
-    weight_names: tuple[WeightNames, ...] = ()  # of each library, for `load_pretrained`
-    gated_stages: tuple[Stage, ...] = ()  # for `with_gates`; empty where none can have
+    weight_names: tuple[WeightNames, ...] = ()  # by library, for `load_pretrained`
+    gated_stages: tuple[Stage, ...] = ()  # for `with_gates`; empty without gates
 
 
 class Network(NamedTuple):
@@ -39,7 +39,7 @@ class Network(NamedTuple):
 
 
 def from_linen(module: Any) -> Stage:
-    """Make a `Stage` of a Flax module called as ``module(x, mask, train=...)``."""
+    """Make a `Stage` from a Flax module, called as ``module(x, mask, train=...)``."""
 
     def init(key: Key, inputs: Array) -> Variables:
         mask = jnp.ones(inputs.shape[0], bool)
@@ -65,10 +65,11 @@ def from_linen(module: Any) -> Stage:
 
 
 def layer_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Return the shape and dtype ``[1, ...]`` of each layer's input and the output.
+    """Return the shape and dtype of each layer's input, and last of the output.
 
-    Entry l is the input of layer l + 1, so ``layer_inputs(model)[cut]`` are the
-    features that a client of this cut sends; there are L + 1.
+    There are L + 1 entries ``[1, ...]``. Entry l is the input of layer l + 1, so
+    ``layer_inputs(model)[cut]`` describes the features that a client with this cut
+    sends.
     """
     return _layer_inputs(tuple(model.stages), tuple(model.input_shape))
 

@@ -30,14 +30,14 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm, with a fixed decay unused
+_COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; unused with a fixed decay
 
 
 class Place(NamedTuple):
     """Where a library keeps one of our arrays."""
 
     name: str
-    axes: tuple[int, ...] | None  # ours, as axes of theirs; None for the same
+    axes: tuple[int, ...] | None  # theirs in our order; None if equal
 
     def read(self, tensors: Tensors) -> npt.NDArray[np.float32]:
         """Return the array with our axes."""
@@ -48,18 +48,18 @@ class Place(NamedTuple):
 def load_pretrained(model: Model, path: str | os.PathLike[str]) -> Model:
     """Return the network with the weights of a file as its initial weights.
 
-    Whatever draws weights of the result gets those of the file: `init_network`, and so
-    every client and server. Exit heads are drawn, and so is the linear layer of the
-    final head if the file has another number of classes.
+    `init_network` on the result returns the weights of the file, so every client and
+    server starts from them. It still draws the exit heads at random, and the linear
+    layer of the final head if the file has another number of classes.
 
     Args:
-      model: a ResNet, MobileNet or ViT.
-      path: a file of safetensors with all arrays of the network, in the names and the
-        layout of torchvision or timm.
+      model: a ResNet, MobileNet or ViT without gates.
+      path: a safetensors file with all arrays of the network, in the names and the
+        layout of torchvision or timm; of torchvision alone for MobileNetV3.
 
     Raises:
-      UserError: the file cannot be read, or has missing or further names or other
-        shapes; or the network has no such names.
+      UserError: the file cannot be read, lacks a name, has a name that the network
+        lacks, or has another shape; or the network has no names in torchvision or timm.
     """
     return with_weights(model, _read(path), str(path))
 
@@ -71,6 +71,9 @@ def with_weights(model: Model, tensors: Tensors, source: str = "the weights") ->
       model: see `load_pretrained`.
       tensors: arrays in the names and the layout of torchvision or timm.
       source: where they come from, for errors.
+
+    Raises:
+      UserError: see `load_pretrained`.
     """
     tensors = {n: t for n, t in tensors.items() if not n.endswith(_COUNTER)}
     shapes = _shapes(model)
@@ -125,7 +128,7 @@ def _shapes(model: Model) -> list[dict[str, Any]]:
 def _places(
     model: Model, shapes: list[dict[str, Any]], tensors: Tensors
 ) -> list[dict[str, Place]]:
-    """Find the place of each leaf in the names that most of the arrays have."""
+    """Find the place of each leaf, in the library whose names match most arrays."""
     if not model.weight_names:
         raise UserError(
             "pretrained: a file is not allowed for this network, which has no names in "
@@ -187,7 +190,7 @@ def _check_shape(
 
 
 def _start_at(stage: Stage, given: Mapping[str, npt.NDArray[Any]]) -> Stage:
-    """Return a stage whose initial variables are given, as far as they are."""
+    """Return a stage that starts at the given arrays; it draws the others."""
 
     def init(key: Key, inputs: Array) -> Variables:
         drawn = stage.init(key, inputs)

@@ -16,16 +16,16 @@ register = NETWORKS.register
 
 
 def images_only(make: F) -> F:
-    """Decorate the factory of a network that takes no other inputs than images.
+    """Decorate the factory of a network that takes only images.
 
-    For another ``input_shape`` than ``(H, W, C)`` the factory then raises a `UserError`
-    that names the registered networks that take it. Apply this below `register`.
+    If ``input_shape`` is not ``(H, W, C)``, the factory then raises a `UserError` that
+    names the registered networks that take this shape. Apply this below `register`.
     """
     return _only(make, "images", "[H, W, C]", 3)
 
 
 def series_only(make: F) -> F:
-    """Decorate the factory of a network that takes no other inputs than series.
+    """Decorate the factory of a network that takes only series.
 
     This is `images_only` for an ``input_shape`` of ``(T, C)``.
     """
@@ -33,7 +33,7 @@ def series_only(make: F) -> F:
 
 
 def tables_only(make: F) -> F:
-    """Decorate the factory of a network that takes no other inputs than tables.
+    """Decorate the factory of a network that takes only tables.
 
     This is `images_only` for an ``input_shape`` of ``(F,)``.
     """

@@ -1,8 +1,8 @@
 """The layers of ResNet-18, -34 and -50 (He et al., CVPR 2016), as Flax modules.
 
-They are those of torchvision, also in the bottleneck block, which has its stride in the
-3x3 convolution; see `hsee_jax.nn.layers` for what differs. The stem for small images is
-one 3x3 convolution of stride 1 without pooling, the usual choice for CIFAR.
+They follow torchvision, where the 3x3 convolution of a bottleneck block has the stride;
+`hsee_jax.nn.layers` says what differs. The stem for small images is one 3x3 convolution
+of stride 1 without pooling, the usual choice for CIFAR.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class BasicBlock(nn.Module):
     dtype: jnp.dtype
     conv: str
     norm: str = "batch"
-    inner: tuple[int, ...] | None = None  # channels in between; None for ``features``
+    inner: tuple[int, ...] | None = None  # channels between; None for ``features``
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
@@ -139,7 +139,7 @@ class _Form(NamedTuple):
 
 
 class ConvHead(nn.Module):
-    """A bottleneck of three convolutions and a `Head`: ``[B, H, W, C] -> [B, K]``.
+    """Three convolutions and a `Head`: ``[B, H, W, C] -> float32 [B, K]``.
 
     Exits between the blocks of a network gain from layers of their own (Zhang et al.,
     ICCV 2019). Here a 1x1 convolution halves the channels, a 3x3 convolution halves the
@@ -233,7 +233,7 @@ def resnet50(
 ) -> Model:
     """Build ResNet-50 as 17 layers: a stem and 16 bottlenecks; see `resnet18`.
 
-    The blocks put out 4 times the channels of their group, 256 in the first.
+    A block outputs 4 times the channels of its group: 256 in the first group.
     """
     form = _Form(width, stem, norm, exit_head, dtype, conv)
     return _resnet(Bottleneck, (3, 4, 6, 3), num_classes, input_shape, form)

@@ -4,15 +4,15 @@ After sparse interaction additive networks (Enouen and Liu, NeurIPS 2022,
 arXiv:2209.09326): the logits are a sum over sets of columns S, and each term is a
 perceptron that reads the columns of S alone. Here layer k holds the sets of k columns,
 so a client's cut is the order of its interactions: 1 for a generalised additive model,
-2 with pairs, and so on. That, and all below, is ours:
+2 with pairs, and so on. This division into layers is ours, and so is the rest:
 
-* Behind layer k the features are the sum so far, K numbers, and those columns of the
-  table that an interaction of more columns reads. These columns cross the link as they
-  are.
+* Behind layer k the features are the sum so far, K numbers, and the columns of the
+  table that a later layer reads. These columns cross the link like any feature.
 * Each exit, and the final head, is a linear layer on the sum.
-* Every term begins at 0, so a layer begins with what the layers before it answer.
-* The sum over the n sets of a layer is divided by the root of n. Then a step of an
-  optimizer moves the logits equally far for few sets and for many.
+* Every term starts at 0, so a new layer does not change the answer of the layers before
+  it.
+* The sum over the n sets of a layer is divided by the root of n. A step of an optimizer
+  then moves the logits equally far for few sets and for many.
 """
 
 import itertools
@@ -32,9 +32,9 @@ from hsee_jax.nn.mlp import Hidden
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, tables_only
 
-Sets = tuple[tuple[Columns, ...], ...]  # those of 1 column, of 2 columns ...
+Sets = tuple[tuple[Columns, ...], ...]  # the sets of 1 column, of 2 columns, ...
 
-_MOST_SETS = 10_000  # of a network, unless they are given one by one
+_MOST_SETS = 10_000  # of a network, unless the user lists its sets
 
 
 class BlockDense(nn.Module):
@@ -60,7 +60,8 @@ class Terms(nn.Module):
     """The terms of one order: ``[B, S + C] -> float32 [B, K + C']``.
 
     A term is a perceptron of two hidden layers on its own columns. The biases of the
-    first are random, so that the bends of its function lie at different values.
+    first hidden layer start at random values, so that the function bends at different
+    points.
 
     The inputs are a sum of terms, S numbers, and C columns; S is 0 in the first layer.
     The outputs are the sum with the terms of this layer, and C' of the columns.
@@ -137,9 +138,10 @@ def sian(
       hidden: values in the two hidden layers of each term.
 
     Raises:
-      UserError: an interaction does not name columns; ``order`` is not the largest of
-        the interactions, or there is none of a smaller order; or all sets of up to
-        ``order`` columns are more than 10,000.
+      UserError: an interaction does not name columns; the interactions do not have
+        every number of columns from 2 to ``order``; without interactions, ``order`` is
+        more than F, or there are more than 10,000 sets; or the samples are not rows of
+        a table.
     """
     (num_columns,) = input_shape
     if interactions:

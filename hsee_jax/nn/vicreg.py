@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from hsee_jax.core.types import Array
 
-_VARIANCE = 1e-4  # added to a variance before its root, whose slope at 0 is infinite
+_VARIANCE = 1e-4  # added to a variance: its root has an infinite slope at 0
 
 
 def masked_vicreg(
@@ -27,13 +27,13 @@ def masked_vicreg(
 
     Args:
       one: the features of one copy, ``float32 [B, D]``.
-      other: those of the other copy of the same samples, ``float32 [B, D]``.
+      other: the features of the other copy, in the same order, ``float32 [B, D]``.
       mask: ``bool [B]``, false on padding.
       weights: of the invariance, the variance and the covariance term.
 
     Returns:
-      ``float32 []``. With a single real row only the invariance has a gradient, and
-      without a real row nothing has.
+      ``float32 []``. With a single real row only the invariance has a gradient;
+      without a real row the gradient is 0.
     """
     chex.assert_rank([one, other, mask], [2, 2, 1])
     chex.assert_equal_shape([one, other])

@@ -1,12 +1,12 @@
 """The layers of a vision transformer, ViT (Dosovitskiy et al., ICLR 2021).
 
-They are those of torchvision and timm: pre-norm blocks, a class token, positions that
-are learned, and GELU; there is no dropout, and biases start at 0. The defaults are
-those of ViT-tiny (Touvron et al., ICML 2021: 192 values, 12 blocks, 3 heads), and
-patches of 4 pixels for images of up to 64 [ours].
+They follow torchvision and timm: pre-norm blocks, a class token, learned positions, and
+GELU. There is no dropout, and biases start at 0. The defaults are ViT-tiny (Touvron et
+al., ICML 2021: 192 values, 12 blocks, 3 heads), with patches of 4 pixels for images of
+up to 64 pixels [ours].
 
-The first layer holds the patches and a block: before a block, the class token has not
-seen the image, and an exit could say nothing.
+The first layer holds the patches and a block: without a block the class token would not
+have seen the image, and an exit would have nothing to answer from.
 """
 
 from typing import Annotated
@@ -28,7 +28,7 @@ _xavier = nn.initializers.xavier_uniform()
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a LayerNorm: ``[B, P, F]``, in and out.
+    """Attention and a perceptron, each behind a LayerNorm: ``[B, P, F] -> [B, P, F]``.
 
     Rows do not mix, so the mask is not needed.
     """
@@ -143,10 +143,10 @@ def vit(
 
     Args:
       num_classes: K.
-      input_shape: ``(H, W, C)``; patches have to fill H and W.
-      hidden: the values of a token, a multiple of the heads.
+      input_shape: ``(H, W, C)``; the patch size divides H and W.
+      hidden: the values of a token, a multiple of ``heads``.
       depth: the number of blocks, which are named ``block1``, ``block2`` and so on.
-      heads: of the attention.
+      heads: the number of heads of the attention.
       patch_size: pixels on a side of a patch; None for 4 up to 64 pixels, 16 above.
       dtype: of the computation; parameters and logits stay float32.
 
@@ -155,7 +155,8 @@ def vit(
       head have 5,362,762 parameters.
 
     Raises:
-      UserError: patches do not fill the image, or heads do not divide a token.
+      UserError: the patch size does not divide H and W, ``heads`` does not divide
+        ``hidden``, or the samples are not images.
     """
     height, width, _ = input_shape
     size = patch_size or (4 if max(height, width) <= 64 else 16)

@@ -6,7 +6,8 @@ B)] A for a tile of m x m outputs and (m + 2) x (m + 2) inputs. Each place of a 
 takes one product of matrices over channels. The gradient by the weights is the
 transpose, and the gradient by the input is the same form with the window flipped. All
 computation is in float32, whatever the dtype of the arrays. The larger tile rounds
-about five times as coarsely. Other windows and strides use the form of patches.
+about five times as coarsely. Other windows, other strides and more than 2 zeros a side
+use the form of patches.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ Matrix = npt.NDArray[np.float32]
 
 
 class Transforms(NamedTuple):
-    """The matrices of F(m x m, 3x3), for one axis; those of a tile apply them twice."""
+    """The matrices of F(m x m, 3x3) for one axis; a tile needs them on both axes."""
 
     inputs: Matrix  # B' [m + 2, m + 2]
     window: Matrix  # G [m + 2, 3]

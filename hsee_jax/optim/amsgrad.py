@@ -10,8 +10,8 @@ Where a layer is averaged, so are m and v_hat, which cross the link beside the w
 v stays with its holder. There is no bias correction; `optax.amsgrad` corrects v before
 the maximum, which keeps the largest value of another sequence.
 
-The description of the averages is recalled. Weight decay, decoupled as in AdamW, is an
-addition [ours].
+The rule for averaging the moments is recalled, not read anew. Weight decay, decoupled
+as in AdamW, is an addition [ours].
 """
 
 from typing import Annotated, Any, NamedTuple

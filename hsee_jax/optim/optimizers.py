@@ -39,8 +39,8 @@ class Merge(NamedTuple):
     # Parameters before, their mean, and the state with the mean of its shared leaves
     # -> the new state.
     merge: Callable[[PyTree, PyTree, PyTree], PyTree]
-    # Whether it changes the leaves of a BatchNorm that stays local as well; there the
-    # mean is the holder's own value.
+    # Whether `merge` also changes the state of a BatchNorm that stays local; there the
+    # mean of the parameters is the holder's own value.
     local_too: bool = False
 
 
@@ -50,7 +50,7 @@ class Optimizer(NamedTuple):
     init: Callable[[PyTree], PyTree]
     update: UpdateFn
     merge: Merge
-    # The update of layers that are never averaged; None for the same.
+    # The update of layers that are never averaged; None for `update`.
     update_alone: UpdateFn | None = None
 
 
@@ -103,7 +103,7 @@ def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
     """Return an optimizer with another rule for averaging, one of `MERGES`.
 
     Raises:
-      UserError: the optimizer does not work without its own rule.
+      UserError: there is no such rule, or the optimizer needs its own.
     """
     own = as_optimizer(optimizer)
     if own.update_alone is not None and name != "keep":
@@ -115,7 +115,7 @@ def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
 
 
 def alone(optimizer: OptimizerLike) -> Optimizer:
-    """Return an optimizer as it is for layers that are never averaged."""
+    """Return the optimizer to use for layers that are never averaged."""
     own = as_optimizer(optimizer)
     return own._replace(update=own.update_alone or own.update)
 
@@ -134,12 +134,12 @@ def descend(direction: optax.GradientTransformation) -> Optimizer:
 
 
 def _decays(params: PyTree) -> PyTree:
-    """Mark matrices and convolutions, but not biases and BatchNorm."""
+    """Mark leaves of two axes or more, so not the usual biases and BatchNorm."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def add_decay(updates: PyTree, params: PyTree, weight_decay: float) -> PyTree:
-    """Add the weights, times a factor, except biases and BatchNorm."""
+    """Add ``weight_decay`` times the parameters, where `_decays` marks them."""
     return jax.tree.map(
         lambda u, p, decays: u + weight_decay * p if decays else u,
         updates,

@@ -1,17 +1,17 @@
 """Quasi-global momentum (Lin, Karimireddy, Stich and Jaggi, arXiv:2102.04761).
 
 Where labels differ between clients, a momentum of each client's own gradients points to
-its own data. Here every holder keeps a buffer m_hat that moves only when its layer is
-averaged, by what the mean has moved it:
+its own data. Here every holder keeps a buffer m_hat that changes only when its layer is
+averaged, and follows the way from one mean to the next:
 
     in a step     m = beta m_hat + g             x <- x - rate m
-    at a mean     d = (x before - x after) / (sum of the rates since the last mean)
+    at a mean     d = (last mean - new mean) / (sum of the rates since the last mean)
                   m_hat <- mu m_hat + (1 - mu) d
 
-The paper averages after every step, here a period may have many [ours]. Nothing but the
-parameters crosses a link. Other choices are ours as well: a holder that took no step,
-or only steps of rate 0, takes the mean and keeps its buffer; parameters that are in no
-mean, such as those of a BatchNorm that stays local, count as their own mean; and a
+The paper averages after every step; here many steps may lie between two means [ours].
+Nothing but the parameters crosses a link. Other choices are ours as well. A holder that
+took no step, or only steps of rate 0, takes the mean and keeps its buffer. Parameters
+that are in no mean, such as a BatchNorm that stays local, count as their own mean. A
 layer that is never averaged takes every step as a mean, as a single worker does.
 """
 
@@ -36,7 +36,7 @@ class QuasiGlobalState(NamedTuple):
     """The buffer of a layer, and what its holder did since the last mean."""
 
     momentum: PyTree  # m_hat, float32 as the parameters
-    moved: PyTree  # parameters of the last mean, less those of now
+    moved: PyTree  # the parameters at the last mean, minus the current ones
     rates: Array  # float32 []: sum of the learning rates
 
 

@@ -48,7 +48,10 @@ def make_schedule(
       options: the options of the schedule, by name.
 
     Returns:
-      A function from steps, counted from 0, to their rates; both are ``float32 [...]``.
+      A function from steps, counted from 0, to their rates, ``float32 [...]``.
+
+    Raises:
+      UserError: there is no such schedule.
     """
     steps = total_steps - warmup_steps
     after = SCHEDULES.make(name, learning_rate, steps, options=options)
