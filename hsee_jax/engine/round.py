@@ -1,4 +1,4 @@
-"""Types and rules that both forms of a round share."""
+"""Types and rules that all forms of a round share."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -81,7 +81,7 @@ class RoundFn(Protocol):
           weights: ``float32 [N]``, the weight of each slot in the averages; 0 for
             absent clients.
           begun: the progress of the round so far; None at its beginning.
-          stop: called between steps in every process; if it returns true, the call ends
+          stop: called between some steps in every process; if it returns true, the call ends
             there.
 
         Returns:
