@@ -49,7 +49,7 @@ class Averages:
     def aggregate(
         self, state: RunState, weights: tuple[Array, ...]
     ) -> tuple[RunState, Means]:
-        """Average by weights ``float32 [S]`` a group, and give the means to all slots."""
+        """Average by weights ``float32 [S]`` a group, and give the means to slots."""
         if not self.holders:
             return state, {}
         servers = SAME if self.shared else SPREAD

@@ -153,7 +153,7 @@ class Properties(NamedTuple):
         return reducer.reduce
 
     def makes_one_network(self, num_cuts: int) -> bool:
-        """Return whether an average gives one network to all, except local BatchNorm."""
+        """Return whether an average gives all one network, except local BatchNorm."""
         if self.shared:  # then the server's layers are common to all clients anyway
             return self.average == "clients" and num_cuts == 1
         return self.average == "all_holders"

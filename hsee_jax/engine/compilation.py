@@ -61,8 +61,8 @@ def check_finite(
       stop: also refuse the round if a single client did not take all of its steps.
 
     Raises:
-      DivergenceError: the round is refused; the error names the first client with such a
-        loss, by cut, and its branch; exits come before servers.
+      DivergenceError: the round is refused; the error names the first client, by cut,
+        with a loss that is not finite, and its branch; exits come before servers.
     """
     some = metrics.exit.count > 0
     if not stop and all_finite(metrics)[some].any():

@@ -79,7 +79,7 @@ class Sent(NamedTuple):
     client: Branch  # after its step; if it waits for a reply, still before it
     message: Message  # the encoded features, [B, ...]
     metrics: Metrics  # of the exit, before the update
-    passed: ForwardPass | None  # what `Halves.finish` needs; None if the client waits for no reply
+    passed: ForwardPass | None  # for `Halves.finish`; None if no client waits
 
 
 class Reply(NamedTuple):
