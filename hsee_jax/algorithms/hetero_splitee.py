@@ -62,7 +62,7 @@ def sequential(
     In every step all clients train in parallel, then the server takes one batch of each
     client in an order drawn from the run's seed. With a joint boundary or ``distill`` a
     client's step and the server's step on its batch are one turn. With ``turn="epoch"``
-    it takes a client's whole local epoch before the next client's, with
+    the server takes a client's whole local epoch before the next client's, with
     ``turn="together"`` the batches of all clients as one, see
     `hsee_jax.algorithms.epsl`.
 
