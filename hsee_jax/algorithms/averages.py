@@ -49,7 +49,7 @@ class Averages:
     def aggregate(
         self, state: RunState, weights: tuple[Array, ...]
     ) -> tuple[RunState, Means]:
-        """Average by weights ``float32 [S]``, and give the means to all slots."""
+        """Average by weights ``float32 [S]`` a group, and give the means to slots."""
         if not self.holders:
             return state, {}
         servers = SAME if self.shared else SPREAD
@@ -61,9 +61,13 @@ class Averages:
     def receive(
         self, state: RunState, means: Means, since: tuple[Array, ...]
     ) -> RunState:
-        """Give means to slots, from the rounds ``int32 [S]`` of their states.
+        """Give means to slots.
 
-        A state of clients alone, without servers, needs only `client_means`.
+        Args:
+          state: the clients in slots, with or without servers.
+          means: by the name of the layer; for clients without servers, `client_means`
+            are enough.
+          since: the round of each slot's state, ``int32 [S]`` a group.
         """
         layers = _layers_of(state)
         take = partial(

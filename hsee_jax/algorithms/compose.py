@@ -1,7 +1,7 @@
 """The design space of the algorithms; only the files of this package use it.
 
-All clients share a server or each client has its own; the server's gradient stops at
-the cut or flows back over it; and some layers are averaged from time to time.
+All clients share a server, or each client has its own; the server's gradient stops at
+the cut, or flows back over it; and some layers are averaged from time to time.
 
 =============  ========  ========  ===================  ==============================
 algorithm      server    boundary  averaged             federation
@@ -14,7 +14,8 @@ splitfed_v1    each own  joint     all, every round     one cut
 splitfed_v2    shared    joint     clients, each round  one cut
 fedavg         each own  none      all, every round     cut behind the last layer
 centralized    each own  none      nothing              one client, with all the data
-vicreg         shared    detached  clients              any; clients need no labels
+vicreg         shared    detached  nothing, or clients  any; clients need no labels
+fpl            shared    option    nothing              one cut, one event for all
 =============  ========  ========  ===================  ==============================
 
 Where the boundary is joint or none, the loss of the final head trains all layers, and
@@ -56,7 +57,7 @@ from hsee_jax.optim.optimizers import Optimizer, alone, with_merge
 
 
 class Properties(NamedTuple):
-    """The point of an algorithm in the space."""
+    """What sets an algorithm apart: its point in the design space."""
 
     shared: bool  # one server for all clients, or a server for each
     # The holders over which a layer is averaged: "none", "servers", "clients" or
@@ -71,7 +72,7 @@ class Properties(NamedTuple):
     # given order; "epoch": all of a client's round before the next client's; or
     # "together": the batches of all clients as one.
     turn: str = "batch"
-    gradient_share: float = 0.0  # of a joint boundary and turns together, see `epsl`
+    gradient_share: float = 0.0  # see `Strategy`; only with joint and together
     distill: float = 0.0  # see `detached_step`; not with turns together
     period: int = 1  # how often to average, in units of ``period_unit``; 0 is never
     period_unit: str = "rounds"  # or "steps"
@@ -86,7 +87,7 @@ class Properties(NamedTuple):
     # "shared": all parts are slices of one network; "per_client": the parts of each
     # client and its server are slices of a network of their own.
     init: str = "shared"
-    copies: int = 1  # see `Strategy`; two need a detached boundary, and a shared server
+    copies: int = 1  # see `Strategy`; two need a detached boundary, and no distill
     width_target: float | None = None  # with two copies, see `unlabelled_step`
 
     def check(self) -> None:
@@ -135,7 +136,7 @@ class Properties(NamedTuple):
 
         Raises:
           UserError: the reducer does not read the weights or the share to trim, or the
-            share is of less than one client.
+            share amounts to less than one client.
         """
         reducer = REDUCERS.make(self.aggregate, self.trim_share)
         if self.weights != "uniform" and not reducer.weighted:
@@ -152,10 +153,7 @@ class Properties(NamedTuple):
         return reducer.reduce
 
     def makes_one_network(self, num_cuts: int) -> bool:
-        """Return whether an average reaches all layers, of clients and of servers.
-
-        BatchNorm that stays local is the exception.
-        """
+        """Return whether an average gives all one network, except local BatchNorm."""
         if self.shared:  # then the server's layers are common to all clients anyway
             return self.average == "clients" and num_cuts == 1
         return self.average == "all_holders"
@@ -177,7 +175,7 @@ _NAMES = {
 
 
 def compose(federation: Federation, properties: Properties) -> Strategy:
-    """Make a strategy from its properties; see `Properties.check` for the errors."""
+    """Make a strategy; for its errors see `Properties.check` and ``reduce_fn``."""
     properties.check()
     shared, boundary = properties.shared, properties.boundary
     of_clients, of_servers = _optimizers(federation, properties)
@@ -254,7 +252,7 @@ def _halves(
     properties: Properties,
     averages: Averages,
 ) -> Halves | None:
-    """Return the halves of a turn; None where a server takes no turns over a link."""
+    """Return the halves of a turn; None where no turn can cross a network."""
     alone = properties.boundary == "none" or properties.turn == "together"
     if alone or properties.copies > 1:
         return None

@@ -3,19 +3,19 @@
 Efficient parallel split learning (Lin, Zhu, Chen, Ding, Zhou and Fang): a shared server
 takes the rows of all clients as one batch. Where cuts differ, it begins at the
 shallowest cut, and the rows of a deeper cut join at their depth [ours]. BatchNorm sees
-all rows that are there. The boundary may be detached, which needs no more than that.
+all real rows. With a detached boundary this is the whole step.
 
 With a joint boundary, every client gets the gradient of the mean loss over its own
-rows, so that the clients' mean moves by the gradient of the joined batch. For the first
-``ceil(phi B)`` rows of every batch, the share phi, the gradients of the last layer are
-summed over the clients and flow back once, through the means of the clients' rows; the
-clients of a cut get the same gradient of them [recalled]. So the server sends
+rows, so that the clients' mean moves by the gradient of the joined batch. The first
+``ceil(phi B)`` rows of every batch share a gradient: their gradients by the logits are
+summed over the clients and flow back once, through the means of the clients' rows, and
+all clients of a cut get the same result [recalled]. So the server sends
 ``ceil(phi B) + N (B - ceil(phi B))`` rows of gradient to N clients of a cut, and passes
-as many back through its layers. This simulation computes the means' forward pass in
-addition, and there BatchNorm sees each mean as one row.
+as many back through its layers. For this, the simulation also runs a forward pass on
+the means, in which BatchNorm sees each mean as one row.
 
 A client whose features are not finite is left out of the step. If the step itself is
-not finite, nobody takes it.
+not finite, no client and no server takes it.
 """
 
 import math
@@ -74,8 +74,8 @@ def serve_together(
 ) -> tuple[Branch, tuple[Metrics, ...]]:
     """Step the shared server once on the messages of all clients.
 
-    It takes and returns what `hsee_jax.algorithms.steps.serve_in_turn` does, but the
-    order does not matter.
+    The arguments and results are those of `hsee_jax.algorithms.steps.serve_in_turn`,
+    without ``parts``; the order does not matter.
     """
     served = _serve(federation, server, messages, rates[1], shared_rows=0)
     return served.server, served.metrics
@@ -88,14 +88,14 @@ def joint_together(
     gradient_share: float = 0.0,
     serve: ServeRowsFn | None = None,
 ) -> StepFn:
-    """Step all clients at once with a joint boundary.
+    """Make the step of all clients at once with a joint boundary.
 
     Args:
       federation: who trains what.
-      rates: the learning rate of a step -> those of client and server.
+      rates: turns the learning rate of a step into the rates of client and server.
       exit_gradient: see `hsee_jax.federation.joint_step`.
-      gradient_share: phi.
-      serve: the server's step; None for that of EPSL.
+      gradient_share: phi, the share of a batch whose rows share their gradient.
+      serve: the server's step; None for the step of EPSL.
     """
     mesh = federation.mesh
     specs = [federation.specs(g)[0] for g in range(len(federation.groups))]
@@ -151,7 +151,7 @@ def _learn(
     mask: Array,
     learning_rate: Array,
 ) -> tuple[Branch, Metrics, Array]:
-    """Send a gradient back, and return its bytes by row, too."""
+    """Send a gradient back, and step the client; also return the bytes of each row."""
     back = encode_gradient(spec, client, gradient, mask)
     arrived = decode_gradient(spec, back, gradient.dtype)
     client, metrics = client_backward(spec, client, passed, learning_rate, arrived)
@@ -233,8 +233,8 @@ def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Calla
       masks: of each group's rows, ``bool [S, B]``.
 
     Returns:
-      A function of the number k of rows that are means over the clients, of the
-      parameters of each part and of the features of each group, ``[S, B, ...]``. It
+      A function that takes the number k of rows that are means over the clients, the
+      parameters of each part and the features of each group, ``[S, B, ...]``. It
       returns the logits of the means, ``[k, K]``, and of the other rows, ``[S, B - k,
       K]`` a group; and as a second value the new batch statistics, and for each part
       whether rows came to it.

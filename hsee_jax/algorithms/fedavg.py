@@ -29,7 +29,12 @@ def fedavg(
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
-    """Average whole networks after every round."""
+    """Average whole networks after every round.
+
+    Raises:
+      UserError: a cut is not behind the last layer, a codec is given though nothing
+        crosses a link, or options contradict each other.
+    """
     last = len(federation.model.layer_names)
     if {group.cut for group in federation.groups} != {last}:
         raise UserError(

@@ -6,14 +6,14 @@ one event each in its own way: they take the same samples in every step, and eac
 its layers and its exit on its view. The server merges their features at the cut, and
 trains on one row for each event.
 
-The junction is recalled, not read anew, and these are our choices. It takes the mean of
-the features, or it concatenates their channels and mixes them in a layer with weights.
-A view is absent where its client misses the round, or sends features that are not
-finite: the mean is over the others, the concatenation has zeros. All clients have one
-cut, and layers of their own, which are never averaged. The boundary is detached, or
-joint; then each client gets the gradient of the event's loss times the number of views
-that are there, so that its steps do not shrink with the number of sensors, and
-identical views under a mean train as one client.
+The junction follows the paper as recalled, and these are our choices [ours]. It takes
+the mean of the features, or it concatenates their channels and mixes them in a layer
+with weights. A view is absent where its client misses the round, or sends features that
+are not finite: then the mean is over the other views, and the concatenation has zeros.
+All clients have one cut, and layers of their own, which are never averaged. The
+boundary is detached, or joint; then each client gets the gradient of the event's loss
+times the number of views that are there, so that its steps do not shrink with the
+number of sensors, and identical views under a mean train as one client.
 """
 
 from functools import partial
@@ -78,6 +78,10 @@ def fpl(
 
     All clients have to take the same samples in a step, as they do with the partition
     ``views``.
+
+    Raises:
+      UserError: the clients have several cuts, there is no junction of this name, or
+        options contradict each other.
     """
     require_one_cut(federation, "fpl")
     base = compose(
@@ -117,7 +121,7 @@ def _junction(federation: Federation, name: str) -> Junction:
 def _init_fn(
     federation: Federation, init: InitStateFn, junction: Junction
 ) -> InitStateFn:
-    """Put the mixer, if there is one, in front of the server's layers."""
+    """Make a draw with the mixer, if there is one, before the server's layers."""
     mixer = junction.mixer
     if mixer is None:
         return init
@@ -144,7 +148,7 @@ def _step(
     boundary: str,
     exit_gradient: float,
 ) -> StepFn:
-    """Make the step of all clients, and of the server on what they send together."""
+    """Make the step of all clients, and of the server on all that they send."""
     if boundary == "joint":
         return joint_together(federation, rates.of, exit_gradient, serve=serve)
 

@@ -1,8 +1,9 @@
 """The two halves of a turn, for a client and a server in processes of their own.
 
 They are the functions of `hsee_jax.federation.step`, so that a run over a network
-equals the simulation: bit for bit, or up to rounding if the client waits for a reply:
-then its step is two programs with the link between them.
+equals the simulation: bit for bit or, if the client waits for a reply, up to rounding,
+because its step is then two programs with the link between them. A gradient crosses the
+link as it is, so a codec with a form of its own for gradients is not allowed.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,17 @@ def make_halves(
     distill: float,
     means: Callable[[int], tuple[str, ...]],
 ) -> Halves:
-    """Make the halves of a turn; see `compose` for the arguments."""
+    """Make the halves of a turn.
+
+    Args:
+      federation: who trains what.
+      parts: the layers of a server that belong to a group.
+      rates: the learning rates of client and server.
+      joint: whether the gradient of the features goes back to the client.
+      exit_gradient: see `hsee_jax.federation.joint_step`.
+      distill: see `hsee_jax.federation.joint_step`.
+      means: the names of the means that the clients of a group receive.
+    """
     waits = joint or distill > 0
     forward = partial(
         client_forward, exit_gradient=exit_gradient if joint else 1.0, distill=distill

@@ -60,13 +60,18 @@ def sequential(
     """Share one server, which takes one client after another.
 
     In every step all clients train in parallel, then the server takes one batch of each
-    client in an order drawn from the run's seed. With ``turn="epoch"`` it takes a
-    client's whole local epoch before the next client's, with ``turn="together"`` the
-    batches of all clients as one, see `hsee_jax.algorithms.epsl`.
+    client in an order drawn from the run's seed. With a joint boundary or ``distill`` a
+    client's step and the server's step on its batch are one turn. With ``turn="epoch"``
+    the server takes a client's whole local epoch before the next client's, with
+    ``turn="together"`` the batches of all clients as one, see
+    `hsee_jax.algorithms.epsl`.
 
     With ``average="clients"`` each client layer, and the exit head of each cut, is
     averaged over the clients that hold it. The options from ``period`` to
-    ``trim_share``, ``batch_norm`` and ``optimizer_state`` are those of this mean.
+    ``trim_share``, ``batch_norm`` and ``optimizer_state`` belong to this mean.
+
+    Raises:
+      UserError: options contradict each other.
     """
     return compose(
         federation,
@@ -113,6 +118,9 @@ def averaging(
 
     The mean of layer l is over the servers of the clients with a cut below l; with
     ``average="all_holders"`` it is also over the clients that hold layer l.
+
+    Raises:
+      UserError: options contradict each other.
     """
     return compose(
         federation,

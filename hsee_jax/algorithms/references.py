@@ -1,7 +1,7 @@
 """The two references for a federation; its accuracy should lie between them.
 
-`local` trains every client alone, the lower reference. `centralized` trains one network
-on all data, the upper reference.
+`local`, the lower reference, trains every client alone. `centralized`, the upper
+reference, trains one network on all data.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -33,7 +33,12 @@ def local(
 
 @ALGORITHMS.register(summary="one client with all the data trains the whole network")
 def centralized(federation: Federation) -> Strategy:
-    """Train one network on all data by the final head alone."""
+    """Train one network on all data by the final head alone.
+
+    Raises:
+      UserError: there are several clients, or a codec is given though nothing crosses
+        a link.
+    """
     count = sum(len(group.ids) for group in federation.groups)
     if count != 1:
         raise UserError(

@@ -12,7 +12,7 @@ register = ALGORITHMS.register
 
 
 def cuts_of(federation: Federation) -> str:
-    """Return the cuts of a federation as text."""
+    """Return the cuts of a federation as text, ascending."""
     return " ".join(str(group.cut) for group in federation.groups)
 
 

@@ -12,10 +12,10 @@ from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, decode
 
 
 class Rows(NamedTuple):
-    """The rows in which clients arrive at a layer."""
+    """The rows that arrive at a layer of the server."""
 
     means: Array  # [k, ...]: over clients, of the first rows of their batches
-    weights: Array  # float32 [k]: the clients in each mean
+    weights: Array  # float32 [k]: the number of clients in each mean
     own: Array  # [R, ...]: each of one client
     mask: Array  # bool [R]
 
@@ -28,26 +28,26 @@ class ServedRows(NamedTuple):
     gradients: tuple[Array, ...]  # of each group's features, [S, B, ...]
 
 
-# The server, one message a group with leaves [S, B, ...], the server's rate.
+# (server, a message a group with leaves [S, B, ...], the server's rate) -> the result
 ServeRowsFn = Callable[[Branch, tuple[Batch, ...], Array], ServedRows]
 
 
 def like(flags: Array, values: Array) -> Array:
-    """Give flags axes of length 1 behind their own, as many as values have."""
+    """Append axes of length 1 to flags, up to the number of axes of values."""
     return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))
 
 
 def are_finite(batch: Batch) -> Array:
-    """Return whether the rows of each client are finite, ``bool [S]``."""
+    """Return whether the real rows of each client are finite, ``bool [S]``."""
     fine = jnp.isfinite(batch.inputs) | ~like(batch.mask, batch.inputs)
     return jnp.all(fine, axis=tuple(range(1, fine.ndim)))
 
 
 def without(batch: Batch, fine: Array) -> Batch:
-    """Make padding of the rows of clients that are not fine, and zeros of all padding.
+    """Make padding of the rows of clients that are not fine, and set all padding to 0.
 
-    Behind a BatchNorm the features of an absent client are NaN, and so would be the
-    gradient of the whole batch.
+    Behind a BatchNorm the features of an absent client are NaN; with them, the gradient
+    of the whole batch would be NaN.
     """
     mask = batch.mask & fine[:, None]
     inputs = jnp.where(like(mask, batch.inputs), batch.inputs, 0)
@@ -57,12 +57,13 @@ def without(batch: Batch, fine: Array) -> Batch:
 def rows_of(features: Array, mask: Array, first: int) -> Rows:
     """Return a group's rows, with the ``first`` of each batch as means over clients.
 
-    The clients of a row follow each other, as devices share the rows of a batch.
+    The other rows are in order of their place in the batch, then of the client, since
+    devices share the rows of a batch.
 
     Args:
       features: ``[S, B, ...]``.
       mask: ``bool [S, B]``.
-      first: k.
+      first: k, the number of means.
     """
     shared, there = features[:, :first], mask[:, :first]
     weights = jnp.sum(there, axis=0, dtype=jnp.float32)
@@ -78,7 +79,7 @@ def rows_of(features: Array, mask: Array, first: int) -> Rows:
 
 
 def joined(one: Rows, other: Rows) -> Rows:
-    """Join the rows of more clients: to the means by weight, the others behind."""
+    """Add the rows of other clients: merge the means by weight, and append the rest."""
     weights = one.weights + other.weights
     share = like(other.weights / jnp.maximum(weights, 1.0), one.means)
     means = one.means + share.astype(one.means.dtype) * (other.means - one.means)
@@ -94,10 +95,11 @@ def forward_rows(
     Args:
       spec: of the server.
       parts: its layers and its head.
-      joining: the rows that join before a layer, by its index; some join at 0.
+      joining: the rows that join before a layer, by its index; 0 must be there.
 
     Returns:
-      The logits, the new batch statistics, and for each part whether rows came to it.
+      The logits as rows, the new batch statistics, and for each part whether rows came
+      to it.
     """
     rows = joining[0]
     stats: list[PyTree] = []
@@ -125,7 +127,7 @@ def forward_rows(
 
 
 def by_client(values: Array, masks: list[Array]) -> list[Array]:
-    """Split rows into groups of clients ``[S, B, ...]``; invert `rows_of`."""
+    """Split rows into groups ``[S, B, ...]`` by their masks; invert `rows_of`."""
     found, start = [], 0
     for mask in masks:
         part = values[start : start + mask.size]
@@ -148,7 +150,14 @@ def reported(metrics: Metrics, batch: Batch, refused: Array) -> Metrics:
 
 
 def of_own_mean(gradient: Array, own: Array, total: Array, refused: Array) -> Array:
-    """Scale gradients of the joint mean to those of each client's own, ``[S, ...]``."""
+    """Scale gradients of the mean loss of all rows to the mean of each client's rows.
+
+    Args:
+      gradient: ``[S, ...]``.
+      own: real rows of each client, ``int32 [S]``.
+      total: real rows of all clients, ``int32 []``.
+      refused: ``bool [S]``; these clients get NaN.
+    """
     scale = total.astype(jnp.float32) / jnp.maximum(own, 1).astype(jnp.float32)
     scale = jnp.where(refused, jnp.nan, scale).astype(gradient.dtype)
     return gradient * like(scale, gradient)

@@ -34,7 +34,11 @@ def splitfed_v1(
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
-    """Average the client parts and the servers after every round."""
+    """Average the client parts and the servers after every round.
+
+    Raises:
+      UserError: the clients have several cuts, or options contradict each other.
+    """
     require_one_cut(federation, "splitfed_v1")
     return compose(
         federation,
@@ -63,7 +67,11 @@ def splitfed_v2(
     batch_norm: BatchNorm = "auto",
     optimizer_state: OptimizerState = "keep",
 ) -> Strategy:
-    """Share one server and average the client parts after every round."""
+    """Share one server and average the client parts after every round.
+
+    Raises:
+      UserError: the clients have several cuts, or options contradict each other.
+    """
     require_one_cut(federation, "splitfed_v2")
     return compose(
         federation,

@@ -1,4 +1,4 @@
-"""One step of a federation: turns, all clients at once, or clients, then the server."""
+"""One step of a federation: in turns, all at once, or clients, then the server."""
 
 from collections.abc import Callable
 from functools import partial
@@ -44,7 +44,10 @@ class ServerParts(NamedTuple):
 
 
 def server_parts(federation: Federation, *, shared: bool) -> ServerParts:
-    """Slice a shared server at each group's cut; a replica is all of its group's."""
+    """Make the functions that slice a shared server at each group's cut.
+
+    Without a shared server, the part of a group is the whole of its server.
+    """
     if not shared:
         return ServerParts(
             lambda server, group: server, lambda server, group, part: part
@@ -71,7 +74,11 @@ def make_turn(
     copies: int,
     width_target: float | None,
 ) -> TurnFn:
-    """Make the turn of one client and its server, see `compose` for the arguments."""
+    """Make the turn of one client and its server.
+
+    `hsee_jax.algorithms.compose.Properties` explains all arguments from ``boundary``
+    on.
+    """
     step_both: Callable = partial(detached_step, distill=distill)
     if boundary != "detached":
         step_both = partial(joint_step, exit_gradient=exit_gradient, distill=distill)
@@ -204,12 +211,12 @@ def serve_in_turn(
       federation: who trains what.
       parts: of the server.
       server: the shared server.
-      messages: one batch a group, inputs encoded, leaves ``[S, B, ...]``.
+      messages: a batch for each group, inputs encoded, leaves ``[S, B, ...]``.
       order: ``int32 [A]``, positions in the concatenation of all stacks.
       rates: of client and server.
 
     Returns:
-      The server, and metrics, one a group, with leaves ``[S]``.
+      The server, and the metrics of each group, leaves ``[S]``.
     """
 
     def on_group(group: int) -> Callable:

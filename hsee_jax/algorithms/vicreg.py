@@ -2,25 +2,25 @@
 
 "Unifying Synergies between Self-supervised Learning and Dynamic Computation" trains a
 network without labels on VICReg (Bardes, Ponce and LeCun, ICLR 2022) and fits heads
-behind it where there are labels. Here a client's layers train on VICReg between two
+behind it on the samples with labels. Here a client's layers train on VICReg between two
 augmented copies of each of its samples, labelled or not. The exit and the shared server
-train on the samples with labels alone; no gradient flows back from either, and features
-of samples without labels do not leave the client.
+train only on samples with labels; no gradient flows back from either, and features of
+samples without labels do not leave the client.
 
 With ``width_target`` the first copy passes through all channels of a client's layers,
 and the second through those whose gates are open; each pass has its own BatchNorm. The
-loss grows by ``5 (F - t)^2``, where F is the share of FLOPs of the gated pass and t the
-target. `hsee_jax.nn.gates` has the gates, and how they differ from the paper's. Without
-``width_target`` there are no gates, and both copies pass through the same layers, in
-which BatchNorm sees them as one batch [ours].
+loss gets a term ``5 (F - t)^2``, where F is the share of FLOPs of the gated pass and t
+the target. `hsee_jax.nn.gates` has the gates, and how they differ from the paper's.
+Without ``width_target`` there are no gates, and both copies pass through the
+same layers, in which BatchNorm sees them as one batch [ours].
 
 Four more things differ. The loss reads the mean of each channel, without an expander
 [ours]. VICReg is divided by 25, to suit the learning rates of a cross-entropy, and the
-term of the width is multiplied by 5, so that some hundred steps reach the target
-[ours]. The exit learns from the features of both passes, and the server from those of
-the dense pass [ours].
-The clients' layers are averaged [ours], so that an exit can be fitted to the labels of
-all clients, see `hsee_jax.engine.refit_exits`.
+term of the width is multiplied by 5, to ``25 (F - t)^2``, so that some hundred steps
+reach the target [ours]. With ``width_target`` the exit learns from the features of both
+passes, and the server from those of the dense pass [ours]. The clients' layers are
+averaged [ours], so that an exit can be fitted to the labels of all clients, see
+`hsee_jax.engine.refit_exits`.
 """
 
 from hsee_jax.algorithms.compose import Properties, compose
@@ -62,14 +62,14 @@ def vicreg(
     init: Init = "shared",
     width_target: WidthTarget = None,
 ) -> Strategy:
-    """Train clients on two copies of each sample, and one server on those with labels.
+    """Train clients on two copies of each sample, and one server on labelled samples.
 
-    The options are those of `hsee_jax.algorithms.sequential`, and ``width_target``.
+    `hsee_jax.algorithms.sequential` explains the options other than ``width_target``.
 
     Raises:
-      UserError: clients take a batch in parts, over which the loss is no sum, or have
-        several exits; or there is a target for the width, and the network has no gates
-        (see `hsee_jax.nn.with_gates`).
+      UserError: clients take a batch in micro-batches, but the loss needs it whole;
+        clients have several exits; there is a target for the width, but the network has
+        no gates (see `hsee_jax.nn.with_gates`); or options contradict each other.
     """
     if width_target is not None and not has_gates(federation.model):
         raise UserError(

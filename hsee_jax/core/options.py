@@ -4,7 +4,8 @@ A field of a configuration and a keyword of a registered factory are written ali
 
     width: Annotated[int, "channels of the first group", at_least(1)] = 64
 
-The command line, the check of a configuration and the reference are made from that.
+The command line, the check of a configuration and the reference are made from these
+annotations.
 """
 
 import inspect
@@ -22,14 +23,14 @@ from hsee_jax.core.errors import UserError, unknown
 
 
 class Rule(NamedTuple):
-    """What a number has to fulfil."""
+    """A condition on a number."""
 
     allowed: str  # in words, for the error
     holds: Callable[[Any], bool]
 
 
 class Choices(NamedTuple):
-    """The names that a text may be; a registry grows, so it is asked at each check."""
+    """The names that a text may be; each check reads them anew, as a registry grows."""
 
     names: Iterable[str]
 
@@ -55,7 +56,7 @@ positive = Rule("more than 0", lambda value: 0 < value < math.inf)
 share = Rule("0 or more, less than 1", lambda value: 0 <= value < 1)
 
 
-# What stands for a value of each type, in Python and NumPy.
+# The types whose values an option of each type accepts, in Python and NumPy.
 _KINDS: Mapping[Any, tuple[type, ...]] = {
     str: (str, os.PathLike),
     int: (numbers.Integral,),
@@ -91,7 +92,7 @@ class Option:
         """Return a value in the type of the option.
 
         Args:
-          value: of Python or of JSON: a list stands for a tuple, an int for a float.
+          value: a value of Python or JSON; a list counts as a tuple, an int as a float.
 
         Raises:
           UserError: the value is of another type, or it is not allowed.
@@ -136,7 +137,7 @@ def read_options(owner: Any, names: Iterable[str]) -> Mapping[str, Option]:
       names: the annotated names to read; each needs a default.
 
     Raises:
-      TypeError: an annotation is none of the types that an option can have.
+      TypeError: an annotation is not a type that an option can have.
     """
     if isinstance(owner, type):
         hints = typing.get_type_hints(owner, include_extras=True)
@@ -145,7 +146,7 @@ def read_options(owner: Any, names: Iterable[str]) -> Mapping[str, Option]:
         parameters = inspect.signature(owner).parameters
         defaults = {name: parameters[name].default for name in names}
         own = {n: h for n, h in owner.__annotations__.items() if n in defaults}
-        hints = typing.get_type_hints(  # of the options alone: others may be strings
+        hints = typing.get_type_hints(  # only options: other hints may be strings
             types.SimpleNamespace(__annotations__=own),
             globalns=inspect.unwrap(owner).__globals__,
             include_extras=True,

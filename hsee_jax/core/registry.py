@@ -57,7 +57,9 @@ class Registry(Mapping[str, Entry[T]]):
           summary: one line for the help; without it, the first line of its docstring.
 
         Raises:
-          ValueError: an entry has this name, or gives an option another type.
+          ValueError: another function has this name, an option has another type in
+            another entry, or the registry allows no options and the factory has some.
+          TypeError: an annotation is not a type that an option can have.
         """
         if make is None:
             return lambda make: self._add(make, summary)
@@ -69,10 +71,10 @@ class Registry(Mapping[str, Entry[T]]):
         """Call the factory of an entry.
 
         Args:
-          name: of the entry.
+          name: the name of the entry.
           context: what the factory takes beside its options, by position.
           options: values of its options; the others keep their defaults, and values
-            that it does not read are passed over.
+            that it does not read are ignored.
           more: what the factory takes beside its options, by name.
 
         Raises:
@@ -93,9 +95,9 @@ class Registry(Mapping[str, Entry[T]]):
         return [name for name, entry in self.items() if option in entry.options]
 
     def options(self) -> dict[str, Option]:
-        """Return the options of all entries; equal names are one, with all choices.
+        """Return the options of all entries, by name.
 
-        Two entries may give an option different choices.
+        Where entries give an option different choices, it has all of them.
         """
         found: dict[str, Option] = {}
         for entry in self._entries.values():

@@ -63,8 +63,8 @@ class Gates(NamedTuple):
     """What a layer can do beside its dense pass if its channels have gates."""
 
     apply: GatedFn
-    # (variables, shape of the inputs [1, ...]) -> the products of a sample at the gated
-    # width, float32 [], and at the dense width
+    # (variables, shape of the inputs [1, ...]) -> the number of products for a sample,
+    # at the gated width, float32 [], and at the dense width
     products: Callable[[Variables, jax.ShapeDtypeStruct], tuple[Array, int]]
     # variables -> the same layer without gates, and its variables
     dense: Callable[[Variables], "tuple[Stage, Variables]"]

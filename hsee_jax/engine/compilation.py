@@ -38,11 +38,11 @@ def make_round(
       strategy: an algorithm.
       pipeline: makes batches of samples.
       key: the root of the augmentation's randomness.
-      axis: ``"loop"``, ``"vmap"``, ``"map"`` or ``"auto"``; between the second and the
-        third the strategy's federation decides (`Federation.one_by_one`).
+      axis: ``"loop"``, ``"vmap"``, ``"map"`` or ``"auto"``. The second and the third
+        are one here: `Federation.one_by_one` of the strategy chooses between them.
       mesh: the mesh of the strategy's federation; ``loop`` does not use it.
       programs: compiled turns of other rounds with the same algorithm, network and
-        arguments, to use and to add to; only ``loop`` does.
+        arguments, to use and to add to; only ``loop`` uses them.
     """
     if client_axis(axis, backend_of(mesh)) == "loop":
         return make_loop_round(strategy, pipeline, key, programs)
@@ -61,8 +61,8 @@ def check_finite(
       stop: also refuse the round if a single client did not take all of its steps.
 
     Raises:
-      DivergenceError: the round is refused; the error names a client of the lowest cut
-        and its branch.
+      DivergenceError: the round is refused; the error names the first client, by cut,
+        with a loss that is not finite, and its branch; exits come before servers.
     """
     some = metrics.exit.count > 0
     if not stop and all_finite(metrics)[some].any():

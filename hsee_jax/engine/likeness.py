@@ -47,8 +47,7 @@ def map_unlike(
       fn: a function of a member.
       stack: leaves ``[S, ...]``.
       weights: what the function depends on, leaves ``[S, ...]``.
-      taken: ``bool [S]``; the function is not called for the other members, and the
-        first of these is the reference.
+      taken: ``bool [S]``; the members to call it for; the first is the reference.
 
     Returns:
       The results, leaves ``[S, ...]``; anything for members that are not taken.

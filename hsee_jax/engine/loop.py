@@ -110,7 +110,7 @@ def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
 def _in_two_programs(strategy: Strategy) -> Callable[..., tuple[RunState, Means]]:
     """Compile an average so that all holders get the bits of the means it returns.
 
-    In one program XLA may compute a mean twice, and round it otherwise; devices, and
+    In one program XLA may compute a mean twice, and round it differently; devices, and
     clients that come later, get the means that are returned.
     """
     compute = jax.jit(lambda state, weights: strategy.aggregate(state, weights)[1])

@@ -27,7 +27,7 @@ def lower_round(
     data: Dataset,
     plan: RoundPlan,
 ) -> Lowered:
-    """Lower the program of a round (client axis ``vmap``) without data or devices.
+    """Lower the program of a round (``vmap`` or ``map``) without data or devices.
 
     ``lower_round(...).compile()`` gives the program that `make_round` runs, with its
     memory, its cost and its text. The devices of the mesh may be those of a topology,

@@ -146,14 +146,14 @@ def plan_round(
       batch_size: B.
       participation: the share of clients that take part, at least one client.
       turn: ``"batch"`` draws an order of the clients for each step, ``"epoch"`` one
-        order for the round.
+        order for the round; with ``"together"`` nothing reads the order.
       seed: the seed of the run's data order.
       number: the number of the round, from 0.
       slots: the slots of each group, see `num_slots`; None for a slot for each member.
       missing: clients that miss the round even if they were drawn; they keep their
         turns, without samples.
-      one_draw: whether all clients have as many samples, and take them in one order,
-        so that those that see the same events take the same in a step.
+      one_draw: whether all clients take their samples in one order, so that clients
+        with the same events take the same events in a step; all need as many samples.
     """
     who = participants(groups, participation=participation, seed=seed, number=number)
     slots = [len(group.ids) for group in groups] if slots is None else slots

@@ -47,11 +47,11 @@ class ExitFit(NamedTuple):
     senders: tuple[int, ...]  # whose samples it is fitted to
     samples: int
     up_bytes: int  # the sums of all senders; 0 where a client fits its exit alone
-    down_bytes: int  # the new layer, and for other senders what lies before it
+    down_bytes: int  # the new layer; to other senders the rest of the head
 
 
 class Samples(NamedTuple):
-    """The training samples of all clients, and the form that the networks take."""
+    """The training samples of all clients, and how they become inputs."""
 
     data: Dataset
     shards: Shards

@@ -1,4 +1,4 @@
-"""Types and rules that both forms of a round share."""
+"""Types and rules that all forms of a round share."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -81,8 +81,8 @@ class RoundFn(Protocol):
           weights: ``float32 [N]``, the weight of each slot in the averages; 0 for
             absent clients.
           begun: the progress of the round so far; None at its beginning.
-          stop: called between steps in every process; if it returns true, the call ends
-            there.
+          stop: called between some steps in every process; if it returns true, the call
+            ends there.
 
         Returns:
           The new state, the last means of the averaged layers (empty or zero if there

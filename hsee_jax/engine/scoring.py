@@ -1,4 +1,4 @@
-"""Scores of the clients of a group, each scored once for all that are like it."""
+"""Scores of the clients of a group; clients that are alike are scored once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -45,7 +45,7 @@ class GatedMetrics(NamedTuple):
 
     exit: Metrics
     server: Metrics
-    flops_share: Array  # float32 []: of each sample, see `hsee_jax.nn.flops_share`
+    flops_share: Array  # float32 []: `hsee_jax.nn.flops_share`, times the samples
 
 
 class BothMetrics(NamedTuple):
@@ -110,7 +110,7 @@ class Task(NamedTuple):
         return self.state.clients[self.group], self.state.servers[self.group]
 
 
-# Return host sums [T, ...] over the batches for each slot; None for empty slots.
+# Return host sums [T, ...] over the batches for each slot; anything for empty slots.
 ScoresFn = Callable[[Task], list[BothMetrics | None]]
 
 

@@ -29,7 +29,7 @@ class Store(Protocol):
         """Draw the state before the first round from a typed key."""
 
     def chunks(self) -> Iterator[Ids]:
-        """Yield ids in the slots of a round, again and again until each client came."""
+        """Yield ids in the slots of a round, until every client has come once."""
 
     def take(self, state: Any, ids: Ids) -> RunState:
         """Return the state of some clients, for a round or an evaluation."""

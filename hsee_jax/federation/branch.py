@@ -176,7 +176,7 @@ def forward_exits(
       branch: its weights.
       inputs: ``[B, ...]``: images, or for a server the decoded features.
       mask: ``bool [B]``, false on padding.
-      train: whether BatchNorm uses, and updates, the statistics of this batch.
+      train: whether BatchNorm uses the statistics of this batch, and updates its own.
       head_gradient: the share of the gradient of each head that reaches the layers.
     """
     behind, stats, logits = [], [], []
@@ -200,7 +200,7 @@ def forward_exits(
 def encode(
     spec: BranchSpec, client: Branch, features: Array, mask: Array
 ) -> tuple[Message, Branch]:
-    """Make the message for a client's features; no gradient is in it.
+    """Make the message for a client's features; no gradient flows through it.
 
     Args:
       spec: what the client computes.

@@ -38,7 +38,7 @@ def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
 
 
 class Federation(NamedTuple):
-    """The network, the clients in groups, and the means by which they train."""
+    """The network, the clients in groups, and how they train."""
 
     model: Model
     groups: tuple[Group, ...]

@@ -69,5 +69,5 @@ def concat_junction(num_views: int, features: jax.ShapeDtypeStruct) -> Junction:
 
 
 def _like(flags: Array, values: Array) -> Array:
-    """Give flags axes of length 1 behind their own, as many as values have."""
+    """Append axes of length 1 to flags, up to the number of axes of values."""
     return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))

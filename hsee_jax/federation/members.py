@@ -36,8 +36,8 @@ def over_members(
         for a value that all clients share.
       states: the number of arguments that are the state.
       skip: whether the argument behind the state is a `Batch`. One by one, a client
-        whose batch is padding then keeps its state, and its other results are 0;
-        ``fn`` must give the same.
+        whose batch is padding then keeps its state, and its other results are 0.
+        ``fn`` must give the same, except in rows of padding.
     """
     if not federation.one_by_one:
         return over_clients(fn, federation.mesh, in_axes)

@@ -11,8 +11,8 @@ server, a layer below one client's cut and behind another's exists more than onc
   it takes the weighted mean over the clients that give the layer up.
 
 An exit, and the state of a link's codec, belong to a client and a cut. They wait on a
-*shelf* while the client has another cut, and come back as they were; at the first time
-they are as at the start of the run.
+*shelf* while the client has another cut, and come back as they were; the first time a
+client has a cut, they are as at the start of the run.
 
 The paper has fixed cuts; all of this is our choice.
 """
@@ -35,7 +35,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class Exits(struct.PyTreeNode):
-    """What some clients own of one cut; numpy leaves ``[n, ...]``, ascending by id."""
+    """What some clients own at one cut; numpy leaves ``[n, ...]``, ascending by id."""
 
     ids: Any  # int32 [n]
     head: LayerState
@@ -57,8 +57,10 @@ def recut(
 ) -> tuple[RunState, Shelf]:
     """Move the layers between clients and servers for new cuts.
 
-    Cuts that change and change back without a step in between leave every layer that
-    has moved bit for bit as it was.
+    The clients must have one exit each. Cuts may change and change back without a step
+    in between. Then the exits are bit for bit as they were, and with a server for each
+    client all layers are, too; so are a shared server and the layers that clients keep,
+    but a client that gives a layer up to a shared server gets the server's copy back.
 
     Args:
       state: of all clients with the old cuts, in numpy arrays, each stack by ascending

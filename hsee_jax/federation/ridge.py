@@ -65,9 +65,9 @@ def gram(
 
 
 def merge(sums: Sequence[Sums]) -> Sums:
-    """Add the sums of clients, one or more; the result does not depend on the shares.
+    """Add the sums of clients, one or more.
 
-    The order of the clients changes it by no more than rounding.
+    Which client holds a sample, and the order, change the result only by rounding.
     """
     return functools.reduce(
         lambda one, other: Sums(one.gram + other.gram, one.moment + other.moment), sums

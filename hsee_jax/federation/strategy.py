@@ -79,7 +79,7 @@ class Sent(NamedTuple):
     client: Branch  # after its step; if it waits for a reply, still before it
     message: Message  # the encoded features, [B, ...]
     metrics: Metrics  # of the exit, before the update
-    passed: ForwardPass | None  # what `Halves.finish` needs; None if nothing does
+    passed: ForwardPass | None  # for `Halves.finish`; None if no client waits
 
 
 class Reply(NamedTuple):
@@ -139,7 +139,7 @@ class Strategy(NamedTuple):
     # The share of rows whose gradient clients share, see `hsee_jax.algorithms.epsl`.
     gradient_share: float = 0.0
     # Augmented copies of each sample in a batch. With two, clients train on samples
-    # without labels, too; with one, on those with labels alone.
+    # without labels, too; with one, only on samples with labels.
     copies: int = 1
     # Whether an average gives the same network to all clients and their servers.
     one_network: bool = False
@@ -150,7 +150,7 @@ class Strategy(NamedTuple):
     # them together. All clients then take the same samples in a step.
     junction: Junction | None = None
     # What the turn of each group depends on, beside the algorithm, its options and the
-    # network: where it is equal, so is the compiled turn. Empty where nobody says.
+    # network: where it is equal, so is the compiled turn. Empty if unknown.
     turn_kinds: tuple[Hashable, ...] = ()
 
     @property

@@ -45,7 +45,7 @@ from hsee_jax.nn.vicreg import masked_vicreg
 # cross-entropy, which its authors' optimizer, LARS, would find by itself [ours].
 _SCALE = 25.0
 
-# How often the loss of the width counts beside that [ours]. The paper trains for
+# The weight of the loss of the width beside VICReg / 25 [ours]. The paper trains for
 # hundreds of epochs; with a weight of 1, some hundred steps miss the target.
 _WIDTH = 5.0
 
@@ -83,8 +83,8 @@ def unlabelled_step(
 
     Args:
       spec: what the client computes.
-      client: its state. A batch of padding leaves it exactly as it is, and rows
-        without labels alone leave the exit so.
+      client: its state. A batch of padding leaves it exactly as it is, and a batch
+        without labels leaves the exit as it is.
       batch: inputs ``[B, 2, ...]``, two copies of each sample, labels and mask; with a
         target, also the key of the gates' noise.
       learning_rate: ``float32 []``.

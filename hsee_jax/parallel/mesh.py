@@ -68,7 +68,8 @@ def over_clients(
         for a value that all clients share.
       block: the position of an argument that is not a stack but is cut along its
         leading axis into one block for the clients of each device; -1 for none.
-      each: maps ``fn`` over the clients of one device, from it and ``in_axes``.
+      each: makes from ``fn`` and ``in_axes`` the function that maps over the clients
+        of one device.
     """
     specs = [SAME if axis is None else SPREAD for axis in in_axes]
     if block >= 0:
@@ -88,7 +89,7 @@ def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
 
     Args:
       tree: numpy arrays, with equal values in every process that reads them.
-      mesh: the devices; None for the first device.
+      mesh: the devices; None for the default device.
       specs: a `PartitionSpec`, or a tree of them that is a prefix of ``tree``.
     """
     if mesh is None:
