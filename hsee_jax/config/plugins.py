@@ -13,7 +13,7 @@ class PluginError(UserError):
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Import modules, from the current folder too; what they register can be named.
+    """Import modules, also from the current folder, so that they register their parts.
 
     Raises:
       PluginError: a module is not there, or it cannot be imported.

@@ -27,7 +27,7 @@ from hsee_jax.optim import OPTIMIZERS, SCHEDULES
 
 SEEDS = ("model_seed", "data_seed", "partition_seed")
 
-# The fields that have no effect on the training; `settings` says where data_dir has.
+# Fields with no effect on the training, but data_dir has one with the user's own data.
 BOOKKEEPING = (
     "data_dir",
     "eval_every",

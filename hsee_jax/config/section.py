@@ -81,7 +81,7 @@ class Section:
         """Return the own fields, and the options of all entries that can be named.
 
         Raises:
-          UserError: two of them have one name.
+          UserError: an option has the name of another option or field.
         """
         found = dict(cls.fields())
         for registry in cls.registries.values():

@@ -38,8 +38,8 @@ def override(config: Config, **changes: Any) -> Config:
     Options that the named network, strategy, ... do not read are dropped.
 
     Raises:
-      UserError: an unknown option, a value that is not allowed, or an option that
-        would have no effect.
+      UserError: a change names an unknown option, has a value that is not allowed,
+        or would have no effect.
     """
     load_plugins(changes.get("plugin", ()))
     known = options()
@@ -66,7 +66,7 @@ def flatten(config: Config) -> dict[str, Any]:
 def settings(config: Config) -> dict[str, Any]:
     """Return the options that have an effect on a training, as values of JSON.
 
-    The folder of the data is one of them where the data are the user's own.
+    They include the folder of the data only if the data are the user's own.
     """
     values = flatten(config)
     kept = {"data_dir"} if is_own_data(values) else set()
@@ -95,10 +95,10 @@ def to_json(config: Config) -> str:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Read what `to_json` writes; sections and values may be missing.
+    """Make a configuration from values in the form of `to_json`; some may be missing.
 
-    Files of version 0.1 hold the options of all entries; what the named entries do not
-    read is passed over there.
+    Files of version 0.1 hold the options of all entries; there, options that the named
+    entries do not read are checked and dropped.
 
     Raises:
       UserError: an unknown section or option, a value that is not allowed, or an option

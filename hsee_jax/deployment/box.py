@@ -1,8 +1,8 @@
 """A device's folder: the state of its client, and the messages of its last round.
 
 Every file is written completely or not at all, and begins with its digest. The
-messages of a round are there before the state after it, so that a device that a server
-asks again for this round answers again, and does not train again.
+messages of a round are written before the state after it, so a device that a server
+asks again for this round sends them again, and does not train again.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Box:
         self._folder = folder
 
     def claim(self, run: str, client: int) -> None:
-        """Note whose state is kept here, or refuse that of another run or client.
+        """Claim the folder for a client of a run; refuse if it belongs to another.
 
         Raises:
           UserError: the folder belongs to another run or client, or cannot be written.
@@ -67,7 +67,7 @@ class Box:
         write(self._folder / _ABOUT, json.dumps(values).encode())
 
     def about(self) -> bytes:
-        """Return what the server said of the run, as JSON.
+        """Return what the server last said of the run, as JSON.
 
         Raises:
           UserError: the file is missing or damaged.
@@ -95,7 +95,7 @@ class Box:
         return DeviceState(client, fields["round"], fields["since"])
 
     def save(self, state: DeviceState) -> None:
-        """Write a state; what was sent before is on the disk then, too."""
+        """Write a state, once the messages of its round are safely on the disk."""
         outbox = self._outbox(state.round)
         if outbox.exists():
             for path in (*outbox.iterdir(), outbox, outbox.parent):
@@ -105,7 +105,7 @@ class Box:
         write(self._folder / f"{_STATE}{state.round}", data)
 
     def forget(self, number: int) -> None:
-        """Remove what is of no use once a round is trained: all but it and the last."""
+        """Remove all states but the last two, and all messages of other rounds."""
         for old in self.rounds()[:-2]:
             (self._folder / f"{_STATE}{old}").unlink(missing_ok=True)
         for outbox in (self._folder / _OUTBOX).glob("*"):
@@ -113,13 +113,13 @@ class Box:
                 shutil.rmtree(outbox, ignore_errors=True)
 
     def drop(self, number: int) -> None:
-        """Remove the states after a round; the later rounds went on without them."""
+        """Remove the states of later rounds, which the server does not count."""
         for later in self.rounds():
             if later > number:
                 (self._folder / f"{_STATE}{later}").unlink(missing_ok=True)
 
     def put(self, number: int, step: int | None, message: bytes) -> None:
-        """Keep a message of a round; without a step, the metrics of its end."""
+        """Keep the message of a step; for step None, the metrics of the end."""
         name = _FINISH if step is None else f"{step:08}"
         write(self._outbox(number) / name, message, sync=False)
 
@@ -138,7 +138,7 @@ class Box:
 
         Args:
           step: the number of the batch.
-          size: of all batches but the last, which a resumed server may change.
+          size: rows of all batches but the last; a resumed server may change it.
           fetch: asks the server for the batch.
         """
         path = self._folder / _TEST / str(size) / f"{step:08}"
@@ -151,7 +151,7 @@ class Box:
 
 
 def is_device(folder: Path) -> bool:
-    """Return whether a folder is the one of a device."""
+    """Return whether a folder is the folder of a device."""
     return (folder / _ABOUT).is_file()
 
 

@@ -1,7 +1,7 @@
 """One message a device and round, for engines in which a server asks devices.
 
-To a device goes what the server answers to ``join``, ``begin`` and ``next``. The device
-trains the round and returns all calls that it makes meanwhile; the server then answers
+The server sends its answers to ``join``, ``begin`` and ``next`` in advance. The device
+trains the round and returns all calls that it makes meanwhile; the server then handles
 them as if they arrived one by one. Nothing can come back within a round, so the
 boundary must be detached, and exits cannot learn from the server's logits.
 """
@@ -52,7 +52,7 @@ class _Unanswered(Exception):
 def take_turn(
     answers: Answers, state: Path, data: Path | None = None, plugins: Sequence[str] = ()
 ) -> Calls:
-    """Do on a device what its server asks, and return the calls that it makes.
+    """Do on a device what its server asks, and return the calls that the device makes.
 
     A device that is asked for its last round again returns the same calls, and does not
     train again.
@@ -99,7 +99,7 @@ def check_detached(experiment: Experiment) -> None:
     """Refuse a run whose devices need an answer within a round.
 
     Raises:
-      UserError: it is one.
+      UserError: the run is not allowed, for one of these reasons.
     """
     boundary = experiment.strategy.boundary
     if boundary != "detached":

@@ -1,4 +1,4 @@
-"""Certificates of X.509: of a CA, and those that it issues to a server and to clients.
+"""X.509 certificates of a CA, and of the server and the clients that it signs for.
 
 All keys are of the curve P-256, which gRPC supports everywhere.
 """
@@ -102,7 +102,7 @@ def host_name(host: str) -> x509.GeneralName:
     """Return a host's name or address in the form of a certificate.
 
     Raises:
-      UserError: it is neither.
+      UserError: the text is neither a name nor an address.
     """
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
@@ -120,7 +120,11 @@ def host_name(host: str) -> x509.GeneralName:
 
 
 def hosts_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
-    """Return the names and addresses in the certificate of a server."""
+    """Return the names and addresses in the certificate of a server.
+
+    Raises:
+      x509.ExtensionNotFound: the certificate has none.
+    """
     extension = certificate.extensions.get_extension_for_class(
         x509.SubjectAlternativeName
     )

@@ -43,7 +43,7 @@ Call = Callable[[str, bytes], bytes]
 
 
 class Changed(Exception):
-    """The server goes on with the run in another way than it said to the device."""
+    """The server has changed the run since the device joined."""
 
 
 def join(
@@ -80,11 +80,12 @@ class Device:
           part: the client.
           data: its samples, on the host.
           box: the device's files.
-          call: calls the server; raises `Refusal` if it refuses what it got.
+          call: calls the server; raises an error if the server refuses.
           about: the `digest` of what the server said of the run.
 
         Raises:
           UserError: the files are damaged.
+          Refusal: the server sends first layers of another form.
         """
         self._part, self._box, self._call, self._about = part, box, call, about
         self._labels = np.asarray(data.labels, np.int32)
@@ -155,7 +156,7 @@ class Device:
         """Go back to the last round that counts, if the server left out later ones.
 
         Args:
-          last: this round; of a later one than that of the state, nothing is left here.
+          last: this round; if it is later than the round of the state, nothing changes.
           behind: whether the server itself is at an earlier round than the device.
 
         Returns:

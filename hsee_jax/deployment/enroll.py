@@ -49,7 +49,7 @@ def enroll(
       clients: the number of clients; their ids begin at 0.
       hosts: names and addresses by which clients reach the server; without any, those
         of the certificate that the server has, or else localhost and 127.0.0.1.
-      days: how long the new certificates are valid.
+      days: how many days the new certificates are valid.
       renew: replace certificates and keys that are there; the CA stays.
 
     Returns:

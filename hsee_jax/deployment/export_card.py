@@ -89,13 +89,13 @@ class Trained(NamedTuple):
 def card_of(
     trained: Trained, client: Model, known: Figures, files: Mapping[str, bytes]
 ) -> Figures:
-    """Describe a client and its files in values of JSON, with costs of a sample.
+    """Describe a client and its files as values of JSON, with the costs of one sample.
 
     Args:
       trained: the client.
       client: its network, see `hsee_jax.deployment.segment.up_to`.
-      known: the criterion of its exit, and figures of its run, if there are any.
-      files: by name.
+      known: ``criterion`` of its exit, and figures of its run, if there are any.
+      files: their content by name.
     """
     early, count = len(trained.branch.exits), len(client.stages)
     *parts, exit_head = layer_costs(client)
@@ -156,5 +156,5 @@ def readme_of(card: Figures) -> str:
 
 
 def input_name(dtype: str) -> str:
-    """Return what samples of a dtype are called in programs."""
+    """Return the name that programs give to samples of a dtype."""
     return "images" if dtype == "uint8" else "samples"

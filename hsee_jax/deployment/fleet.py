@@ -1,7 +1,7 @@
 """Asks the clients of a run over an engine that carries messages to nodes.
 
-The threads of all clients share the engine: whoever looks first looks for all of them,
-and under a lock.
+The threads of all clients share the engine: the first thread that looks for replies
+looks for all of them, under a lock.
 """
 
 import logging
@@ -44,10 +44,10 @@ class Engine(Protocol):
 
 
 class Fleet:
-    """Asks clients where they are; an `Ask`."""
+    """Asks each client at its node; an `Ask`."""
 
     def __init__(self, engine: Engine, roster: Roster) -> None:
-        """Know no replies.
+        """Start without replies.
 
         Args:
           engine: carries the messages.
@@ -56,7 +56,7 @@ class Fleet:
         self._engine, self._roster = engine, roster
         self._lock = threading.Lock()
         self._open: dict[str, Reply | None] = {}
-        self._who: dict[str, int] = {}  # message and the node that it asks
+        self._who: dict[str, int] = {}  # id of a message -> the node that it asks
         self._looked = self._looked_for_nodes = float("-inf")
 
     def __call__(self, i: int, answers: Answers, alive: Alive) -> Calls | None:
@@ -103,7 +103,7 @@ class Fleet:
         return None
 
     def _look(self) -> None:
-        """Look for nodes and replies, unless someone has just done it."""
+        """Look for nodes and replies, unless a thread has just done it."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked < _LOOK_S:

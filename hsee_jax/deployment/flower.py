@@ -58,7 +58,7 @@ def run_server(grid: Grid, context: Context) -> None:
 
 @client_app.train()
 def answer_turn(message: Message, context: Context) -> Message:
-    """Train a round, or answer again what was answered to it before.
+    """Train a round, or send again what was sent after it.
 
     Raises:
       UserError: see `hsee_jax.deployment.take_part`.
@@ -74,7 +74,7 @@ def answer_turn(message: Message, context: Context) -> Message:
 
 @client_app.query()
 def answer_who(message: Message, context: Context) -> Message:
-    """Say which client the operator of the node has made it."""
+    """Say which client the operator has assigned to the node."""
     client = read_settings(NodeSettings, context.node_config).partition_id
     said = b"" if client is None else str(client).encode()
     return Message(_content({"client": said}), reply_to=message)

@@ -32,8 +32,8 @@ class Layers(IntEnum):
     """The layers that a device sends after a round."""
 
     NONE = 0
-    MEAN = 1  # what an average reads
-    ALL = 2  # its whole state
+    MEAN = 1  # the layers that an average reads
+    ALL = 2  # the whole state of the client
 
 
 class Forms(NamedTuple):

@@ -218,7 +218,7 @@ class FrozenDevice:
 
 
 def exit_scores(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int, int]:
-    """Return the summed cross-entropy in nats, the right answers and their number."""
+    """Return the summed cross-entropy in nats, and the counts of hits and samples."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     own = shifted[np.arange(len(labels)), labels]
     losses = np.log(np.exp(shifted).sum(axis=1)) - own
@@ -228,7 +228,7 @@ def exit_scores(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int, int
 def connect(
     address: str, keys: Path | None, client: int | None, patience_s: float
 ) -> Call:
-    """Return a function that calls a server, again where it was away.
+    """Return a function that calls a server, and calls again if it was away.
 
     Raises:
       Failure: the address or the keys are not allowed; the function raises it if the

@@ -32,7 +32,7 @@ from hsee_jax.runs.records import RoundRecord
 
 FOLDER = "deployment"
 CHECKPOINTS = f"{FOLDER}/rounds"
-_KEPT = 2
+_KEPT = 2  # rounds
 
 
 class Journal(Callback):
@@ -48,7 +48,7 @@ class Journal(Callback):
         """Choose the run's folder."""
         self._folder = folder / FOLDER
         self._writer = Writer(folder / CHECKPOINTS, keep=_KEPT)
-        self._number: int | None = None  # the round after which all this is true
+        self._number: int | None = None  # the round after which `last` and `means` hold
         self.run, self.last, self.means = "", dict[int, int](), Means()
 
     def __enter__(self) -> "Journal":
@@ -84,7 +84,7 @@ class Journal(Callback):
         self._clients = sum(len(group.ids) for group in federation.groups)
 
     def recall(self, number: int) -> None:
-        """Know what was true after a round, from its file if it is not this one.
+        """Restore `last` and `means` as they were after a round.
 
         Raises:
           UserError: the file is damaged, or there is none: no server trained the round.
@@ -111,7 +111,7 @@ class Journal(Callback):
             self.means = tree_from(tensors, self._like, "means")
 
     def note(self, number: int, took_part: Iterable[int], means: Means) -> None:
-        """Know what is true after another round.
+        """Update `last` and `means` after a round.
 
         Args:
           number: of the round.
@@ -127,7 +127,7 @@ class Journal(Callback):
         } or self.means
 
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
-        """Write all of it, before the next round opens."""
+        """Write `last` and `means`, and a checkpoint, before the next round."""
         number = moment.rounds
         last = np.zeros(self._clients, np.int32)
         last[list(self.last)] = list(self.last.values())

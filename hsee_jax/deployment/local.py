@@ -46,7 +46,7 @@ class LocalDevices:
         """Refuse to go on without a device.
 
         Raises:
-          UserError: one has ended.
+          UserError: the process of a device has failed.
         """
         for i, process in self._processes.items():
             if process.poll():

@@ -70,10 +70,10 @@ class Mailbox:
         Args:
           number: its number, from 1.
           rows: of each client that is to take part, the rows of its batches.
-          kind: of the round: `TRAIN`, or `EVALUATE` after the round of this number.
-          layers: what each of them sends at its end.
+          layers: what each client sends at the end of the round.
           last: the last round of each client that counts.
           means: the latest, for the clients.
+          kind: of the round: `TRAIN`, or `EVALUATE` after the round of this number.
 
         Raises:
           Stopped: the training is to stop.
@@ -142,7 +142,7 @@ class Mailbox:
     # The calls of devices
 
     def task(self, i: int, alive: Callable[[], bool]) -> Task:
-        """Wait for something that a client can do; after a while, return `WAIT`."""
+        """Return the next task of a client; after 10 s without one, `Kind.WAIT`."""
         end = time.monotonic() + _POLL_S
         with self._change:
             self._away.discard(i)
@@ -169,7 +169,7 @@ class Mailbox:
     ) -> Tensors:
         """Put a client's message in, once there is room, and return the answer to it.
 
-        What was put in before is answered as it was answered then.
+        A message that was put in before gets the answer that it got then.
 
         Raises:
           Closed: the round goes on without this message.
@@ -235,7 +235,7 @@ class Mailbox:
         """Refuse a client that is left out.
 
         Raises:
-          Refusal: it is.
+          Refusal: the client is left out.
         """
         with self._change:
             self._refusals.check(i)

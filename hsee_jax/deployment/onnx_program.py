@@ -25,8 +25,8 @@ def onnx_program(
     """Convert a client to ONNX, with its weights, for any number of samples.
 
     The outputs are those of the segment, and behind them the message of the link, with
-    the names that it has in the protocol: ``inputs`` and what follows. There is none if
-    the message is the features as they are.
+    the names that it has in the protocol, which begin with ``inputs``. The message is
+    left out if it is the features as they are.
 
     Args:
       segment: of the client.
@@ -66,13 +66,13 @@ def _convert(
     name: str,
     names: Sequence[str],
 ) -> bytes:
-    """Convert a function of samples, in quiet; see `onnx_program`."""
+    """Convert a function of samples, quietly; see `onnx_program`."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         warnings.catch_warnings(),
         jax.numpy_rank_promotion("allow"),  # the converter's own layers need it
     ):
-        warnings.simplefilter("ignore")  # of names in JAX that will go away
+        warnings.simplefilter("ignore")  # about deprecated names in JAX
         try:
             from jax2onnx import to_onnx
         except ImportError as error:

@@ -84,7 +84,7 @@ def split(message: bytes, names: Sequence[str], *, limit: int = 0) -> Parts:
 
 
 def digest(values: Mapping[str, Any]) -> int:
-    """Return a field of a message that differs for other values of JSON."""
+    """Return a checksum of values of JSON (31 bits of CRC-32) for a message."""
     return zlib.crc32(json.dumps(values).encode()) >> 1
 
 
@@ -114,10 +114,10 @@ def unpack(tensors: bytes, form: Form) -> Tensors:
 
 
 def check_finite(tensors: Mapping[str, npt.NDArray], *, bound: float = np.inf) -> None:
-    """Refuse floats that are not finite, or beyond a bound.
+    """Refuse floats that are not finite, or larger in size than a bound.
 
     Raises:
-      Refusal: there is one.
+      Refusal: an array holds such a value.
     """
     for name, array in tensors.items():
         if array.size and jax.numpy.issubdtype(array.dtype, np.floating):
@@ -131,7 +131,7 @@ def check_labels(labels: npt.NDArray, *, num_classes: int) -> None:
     """Refuse labels outside of 0..K-1.
 
     Raises:
-      Refusal: there is one.
+      Refusal: a label is outside.
     """
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         raise Refusal(
@@ -141,7 +141,7 @@ def check_labels(labels: npt.NDArray, *, num_classes: int) -> None:
 
 
 def named(tree: PyTree, name: str = "") -> dict[str, Any]:
-    """Return the leaves of a tree by their names, which begin with a given one."""
+    """Return the leaves of a tree by name; all names begin with ``name``."""
     return {
         name + jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -206,5 +206,5 @@ def _bits(array: npt.NDArray) -> npt.NDArray:
 
 
 def _shown(name: str) -> str:
-    """Return a name that arrived in a form that is fit for a log."""
+    """Make a name that arrived fit for a log."""
     return re.sub(r"[^ -~]", "?", name)[:80]

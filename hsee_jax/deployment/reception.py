@@ -45,9 +45,9 @@ def serve(
     Args:
       config: the run, an `hsee_jax.Config`.
       folder: see `hsee_jax.train`, like `resume`, `overwrite` and `callbacks`.
-      doors: lets the calls of devices in.
+      doors: lets in the calls of devices.
       patience: how long to wait for devices; a deadline of the run replaces its own.
-      bound: the largest size of a feature, once its message is decoded.
+      bound: the largest absolute value of a feature, after decoding.
       samples: see `build_served`.
       resume: go on after the last round that ended.
       overwrite: replace the run in the folder.

@@ -1,4 +1,4 @@
-"""What was refused of each client, until there is too much of it."""
+"""Count the refused messages of each client, and leave out a client with too many."""
 
 import logging
 
@@ -16,13 +16,13 @@ def nobody_left(number: int) -> UserError:
 
 
 class Refusals:
-    """Counts and logs what is refused; a client with too much of it is left out."""
+    """Counts and logs refused messages; a client with too many is left out."""
 
     def __init__(self, most: int) -> None:
-        """Start without any.
+        """Start without refusals.
 
         Args:
-          most: refusals of a client that do not yet leave it out.
+          most: the refusals of a client before the refusal that leaves it out.
         """
         self._most = most
         self._counts: dict[int, int] = {}
@@ -42,7 +42,7 @@ class Refusals:
         """Refuse a client that is left out.
 
         Raises:
-          Refusal: it is.
+          Refusal: the client is left out.
         """
         if i in self.left_out():
             count = self._counts[i]

@@ -128,7 +128,7 @@ class RemoteEvaluation:
 
 
 def unanswered(labels: npt.NDArray[np.int32], classes: int) -> BothMetrics:
-    """Return the scores of a client that does not answer: all wrong, all undecided.
+    """Return the scores of a client that does not answer: every answer is wrong.
 
     Args:
       labels: of the samples, ``int32 [n]``.

@@ -45,10 +45,10 @@ class Roster:
         self._asked: set[int] = set()
 
     def update(self, online: Mapping[int, str]) -> list[int]:
-        """Note which nodes are online, and return those that are to be asked.
+        """Note which nodes are online, and return the nodes to ask for their client.
 
         Args:
-          online: when each of them went online.
+          online: the nodes that are online, and when each went online.
         """
         self._online = dict(online)
         self._asked &= online.keys()

@@ -2,7 +2,7 @@
 
 All calls go from device to server, so only the server needs an open port. A call that
 fails because the network or the server is away is repeated with the same bytes, which
-changes nothing that has arrived; an error in the server is not repeated for ever.
+changes nothing that has arrived; after an error in the server, a few times at most.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _ROOM = 1 << 16  # bytes of a message beside its tensors
 _CALL_S = 60.0  # until a call without an answer is repeated
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
-_FAULTS = 3  # errors in the server, one after another, before a device gives up
+_FAULTS = 3  # errors in the server during a call, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
 _KEEPALIVE_S = 20.0  # of silence in a call, before one side asks if the other is there
 _ANSWER_S = 10.0  # for the other side to say so, before the connection is given up
@@ -117,10 +117,10 @@ def connect(
 
 
 def check_address(address: str, field: str, keys: Path | None) -> None:
-    """Refuse what is no address, and without keys all but those of this machine.
+    """Refuse a text that is no address, and without keys one of another machine.
 
     Raises:
-      UserError: it is refused.
+      UserError: the address is not allowed.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -133,7 +133,7 @@ def check_address(address: str, field: str, keys: Path | None) -> None:
 
 
 class _Caller:
-    """Calls a server, again where the network or the server was away."""
+    """Calls a server, and calls again if the network or the server was away."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ def _caller(context: grpc.ServicerContext, secure: bool) -> int:
     """Return the id of the client that calls.
 
     Raises:
-      PermissionError: it has none.
+      PermissionError: the call names no client.
     """
     if secure:
         return client_id(context.auth_context())

@@ -44,8 +44,8 @@ def over_network(
       experiment: the run, see `hsee_jax.runs.served.build_served`.
       mailbox: what devices send arrives there.
       journal: what the server knows of the devices after each round.
-      seldom: whether a client may be absent in a round, so that in each round those
-        that take part send their layers.
+      seldom: whether clients may miss rounds, so that all layers are sent after every
+        round.
     """
     strategy = experiment.strategy
     assert strategy.halves is not None

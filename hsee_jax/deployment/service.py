@@ -1,4 +1,7 @@
-"""The calls of devices: bytes in, checked; bytes out. No network is in here."""
+"""The server's answers to the calls of devices: bytes in, checked, and bytes out.
+
+This file knows no network.
+"""
 
 import json
 import logging
@@ -49,9 +52,9 @@ class Service:
 
         Args:
           experiment: the run.
-          mailbox: what arrives is put in there.
+          mailbox: receives what arrives.
           run: the id of the run.
-          bound: the largest size of a feature, once its message is decoded.
+          bound: the largest absolute value of a feature, after decoding.
         """
         self._decode = jax.jit(experiment.federation.codec.decode, static_argnums=1)
         self._experiment, self._mailbox = experiment, mailbox
@@ -132,7 +135,7 @@ class Service:
     def _begin(self, i: int, message: bytes, alive: Alive) -> bytes:
         """Return the client's layers before the first round, drawn as in a simulation.
 
-        To draw them on the device would be another program, which may round otherwise.
+        On the device another program would draw them, and might round differently.
         """
         del alive
         split(message, ())

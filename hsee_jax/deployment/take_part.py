@@ -32,7 +32,7 @@ def take_part(
       state: the folder of the device.
       data: the file of its samples; None for its share of the run's dataset.
       plugins: modules that the run may need.
-      stop: true ends it before.
+      stop: called between rounds; true ends the part before the run ends.
       private: refuse a run in which the device sends its layers.
 
     Returns:

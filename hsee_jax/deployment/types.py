@@ -17,10 +17,10 @@ class Patience(NamedTuple):
     max_refusals: int = 3  # of a device, before it is left out
 
     def check(self, num_clients: int) -> None:
-        """Refuse values that make no sense for so many clients.
+        """Refuse values that do not fit the number of clients.
 
         Raises:
-          UserError: there is one.
+          UserError: a value is not allowed.
         """
         for name, value, rule in (
             ("deadline", self.deadline_s, positive),

@@ -17,7 +17,7 @@ from hsee_jax.systems.costs import LayerCost
 
 _Options = Mapping[str, Any]
 _LEFT_OUT = (*SEEDS, *BOOKKEEPING, "cuts")
-_COMPUTATION = ("conv", "dtype")  # of the model, which leave the network as it is
+_COMPUTATION = ("conv", "dtype")  # options of the model that leave the network as it is
 
 
 class FinishedRun(NamedTuple):

@@ -1,6 +1,7 @@
 """From a `Config` to the objects of a run.
 
-Only this file makes objects of one, and `hsee_jax.runs.model` its network.
+`hsee_jax.runs.model` makes the network, `hsee_jax.runs.data` and
+`hsee_jax.runs.material` the data.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,9 +109,9 @@ def build(config: Config, data: OwnData | None = None) -> Experiment:
 
     Args:
       config: the run.
-      data: ``(x, y, x_test, y_test)``, to train on these arrays (see
-        `hsee_jax.data.arrays` for their types and shapes) instead of the dataset of the
-        configuration, which is then ``arrays``; or training and test set.
+      data: ``(x, y, x_test, y_test)``, or training and test set, to train on these
+        arrays instead of the dataset of the configuration, which is then ``arrays``;
+        see `hsee_jax.data.arrays` for types and shapes. Or a `DataSource`.
 
     Raises:
       UserError: the configuration does not fit the data, the network or the devices.
@@ -284,7 +285,7 @@ def build_rates(config: Config, steps: int) -> npt.NDArray[np.float32]:
 def make_store(
     config: Config, federation: Federation, strategy: Strategy
 ) -> tuple[tuple[int, ...], Store]:
-    """Choose where the clients' state is kept; return the slots of a round, too."""
+    """Choose where the clients' state is kept; return each group's slots, too."""
     # Several processes have no host that could keep the state of all clients.
     on_host = config.clients.participation < 1 and jax.process_count() == 1
     on_host = on_host and strategy.junction is None  # a view has its place in the stack

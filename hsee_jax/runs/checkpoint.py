@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Return the number of the last round that has a part in it, at least 1."""
+        """Return the last round that it has trained, whole or in part; at least 1."""
         return max(self.rounds + (self.steps > 0), 1)
 
 
@@ -274,7 +274,7 @@ class Writer:
 
 
 def _copied(leaf: Any) -> Any:
-    """Copy an array where it is; ``jax.Array.copy`` compiles a program a shape."""
+    """Copy an array on its device; ``jax.Array.copy`` compiles for every shape."""
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, leaf.sharding, may_alias=False)
     return leaf.copy()

@@ -16,7 +16,7 @@ from hsee_jax.federation.strategy import Strategy
 
 
 class Compilers(NamedTuple):
-    """They share what they compile between cuts, where the client axis is ``loop``."""
+    """Compile for any cuts; with the client axis ``loop``, cuts share programs."""
 
     make_round: Callable[[Strategy], RoundFn]
     make_evaluation: Callable[[Federation, Strategy], EvaluateFn]

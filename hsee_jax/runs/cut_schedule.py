@@ -25,7 +25,7 @@ def schedule_of(config: Config, layer_names: Sequence[str]) -> CutSchedule:
         try:
             cuts[number] = deal_cuts(some, clients.num_clients, layer_names)
         except UserError as error:
-            raise UserError(f"re{error}") from error  # of recuts, not of cuts
+            raise UserError(f"re{error}") from error  # name recuts, not cuts
     return CutSchedule.of(cuts)
 
 
@@ -42,7 +42,7 @@ def with_schedule(config: Config, schedule: CutSchedule) -> Config:
 
 
 def config_in_round(config: Config, number: int) -> Config:
-    """Return a configuration whose cuts are those of a round and do not change."""
+    """Return a configuration that has the cuts of one round in all rounds."""
     cuts = config.clients.cuts
     for start, some in map(parse_recut, config.clients.recuts):
         if start <= number:

@@ -1,7 +1,7 @@
-"""The data of a run: the dataset that its configuration names, or arrays of a program.
+"""The data of a run: the dataset that its configuration names, or a caller's arrays.
 
 A run on arrays has the dataset ``arrays``. The user's own data, files and arrays alike,
-have a digest in their `DatasetInfo`; whatever reopens a run needs the same data.
+have a digest in their `DatasetInfo`; to reopen a run, give the same data again.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ OwnData = tuple[Any, Any, Any, Any] | Splits | DataSource
 def config_for(config: Config, data: OwnData | None) -> Config:
     """Return the configuration of a run on a caller's data: its dataset is ``arrays``.
 
-    A `DataSource` is one of the dataset that the configuration names.
+    A `DataSource` already reads the dataset that the configuration names.
     """
     if data is None or isinstance(data, DataSource):
         return config
@@ -48,7 +48,7 @@ def config_for(config: Config, data: OwnData | None) -> Config:
 def data_source(config: DataConfig, data: OwnData | None = None) -> DataSource:
     """Find the data that a configuration names, or convert a caller's.
 
-    The user's own data are read here, as their properties are not known without.
+    The user's own data are read at once, because only this tells their properties.
 
     Args:
       config: of the run, see `config_for`.

@@ -44,8 +44,9 @@ def equip(config: Config, given: Given, *, resume: Path | None) -> Equipment | N
       resume: the folder of the run to go on with, which keeps its own.
 
     Raises:
-      UserError: a file is not allowed, there is not a device for each client, or there
-        are no devices for what needs them; or what is given is not what the run has.
+      UserError: a file is not valid, the number of devices is not the number of
+        clients, or an availability or a deadline comes without devices; or, to go on
+        with a run, what is given differs from what the run has.
     """
     stored = None if resume is None else stored_equipment(resume)
     if stored is None:

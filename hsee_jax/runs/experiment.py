@@ -72,7 +72,7 @@ class Attendance(NamedTuple):
         """Refuse a run with a round in which no client takes part.
 
         Raises:
-          UserError: there is no client in a round.
+          UserError: a round has no client.
         """
         if self.dropout == 0 and not self.absences:
             return
@@ -117,7 +117,7 @@ class Experiment(NamedTuple):
     batch_size: int  # of a client's step
     eval_batch_size: int
     init_key: Key
-    stop_on_nonfinite: bool  # whether the first client that is not finite ends the run
+    stop_on_nonfinite: bool  # end the run at a loss or gradient that is not finite
     plain_model: Model  # with the native convolution, see `build_model`
     traffic: tuple[Traffic, ...]  # of the clients of each group
     store: Store
@@ -219,7 +219,10 @@ class Experiment(NamedTuple):
         return round_bytes(self.traffic, self.slots, metrics, averages)
 
     def bytes_by_cut(self) -> list[dict[str, Any]]:
-        """Return the bytes on the link of a client of each cut, see `bytes_by_cut`."""
+        """Return the bytes on the link of one client of each cut.
+
+        See `hsee_jax.systems.bytes_by_cut`.
+        """
         rounds, steps = self.learning_rates.shape
         averages = [averages_in(self.strategy, r + 1, steps) for r in range(rounds)]
         shares = self.manifest
@@ -238,7 +241,7 @@ class Experiment(NamedTuple):
         return layer_costs(self.plain_model, self.federation.exits)
 
     def evaluate(self, state: Any, data: Dataset) -> list[ClientResult]:
-        """Evaluate all clients on all of ``data``, a dataset on the devices."""
+        """Evaluate all clients, by ascending id, on ``data`` on the devices."""
         references: References = {}
         return sorted(
             result

@@ -16,7 +16,7 @@ def config_from_flat(values: Mapping[str, Any]) -> Config:
 
     Args:
       values: options of `Config` by name, see `flat_value`, and the ``preset`` to start
-        from (``demo``).
+        from, by default ``demo``.
 
     Raises:
       UserError: an unknown option or preset, or a value that is not allowed.
@@ -41,8 +41,8 @@ def flat_value(option: Option, value: Any) -> Any:
     """Return a value in the type of its option.
 
     Args:
-      option: what the value has to be.
-      value: of TOML; a text of words stands for a tuple.
+      option: gives the type and the rules.
+      value: as TOML gives it; a text stands for the tuple of its words.
 
     Raises:
       UserError: the value is of another type, or it is not allowed.

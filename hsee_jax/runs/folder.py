@@ -70,7 +70,7 @@ def read_info(folder: Path) -> DatasetInfo:
 
 
 def checked_info(values: Mapping[str, Any]) -> DatasetInfo:
-    """Read the content of ``data.json``; raise an error if it is damaged."""
+    """Read the content of ``data.json``; raise TypeError or ValueError if damaged."""
     stored = DatasetInfo(**values)
     shape, classes = tuple(map(int, stored.input_shape)), int(stored.num_classes)
     mean, std = (tuple(map(float, figures)) for figures in (stored.mean, stored.std))
@@ -92,7 +92,7 @@ def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written to, or made.
 
     Raises:
-      UserError: it cannot.
+      UserError: the folder cannot be written to, or made.
     """
     places = (folder, *folder.absolute().parents)
     nearest = next(place for place in places if place.exists())
@@ -119,7 +119,7 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder in which a run may not start, or go on.
 
     Raises:
-      UserError: it may not.
+      UserError: the folder does not allow it, or both flags are set.
     """
     check_name(folder)
     if resume and overwrite:
@@ -145,7 +145,7 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def check_same(config: Config, stored: Config) -> None:
-    """Refuse another configuration than a run has, to go on with.
+    """Refuse to go on with a run under another configuration.
 
     Raises:
       UserError: an option that has an effect differs.
@@ -185,11 +185,11 @@ def check_info(folder: Path, found: DatasetInfo, field: str = "data_dir") -> Non
 def check_partition(folder: Path, shares: Sequence[Share]) -> None:
     """Refuse training samples that are not a run's, judged by their labels.
 
-    The same indices are other images where a dataset is there in another form. Cuts do
+    The same indices name other images if a dataset is stored in another form. Cuts do
     not count: a run may have changed them.
 
     Raises:
-      UserError: they are not.
+      UserError: the samples are not those of the run.
     """
     try:
         stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))

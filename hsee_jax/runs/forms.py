@@ -56,7 +56,7 @@ def read_forms() -> Forms:
     """Read the measured forms; none where nothing was measured.
 
     Raises:
-      UserError: the file is not one of `write_forms`.
+      UserError: `write_forms` did not write the file, or it cannot be read.
     """
     path = forms_file()
     try:
@@ -72,10 +72,10 @@ def read_forms() -> Forms:
 
 
 def write_forms(forms: Forms) -> Path:
-    """Keep forms beside those of other places; return the file.
+    """Add forms to the file, replacing those of equal places; return its path.
 
     Raises:
-      UserError: the file cannot be written, or is not one of this function.
+      UserError: the file cannot be written, or this function did not write it.
     """
     path = forms_file()
     entries = [

@@ -17,7 +17,7 @@ from hsee_jax.runs.equipment import Equipment, stored_equipment
 from hsee_jax.runs.folder import read_config, read_info
 from hsee_jax.runs.records import RoundRecord, Summary
 
-# The options that are a run's own, as runs of one experiment differ in them.
+# The options in which the runs of one experiment may differ.
 _OWN = (*SEEDS, "data_dir", "plugin")
 _DIGITS = 12  # of a digest, enough to tell datasets apart
 
@@ -93,11 +93,11 @@ def read_history(folder: Path) -> History:
 
 
 def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]:
-    """Read the records of a run's rounds; a line cut off by a kill is passed over.
+    """Read the records of a run's rounds; pass over a line that a kill cut off.
 
     Args:
       folder: of the run.
-      limit: read only the first so many rounds.
+      limit: the most rounds to read, from the first; None for all.
 
     Raises:
       UserError: the file is missing or damaged.

@@ -40,8 +40,8 @@ def build_model(
       info: on its data; None looks it up.
       mesh: the devices whose fastest form of the convolution is taken; None for the
         default device.
-      plain: with the convolution itself, whatever form of it is fastest: for costs, and
-        for programs that run elsewhere.
+      plain: take the native convolution, whatever form is fastest: for costs, and for
+        programs that run elsewhere.
 
     Raises:
       UserError: the network does not take the samples, or cannot have the gates that a
@@ -62,7 +62,7 @@ def build_model(
 
 
 def _with_gates(model: Model, config: Config, target: float) -> Model:
-    """Give the layers gates; refuse weights of a file, which has none.
+    """Give the layers gates; refuse weights from a file, which holds no gates.
 
     Raises:
       UserError: the network has no gates, or starts from a file.

@@ -1,4 +1,4 @@
-"""Tell a run in which all servers are the same network from its scores and its folder.
+"""Tell from its scores and its folder whether all servers of a run are one network.
 
 Where a strategy averages every layer over all clients and servers that hold it, each
 client and the server behind it are afterwards the same network, so all servers score
@@ -26,7 +26,7 @@ def is_one_network(folder: Path, scores: Scores) -> bool:
       scores: of the run's clients.
 
     Returns:
-      False also where the strategy cannot be built, for want of a plugin.
+      False also if the strategy cannot be built, such as without its plugin.
     """
     if not _equal_servers(scores):
         return False

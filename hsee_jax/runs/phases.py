@@ -42,7 +42,7 @@ class Phases:
 
         Args:
           state: in the form of the store of ``before``.
-          shelf: the exits that wait.
+          shelf: the exits of cuts that clients have left.
           before: the experiment of the rounds so far.
           after: the experiment of the next round.
 

@@ -43,12 +43,12 @@ class Resources(NamedTuple):
 
 
 class Planning(NamedTuple):
-    """What does not depend on the algorithm."""
+    """The parts of the planner's problem that do not depend on the algorithm."""
 
     config: Config
     resources: Resources
     info: DatasetInfo
-    federation: Federation  # its clients do not matter
+    federation: Federation  # its clients and cuts do not matter
     costs: tuple[LayerCost, ...]
     samples: Ints  # of each client, [N]
 

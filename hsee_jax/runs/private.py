@@ -1,4 +1,4 @@
-"""Runs whose devices keep their layers, and what cannot be done without these."""
+"""Refuse what a run cannot do because its devices keep their layers private."""
 
 import jax
 
@@ -24,7 +24,7 @@ def check_no_layers_sent(strategy: Strategy) -> None:
     """Refuse a strategy that averages layers of clients.
 
     Raises:
-      UserError: it is one.
+      UserError: the strategy averages layers of clients.
     """
     state = jax.eval_shape(strategy.init, jax.random.key(0))
     if jax.tree.leaves(strategy.messages(state)):
@@ -39,7 +39,7 @@ def check_layers(config: Config) -> None:
     """Refuse to read clients that kept their layers private.
 
     Raises:
-      UserError: they did.
+      UserError: the clients kept their layers private.
     """
     if config.clients.keep_layers_private:
         raise UserError(

@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, results: Sequence[ClientResult]) -> "Scores":
-        """Make the scores from the results of clients; they hold no `Agreement`."""
+        """Make the scores from the results of clients, without each `Agreement`."""
         clients = (result._replace(agreement=None) for result in results)
         return cls(*means(results), tuple(clients))
 
@@ -190,7 +190,7 @@ class Summary(NamedTuple):
 
 
 def link_of(exits: Sequence[ExitFit]) -> Bytes:
-    """Return the bytes on all links of the fits of exits."""
+    """Return the bytes that the fits of exits send over all links."""
     return Bytes(
         sum(one.up_bytes for one in exits), sum(one.down_bytes for one in exits)
     )
@@ -270,7 +270,10 @@ def summarize(
 
 
 def images_per_second(records: Sequence[RoundRecord]) -> float:
-    """Return the speed of the median round, which leaves out compilation."""
+    """Return the median images of a round over its median seconds.
+
+    The medians leave out the rounds that compile.
+    """
     images = np.median([record.images for record in records])
     return float(images / np.median([record.seconds for record in records]))
 

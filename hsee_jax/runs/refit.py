@@ -1,4 +1,4 @@
-"""Fit the exits of a finished run exactly, into a run of their own."""
+"""Fit the exits of a run exactly, and write the result as a new run."""
 
 import os
 from pathlib import Path
@@ -60,7 +60,7 @@ def refit(
     data_dir: str | None = None,
     data: OwnData | None = None,
 ) -> Refit:
-    """Fit all exits of a run in one round, and write a run that has them.
+    """Fit all exits of a run in one round, and write a run with the new exits.
 
     The new folder holds the run as it was at the checkpoint, with the new exits and
     ``refit.json``. `restore`, `evaluate` and the gate read it, and training can go on

@@ -1,4 +1,4 @@
-"""Build a finished run's experiment again, with its data, and evaluate it."""
+"""Build the experiment of a run in a folder again, and evaluate it."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def reopen(
     Args:
       folder: the run's folder.
       which: see `restore`.
-      data_dir: the folder with the datasets; None for the folder of the run.
+      data_dir: the folder with the datasets; None for ``data_dir`` of the run.
       data: the arrays of a run that was trained on arrays, see `build`.
 
     Returns:
@@ -46,7 +46,7 @@ def reopen(
         layers private, or its data are missing, or differ from the data of the run.
     """
     folder = Path(folder)
-    config = override(read_config(folder), pretrained=None)  # weights are there
+    config = override(read_config(folder), pretrained=None)  # weights are stored
     check_layers(config)
     if data_dir is not None:
         config = override(config, data_dir=data_dir)
@@ -91,6 +91,9 @@ def samples_of(
       client: its id.
       data_dir: see `reopen`.
       data: see `reopen`.
+
+    Returns:
+      The samples ``[M, ...]`` as they are stored, on the host, with all their labels.
 
     Raises:
       UserError: the data are missing, or differ from the data of the run.

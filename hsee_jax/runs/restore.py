@@ -65,7 +65,7 @@ class Restored(NamedTuple):
     def server(self, i: int) -> Branch:
         """Return the layers behind client i and the final head.
 
-        Behind a junction they read what it merges. A layer that mixes views is not
+        With a junction, they read the merged features. A layer that mixes views is not
         among them: it is the first of ``state.servers[0]``.
         """
         return server_of(self.strategy, self.state, *seat(self.federation, i))
@@ -145,7 +145,7 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
     """Choose a checkpoint of a run, see `restore`.
 
     Raises:
-      UserError: the run has no checkpoint.
+      UserError: the run has no checkpoint, or ``which`` is not allowed.
     """
     if which not in ("latest", "best"):
         raise unknown("checkpoint", which, ("latest", "best"))
@@ -159,7 +159,11 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
 
 
 def seat(federation: Federation, i: int) -> tuple[int, int]:
-    """Return group and member of a client."""
+    """Return the group of a client, and its place in the group.
+
+    Raises:
+      UserError: there is no such client.
+    """
     for g, group in enumerate(federation.groups):
         if i in group.ids:
             return g, group.ids.index(i)

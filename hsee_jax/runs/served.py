@@ -23,7 +23,7 @@ from hsee_jax.runs.unlabelled import check_all_labelled, copies_of
 
 
 def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
-    """Build a run for a server: it has the test set, and its clients have their shares.
+    """Build a run for a server, which has the test set; its clients have the shares.
 
     Args:
       config: the run.
@@ -31,7 +31,8 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
         the shares that the configuration deals them, as `hsee_jax.build` does.
 
     Raises:
-      UserError: the configuration does not allow it.
+      UserError: the configuration or ``samples`` is not allowed with clients on a
+        network.
     """
     info, read = data_source(config.data)
 

@@ -52,8 +52,8 @@ class Start(NamedTuple):
     state: Any
     records: tuple[RoundRecord, ...] = ()  # of the finished rounds
     begun: RoundProgress | None = None  # of the next round
-    seconds: float = 0.0  # that the next round has taken in training
-    wall_seconds: float = 0.0  # and in all
+    seconds: float = 0.0  # of training that the next round has taken
+    wall_seconds: float = 0.0  # that the next round has taken in all
     checkpoint: Checkpoint | None = None
     shelf: Shelf = {}  # see `recut`
     joined: bool = False  # whether devices may have joined before
@@ -68,7 +68,8 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
       journal: see `hsee_jax.runs.train.train_built`.
 
     Raises:
-      UserError: its files are damaged, or its data are others.
+      UserError: its files are damaged, its data have changed, or it has done more
+        rounds than ``rounds`` allows.
     """
     checkpoint = find(folder / "checkpoints", midway=True)
     if journal is not None:
@@ -120,7 +121,7 @@ def midway_notes(
 
 
 def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
-    """Read how far a round had come, with each client's sums in the slot it has now."""
+    """Read the progress of a round, with each client's sums in its present slot."""
     notes: Any = checkpoint.notes
     seats = {i: n for n, i in enumerate(notes["ids"]) if i != EMPTY}
     nothing = [[0, 0], [0, 0]]
@@ -139,9 +140,9 @@ def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
 
 
 def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
-    """Leave in the folder what a run has where it begins, and nothing else.
+    """Write the files that a run has at its start, and remove what is out of date.
 
-    The configuration comes first: with it alone a run can be resumed.
+    The configuration is written first: with it alone a run can be resumed.
     """
     if start.checkpoint is None:
         for derived in _DERIVED if start.joined else (*_DERIVED, *_OF_DEVICES):

@@ -1,4 +1,4 @@
-"""The form of a branch in checkpoints: without a link's state that is empty."""
+"""The form of a branch in checkpoints, which leaves out an empty link state."""
 
 from typing import Any
 

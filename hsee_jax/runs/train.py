@@ -58,21 +58,22 @@ def train(
 ) -> Summary:
     """Train to the end and write the run's folder.
 
-    Of several processes all call this with the same arguments; the folder must be one
-    that they share. The first writes the logs, all of them the checkpoints.
+    If there are several processes, all of them call this with the same arguments and a
+    folder that they share. The first writes the logs; all write the checkpoints.
 
     Args:
-      config: the run. With ``resume`` it must be the folder's own, but for `rounds`
-        (which stretches the schedule of the learning rate from here on), `data_dir`
-        and the bookkeeping.
-      folder: of the run; it must not exist, or be empty, unless one of these is set:
+      config: the run. With ``resume`` it must equal the folder's, except `rounds` (a
+        change stretches the schedule of the learning rate from here on) and
+        `hsee_jax.config.BOOKKEEPING`.
+      folder: of the run, new or empty unless ``resume`` or ``overwrite`` is set.
       resume: go on from the last checkpoint.
       overwrite: replace the run in the folder.
       data: arrays to train on, see `build`; what reopens the run needs them again.
       devices: of the clients, for the simulated clock, see `Given`.
       availability: of the clients on that clock, see `Given`.
       callbacks: called after every round, behind the log and before the checkpoint.
-      stop: asked between steps, in every process; true ends the run with a checkpoint.
+      stop: called between steps, in every process; true ends the run with a
+        checkpoint.
 
     Returns:
       The content of ``summary.json``.
@@ -80,8 +81,9 @@ def train(
     Raises:
       UserError: the configuration, the data or the folder do not allow it; the folder
         is as it was.
-      DivergenceError: see `Experiment.run_round`; the last checkpoint is a good one.
-      Stopped: by ``stop``.
+      DivergenceError: see `Experiment.run_round`; or test losses are not finite. The
+        last checkpoint is a good one.
+      Stopped: ``stop`` returned true.
     """
 
     def build_run() -> Experiment:
@@ -190,7 +192,7 @@ class _Loop:
         """Train a round, or the rest of one.
 
         Raises:
-          Stopped: it was asked for.
+          Stopped: ``stop`` returned true.
         """
         start, experiment = time.perf_counter(), self._enter(len(self._records) + 1)
         self._state, plan, progress = experiment.run_round(

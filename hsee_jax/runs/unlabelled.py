@@ -35,7 +35,7 @@ def check_all_labelled(config: Config) -> None:
 
 
 def check_one_copy(config: Config, strategy: Strategy) -> None:
-    """Refuse to reckon the time of two copies, of which only some rows are sent.
+    """Refuse to compute the time of two copies, of which only some rows are sent.
 
     Raises:
       UserError: the strategy takes two copies of a sample.

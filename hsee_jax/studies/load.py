@@ -83,7 +83,7 @@ def _rows(path: Path, content: Content, start: Config) -> Iterator[Row]:
 
 
 def _points(path: Path, content: Content) -> list[dict[str, Any]]:
-    """Return the points of the grid without those that `skip` names.
+    """Return the points of the grid that ``skip`` does not name.
 
     Raises:
       UserError: an entry of ``skip`` matches no point, or all points are skipped.

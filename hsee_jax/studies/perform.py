@@ -58,16 +58,17 @@ def perform(
         run in ``runs/``.
       jobs: the number of processes at once, at most one a core.
       overwrite: replace runs in the folder whose settings have changed since.
-      stop: asked between two looks at the processes; true stops the runs at work after
-        their step, with a checkpoint, and starts no other run.
-      setup: called first in each process; it must be a function of a module.
+      stop: called about ten times a second; true stops the runs at work after their
+        step, with a checkpoint, and no other run starts.
+      setup: called first in each process; a function at the top level of a module.
       on_end: called when a run has ended, after its result is written.
 
     Returns:
-      How each run ended that was started. After a run is refused no other run starts.
+      The end of each run that was started. After a run is refused, no other starts.
 
     Raises:
-      UserError: ``jobs`` is not allowed, or the folder is not.
+      UserError: ``jobs`` is not allowed, another process writes to the folder, or it
+        holds a run with other settings and ``overwrite`` is not set.
     """
     available = cores()
     if not 1 <= jobs <= len(available):
@@ -178,10 +179,9 @@ class _Sweep:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Start processes that no Ctrl-C ends while they import what they need.
+    """Keep Ctrl-C from ending a process that starts here while it still imports.
 
-    A process inherits which signals are blocked, and may be long before it can ignore
-    them.
+    A process inherits the blocked signals; it ignores them only after its imports.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

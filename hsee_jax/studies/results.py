@@ -25,7 +25,7 @@ _KINDS = {"row": str, "seed": int, "settings": dict, "cpu_cores": int}
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of a run that came to its end."""
+    """The figures of a run that finished, or where it diverged."""
 
     row: str
     seed: int
@@ -68,7 +68,7 @@ class Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read the results in the folder of a study; a line cut off by a kill is left out.
+    """Read the results in the folder of a study; leave out a line that a kill cut off.
 
     Raises:
       UserError: a line is damaged.
@@ -94,7 +94,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def append_result(folder: Path, result: Result) -> None:
-    """Append a line to the results; an earlier line that a kill cut off is dropped.
+    """Append a line to the results; drop an earlier line that a kill cut off.
 
     Raises:
       UserError: the file cannot be written.

@@ -15,8 +15,8 @@ _HEADER = ("row", "seeds", "exit accuracy", "server accuracy", "images/s", "seco
 def table(study: Study, results: Sequence[Result]) -> Table:
     """Make a table of the rows with results: mean ± standard deviation over seeds.
 
-    Accuracies are means over the clients of a run. The deviation is that of a sample
-    (n - 1); with one seed there is none.
+    Accuracies are means over the clients of a run. The deviation is the sample
+    standard deviation (n - 1); with one seed there is none.
 
     Args:
       study: the study; results with other settings are left out.

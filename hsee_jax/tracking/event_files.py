@@ -51,7 +51,7 @@ class EventWriter:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        # Two files that are opened within a second differ in their last part alone.
+        # Names of files that are opened in the same second differ only in this suffix.
         self._file = EventsWriter(str(folder / "events"), f".{rounds}")
         start = SessionLog(status=SessionLog.START)
         self._write(step=rounds + 1, session_log=start)

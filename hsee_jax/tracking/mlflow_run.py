@@ -1,6 +1,6 @@
 """A run of MLflow.
 
-This uses MLflow's client alone, which keeps no run of the process and sets no hooks.
+This uses only MLflow's client, which sets no active run of the process and no hooks.
 """
 
 import logging
@@ -31,7 +31,7 @@ def mlflow(folder: str | os.PathLike[str]) -> Tracker:
 
 
 class MlflowRun(Tracker):
-    """Logs to MLflow, in the experiment of MLFLOW_EXPERIMENT_NAME."""
+    """Logs to MLflow, in the experiment MLFLOW_EXPERIMENT_NAME or ``hsee-jax``."""
 
     name = "mlflow"
 
@@ -81,7 +81,7 @@ class MlflowRun(Tracker):
             self._client.set_terminated(self._run_id, status)
 
     def _store(self) -> str | None:
-        """Return the store if it is not left to MLflow, whose default is a database."""
+        """Return the folder to write to; None leaves the choice to MLflow."""
         # Since version 3.13 MLflow writes to a folder only where this is set.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         if self._library.is_tracking_uri_set() or find_spec("sqlalchemy"):

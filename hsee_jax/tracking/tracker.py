@@ -32,7 +32,7 @@ class Tracker(Callback):
     name: ClassVar[str]
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Choose the folder of the run, the same as that of `train`."""
+        """Choose the folder of the run, the same as for `train`."""
         self.folder = Path(folder)
         self._bookmark = Bookmark()
         self._active = False

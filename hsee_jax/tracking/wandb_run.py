@@ -82,7 +82,7 @@ class WandbRun(Tracker):
         self._run.finish(exit_code=status)
 
     def _lacks_login(self) -> bool:
-        """Return whether W&B would ask for a login, which nobody may be there to do."""
+        """Return whether W&B would ask for a login, with nobody there to answer."""
         if "WANDB_MODE" in os.environ:
             return False
         return not self._library.login(prompt=False, verify=False)
