@@ -1,5 +1,6 @@
 """The trimmed mean and the median of layers, against SciPy and NumPy."""
 
+import re
 from functools import partial
 
 import jax
@@ -234,6 +235,20 @@ def test_readers_are_those_that_average():
 def test_what_has_no_effect_is_refused(options, line):
     with pytest.raises(UserError, match=line):
         averaging(tiny_federation(CUTS), **options)
+
+
+@pytest.mark.parametrize("count", range(2, 20))
+def test_the_share_that_an_error_names_is_allowed(count):
+    given = {"aggregate": "trimmed_mean", "weights": "uniform"}
+    cuts = dict.fromkeys(range(count), 1)
+    with pytest.raises(UserError, match="is less than one") as error:
+        averaging(tiny_federation(cuts), trim_share=0.01, **given)
+    words = str(error.value)
+    if count == 2:
+        assert words.endswith("allowed are 3 clients or more")
+    else:
+        least = float(re.search(r"allowed is (\S+) or more", words)[1])
+        averaging(tiny_federation(cuts), trim_share=least, **given)
 
 
 def test_the_command_refuses_a_share_of_half(capsys):

@@ -23,6 +23,7 @@ exits are probes that change nothing (unless ``exit_gradient`` says otherwise). 
 none, no features cross a link.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -146,9 +147,11 @@ class Properties(NamedTuple):
             )
         too_few = num_clients > 1 and int(self.trim_share * num_clients) == 0
         if self.trim_share and too_few:  # one alone: a device, which averages nothing
+            least = math.ceil(1e4 / num_clients) / 1e4
+            allowed = f"is {least:g} or more, less than 0.5"
             raise UserError(
                 f"trim_share: {self.trim_share} of {num_clients} clients is less than "
-                f"one; allowed is {1 / num_clients:.4g} or more, less than 0.5"
+                f"one; allowed {allowed if least < 0.5 else 'are 3 clients or more'}"
             )
         return reducer.reduce
 
