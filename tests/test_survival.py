@@ -56,8 +56,8 @@ EVERY = {
     "splitfed_v2": ONE_CUT | {"turn": "epoch"},
     "fedavg": {"cuts": ("3",)},
     "centralized": {"num_clients": 1, "cuts": ("1",)},
-    "vicreg": {"labelled_share": 0.5},
-    "fpl": {"partition": "views"},
+    "vicreg": {"labelled_share": 0.5, "augment": "noise"},
+    "fpl": ONE_CUT | {"partition": "views"},
 }
 
 
