@@ -233,14 +233,6 @@ def test_gate_writes_its_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_forms_writes_its_file(tmp_path):
-    result = run("bench_forms.py", "--quick", "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    axes = {row["client axis"] for row in written(tmp_path, "forms")}
-    assert {"vmap", "map"} <= axes
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("part", bench_scaling.PARTS)
 def test_scaling_writes_its_files(part, tmp_path):
     result = run("bench_scaling.py", part, "--quick", "--out", tmp_path)
