@@ -231,8 +231,9 @@ def test_what_older_runs_say_of_their_data_is_read(tmp_path):
     check_info(tmp_path, info)
     with pytest.raises(UserError, match="label_values .3, 4."):
         check_info(tmp_path, info._replace(label_values=(3, 4)))
-    for values in ([1], 12, [1, None]):
-        content = json.dumps(known | {"label_values": values})
+    for values in ([1], 12, [1, None], []):
+        classes = {"num_classes": 0} if values == [] else {}
+        content = json.dumps(known | {"label_values": values} | classes)
         (tmp_path / "data.json").write_text(content)
         with pytest.raises(UserError, match="data.json is missing or damaged"):
             read_info(tmp_path)

@@ -271,6 +271,8 @@ def damage(keys, kind, other):
         (keys / "ca.pem").unlink()
     elif kind == "another key":
         shutil.copy(other / "ca-key.pem", keys)
+    elif kind == "no host":
+        shutil.copy(keys / "client-0" / "certificate.pem", keys / "server")
     else:
         (keys / f"{kind}.pem").write_text("nothing")
 
@@ -283,6 +285,7 @@ def damage(keys, kind, other):
         ("another key", "ca-key.pem is not the key of"),
         ("ca", "ca.pem holds no certificate"),
         ("ca-key", "ca-key.pem holds no private key"),
+        ("no host", "certificate.pem names no host, so it is not the"),
     ],
 )
 def test_a_damaged_ca_signs_nothing(keys, other, tmp_path, kind, line):

@@ -207,6 +207,14 @@ def test_who_has_samples_of_its_own_does_not_join_with_a_share(mailbox):
             service.call("join", 1, hello, lambda: True)
 
 
+@pytest.mark.parametrize("change", [{"dtype": "int64"}, {"mean": []}, {"more": 1}])
+def test_a_device_refuses_what_it_cannot_read_of_the_data(experiment, change):
+    values = describe(experiment, 0)
+    values["info"] |= change
+    with pytest.raises(UserError, match="info: what the server says of the data"):
+        build_participant(values)
+
+
 def test_a_device_imports_only_plugins_that_its_user_names(experiment):
     values = describe(experiment, 0)
     values["config"]["run"]["plugin"] = ["antigravity"]

@@ -123,7 +123,7 @@ def hosts_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
     """Return the names and addresses in the certificate of a server.
 
     Raises:
-      x509.ExtensionNotFound: the certificate has none.
+      x509.ExtensionNotFound: the certificate names no host.
     """
     extension = certificate.extensions.get_extension_for_class(
         x509.SubjectAlternativeName

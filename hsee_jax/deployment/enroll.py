@@ -87,7 +87,13 @@ def _hosts(
     """Return the hosts of the server's certificate, and refuse to change them."""
     if not server.exists():
         return wanted or [host_name(host) for host in LOCAL]
-    known = hosts_of(_read_certificate(server / "certificate.pem"))
+    path = server / "certificate.pem"
+    try:
+        known = hosts_of(_read_certificate(path))
+    except x509.ExtensionNotFound as error:
+        raise UserError(
+            f"keys: {path} names no host, so it is not the certificate of a server"
+        ) from error
     if wanted and set(wanted) != set(known) and not renew:
         shown = " ".join(str(name.value) for name in known)
         raise UserError(

@@ -78,7 +78,7 @@ def checked_info(values: Mapping[str, Any]) -> DatasetInfo:
         raise ValueError("it lacks a mean or a deviation for each channel")
     labels = stored.label_values
     if labels is not None:
-        if len(labels) != classes:
+        if not labels or len(labels) != classes:
             raise ValueError("it lacks a label for each class")
         text = isinstance(labels[0], str)
         labels = tuple(map(str, labels)) if text else tuple(map(int, labels))

@@ -71,7 +71,13 @@ def build_participant(
             f"plugin: the server's run needs {', '.join(map(str, asked))}; a device "
             "imports only what its own --plugin names"
         )
-    config, info = from_dict(values["config"]), checked_info(values["info"])
+    config = from_dict(values["config"])
+    try:
+        info = checked_info(values["info"])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"info: what the server says of the data cannot be read: {error}"
+        ) from error
     federation = Federation(
         build_model(config, info),
         group_clients([Client(values["client"], values["cut"])]),
