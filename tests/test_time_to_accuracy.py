@@ -121,6 +121,12 @@ def test_the_figures_are_over_what_is_spent(two, quantity, label, ends):
     assert len(servers.lines) == (2 if quantity is BYTES else 1)
 
 
+def test_energy_that_is_zero_is_drawn(tmp_path):
+    folder = with_clock(make_run(tmp_path / "run"), joules=0.0)
+    figure = accuracy_over(read_curves([folder]), JOULES)
+    assert figure.axes[0].get_xlim() == (0, 1)
+
+
 @pytest.mark.parametrize("scale", [0.001, 1.0, 4321.0, 123456.0])
 def test_no_number_overlaps_another(tmp_path, scale):
     folder = with_clock(make_run(tmp_path / "run"), scale=scale, joules=scale)
