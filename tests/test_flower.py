@@ -11,6 +11,7 @@ import pytest
 
 import hsee_jax as hs
 from hsee_jax.cli import main
+from hsee_jax.deployment.fleet import TURN
 from hsee_jax.runs.flat import config_from_flat
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.material import shares
@@ -120,6 +121,30 @@ def test_a_superlink_that_is_killed_goes_on(tmp_path):
         federation.wait_for(lambda: not federation.processes("flwr-serverapp"))
     hs.train(config, tmp_path / "simulated")
     same(out, tmp_path / "simulated")
+
+
+def test_a_message_that_is_lost_is_sent_again(monkeypatch):
+    """As when a SuperLink is killed while it takes the message, and starts again."""
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    from hsee_jax.deployment import flower
+
+    class Grid:
+        def __init__(self, losses):
+            self.losses, self.contents = losses, []
+
+        def push_messages(self, messages):
+            self.contents += [message["content"] for message in messages]
+            if len(self.contents) <= self.losses:
+                raise ObjectPushError("an object", 1, "a session")
+            return ["an id"]
+
+    monkeypatch.setattr(flower, "Message", lambda content, *_: {"content": content})
+    grid = Grid(4)
+    assert flower._Nodes(grid).push(7, TURN, {"a": b"bytes"}) == "an id"
+    assert [content["parts"]["a"].data for content in grid.contents] == [b"bytes"] * 5
+    with pytest.raises(ObjectPushError):
+        flower._Nodes(Grid(5)).push(7, TURN, {})
 
 
 def test_messages_of_flower_carry_the_bytes():

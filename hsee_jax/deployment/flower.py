@@ -31,6 +31,7 @@ try:
     from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 except ImportError as error:
     raise ImportError(
         "hsee_jax.deployment.flower: needs a package; `pip install 'hsee-jax[flower]'`"
@@ -38,6 +39,7 @@ except ImportError as error:
 
 _OPTIONS = "hsee."  # begins the name of an option of the run
 _RECORD = "parts"
+_REPEATS = 4  # of a message that a SuperLink loses when it is killed
 _TYPES = {TURN: "train", WHO: "query"}  # of Flower's messages
 _log = logging.getLogger("hsee_jax.flower")
 
@@ -134,13 +136,21 @@ class _Nodes:
         return {n.node_id: n.last_activated_at for n in self._grid.get_nodes()}
 
     def push(self, node: int, kind: str, parts: Parts) -> str:
-        message = Message(_content(parts), node, _TYPES[kind])
-        return list(self._grid.push_messages([message]))[0]
+        for _ in range(_REPEATS):
+            try:
+                return self._push(node, kind, parts)
+            except ObjectPushError:
+                _log.warning("node %d: a message was lost; it is sent again", node)
+        return self._push(node, kind, parts)
 
     def pull(self, messages: Collection[str]) -> Sequence[Reply]:
         if not messages:
             return []
         return [_reply(found) for found in self._grid.pull_messages(messages)]
+
+    def _push(self, node: int, kind: str, parts: Parts) -> str:
+        message = Message(_content(parts), node, _TYPES[kind])
+        return list(self._grid.push_messages([message]))[0]
 
 
 class _Rounds(Callback):
