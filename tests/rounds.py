@@ -28,6 +28,7 @@ def train(
     missing=None,
     pipeline=PIPELINE,
     peak=0.05,
+    threads=0,
 ):
     """Train on noise; return the state, and (plan, rates, metrics) of each round.
 
@@ -46,7 +47,7 @@ def train(
     data = to_devices(tiny_data(), mesh, SAME)
     if mesh and strategy.step:
         data = place_blocks(tiny_data(), mesh)
-    run = make_round(strategy, pipeline, KEY, axis=axis, mesh=mesh)
+    run = make_round(strategy, pipeline, KEY, axis=axis, mesh=mesh, threads=threads)
     state, log = store.init(KEY), []
     for number in range(rounds):
         plan = plan_round(

@@ -35,6 +35,7 @@ BOOKKEEPING = (
     "checkpoint_every",
     "keep_checkpoints",
     "client_axis",
+    "loop_threads",
     "plugin",
 )
 
@@ -246,6 +247,12 @@ class RunConfig(Section):
         "auto is loop on CPU and vmap elsewhere",
         one_of("auto", *CLIENT_AXES),
     ] = "auto"
+    loop_threads: Annotated[
+        int,
+        "clients and servers that the loop runs at the same time, which needs memory "
+        "for each and changes no result; 0 is one for each core, at most 8 [ours]",
+        at_least(0),
+    ] = 0
     model_seed: Annotated[
         int,
         "seed of the initial weights; --seed sets all three seeds",

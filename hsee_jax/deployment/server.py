@@ -5,6 +5,7 @@ turn takes the client's half from a `Mailbox` instead of computing it.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,6 @@ from hsee_jax.engine.loop import loop_round
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import Floats, RoundProgress, due_after
 from hsee_jax.engine.turns import Inputs, Log, Turns
-from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.strategy import Served
 from hsee_jax.link.codecs import Message
@@ -85,22 +85,20 @@ def over_network(
     return experiment._replace(round_fn=run, evaluate_fn=evaluate)
 
 
-class RemoteTurns:
+class RemoteTurns(Turns):
     """Takes the steps of a round with what arrives from devices; see `Steps`."""
 
     def __init__(
         self, experiment: Experiment, mailbox: Mailbox, serve: Serve, inputs: Inputs
     ) -> None:
         """Prepare a round."""
-        self._mailbox, self._serve, self._inputs = mailbox, serve, inputs
         strategy, federation = experiment.strategy, experiment.federation
+        super().__init__(strategy, inputs)
+        self._mailbox, self._serve = mailbox, serve
         self._waits = strategy.waits
         self._messages = [
             message_of(federation, group) for group in range(len(federation.groups))
         ]
-        self._turns = Turns(
-            strategy, lambda group: partial(self._turn, group=group), set(), inputs
-        )
         self._slots = {
             int(i): n
             for n, i in enumerate(inputs.plan.ids)
@@ -109,55 +107,46 @@ class RemoteTurns:
         self._late: set[int] = set()
         self._layers: dict[int, Tensors] = {}
 
-    def load(self, state: RunState) -> None:
-        """See `Steps`."""
-        self._turns.load(state)
-
     def store(self) -> RunState:
         """Return the state, with the layers that devices sent."""
         for n, tensors in self._layers.items():
             if not tensors:
                 continue
-            own = self._turns.clients[n]
+            own = self.clients[n]
             leaves = named(own, "client") | tensors
-            self._turns.clients[n] = tree_from(leaves, own, "client")
-        return self._turns.store()
+            self.clients[n] = tree_from(leaves, own, "client")
+        return super().store()
 
     def take(self, t: int) -> Log:
         """See `Steps`; after the last step, wait for the end of all clients' rounds."""
-        log = self._turns.take(t)
-        return log if t + 1 < len(self._inputs.plan.order) else log + self._finish()
+        log = super().take(t)
+        return log if t + 1 < len(self.inputs.plan.order) else log + self._finish()
 
     def late(self) -> tuple[int, ...]:
         """See `Steps`."""
         return tuple(sorted(self._late))
 
-    def _turn(
-        self,
-        client: Branch,
-        server: Branch,
-        data: Dataset,
-        rows: tuple[Any, Any],
-        who: Any,
-        step: Any,
-        rate: Any,
-        *,
-        group: int,
-    ) -> tuple[Branch, Branch, ExitMetrics]:
-        del data
-        i, t, mask = int(who), int(step) - self._inputs.first, rows[1]
-        tensors = self._mailbox.take(i, t)
+    def start(self, step: int, n: int) -> Future[ExitMetrics]:
+        """Take the turn of slot ``n``, with what arrives from its device."""
+        done: Future[ExitMetrics] = Future()
+        done.set_result(self._turn(step, n))
+        return done
+
+    def _turn(self, step: int, n: int) -> ExitMetrics:
+        plan, group, s = self.inputs.plan, self.groups[n], self.server_of(n)
+        i, mask, rate = int(plan.ids[n]), plan.mask[step, n], self.inputs.rates[step]
+        tensors = self._mailbox.take(i, step)
         if tensors is None:
-            self._late.add(self._slots[i])
-            return client, server, _NOTHING
+            self._late.add(n)
+            return _NOTHING
         batch = _batch(tensors, self._messages[group], mask)
-        served = self._serve(server, batch, rate, group=group)
+        served = self._serve(self.servers[s], batch, rate, group=group)
+        self.servers[s] = served.server
         if self._waits:
             count, reply = int(mask.sum()), tensors_of(served.reply)
             own = {name: np.asarray(leaf)[:count] for name, leaf in reply.items()}
-            self._mailbox.answer(i, t, own)
-        metrics = ExitMetrics(_NO_ROWS, served.metrics, served.link)
-        return client, served.server, metrics
+            self._mailbox.answer(i, step, own)
+        return ExitMetrics(_NO_ROWS, served.metrics, served.link)
 
     def _finish(self) -> Log:
         """Return the metrics of the exits, and keep the layers that arrived."""

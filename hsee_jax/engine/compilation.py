@@ -31,6 +31,7 @@ def make_round(
     axis: str = "auto",
     mesh: Mesh | None = None,
     programs: Programs | None = None,
+    threads: int = 0,
 ) -> RoundFn:
     """Compile the rounds of a strategy, once for each cut.
 
@@ -43,9 +44,11 @@ def make_round(
       mesh: the mesh of the strategy's federation; ``loop`` does not use it.
       programs: compiled turns of other rounds with the same algorithm, network and
         arguments, to use and to add to; only ``loop`` uses them.
+      threads: the number of turns that ``loop`` takes at the same time; 0 for one for
+        each core, at most 8. Results do not depend on it.
     """
     if client_axis(axis, backend_of(mesh)) == "loop":
-        return make_loop_round(strategy, pipeline, key, programs)
+        return make_loop_round(strategy, pipeline, key, programs, threads)
     return make_scan_round(strategy, pipeline, key, mesh)
 
 

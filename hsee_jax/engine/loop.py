@@ -8,6 +8,7 @@ import numpy as np
 
 from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine.compiled_turns import by_turns
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import (
     Floats,
@@ -19,7 +20,8 @@ from hsee_jax.engine.round import (
     due_after,
     nothing_done,
 )
-from hsee_jax.engine.turns import Begin, Inputs, Log, all_at_once, by_turns
+from hsee_jax.engine.streams import Streams, num_threads
+from hsee_jax.engine.turns import Begin, Inputs, Log, all_at_once
 from hsee_jax.federation.aggregation import newest
 from hsee_jax.federation.state import Means, RunState, split_stacks, stack_sizes
 from hsee_jax.federation.strategy import Strategy
@@ -30,6 +32,7 @@ def make_loop_round(
     pipeline: InputPipeline,
     key: Key,
     programs: Programs | None = None,
+    threads: int = 0,
 ) -> RoundFn:
     """Compile the loop, see `hsee_jax.engine.make_round`."""
     pipeline = pipeline._replace(copies=strategy.copies)
@@ -37,7 +40,8 @@ def make_loop_round(
         start = all_at_once(strategy, pipeline, key)
     else:
         known = {} if programs is None or not strategy.turn_kinds else programs
-        start = by_turns(strategy, pipeline, key, known)
+        streams = Streams(num_threads(threads))
+        start = by_turns(strategy, pipeline, key, known, streams)
 
     run = loop_round(strategy, start)
 

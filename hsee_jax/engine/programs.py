@@ -34,11 +34,12 @@ def restack(
     return filled
 
 
-def compile_together(programs: Iterable[jax.stages.Lowered]) -> None:
-    """Compile lowered calls of jitted functions, which keep what is compiled.
+def compile_together(
+    programs: Iterable[jax.stages.Lowered],
+) -> list[jax.stages.Compiled]:
+    """Compile lowered calls of jitted functions.
 
     XLA does not hold the interpreter, so a program compiles while the next is traced.
     """
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(program.compile) for program in programs]:
-            done.result()
+        return [p.result() for p in [pool.submit(p.compile) for p in programs]]

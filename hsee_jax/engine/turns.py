@@ -1,6 +1,7 @@
 """The steps of a round on the host: turn by turn, or those of all clients at once."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -11,9 +12,8 @@ import numpy as np
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
-from hsee_jax.engine.programs import compile_together, restack, unstack
-from hsee_jax.engine.round import Floats, Programs, step_key, turn_sequence
-from hsee_jax.federation.branch import Branch
+from hsee_jax.engine.programs import restack, unstack
+from hsee_jax.engine.round import Floats, step_key, turn_sequence
 from hsee_jax.federation.state import RunState, positions, split_stacks
 from hsee_jax.federation.strategy import Strategy
 
@@ -49,133 +49,83 @@ class Inputs(NamedTuple):
 Begin = Callable[[Inputs], Steps]
 
 
-def by_turns(
-    strategy: Strategy, pipeline: InputPipeline, key: Key, programs: Programs
-) -> Begin:
-    """Compile a turn, and make steps that take the turns of all clients one by one."""
-
-    def turn(
-        client: Branch,
-        server: Branch,
-        data: Dataset,
-        rows: tuple[Array, Array],
-        who: Array,
-        step: Array,
-        rate: Array,
-        *,
-        group: int,
-    ) -> tuple[Branch, Branch, ExitMetrics]:
-        assert strategy.turn is not None
-        batch = pipeline.training(step_key(key, who, step), data, *rows, who)
-        return strategy.turn(client, server, batch, rate, group=group)
-
-    new: set[Callable] = set()
-
-    def turn_of(group: int) -> Callable:
-        kind = strategy.turn_kinds[group] if strategy.turn_kinds else group
-        if kind not in programs:
-            programs[kind] = jax.jit(partial(turn, group=group), donate_argnums=(0, 1))
-            new.add(programs[kind])
-        return programs[kind]
-
-    return partial(Turns, strategy, turn_of, new)
-
-
 class Turns:
     """Takes steps turn by turn, with every client and every server by itself.
 
+    A subclass says what a turn is, see `start`.
+
     Attributes:
       clients: the client in each slot, once a state is loaded.
+      servers: the server of each slot, or the shared server alone.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        turn_of: Callable[[int], Callable],
-        new: set[Any],
-        inputs: Inputs,
-    ) -> None:
-        """Prepare a round.
-
-        Args:
-          strategy: the algorithm.
-          turn_of: returns what takes a turn of a group's client: a function of the
-            client, its server, the data, its rows and their mask, its id, the step in
-            the run and the learning rate.
-          new: the functions that have yet to be compiled; the round takes them out.
-          inputs: of the round.
-        """
-        self._strategy, self._new, self._inputs = strategy, new, inputs
-        self._turn_of: list[Any] = [
-            turn_of(group) for group in positions(inputs.sizes)[0]
-        ]
+    def __init__(self, strategy: Strategy, inputs: Inputs) -> None:
+        """Prepare a round."""
+        self.inputs, self._strategy = inputs, strategy
+        self.groups = positions(inputs.sizes)[0]  # of each slot
         sequence = turn_sequence(strategy, inputs.plan.order)
         self._sequence = list(zip(*sequence, strict=True))
 
     def load(self, state: RunState) -> None:
         """See `Steps`."""
-        self._state, sizes = state, self._inputs.sizes
+        self._state, sizes = state, self.inputs.sizes
         if self._strategy.shared:
             self.clients = unstack(state.clients, sizes)
-            self._servers = list(state.servers)
+            self.servers = list(state.servers)
         else:
             pairs = unstack(zip(state.clients, state.servers, strict=True), sizes)
             self.clients = [client for client, _ in pairs]
-            self._servers = [server for _, server in pairs]
-        self._compile()
+            self.servers = [server for _, server in pairs]
 
     def store(self) -> RunState:
         """See `Steps`."""
-        state, sizes = self._state, self._inputs.sizes
+        state, sizes = self._state, self.inputs.sizes
         if self._strategy.shared:
             stacks = restack(state.clients, sizes, self.clients)
-            return state.replace(clients=tuple(stacks), servers=tuple(self._servers))
+            return state.replace(clients=tuple(stacks), servers=tuple(self.servers))
         pairs = restack(
             zip(state.clients, state.servers, strict=True),
             sizes,
-            zip(self.clients, self._servers, strict=True),
+            zip(self.clients, self.servers, strict=True),
         )
         clients, servers = zip(*pairs, strict=True)
         return state.replace(clients=clients, servers=servers)
 
     def take(self, t: int) -> Log:
         """See `Steps`."""
-        inputs, log = self._inputs, []
-        plan, turns = inputs.plan, inputs.plan.order.shape[1]
-        for step, n in self._sequence[t * turns : (t + 1) * turns]:
-            if not plan.mask[step, n].any():
-                continue
-            s = 0 if self._strategy.shared else n
-            self.clients[n], self._servers[s], metrics = self._turn_of[n](
-                *self._arguments(step, n)
-            )
-            log.append((n, metrics))
-        return log
+        plan, turns = self.inputs.plan, self.inputs.plan.order.shape[1]
+        started = [
+            (n, self.start(step, n))
+            for step, n in self._sequence[t * turns : (t + 1) * turns]
+            if plan.mask[step, n].any()
+        ]
+        return [(n, turn.result()) for n, turn in started]
 
     def late(self) -> tuple[int, ...]:
         """See `Steps`; every client of a simulation is in time."""
         return ()
 
-    def _arguments(self, step: int, n: int) -> tuple[Any, ...]:
-        """Return what the turn of slot ``n`` takes."""
-        inputs, plan = self._inputs, self._inputs.plan
+    def start(self, step: int, n: int) -> Future[ExitMetrics]:
+        """Start the turn of slot ``n``, after the earlier turns with its server."""
+        raise NotImplementedError
+
+    def server_of(self, n: int) -> int:
+        """Return where in ``servers`` the server of slot ``n`` is."""
+        return 0 if self._strategy.shared else n
+
+    def first_slots(self) -> dict[int, int]:
+        """Return the first slot of each group with a client that takes part."""
+        active = np.flatnonzero(self.inputs.plan.active).tolist()
+        return {self.groups[n]: n for n in reversed(active)}
+
+    def batch_of(self, step: int, n: int) -> tuple[Any, ...]:
+        """Return data, rows and their mask, the client's id and the step in the run."""
+        inputs, plan = self.inputs, self.inputs.plan
         return (
-            self.clients[n],
-            self._servers[0 if self._strategy.shared else n],
             inputs.data,
             (plan.indices[step, n], plan.mask[step, n]),
             plan.ids[n],
             np.int32(inputs.first + step),
-            inputs.rates[step],
-        )
-
-    def _compile(self) -> None:
-        """Compile the turns of all groups at once, before the first is taken."""
-        active = np.flatnonzero(self._inputs.plan.active).tolist()
-        slots = {self._turn_of[n]: n for n in active if self._turn_of[n] in self._new}
-        self._new.difference_update(slots)
-        compile_together(
-            turn.lower(*self._arguments(0, n)) for turn, n in slots.items()
         )
 
 

@@ -28,11 +28,18 @@ def make_compilers(
     axis: str,
     mesh: Mesh | None,
     eval_batch_size: int,
+    threads: int = 0,
 ) -> Compilers:
     """Make the compilers, see `make_round` and `make_evaluation` for the arguments."""
     return Compilers(
         partial(
-            make_round, pipeline=pipeline, key=key, axis=axis, mesh=mesh, programs={}
+            make_round,
+            pipeline=pipeline,
+            key=key,
+            axis=axis,
+            mesh=mesh,
+            programs={},
+            threads=threads,
         ),
         partial(
             make_evaluation,
