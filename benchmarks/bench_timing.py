@@ -187,6 +187,7 @@ def _experiment(
         num_clients=size.clients,
         cuts=cuts[: size.clients],
         strategy=strategy,
+        loop_threads=1,  # one turn after another: busy seconds are then wall seconds
         batch_size=size.batch_size,
         rounds=1000,
         schedule="constant",
