@@ -8,9 +8,9 @@ Run `hsee tune` before, for the width and the batch size; a row says whether thi
 machine has tuned forms.
 A row also says whether the machine was idle: whether other processes kept at most 0.5
 of its cores busy meanwhile.
-Expected: on two idle CPU cores, untuned, 1.7 to 1.9 times eager PyTorch at width 8, 1.35
-times at width 16, and 0.5 to 0.7 times at width 64. On one H100 at least 3 times at
-width 64.
+Expected: on two idle CPU cores, untuned, 1.7 to 1.9 times eager PyTorch at width 8,
+1.35 times at width 16, and 0.5 to 0.7 times at width 64. On one H100 at least 3 times
+at width 64.
 Cost: about 25 minutes on two CPU cores; --compile adds minutes.
 Command: python benchmarks/bench_round.py [--sizes w8-b8-n32 ...]
 """
@@ -31,6 +31,7 @@ import numpy.typing as npt
 from federations import STRATEGIES, Runner, federation
 
 from hsee_jax.config import override
+from hsee_jax.engine.streams import num_threads
 from hsee_jax.runs.build import build_model
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.forms import read_forms
@@ -168,6 +169,7 @@ def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.
         "GFLOP per image": flops / 1e9,
         "peak TFLOP/s": peak / 1e12,
         "tuned": bool(read_forms()),
+        "turns at once": num_threads(0) if jax.default_backend() == "cpu" else None,
         "cores busy elsewhere": elsewhere,
         "idle": bench.say_idle(elsewhere),
     }

@@ -91,7 +91,8 @@ SECTIONS = (
         "agree before anything is timed. In a size, w is the width of the network, b "
         "the batch size and n the number of clients. A ratio above 1 means that "
         "hsee_jax is faster; its range is that of the single turns. Tuned rows were "
-        "timed after `hsee tune`. A machine counts as idle if other processes kept at "
+        "timed after `hsee tune`. On a CPU the loop takes several turns at once; older "
+        "rows were timed with one. A machine counts as idle if other processes kept at "
         "most 0.5 of its cores busy meanwhile.",
         (
             Part(
@@ -99,6 +100,7 @@ SECTIONS = (
                 {
                     **_SIZE,
                     "tuned": lambda row: "yes" if row.get("tuned") else "no",
+                    "turns at once": value("turns at once"),
                     "hsee images/s": both("hsee images/s", "hsee range"),
                     "PyTorch images/s": both("PyTorch images/s", "PyTorch range"),
                     "ratio": both("ratio", "ratio range"),
