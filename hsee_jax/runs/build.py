@@ -161,9 +161,7 @@ def assemble(
     placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
     if train is not None:
         placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    compilers = make_compilers(
-        pipeline, key, axis, mesh, eval_batch_size, config.run.loop_threads
-    )
+    compilers = make_compilers(config.run, pipeline, key, axis, mesh, eval_batch_size)
     return Experiment(
         config=config,
         info=info,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from hsee_jax.config.schema import RunConfig
 from hsee_jax.core.types import Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.compilation import make_round
@@ -23,12 +24,12 @@ class Compilers(NamedTuple):
 
 
 def make_compilers(
+    options: RunConfig,
     pipeline: InputPipeline,
     key: Key,
     axis: str,
     mesh: Mesh | None,
     eval_batch_size: int,
-    threads: int = 0,
 ) -> Compilers:
     """Make the compilers, see `make_round` and `make_evaluation` for the arguments."""
     return Compilers(
@@ -39,7 +40,7 @@ def make_compilers(
             axis=axis,
             mesh=mesh,
             programs={},
-            threads=threads,
+            threads=options.loop_threads,
         ),
         partial(
             make_evaluation,
