@@ -93,10 +93,8 @@ def test_an_error_in_a_queue_reaches_the_caller():
 
 def test_the_number_of_threads(monkeypatch):
     assert num_threads(3) == 3
-    for cores, threads in ((1, 1), (4, 4), (64, 8)):
-        monkeypatch.setattr(
-            streams.os, "sched_getaffinity", lambda _, n=cores: set(range(n))
-        )
+    for count, threads in ((1, 1), (4, 4), (64, 8)):
+        monkeypatch.setattr(streams, "cores", lambda count=count: list(range(count)))
         assert num_threads(0) == threads
 
 

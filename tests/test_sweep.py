@@ -15,7 +15,7 @@ from test_studies import STUDY, result, summary
 
 import hsee_jax
 from hsee_jax import cli, studies
-from hsee_jax.studies.train import cores
+from hsee_jax.parallel.cores import cores
 
 SHORT = ("rounds = 3", "rounds = 1")
 

@@ -22,6 +22,7 @@ from hsee_jax.deployment.remote_evaluation import RemoteEvaluation
 from hsee_jax.engine.loop import loop_round
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import Floats, RoundProgress, due_after
+from hsee_jax.engine.streams import Streams
 from hsee_jax.engine.turns import Inputs, Log, Turns
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.strategy import Served
@@ -94,7 +95,7 @@ class RemoteTurns(Turns):
         """Prepare a round."""
         strategy, federation = experiment.strategy, experiment.federation
         super().__init__(strategy, inputs)
-        self._mailbox, self._serve = mailbox, serve
+        self._mailbox, self._serve, self._here = mailbox, serve, Streams(1)
         self._waits = strategy.waits
         self._messages = [
             message_of(federation, group) for group in range(len(federation.groups))
@@ -128,9 +129,7 @@ class RemoteTurns(Turns):
 
     def start(self, step: int, n: int) -> Future[ExitMetrics]:
         """Take the turn of slot ``n``, with what arrives from its device."""
-        done: Future[ExitMetrics] = Future()
-        done.set_result(self._turn(step, n))
-        return done
+        return self._here.submit(0, self._turn, step, n)
 
     def _turn(self, step: int, n: int) -> ExitMetrics:
         plan, group, s = self.inputs.plan, self.groups[n], self.server_of(n)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.data.pipeline import InputPipeline
@@ -65,19 +66,35 @@ class _Compiled(Turns):
         super().__init__(strategy, inputs)
         self._pipeline, self._key = pipeline, key
         self._programs, self._streams = programs, streams
-        self._shapes = tuple((leaf.shape, leaf.dtype) for leaf in inputs.data)
+        rows = inputs.plan.indices.shape[-1]
+        self._shapes = rows, *((leaf.shape, leaf.dtype) for leaf in inputs.data)
 
     def load(self, state: RunState) -> None:
         """See `Steps`; compile the programs of all groups at once."""
         super().load(state)
         new = [
             (g, n)
-            for g, n in self.first_slots().items()
+            for g, n in self._first_slots().items()
             if self._name(self.parts[0], g) not in self._programs
         ]
         names = [self._name(part, g) for g, _ in new for part in self.parts]
         compiled = compile_together(p for g, n in new for p in self._lower(g, n))
         self._programs.update(zip(names, compiled, strict=True))
+
+    def _first_slots(self) -> dict[int, int]:
+        """Return the first slot of each group with a client that takes part."""
+        active = np.flatnonzero(self.inputs.plan.active).tolist()
+        return {self.groups[n]: n for n in reversed(active)}
+
+    def _batch_arguments(self, step: int, n: int) -> tuple[Any, ...]:
+        """Return data, rows and their mask, the client's id and the step in the run."""
+        inputs, plan = self.inputs, self.inputs.plan
+        return (
+            inputs.data,
+            (plan.indices[step, n], plan.mask[step, n]),
+            plan.ids[n],
+            np.int32(inputs.first + step),
+        )
 
     def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         """Lower the programs of a group, for the arguments of slot ``n``."""
@@ -116,7 +133,7 @@ class _Whole(_Compiled):
 
     def _arguments(self, step: int, n: int) -> tuple[Any, ...]:
         both = self.clients[n], self.servers[self.server_of(n)]
-        return *both, self.inputs.rates[step], *self.batch_of(step, n)
+        return *both, self.inputs.rates[step], *self._batch_arguments(step, n)
 
     def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         def turn(
@@ -140,8 +157,9 @@ class _Halves(_Compiled):
         return self._streams.submit(0, self._serve, step, n, sent)
 
     def _send(self, step: int, n: int) -> tuple[Batch, Metrics]:
-        self.clients[n], *sent = self._program("send", n)(*self._arguments(step, n))
-        return sent[0], sent[1]
+        program = self._program("send", n)
+        self.clients[n], batch, metrics = program(*self._arguments(step, n))
+        return batch, metrics
 
     def _serve(
         self, step: int, n: int, sent: Future[tuple[Batch, Metrics]]
@@ -154,7 +172,7 @@ class _Halves(_Compiled):
         return ExitMetrics(exit_metrics, metrics, link)
 
     def _arguments(self, step: int, n: int) -> tuple[Any, ...]:
-        return self.clients[n], self.inputs.rates[step], *self.batch_of(step, n)
+        return self.clients[n], self.inputs.rates[step], *self._batch_arguments(step, n)
 
     def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         halves = self._strategy.halves

@@ -1,22 +1,17 @@
 """Threads that call the programs of a loop on a CPU side by side."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from hsee_jax.parallel.cores import cores
 
 MOST = 8  # of the threads that a loop takes by itself: each holds a program's memory
 
 
 def num_threads(choice: int) -> int:
     """Return the number of threads, for 0 one for each core at hand, at most `MOST`."""
-    if choice:
-        return choice
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
-    return min(cores, MOST)
+    return choice or min(len(cores()), MOST)
 
 
 class Streams:

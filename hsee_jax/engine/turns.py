@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -112,21 +112,6 @@ class Turns:
     def server_of(self, n: int) -> int:
         """Return where in ``servers`` the server of slot ``n`` is."""
         return 0 if self._strategy.shared else n
-
-    def first_slots(self) -> dict[int, int]:
-        """Return the first slot of each group with a client that takes part."""
-        active = np.flatnonzero(self.inputs.plan.active).tolist()
-        return {self.groups[n]: n for n in reversed(active)}
-
-    def batch_of(self, step: int, n: int) -> tuple[Any, ...]:
-        """Return data, rows and their mask, the client's id and the step in the run."""
-        inputs, plan = self.inputs, self.inputs.plan
-        return (
-            inputs.data,
-            (plan.indices[step, n], plan.mask[step, n]),
-            plan.ids[n],
-            np.int32(inputs.first + step),
-        )
 
 
 def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from hsee_jax.config.plugins import load_plugins
 from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.parallel.cores import cores
 from hsee_jax.runs.folder import sole_writer
 from hsee_jax.studies.results import (
     Result,
@@ -22,7 +23,7 @@ from hsee_jax.studies.results import (
     result_of,
 )
 from hsee_jax.studies.study import Run
-from hsee_jax.studies.train import changes, cores, refusal, train_run
+from hsee_jax.studies.train import changes, refusal, train_run
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)  # by the parent, which stops the runs
 

@@ -1,11 +1,11 @@
 """Train one run of a study in its folder."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from hsee_jax.config.values import settings
 from hsee_jax.core.errors import DivergenceError, UserError
+from hsee_jax.parallel.cores import cores
 from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.train import train
 from hsee_jax.studies.results import Result
@@ -71,10 +71,3 @@ def refusal(run: Run, folder: Path, changed: tuple[str, ...]) -> UserError:
         f"out: {folder} holds a run of {run.row} with another {', '.join(changed)}; "
         "allowed is another folder, or --overwrite to replace the run"
     )
-
-
-def cores() -> list[int]:
-    """Return the numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
