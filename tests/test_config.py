@@ -107,6 +107,7 @@ def test_a_configuration_of_version_0_1_is_read():
             "labels",
             "plugin",
             "micro_batches",
+            "loop_threads",
             "aggregate",
             "trim_share",
             "recuts",
