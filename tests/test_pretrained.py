@@ -415,6 +415,15 @@ def test_other_files_and_networks_are_refused(file_of, tmp_path):
         load_pretrained(perceptron, file_of("vit"))
 
 
+def test_weights_of_a_file_and_gates_exclude_each_other(file_of):
+    """Gates added to a loaded network would start from other weights."""
+    model, path = network("resnet18", RESNET), file_of("resnet18")
+    with pytest.raises(UserError, match="pretrained: a network with gates"):
+        load_pretrained(hs.nn.with_gates(model), path)
+    with pytest.raises(UserError, match="start from random weights"):
+        hs.nn.with_gates(load_pretrained(model, path))
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_a_file(tmp_path, file_of, capsys):
     """All clients and servers hold its weights; no other command needs the file."""

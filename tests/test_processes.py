@@ -5,15 +5,17 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from tiny import TINY
 
 from hsee_jax import runs
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
-from hsee_jax.parallel.processes import join
+from hsee_jax.parallel.processes import in_first, join
 
 CODE = """
 import sys
@@ -123,3 +125,21 @@ def test_all_processes_refuse_a_folder_that_is_taken(tmp_path, request):
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         join(*arguments)
+
+
+@pytest.mark.parametrize("error", [UserError("run: no"), OSError("no space left")])
+def test_an_error_in_the_first_process_ends_the_others(error, monkeypatch):
+    sent = []
+
+    def act():
+        raise error
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", sent.append)
+    with pytest.raises(type(error), match=str(error)):
+        in_first(act)
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: sent[0])
+    with pytest.raises(UserError, match="the first process says why"):
+        in_first(pytest.fail)

@@ -60,12 +60,12 @@ def with_gates(model: Model) -> Model:
     """Return the network with gates in its layers; the dense pass stays the same.
 
     Raises:
-      UserError: the network has no layers with gates.
+      UserError: the network has no layers with gates, or has the weights of a file.
     """
     if not model.gated_stages:
         raise UserError(
             "network: it has no channel gates; allowed are networks with gates, such "
-            "as resnet18 with norm batch"
+            "as resnet18 with norm batch, that start from random weights"
         )
     return model._replace(stages=model.gated_stages)
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Key, PyTree, Stage, Variables
+from hsee_jax.nn.gates import has_gates
 from hsee_jax.nn.model import Model, layer_inputs
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def load_pretrained(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Raises:
       UserError: the file cannot be read, lacks a name, has a name that the network
-        lacks, or has another shape; or the network has no names in torchvision or timm.
+        lacks, or has another shape; or the network has gates, or no names in
+        torchvision or timm.
     """
     return with_weights(model, _read(path), str(path))
 
@@ -75,6 +77,11 @@ def with_weights(model: Model, tensors: Tensors, source: str = "the weights") ->
     Raises:
       UserError: see `load_pretrained`.
     """
+    if has_gates(model):
+        raise UserError(
+            "pretrained: a network with gates is not allowed; allowed are networks "
+            "without"
+        )
     tensors = {n: t for n, t in tensors.items() if not n.endswith(_COUNTER)}
     shapes = _shapes(model)
     places = _places(model, shapes, tensors)
@@ -97,7 +104,7 @@ def with_weights(model: Model, tensors: Tensors, source: str = "the weights") ->
             _check_shape(array, part[path].shape, where[path], source)
     stages = (*model.stages, model.final_head)
     *layers, head = (_start_at(s, a) for s, a in zip(stages, given, strict=True))
-    return model._replace(stages=tuple(layers), final_head=head)
+    return model._replace(stages=tuple(layers), final_head=head, gated_stages=())
 
 
 def _read(path: str | os.PathLike[str]) -> Tensors:

@@ -107,17 +107,18 @@ def in_first(act: Callable[[], None]) -> None:
     """Call ``act`` in the first process, and let the other processes wait for it.
 
     Raises:
-      UserError: ``act`` raised it; then every process raises.
+      Exception: ``act`` raised it in this process.
+      UserError: this is another process, and ``act`` raised an error in the first.
     """
-    refusal = None
+    failure = None
     if is_first():
         try:
             act()
-        except UserError as error:
-            refusal = error
+        except Exception as error:  # of any kind: the others must not wait for ever
+            failure = error
     if jax.process_count() > 1:
-        refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
-        if refused and refusal is None:
-            refusal = UserError("run: the first process says why it cannot start")
-    if refusal is not None:
-        raise refusal
+        failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
+        if failed and failure is None:
+            failure = UserError("run: the first process says why it cannot go on")
+    if failure is not None:
+        raise failure
