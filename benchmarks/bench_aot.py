@@ -87,19 +87,20 @@ def figures(compiled: Compiled, program: Program) -> bench.Row:
 
     XLA's FLOPs and bytes count the body of every loop once: the loop over the steps,
     and in ``sequential`` and with the client axis ``map`` the loop over the clients.
+    For a GPU that is not there XLA counts neither.
     """
     chip, memory = CHIPS[program.chip], cast(Any, compiled.memory_analysis())
-    costs = cast(Any, compiled.cost_analysis())
+    costs: Any = compiled.cost_analysis()
     found = program_cost(compiled.as_text() or "")
     row = {
         "state GB": memory.argument_size_in_bytes / 1e9,
         "peak GB": memory.peak_memory_in_bytes / 1e9,
-        "GFLOP": costs["flops"] / 1e9,
-        "GB": costs["bytes accessed"] / 1e9,
         "collectives of a step": _collectives(found.step),
         "collectives of a round": _collectives(found.rest),
         "link ms": found.step.link_bytes(program.count) / chip.link * 1e3,
     }
+    if costs:
+        row |= {"GFLOP": costs["flops"] / 1e9, "GB": costs["bytes accessed"] / 1e9}
     if chip.clock:
         row["step ms"] = found.step.cycles / chip.clock * 1e3
         row["average ms"] = found.rest.cycles / chip.clock * 1e3
@@ -138,8 +139,10 @@ def compared(rows: Sequence[bench.Row]) -> list[bench.Row]:
 
 def _comparison(row: bench.Row, plain: bench.Row) -> bench.Row:
     chip, share = CHIPS[row["chip"]], row["clients"] / row["count"]
-    found = {"FLOPs ms": share * plain["GFLOP"] * 1e9 / chip.flops * 1e3}
-    if row["strategy"] != "sequential" and row["axis"] == "vmap":
+    found = {}
+    if "GFLOP" in plain:
+        found["FLOPs ms"] = share * plain["GFLOP"] * 1e9 / chip.flops * 1e3
+    if "GB" in row and row["strategy"] != "sequential" and row["axis"] == "vmap":
         found["bytes ms"] = row["GB"] * 1e9 / chip.bandwidth * 1e3
     if "step ms" in row:
         found["cost in plain networks"] = row["step ms"] / (share * plain["step ms"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,6 +123,41 @@ def test_rows_are_written_at_once_and_compiled_only_once(monkeypatch, tmp_path, 
     assert rows[0]["link share"] == pytest.approx(0.1)
     assert plain["cost in plain networks"] == 1.0
     assert names[1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("chip", "costs"), [("h100", None), ("v5e", {"flops": 4e9, "bytes accessed": 6e9})]
+)
+def test_only_what_xla_counts_is_in_a_row(chip, costs):
+    """For a GPU that is not there it counts neither work nor cycles."""
+
+    class Compiled:
+        def memory_analysis(self):
+            sizes = dict(argument_size_in_bytes=2e9, peak_memory_in_bytes=3e9)
+            return SimpleNamespace(**sizes)
+
+        def cost_analysis(self):
+            return costs
+
+        def as_text(self):
+            return TEXT
+
+    def row(strategy, count):
+        program = aot_programs.Program(chip, count, strategy, count)
+        return program._asdict() | bench_aot.figures(Compiled(), program)
+
+    plain, averaging = bench_aot.compared([row("plain", 1), row("averaging", 4)])
+    assert averaging["peak GB"] == 3
+    assert averaging["link ms"] > 0
+    counted = {
+        "GFLOP",
+        "GB",
+        "step ms",
+        "FLOPs ms",
+        "bytes ms",
+        "cost in plain networks",
+    }
+    assert counted & averaging.keys() == (counted if costs else set())
 
 
 def test_chips_without_a_compiler_are_left_out(monkeypatch, tmp_path, capsys):
