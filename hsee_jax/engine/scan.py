@@ -128,7 +128,8 @@ def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> W
         carry = _average_if(strategy, due, carry, groups)
         rounds = carry.state.round + finished.astype(jnp.int32)
         return Carry(
-            carry.state.replace(round=rounds),
+            # Else XLA for GPU gathers all clients on each device at an average.
+            constrain(carry.state.replace(round=rounds), mesh, layout(strategy)),
             constrain(carry.means, mesh, SAME),
             constrain(carry.totals, mesh, each),
         )

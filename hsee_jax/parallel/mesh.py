@@ -77,11 +77,18 @@ def over_clients(
     return on_devices(each(fn, tuple(in_axes)), mesh, tuple(specs), SPREAD)
 
 
-def constrain(tree: PyTree, mesh: Mesh | None, spec: P) -> PyTree:
-    """Constrain the sharding of a value inside a compiled function."""
+def constrain(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
+    """Constrain the sharding of a value inside a compiled function.
+
+    Args:
+      tree: the value.
+      mesh: the devices; None for the default device.
+      specs: a `PartitionSpec`, or a tree of them that is a prefix of ``tree``.
+    """
     if mesh is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
