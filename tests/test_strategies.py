@@ -114,7 +114,7 @@ CLIENTS = AVERAGING | {"average": "clients"}
     ("turn", "participation"),
     [
         ("batch", 0.6),
-        ("epoch", 1.0),
+        pytest.param("epoch", 1.0, marks=pytest.mark.slow),
         pytest.param("batch", 1.0, marks=pytest.mark.slow),
     ],
 )

@@ -410,7 +410,7 @@ CUTS = {0: 1, 1: 2, 2: 1, 3: 2}
 @pytest.mark.parametrize(
     ("make", "axis"),
     [
-        (sequential, "vmap"),
+        slow(sequential, "vmap"),
         (averaging, "loop"),
         slow(sequential, "loop"),
         slow(averaging, "vmap"),
