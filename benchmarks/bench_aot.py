@@ -5,8 +5,9 @@ strategies needs on TPU v5e and v6e and on the H100, beside plain networks and t
 Nothing runs. A time is the sum of the cycles that XLA for TPU notes in the program (for
 a GPU it notes none), and bytes over the links are those of a ring of the chips. Trust
 orders, and factors above 1.5.
-Cost: 1 to 5 minutes a row on two CPU cores; each row in a process of its own, and
-written at once. Rows that are in the file are not compiled again.
+Cost: on two CPU cores half a minute to two minutes a row for the H100, two to ten for
+TPUs; each row in a process of its own, and written at once. Rows that are in the file
+are not compiled again.
 Command: python benchmarks/bench_aot.py [ROWS ...], where a row is a name that --list
 prints. TPUs need jax 0.10.2 with `pip install 'libtpu==0.0.42.*'`, the H100 needs
 `pip install 'jax[cuda12]==0.10.2'`; rows of other chips are left out.

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import NamedSharding
 
 from hsee_jax.core.types import Key, PyTree
 from hsee_jax.engine.plan import take_seats
@@ -18,6 +17,7 @@ from hsee_jax.engine.round import layout
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import Means, RunState, split_stacks
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.parallel.mesh import shardings
 
 Ids = npt.NDArray[np.int32]  # [N]: the client in each slot of a round, or EMPTY
 
@@ -124,4 +124,4 @@ def state_shardings(federation: Federation, strategy: Strategy) -> PyTree | None
     mesh = federation.mesh
     if mesh is None:
         return None
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout(strategy))
+    return shardings(mesh, layout(strategy))

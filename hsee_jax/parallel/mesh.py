@@ -87,8 +87,12 @@ def constrain(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
     """
     if mesh is None:
         return tree
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.lax.with_sharding_constraint(tree, shardings)
+    return jax.lax.with_sharding_constraint(tree, shardings(mesh, specs))
+
+
+def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
+    """Return the shardings over a mesh for a tree of `PartitionSpec`s."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def to_devices(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
