@@ -3,14 +3,16 @@
 Shows: the fastest form of `hsee_jax.nn.convolution` for one set of weights and for
 weights stacked over clients, at the convolutions of ResNet-18 on images of 32 pixels
 (width 64 with batches of 32, width 16 with batches of 8), and the cost of a scan for
-the gradient of the weights. The rows with the ``setting`` single are evidence for the
-table in `hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
+the gradient of the weights, and how many bytes of tiles `winograd` should take at once.
+The rows with the ``setting`` single are evidence for the table in
+`hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
 
-Expected on CPU: which form is fastest depends on the processor; from 256 channels up
+Expected on CPU: which form is fastest depends on the processor; from 64 channels up
 winograd is not slower than grouped; grouped is slowest by far on stacks; the native
-gradient of the weights is many times slower in a scan than in a loop.
+gradient of the weights is many times slower in a scan than in a loop; 4 or 8 MiB of
+tiles at once take half the time of all tiles together or less, at 64 and 128 channels.
 
-Cost: about 3 minutes on two CPU cores. Command::
+Cost: about 5 minutes on two CPU cores. Command::
 
     python benchmarks/bench_conv.py
 """
@@ -29,6 +31,8 @@ from jax import lax
 
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution import convolution
+from hsee_jax.nn.convolution_forms import Form, Geometry
+from hsee_jax.nn.winograd import TWO, winograd
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 PASSES = ("forward", "wrt_input", "wrt_weights")
@@ -36,6 +40,7 @@ FORMS = {
     "single": ("grouped", "patches", "winograd", "winograd4", "mixed"),
     "stacked": ("grouped", "unrolled", "patches", "winograd", "winograd4", "mixed"),
 }
+AT_ONCE = (1, 2, 4, 8, 16)  # MiB of tiles
 Shape = tuple[int, int, int, int, int]  # H = W, C, F, window, stride
 
 
@@ -159,8 +164,29 @@ def scanned(shape: Shape, batch: int, steps: int, repeats: int) -> list[bench.Ro
     return rows
 
 
+def at_once(shape: Shape, batch: int, repeats: int) -> list[bench.Row]:
+    """Time `winograd` by the MiB of tiles that it takes at once, and without a limit."""
+    size, _, _, window, stride = shape
+    x, w, dy = arrays(shape, batch)
+    pads = ((window // 2, window // 2),) * 2
+    geometry = Geometry((size, size), (window, window), (stride, stride), pads)
+    operands = {"forward": (x, w), "wrt_input": (dy, w), "wrt_weights": (x, dy)}
+    limits = {str(mib): mib * 2**20 for mib in AT_ONCE} | {"all": 2**62}
+    rows = []
+    for pass_ in Form._fields:
+
+        def call(limit: int, pass_: str = pass_) -> Callable[[], Any]:
+            run = getattr(winograd(TWO, limit), pass_)
+            return compiled(partial(run, geometry=geometry), *operands[pass_])
+
+        calls = {name: call(limit) for name, limit in limits.items()}
+        times = milliseconds(bench.time_in_turns(calls, repeats=repeats))
+        rows.append(row("at_once", shape, batch, pass_, **times))
+    return rows
+
+
 def main() -> None:
-    """Print three tables, and write their rows."""
+    """Print four tables, and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for a test")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
@@ -185,6 +211,17 @@ def main() -> None:
     width, image, batch = stacks[0]
     part = scanned((image // 2, 2 * width, 2 * width, 3, 1), batch, 4, repeats)
     print(f"\nmilliseconds, 4 batches\n\n{bench.table(part, ['form', 'loop', 'scan'])}")
+    rows += part
+    width, image, batch = nets[0]
+    part = [
+        entry
+        for group in range(4)
+        for entry in at_once(
+            (image >> group, width << group, width << group, 3, 1), batch, repeats
+        )
+    ]
+    head = ["image", "channels", "pass", *map(str, AT_ONCE), "all"]
+    print(f"\nmilliseconds, MiB of tiles at once\n\n{bench.table(part, head)}")
     print(f"\nwrote {bench.write('conv', rows + part, out=options.out)}")
 
 

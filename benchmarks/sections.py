@@ -400,6 +400,14 @@ SECTIONS = (
                 {**_CONVOLUTION, **_values("form", "loop", "scan")},
                 {"setting": "scanned"},
             ),
+            Part(
+                "`winograd` with one set of weights, by the MiB of tiles at once:",
+                {
+                    **_CONVOLUTION,
+                    **_values("pass", "1", "2", "4", "8", "16", "all"),
+                },
+                {"setting": "at_once"},
+            ),
         ),
         {"cpu": []},
     ),

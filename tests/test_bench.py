@@ -219,7 +219,8 @@ def test_conv_writes_its_file(tmp_path):
     result = run("bench_conv.py", "--quick", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     rows = written(tmp_path, "conv")
-    assert {row["setting"] for row in rows} == {"single", "stacked", "scanned"}
+    settings = {"single", "stacked", "scanned", "at_once"}
+    assert {row["setting"] for row in rows} == settings
     forms = [row for row in rows if row["setting"] == "stacked"]
     assert all(row["grouped"] > 0 and row["patches"] > 0 for row in forms)
 

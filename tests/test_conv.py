@@ -12,7 +12,9 @@ from jax.sharding import AxisType, PartitionSpec
 from hsee_jax.config.values import options
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import auto_form
+from hsee_jax.nn.convolution_forms import NATIVE, Geometry
 from hsee_jax.nn.resnet import resnet18
+from hsee_jax.nn.winograd import FOUR, TWO, winograd
 
 MODES = ("grouped", "unrolled", "patches", "winograd", "winograd4", "mixed")
 CLIENTS, BATCH = 3, 2
@@ -27,7 +29,7 @@ SHAPES = {
     "7x7/2": (11, 12, 3, 4, 7, 2, 3),
     "3x3 one pixel": (1, 2, 3, 4, 3, 1, 1),
 }
-WIDE = (5, 4, 256, 256, 3, 1, 1)  # `mixed` is Winograd
+WIDE = (5, 4, 64, 64, 3, 1, 1)  # `mixed` is Winograd
 
 
 def arrays(shape, dtype=jnp.float32, stack=CLIENTS):
@@ -87,6 +89,33 @@ def test_stacked_and_single_weights(mode, shape):
     tolerance = 5e-6 if mode == "winograd4" else 2e-6
     assert_close(together, expected, tolerance)
     assert_close(alone, [leaf[0] for leaf in expected], tolerance)
+
+
+@pytest.mark.parametrize("transforms", [TWO, FOUR], ids=["winograd", "winograd4"])
+@pytest.mark.parametrize("batch", [5, 6])
+def test_a_few_images_at_a_time(transforms, batch):
+    """Chunks of two images, with a blank one at the end of five."""
+    rng = np.random.default_rng(0)
+    geometry = Geometry((7, 6), (3, 3), (1, 1), ((1, 1), (2, 0)))
+    x = rng.standard_normal((batch, 7, 6, 3), np.float32)
+    w = rng.standard_normal((3, 3, 3, 4), np.float32)
+    dy = rng.standard_normal((batch, *geometry.output, 4), np.float32)
+    m = transforms.size
+    tiles = 4 * (m + 2) ** 2 * -(-7 // m) * -(-6 // m) * 4  # bytes of one image
+
+    def run(form):
+        return jax.jit(
+            lambda: (
+                form.forward(x, w, geometry),
+                form.wrt_input(dy, w, geometry),
+                form.wrt_weights(x, dy, geometry),
+            )
+        )
+
+    few = run(winograd(transforms, at_once=2 * tiles))
+    assert_close(few(), run(NATIVE)(), 5e-6)
+    loops = few.lower().as_text().count("stablehlo.while")
+    assert loops == 3 and not run(winograd(transforms)).lower().as_text().count("while")
 
 
 @pytest.mark.parametrize("mode", MODES)

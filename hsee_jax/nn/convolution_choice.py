@@ -120,7 +120,7 @@ def always(form: str) -> Choice:
 # benchmarks/bench_conv.py measured them on CPUs.
 _CPU = (
     (1, None, 1, ("patches", "patches", "patches")),
-    (3, 1, 256, ("winograd", "winograd", "winograd")),
+    (3, 1, 64, ("winograd", "winograd", "winograd")),
     (3, 2, 16, ("grouped", "grouped", "patches")),
 )
 

@@ -8,6 +8,9 @@ transpose, and the gradient by the input is the same form with the window flippe
 computation is in float32, whatever the dtype of the arrays. The larger tile rounds
 about five times as coarsely. Other windows, other strides and more than 2 zeros a side
 use the form of patches.
+
+The tiles of many large images do not fit a processor's cache, and each transform would
+then wait for the memory. So images are taken a few at a time.
 """
 
 from collections.abc import Sequence
@@ -21,6 +24,8 @@ from jax import lax
 
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution_forms import PATCHES, Form, Geometry, dot
+
+AT_ONCE = 4 * 2**20  # bytes of tiles [ours]; benchmarks/bench_conv.py times others
 
 Matrix = npt.NDArray[np.float32]
 
@@ -140,16 +145,54 @@ def _window(w: Array, transforms: Transforms, *, flipped: bool = False) -> Array
     return _twice(transforms.window[:, ::-1] if flipped else transforms.window, w)
 
 
-def _forward(x: Array, w: Array, geometry: Geometry, transforms: Transforms) -> Array:
+def _chunks(
+    geometry: Geometry, m: int, channels: int, at_once: int, *images: Array
+) -> list[Array]:
+    """Cut arrays ``[N, ...]`` into ``[chunks, images, ...]``, with zeros at the end.
+
+    A chunk's tiles of ``channels`` take at most ``at_once`` bytes, or it is one image.
+    """
+    down, right = (-(-size // m) for size in geometry.output)
+    tiles = 4 * (m + 2) ** 2 * down * right * channels
+    batch = len(images[0])
+    chunks = max(1, -(-batch // max(1, at_once // tiles)))
+    each = -(-batch // chunks)
+    return [
+        jnp.pad(a, ((0, chunks * each - batch), (0, 0), (0, 0), (0, 0))).reshape(
+            chunks, each, *a.shape[1:]
+        )
+        for a in images
+    ]
+
+
+def _convolve(
+    x: Array, kernel: Array, geometry: Geometry, transforms: Transforms, at_once: int
+) -> Array:
+    """Convolve images with a transformed window ``[(m + 2)^2, C, F]``."""
+    m = transforms.size
+
+    def convolve(x: Array) -> Array:
+        tiles = dot(_input_tiles(x, geometry, transforms), kernel, (2, 1), batch=1)
+        y = _twice(transforms.outputs, tiles)
+        return _untile(y, len(x), geometry, m).astype(x.dtype)
+
+    (chunks,) = _chunks(geometry, m, max(kernel.shape[1:]), at_once, x)
+    if len(chunks) == 1:
+        return convolve(x)
+    y = lax.map(convolve, chunks)
+    return y.reshape(-1, *y.shape[2:])[: len(x)]
+
+
+def _forward(
+    x: Array, w: Array, geometry: Geometry, transforms: Transforms, at_once: int
+) -> Array:
     if not suits_winograd(geometry):
         return PATCHES.forward(x, w, geometry)
-    tiles = _input_tiles(x, geometry, transforms)
-    y = _twice(transforms.outputs, dot(tiles, _window(w, transforms), (2, 1), batch=1))
-    return _untile(y, len(x), geometry, transforms.size).astype(x.dtype)
+    return _convolve(x, _window(w, transforms), geometry, transforms, at_once)
 
 
 def _wrt_input(
-    dy: Array, w: Array, geometry: Geometry, transforms: Transforms
+    dy: Array, w: Array, geometry: Geometry, transforms: Transforms, at_once: int
 ) -> Array:
     if not suits_winograd(geometry):
         return PATCHES.wrt_input(dy, w, geometry)
@@ -157,33 +200,45 @@ def _wrt_input(
     back = Geometry(
         geometry.output, (3, 3), (1, 1), ((2 - top, 2 - bottom), (2 - left, 2 - right))
     )
-    kernel = _window(w, transforms, flipped=True)
-    tiles = dot(_input_tiles(dy, back, transforms), kernel, (2, 2), batch=1)
-    dx = _twice(transforms.outputs, tiles)
-    return _untile(dx, len(dy), back, transforms.size).astype(dy.dtype)
+    kernel = _window(w, transforms, flipped=True).swapaxes(1, 2)
+    return _convolve(dy, kernel, back, transforms, at_once)
 
 
 def _wrt_weights(
-    x: Array, dy: Array, geometry: Geometry, transforms: Transforms
+    x: Array, dy: Array, geometry: Geometry, transforms: Transforms, at_once: int
 ) -> Array:
     if not suits_winograd(geometry):
         return PATCHES.wrt_weights(x, dy, geometry)
+    m, channels = transforms.size, (x.shape[-1], dy.shape[-1])
+
+    def products(x: Array, dy: Array) -> Array:
+        tiles = _input_tiles(x, geometry, transforms)
+        cut = _output_tiles(dy.astype(jnp.float32), m)
+        return dot(tiles, _twice(transforms.outputs.T, cut), (1, 1), batch=1)
+
     # Without the barrier XLA keeps the forward pass's tiles, larger than the input.
-    tiles = _input_tiles(lax.optimization_barrier(x), geometry, transforms)
-    cut = _output_tiles(dy.astype(jnp.float32), transforms.size)
-    seen = _twice(transforms.outputs.T, cut)
-    dw = _twice(transforms.window.T, dot(tiles, seen, (1, 1), batch=1))
-    return dw.reshape(3, 3, *dw.shape[1:]).astype(x.dtype)
+    x = lax.optimization_barrier(x)
+    pairs = _chunks(geometry, m, max(channels), at_once, x, dy)
+    if len(pairs[0]) == 1:
+        total = products(x, dy)
+    else:
+        none = lax.full_like(x, 0, jnp.float32, ((m + 2) ** 2, *channels))
+        total, _ = lax.scan(
+            lambda total, pair: (total + products(*pair), None), none, pairs
+        )
+    dw = _twice(transforms.window.T, total)
+    return dw.reshape(3, 3, *channels).astype(x.dtype)
 
 
-def _form(transforms: Transforms) -> Form:
+def winograd(transforms: Transforms, at_once: int = AT_ONCE) -> Form:
+    """Return the form of ``TWO`` or ``FOUR``, for tiles of ``at_once`` bytes."""
     return Form(
         *(
-            partial(run, transforms=transforms)
+            partial(run, transforms=transforms, at_once=at_once)
             for run in (_forward, _wrt_input, _wrt_weights)
         )
     )
 
 
-WINOGRAD = _form(TWO)
-WINOGRAD4 = _form(FOUR)
+WINOGRAD = winograd(TWO)
+WINOGRAD4 = winograd(FOUR)
