@@ -165,7 +165,7 @@ def scanned(shape: Shape, batch: int, steps: int, repeats: int) -> list[bench.Ro
 
 
 def at_once(shape: Shape, batch: int, repeats: int) -> list[bench.Row]:
-    """Time `winograd` by the MiB of tiles that it takes at once, and without a limit."""
+    """Time `winograd` by the MiB of tiles at once; `all` has no limit."""
     size, _, _, window, stride = shape
     x, w, dy = arrays(shape, batch)
     pads = ((window // 2, window // 2),) * 2
