@@ -91,9 +91,9 @@ SECTIONS = (
         "agree before anything is timed. In a size, w is the width of the network, b "
         "the batch size and n the number of clients. A ratio above 1 means that "
         "hsee_jax is faster; its range is that of the single turns. Tuned rows were "
-        "timed after `hsee tune`. On a CPU the loop takes several turns at once; older "
-        "rows were timed with one. A machine counts as idle if other processes kept at "
-        "most 0.5 of its cores busy meanwhile.",
+        "timed after `hsee tune`. On a CPU the loop takes several turns at once. A "
+        "machine counts as idle if other processes kept at most 0.5 of its cores busy "
+        "meanwhile.",
         (
             Part(
                 "",
