@@ -28,8 +28,8 @@ Compilation and warm-up do not count. Figures that are compared were timed in tu
 one process, so that a noisy machine disturbs both alike. On CPU nothing else ran during
 the rounds against PyTorch whose column `idle` says yes; other work may have slowed the
 other CPU figures. Only those rounds and the start of the demo were timed since the loop
-takes several turns at once (`--loop-threads`) and `winograd` a few images; all other CPU
-figures of training are of one turn at a time.
+takes several turns at once (`--loop-threads`) and `winograd` a few images; all other
+CPU figures of training are of one turn at a time.
 """
 
 Result = dict[str, Any]
