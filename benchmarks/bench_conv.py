@@ -31,7 +31,7 @@ from jax import lax
 
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution import convolution
-from hsee_jax.nn.convolution_forms import Form, Geometry
+from hsee_jax.nn.convolution_forms import Geometry
 from hsee_jax.nn.winograd import TWO, winograd
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -173,7 +173,7 @@ def at_once(shape: Shape, batch: int, repeats: int) -> list[bench.Row]:
     operands = {"forward": (x, w), "wrt_input": (dy, w), "wrt_weights": (x, dy)}
     limits = {str(mib): mib * 2**20 for mib in AT_ONCE} | {"all": 2**62}
     rows = []
-    for pass_ in Form._fields:
+    for pass_ in PASSES:
 
         def call(limit: int, pass_: str = pass_) -> Callable[[], Any]:
             run = getattr(winograd(TWO, limit), pass_)

@@ -29,7 +29,7 @@ SHAPES = {
     "7x7/2": (11, 12, 3, 4, 7, 2, 3),
     "3x3 one pixel": (1, 2, 3, 4, 3, 1, 1),
 }
-WIDE = (5, 4, 64, 64, 3, 1, 1)  # `mixed` is Winograd
+WIDE = (5, 4, 256, 256, 3, 1, 1)  # `mixed` is Winograd
 
 
 def arrays(shape, dtype=jnp.float32, stack=CLIENTS):
