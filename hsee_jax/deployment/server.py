@@ -21,6 +21,7 @@ from hsee_jax.deployment.protocol import Tensors, named, tree_from
 from hsee_jax.deployment.remote_evaluation import RemoteEvaluation
 from hsee_jax.engine.loop import loop_round
 from hsee_jax.engine.plan import EMPTY, RoundPlan
+from hsee_jax.engine.programs import serve_program
 from hsee_jax.engine.round import Floats, RoundProgress, due_after
 from hsee_jax.engine.streams import Streams
 from hsee_jax.engine.turns import Inputs, Log, Turns
@@ -50,7 +51,7 @@ def over_network(
     """
     strategy = experiment.strategy
     assert strategy.halves is not None
-    serve = jax.jit(strategy.halves.serve, static_argnames="group", donate_argnums=0)
+    serve = serve_program(strategy.halves)
     attendance = experiment.attendance
     seldom |= attendance.participation < 1 or attendance.dropout > 0
     seldom |= bool(attendance.absences)

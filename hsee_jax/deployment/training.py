@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +14,7 @@ from hsee_jax.data.pipeline import normalize
 from hsee_jax.deployment.batches import padded
 from hsee_jax.deployment.protocol import Tensors, named
 from hsee_jax.engine.plan import own_batches
-from hsee_jax.engine.round import step_key
+from hsee_jax.engine.programs import batch_program, send_program
 from hsee_jax.engine.scoring import Answers, client_answers
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means, RunState
@@ -39,7 +40,7 @@ class Exchange(Protocol):
 class Programs(NamedTuple):
     """A client's part of a run, compiled."""
 
-    # client, (rows, mask), step in the run, learning rate
+    # client, which is donated, (rows, mask), step in the run, learning rate
     send: Callable[[Branch, tuple[Any, Any], Any, Any], Sent]
     # client, what `Halves.finish` needs, reply, learning rate
     finish: Callable[[Branch, Any, Any, Any], tuple[Branch, Metrics]]
@@ -60,14 +61,11 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
     who = np.int32(part.client)
     halves, strategy = part.halves, part.strategy
 
-    @jax.jit
-    def send(
-        client: Branch, data: Dataset, rows: Any, who: Array, step: Array, rate: Array
-    ) -> Sent:
-        key = step_key(part.augment_key, who, step)
-        indices, mask = rows
-        batch = part.pipeline.training(key, data, indices, mask, who)
-        return halves.send(client, batch, rate, group=0)
+    make_batch = batch_program(part.pipeline, part.augment_key)
+    step_client = send_program(halves)
+
+    def send(client: Branch, rows: Any, step: Any, rate: Any) -> Sent:
+        return step_client(client, make_batch(here, rows, who, step), rate, group=0)
 
     @jax.jit
     def answer(client: Branch, images: Array, mask: Array) -> Answers:
@@ -83,7 +81,7 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
 
     finish = partial(halves.finish, group=0) if halves.finish else _no_finish
     return Programs(
-        send=lambda client, rows, step, rate: send(client, here, rows, who, step, rate),
+        send=send,
         finish=jax.jit(finish),
         answer=answer,
         receive=receive,
@@ -122,6 +120,7 @@ def train_round(
     )
     columns: Any = (np.zeros(steps, d) for d in (np.float32, np.int32, np.int32))
     metrics: Any = Metrics(*columns)
+    client = jax.tree.map(jnp.copy, client)  # a step donates what it is given
     for t in range(steps):
         rows = int(mask[t].sum())
         if rows == 0:

@@ -1,13 +1,21 @@
-"""Programs that the loops over clients share, and their compilation."""
+"""Programs that the loops over clients share, and their compilation.
 
-from collections.abc import Iterable, Sequence
+A device and its server run the programs of a simulation, compiled alike: XLA may round
+differently what stands in another program, or is compiled with other options.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
-from hsee_jax.core.types import PyTree
+from hsee_jax.core.types import Array, Batch, Dataset, Key, PyTree
+from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine.round import step_key
 from hsee_jax.federation.state import put_member, take_member
+from hsee_jax.federation.strategy import Halves
 
 # A compiled call for a whole member is faster than a call for each of its many leaves.
 take = jax.jit(take_member)
@@ -32,6 +40,51 @@ def restack(
         for m in range(size):
             filled[g] = _put(filled[g], np.int32(m), next(rows))
     return filled
+
+
+def jit_step(function: Callable, **options: Any) -> jax.stages.Wrapped:
+    """Compile a function with `jax.jit`, as steps are compiled.
+
+    On a CPU, LLVM's level 2 compiles a step in five sixths of the time of level 3; the
+    step takes as long.
+
+    Args:
+      function: the function.
+      **options: of `jax.jit`.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    chosen = {"xla_backend_optimization_level": 2} if on_cpu else None
+    return jax.jit(function, compiler_options=chosen, **options)
+
+
+def batch_program(pipeline: InputPipeline, key: Key) -> jax.stages.Wrapped:
+    """Compile how a client makes its batch.
+
+    Args:
+      pipeline: makes batches of samples.
+      key: the root of the augmentation's randomness.
+
+    Returns:
+      A program of the data, rows and their mask, the client's id and the step in the
+      run.
+    """
+
+    def make(
+        data: Dataset, rows: tuple[Array, Array], who: Array, step: Array
+    ) -> Batch:
+        return pipeline.training(step_key(key, who, step), data, *rows, who)
+
+    return jit_step(make)
+
+
+def send_program(halves: Halves) -> jax.stages.Wrapped:
+    """Compile `Halves.send`; it donates the client."""
+    return jit_step(halves.send, static_argnames="group", donate_argnums=0)
+
+
+def serve_program(halves: Halves) -> jax.stages.Wrapped:
+    """Compile `Halves.serve`; it donates the server."""
+    return jit_step(halves.serve, static_argnames="group", donate_argnums=0)
 
 
 def compile_together(

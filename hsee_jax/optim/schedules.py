@@ -59,7 +59,7 @@ def make_schedule(
     def rates(counts: npt.ArrayLike) -> Floats:
         counts = np.asarray(counts, np.float32)
         left = counts - np.float32(warmup_steps)
-        later: Any = jax.vmap(after)(left.reshape(-1))
+        later: Any = jax.jit(jax.vmap(after))(left.reshape(-1))
         later = np.asarray(later, np.float32).reshape(counts.shape)
         return np.where(left < 0, _rise(counts, learning_rate, warmup_steps), later)
 
