@@ -1,5 +1,7 @@
 """Clients and server that share nothing but messages, and equal the simulation."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -77,6 +79,18 @@ def test_a_run_on_devices_equals_the_simulation(tmp_path):
 )
 def test_every_detached_strategy_equals_the_simulation(changes, tmp_path):
     assert_equal_runs(hs.override(SMALL, **changes), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0",
+    reason="the kernels differ only in programs as users get them, see conftest",
+)
+def test_a_wide_network_on_devices_equals_the_simulation(tmp_path):
+    """LLVM compiles a kernel of it otherwise where it stands in another program."""
+    changes = dict(width=64, num_clients=3, batch_size=32, max_train_samples=96)
+    config = hs.override(hs.preset("demo"), **changes, rounds=1, max_test_samples=8)
+    assert_equal_runs(config, tmp_path)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from rounds import assert_same
 from tiny import ConvLayer, DenseLayer, tiny_data, tiny_federation, tiny_model
 
 from hsee_jax.core import Batch, ExitMetrics
+from hsee_jax.core.types import Metrics
 from hsee_jax.federation.branch import (
     decode,
     encode,
@@ -21,7 +22,12 @@ from hsee_jax.federation.branch import (
     message_bytes,
 )
 from hsee_jax.federation.fused import detached_step, joint_step
-from hsee_jax.federation.step import client_backward, client_forward, server_step
+from hsee_jax.federation.step import (
+    client_backward,
+    client_forward,
+    server_step,
+    take_step,
+)
 from hsee_jax.link import CODECS, FULL
 from hsee_jax.nn import init_network
 
@@ -175,6 +181,38 @@ def test_a_client_that_cannot_take_its_step_refuses_it_alone():
         lambda new, old: np.abs(new - old).max(), served.head.params, server.head.params
     )
     assert max(jax.tree.leaves(moves)) > 1e-4
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_enough_to_refuse_a_step(value):
+    """Put the number into each leaf of gradients, statistics and loss in turn."""
+    model = tiny_model((ConvLayer(4), DenseLayer(8), Norm()))
+    spec = tiny_federation({0: 3}, model).specs(0)[0]
+    network = jax.jit(lambda: init_network(model, jax.random.key(0)))()
+    client = init_client(network, 3, spec.optimizer)
+    parts = (*client.layers, client.head)
+    found = (
+        tuple(jax.tree.map(jnp.ones_like, part.params) for part in parts),
+        tuple(part.batch_stats for part in parts),
+        np.float32(0.5),
+    )
+    leaves, tree = jax.tree.flatten(jax.device_get(found))
+
+    def step(leaves):
+        grads, stats, loss = jax.tree.unflatten(tree, leaves)
+        metrics = Metrics(loss, jnp.int32(1), jnp.int32(6))
+        return take_step(spec, client, grads, stats, jnp.float32(0.1), metrics)
+
+    rows = len(leaves) + 1  # the last row stays finite
+    many = [np.repeat(leaf[None], rows, axis=0) for leaf in leaves]
+    for row, leaf in enumerate(many):
+        leaf[row : row + 1].reshape(-1)[-1] = value
+    after, metrics = jax.jit(jax.vmap(step))(many)
+    assert np.isnan(metrics.loss_sum[:-1]).all() and np.isfinite(metrics.loss_sum[-1])
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(client), strict=True):
+        np.testing.assert_array_equal(new[:-1], np.stack([old] * (rows - 1)))
+    moved = jax.tree.map(lambda new, old: (new[-1] != old).any(), after, client)
+    assert all(map(all, (jax.tree.leaves(layer.params) for layer in moved.layers)))
 
 
 def test_a_client_refuses_the_step_that_its_server_refuses():

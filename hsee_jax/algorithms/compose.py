@@ -285,14 +285,16 @@ def _optimizers(
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:
     def init_state(key: Key, ids: tuple[Array, ...] | None = None) -> RunState:
-        clients = init_clients(federation, key, init, ids)
+        first = init_network(federation.model, key)
+        network = first if init == "shared" else None
+        clients = init_clients(federation, key, network, ids)
         if shared:
-            network, cut = init_network(federation.model, key), federation.groups[0].cut
+            cut = federation.groups[0].cut
             servers: tuple[Branch, ...] = (
-                init_server(network, cut, federation.optimizer),
+                init_server(first, cut, federation.optimizer),
             )
         else:
-            servers = init_servers(federation, key, init, ids)
+            servers = init_servers(federation, key, network, ids)
         return RunState(jnp.zeros((), jnp.int32), clients, servers)
 
     return init_state

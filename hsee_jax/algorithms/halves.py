@@ -1,8 +1,9 @@
 """The two halves of a turn, for a client and a server in processes of their own.
 
-They are the functions of `hsee_jax.federation.step`, so that a run over a network
-equals the simulation: bit for bit or, if the client waits for a reply, up to rounding,
-because its step is then two programs with the link between them. A gradient crosses the
+They are the functions of `hsee_jax.federation.step`, and a simulation on a CPU compiles
+them as a device and a server do (`hsee_jax.engine.programs`), so that a run over a
+network equals it bit for bit. If the client waits for a reply, the simulation has one
+program for both halves, and the run equals it up to rounding. A gradient crosses the
 link as it is, so a codec with a form of its own for gradients is not allowed.
 """
 

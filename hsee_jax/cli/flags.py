@@ -93,7 +93,7 @@ def use_cache(given: dict[str, Any]) -> None:
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def find_plugins(words: Sequence[str]) -> None:

@@ -45,16 +45,17 @@ def restack(
 def jit_step(function: Callable, **options: Any) -> jax.stages.Wrapped:
     """Compile a function with `jax.jit`, as steps are compiled.
 
-    On a CPU, LLVM's level 2 compiles a step in five sixths of the time of level 3; the
-    step takes as long.
+    On a CPU, LLVM's level 2 compiles a step in five sixths of the time of level 3, and
+    the step takes as long.
 
     Args:
       function: the function.
       **options: of `jax.jit`.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    chosen = {"xla_backend_optimization_level": 2} if on_cpu else None
-    return jax.jit(function, compiler_options=chosen, **options)
+    optimized = not jax.config.read("jax_disable_most_optimizations")
+    if optimized and jax.default_backend() == "cpu":
+        options["compiler_options"] = {"xla_backend_optimization_level": 2}
+    return jax.jit(function, **options)
 
 
 def batch_program(pipeline: InputPipeline, key: Key) -> jax.stages.Wrapped:

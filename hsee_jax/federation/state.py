@@ -29,7 +29,10 @@ class RunState(struct.PyTreeNode):
 
 
 def init_clients(
-    federation: Federation, key: Key, init: str, ids: tuple[Array, ...] | None
+    federation: Federation,
+    key: Key,
+    network: Network | None,
+    ids: tuple[Array, ...] | None,
 ) -> tuple[Branch, ...]:
     """Draw a client for every slot, see `_init_stacks`."""
     features, codec = layer_inputs(federation.model), federation.codec
@@ -41,25 +44,28 @@ def init_clients(
             link = codec.init_client(features[cut], client)
         return init_client(network, cut, federation.optimizer, link, federation.exits)
 
-    return _init_stacks(branch, federation, key, init, ids)
+    return _init_stacks(branch, federation, key, network, ids)
 
 
 def init_servers(
-    federation: Federation, key: Key, init: str, ids: tuple[Array, ...] | None
+    federation: Federation,
+    key: Key,
+    network: Network | None,
+    ids: tuple[Array, ...] | None,
 ) -> tuple[Branch, ...]:
     """Draw a server for every slot, see `_init_stacks`."""
 
     def branch(network: Network, cut: int, client: Array) -> Branch:
         return init_server(network, cut, federation.optimizer)
 
-    return _init_stacks(branch, federation, key, init, ids)
+    return _init_stacks(branch, federation, key, network, ids)
 
 
 def _init_stacks(
     init_branch: Callable[[Network, int, Array], Branch],
     federation: Federation,
     key: Key,
-    init: str,
+    network: Network | None,
     ids: tuple[Array, ...] | None,
 ) -> tuple[Branch, ...]:
     """Draw a branch for every slot.
@@ -68,19 +74,17 @@ def _init_stacks(
       init_branch: slices a branch out of a network at a cut, for a client's id.
       federation: the clients.
       key: a typed key.
-      init: with ``"shared"`` all branches are slices of one network, with
-        ``"per_client"`` each client has its own network.
+      network: all branches are slices of it; None to draw one for each client.
       ids: the client in each slot, ``int32 [S]`` for each group; None for all clients.
     """
-    shared = init_network(federation.model, key) if init == "shared" else None
     if ids is None:
         ids = tuple(jnp.asarray(group.ids, jnp.int32) for group in federation.groups)
 
     def stack(group: Group, ids: Array) -> Branch:
         def branch(i: Array) -> Branch:
             own_key = jax.random.fold_in(key, i)
-            network = shared or init_network(federation.model, own_key)
-            return init_branch(network, group.cut, i)
+            whole = network or init_network(federation.model, own_key)
+            return init_branch(whole, group.cut, i)
 
         return jax.vmap(branch, axis_size=len(ids))(ids)
 

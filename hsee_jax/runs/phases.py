@@ -101,7 +101,7 @@ def _exits_of(federation: Federation, group: Group) -> Exits:
     """Return the shapes of the exits of a group's clients."""
     alone = federation._replace(groups=(group,), mesh=None)
     (client,) = jax.eval_shape(
-        lambda key: init_clients(alone, key, "shared", None), jax.random.key(0)
+        lambda key: init_clients(alone, key, None, None), jax.random.key(0)
     )
     ids = jax.ShapeDtypeStruct((len(group.ids),), np.int32)
     return Exits(ids, client.head, client.link)
