@@ -22,6 +22,8 @@ from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.config import override, preset
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.data.pipeline import InputPipeline
+from hsee_jax.engine import compiled_turns
+from hsee_jax.engine.programs import compile_together
 from hsee_jax.federation.recut import recut
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.nn.model import init_network
@@ -390,7 +392,14 @@ def test_programs_for_cuts_that_were_seen_are_used_again(
         return evaluation(self, *arguments)
 
     monkeypatch.setattr(InputPipeline, "training", traced_training)
+
+    def counted(lowered):
+        lowered = list(lowered)
+        traces.extend(["compiled"] * len(lowered))
+        return compile_together(lowered)
+
     monkeypatch.setattr(InputPipeline, "evaluation", traced_evaluation)
+    monkeypatch.setattr(compiled_turns, "compile_together", counted)
     config = override(
         SMALL,
         strategy=strategy,
@@ -403,4 +412,5 @@ def test_programs_for_cuts_that_were_seen_are_used_again(
     runs.train(config, tmp_path / "run", data=DATA, callbacks=[tell])
     assert after[1] == after[3]
     if axis == "loop":
-        assert sorted(traces) == ["evaluation"] * 4 + ["training"] * 2
+        steps = ["compiled"] * 4  # a client and a server for each of two cuts
+        assert sorted(traces) == [*steps, *["evaluation"] * 3, "training"]

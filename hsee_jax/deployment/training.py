@@ -120,7 +120,7 @@ def train_round(
     )
     columns: Any = (np.zeros(steps, d) for d in (np.float32, np.int32, np.int32))
     metrics: Any = Metrics(*columns)
-    client = jax.tree.map(jnp.copy, client)  # a step donates what it is given
+    client = _copy(client)  # a step donates what it is given
     for t in range(steps):
         rows = int(mask[t].sum())
         if rows == 0:
@@ -138,6 +138,11 @@ def train_round(
         for total, value in zip(metrics, own, strict=True):
             total[t] = value
     return client, metrics
+
+
+@jax.jit
+def _copy(client: Branch) -> Branch:
+    return jax.tree.map(jnp.copy, client)
 
 
 def _member(stack: Branch) -> Branch:

@@ -45,8 +45,9 @@ def by_turns(
       streams: where the programs are called.
     """
     halved = strategy.halves is not None and not strategy.waits
+    make_batch = programs.setdefault("batch", batch_program(pipeline, key))
     return partial(
-        _Halves if halved else _Whole, strategy, pipeline, key, programs, streams
+        _Halves if halved else _Whole, strategy, make_batch, programs, streams
     )
 
 
@@ -54,52 +55,45 @@ class _Compiled(Turns):
     """Turns whose programs are compiled before the first of them.
 
     Attributes:
-      last_part: the name of the last program of a group.
+      parts: the names of the programs of a group.
     """
 
-    last_part: str
+    parts: tuple[str, ...]
 
     def __init__(
         self,
         strategy: Strategy,
-        pipeline: InputPipeline,
-        key: Key,
+        make_batch: Callable[..., Batch],
         programs: Programs,
         streams: Streams,
         inputs: Inputs,
     ) -> None:
         super().__init__(strategy, inputs)
+        self._make_batch = make_batch
         self._programs, self._streams = programs, streams
-        self._batch_program = batch_program(pipeline, key)
         rows = inputs.plan.indices.shape[-1]
         self._shapes = rows, *((leaf.shape, leaf.dtype) for leaf in inputs.data)
 
     def load(self, state: RunState) -> None:
         """See `Steps`; compile the programs of all groups at once."""
         super().load(state)
-        names: list[Hashable] = []
-        compiled = compile_together(self._lower_new(names))
+        new = [
+            (g, n)
+            for g, n in self._first_slots().items()
+            if self._name(self.parts[0], g) not in self._programs
+        ]
+        names = [self._name(part, g) for g, _ in new for part in self.parts]
+        compiled = compile_together(p for g, n in new for p in self._lower(g, n))
         self._programs.update(zip(names, compiled, strict=True))
-
-    def _lower_new(self, names: list[Hashable]) -> Iterator[jax.stages.Lowered]:
-        """Lower the programs that are not compiled yet, and add their names."""
-        for group, n in self._first_slots().items():
-            if self._name(self.last_part, group) in self._programs:
-                continue
-            for part, lowered in self._lower(group, n):
-                name = self._name(part, group)
-                if name not in names and name not in self._programs:
-                    names.append(name)
-                    yield lowered
 
     def _first_slots(self) -> dict[int, int]:
         """Return the first slot of each group with a client that takes part."""
         active = np.flatnonzero(self.inputs.plan.active).tolist()
         return {self.groups[n]: n for n in reversed(active)}
 
-    def _make_batch(self, step: int, n: int) -> Batch:
+    def _batch(self, step: int, n: int) -> Batch:
         """Make the batch of slot ``n``."""
-        return self._program("batch", n)(*self._batch_arguments(step, n))
+        return self._make_batch(*self._batch_arguments(step, n))
 
     def _batch_arguments(self, step: int, n: int) -> tuple[Any, ...]:
         """Return data, rows and their mask, the client's id and the step in the run."""
@@ -111,16 +105,8 @@ class _Compiled(Turns):
             np.int32(inputs.first + step),
         )
 
-    def _lower(self, group: int, n: int) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        """Lower the programs of a group by name, for the arguments of slot ``n``."""
-        made = self._batch_program.lower(*self._batch_arguments(0, n))
-        yield "batch", made
-        yield from self._lower_turn(group, n, made.out_info)
-
-    def _lower_turn(
-        self, group: int, n: int, batch: Batch
-    ) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        """Lower what takes the turns of a group; ``batch`` has shapes and dtypes."""
+    def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
+        """Lower the programs of a group, for the arguments of slot ``n``."""
         raise NotImplementedError
 
     def _program(self, part: str, n: int) -> Callable:
@@ -128,14 +114,13 @@ class _Compiled(Turns):
 
     def _name(self, part: str, group: int) -> Hashable:
         kinds = self._strategy.turn_kinds
-        kind = kinds[group] if kinds else group
-        return part, None if part == "batch" else kind, self._shapes
+        return part, kinds[group] if kinds else group, self._shapes
 
 
 class _Whole(_Compiled):
     """Turns as one program: no other keeps what a client waits with."""
 
-    last_part = "turn"
+    parts = ("turn",)
 
     def start(self, step: int, n: int) -> Future[ExitMetrics]:
         """See `Turns`."""
@@ -144,25 +129,24 @@ class _Whole(_Compiled):
     def _turn(self, step: int, n: int) -> ExitMetrics:
         s, rate = self.server_of(n), self.inputs.rates[step]
         self.clients[n], self.servers[s], metrics = self._program("turn", n)(
-            self.clients[n], self.servers[s], self._make_batch(step, n), rate
+            self.clients[n], self.servers[s], self._batch(step, n), rate
         )
         return metrics
 
-    def _lower_turn(
-        self, group: int, n: int, batch: Batch
-    ) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         assert self._strategy.turn is not None
         turn = jit_step(
             self._strategy.turn, static_argnames="group", donate_argnums=(0, 1)
         )
         both = self.clients[n], self.servers[self.server_of(n)]
-        yield "turn", turn.lower(*both, batch, self.inputs.rates[0], group=group)
+        batch = jax.eval_shape(self._make_batch, *self._batch_arguments(0, n))
+        yield turn.lower(*both, batch, self.inputs.rates[0], group=group)
 
 
 class _Halves(_Compiled):
     """Turns as a program of the client and one of the server, as devices take them."""
 
-    last_part = "serve"
+    parts = "send", "serve"
 
     def start(self, step: int, n: int) -> Future[ExitMetrics]:
         """See `Turns`."""
@@ -175,7 +159,7 @@ class _Halves(_Compiled):
         return self._serve(step, n, *self._send(step, n))
 
     def _send(self, step: int, n: int) -> tuple[Batch, Metrics]:
-        batch, rate = self._make_batch(step, n), self.inputs.rates[step]
+        batch, rate = self._batch(step, n), self.inputs.rates[step]
         sent = self._program("send", n)(self.clients[n], batch, rate)
         self.clients[n] = sent.client
         return batch._replace(inputs=sent.message), sent.metrics
@@ -188,16 +172,12 @@ class _Halves(_Compiled):
         self.servers[s] = served.server
         return ExitMetrics(exit_metrics, served.metrics, served.link)
 
-    def _lower_turn(
-        self, group: int, n: int, batch: Batch
-    ) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         client, server = self.clients[n], self.servers[self.server_of(n)]
         halves, rate = self._strategy.halves, self.inputs.rates[0]
         assert halves is not None
+        batch = jax.eval_shape(self._make_batch, *self._batch_arguments(0, n))
         sent = send_program(halves).lower(client, batch, rate, group=group)
-        yield "send", sent
+        yield sent
         message = batch._replace(inputs=sent.out_info.message)
-        yield (
-            "serve",
-            serve_program(halves).lower(server, message, rate, group=group),
-        )
+        yield serve_program(halves).lower(server, message, rate, group=group)

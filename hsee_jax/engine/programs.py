@@ -58,7 +58,7 @@ def jit_step(function: Callable, **options: Any) -> jax.stages.Wrapped:
     return jax.jit(function, **options)
 
 
-def batch_program(pipeline: InputPipeline, key: Key) -> jax.stages.Wrapped:
+def batch_program(pipeline: InputPipeline, key: Key) -> Callable[..., Batch]:
     """Compile how a client makes its batch.
 
     Args:

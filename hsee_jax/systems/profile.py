@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Array, Batch, Key, PyTree, Stage
+from hsee_jax.engine.programs import jit_step
 from hsee_jax.federation.branch import (
     Branch,
     decode,
@@ -153,7 +154,7 @@ def _time_part(
             {"params": params, "batch_stats": stats}, inputs, mask, train=True
         )
 
-    @jax.jit
+    @jit_step
     def both(params: PyTree, state: PyTree, inputs: Array) -> PyTree:
         def moving(params: PyTree, *rest: Array) -> tuple[Array, PyTree]:
             return run(params, *(rest or (inputs,)))
@@ -166,7 +167,7 @@ def _time_part(
         # Without the outputs XLA would leave out what the gradient does not need.
         return outputs, params, state, new, rest
 
-    forward = jax.jit(run)
+    forward = jit_step(run)
     params = variables["params"]
     state = jax.jit(as_optimizer(optimizer).init)(params)
     return (
@@ -199,7 +200,7 @@ def _time_steps(
             init_server(network, cut, optimizer),
         )
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jit_step, donate_argnums=0)
     def client_step(client: Branch, batch: Batch) -> tuple[Branch, Any, Any]:
         client, features, metrics = branch_step(
             client_spec, client, batch, jnp.float32(_RATE)
@@ -207,7 +208,7 @@ def _time_steps(
         message, client = encode(client_spec, client, features, batch.mask)
         return client, message, metrics
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jit_step, donate_argnums=0)
     def step_of_server(server: Branch, batch: Batch) -> tuple[Branch, Any]:
         decoded = batch._replace(inputs=decode(server_spec, batch.inputs))
         result = server_step(server_spec, server, decoded, jnp.float32(_RATE))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Array, Batch
+from hsee_jax.engine.programs import jit_step
 from hsee_jax.federation.branch import init_server, server_spec
 from hsee_jax.federation.step import branch_step
 from hsee_jax.nn.convolution import pass_of
@@ -160,7 +161,7 @@ def _time_alone(place: Place, repeats: int) -> dict[str, float]:
     ]
     times = {}
     for form in forms_of(place):
-        program = jax.jit(pass_of(place, form)).lower(*arrays).compile()
+        program = jit_step(pass_of(place, form)).lower(*arrays).compile()
         times[form] = time_call(partial(program, *arrays), repeats).median
     _log.info("%s, ms alone: %s", place, _ms(times))
     return times
@@ -195,7 +196,7 @@ def _compile(
     """Compile a step; every call starts from the same state, of small constants."""
     step, *shapes = _program(model, optimizer, batch_size, stack)
     arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), shapes)
-    return partial(jax.jit(step).lower(*arguments).compile(), *arguments)
+    return partial(jit_step(step).lower(*arguments).compile(), *arguments)
 
 
 def _in_turns(calls: Sequence[Call], repeats: int) -> list[float]:
