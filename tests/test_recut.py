@@ -391,13 +391,12 @@ def test_programs_for_cuts_that_were_seen_are_used_again(
         traces.append("evaluation")  # the samples of a step take this way, too
         return evaluation(self, *arguments)
 
-    monkeypatch.setattr(InputPipeline, "training", traced_training)
-
     def counted(lowered):
         lowered = list(lowered)
         traces.extend(["compiled"] * len(lowered))
         return compile_together(lowered)
 
+    monkeypatch.setattr(InputPipeline, "training", traced_training)
     monkeypatch.setattr(InputPipeline, "evaluation", traced_evaluation)
     monkeypatch.setattr(compiled_turns, "compile_together", counted)
     config = override(

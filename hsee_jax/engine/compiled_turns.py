@@ -118,7 +118,7 @@ class _Compiled(Turns):
 
 
 class _Whole(_Compiled):
-    """Turns as one program: no other keeps what a client waits with."""
+    """Turns as one program of both sides: a client may wait for its server."""
 
     parts = ("turn",)
 

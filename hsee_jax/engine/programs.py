@@ -43,7 +43,7 @@ def restack(
 
 
 def jit_step(function: Callable, **options: Any) -> jax.stages.Wrapped:
-    """Compile a function with `jax.jit`, as steps are compiled.
+    """Make a function that `jax.jit` compiles with the options of a step.
 
     On a CPU, LLVM's level 2 compiles a step in five sixths of the time of level 3, and
     the step takes as long.
