@@ -163,6 +163,7 @@ def test_each_library_has_one_home():
             "nn.mlp",
             "nn.mobilenet",
             "nn.mobilenet_v3",
+            "nn.normalization",
             "nn.resnet",
             "nn.sian",
             "nn.vit",

@@ -6,7 +6,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,7 +14,6 @@ import hsee_jax as hs
 from hsee_jax import cli
 from hsee_jax.core import UserError
 from hsee_jax.nn import NETWORKS, layer_inputs
-from hsee_jax.nn.layers import Norm, num_groups_of
 from hsee_jax.systems import layer_costs
 
 # Sizes for a short training that leaves chance behind, as far as a network reads them.
@@ -241,27 +239,6 @@ def test_shapes_of_features():
     ]
     tokens = layer_inputs(network("vit", (28, 28, 1), hidden=6))
     assert {shape.shape[1:] for shape in tokens[1:]} == {(50, 6)}
-
-
-@pytest.mark.parametrize("channels", [1, 2, 6, 8, 24, 64, 512])
-def test_group_norm(channels):
-    """Against NumPy: groups of two channels or more, 32 of them where that fits."""
-    groups = num_groups_of(channels)
-    assert channels % groups == 0 and groups <= 32
-    assert channels // groups >= min(2, channels)
-    if channels >= 64:
-        assert groups == 32
-    x = np.random.default_rng(0).normal(3.0, 2.0, (2, 4, 4, channels))
-    norm = Norm("group", jnp.dtype("float32"))
-    mask = jnp.ones(2, bool)
-    images = jnp.asarray(x, jnp.float32)
-    variables = norm.init(jax.random.key(0), images, mask, train=True)
-    assert set(variables) == {"params"}
-    found = norm.apply(variables, images, mask, train=True)
-    parts = x.reshape(2, 16, groups, -1)
-    centred = parts - parts.mean((1, 3), keepdims=True)
-    expected = centred / np.sqrt(parts.var((1, 3), keepdims=True) + 1e-5)
-    np.testing.assert_allclose(found, expected.reshape(x.shape), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """ResNet-18 against an implementation in PyTorch, written here and nowhere else."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,6 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.step import branch_step
-from hsee_jax.nn.layers import Norm
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network, layer_inputs
 from hsee_jax.nn.resnet import resnet18
@@ -217,51 +215,3 @@ def test_logits_and_gradients_equal_pytorchs(train):
         if not buffer:
             mine = torch_layout(leaf, axes).numpy()
             assert distance(mine, tensor.grad.numpy()) < 1e-4
-
-
-@pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0])
-def test_batch_norm_is_right_far_from_zero(mean):
-    """Against NumPy in double precision; only the rows without padding count."""
-    noise = np.random.default_rng(0).standard_normal((8, 6, 5, 3))
-    x = (mean + 0.1 * noise).astype(np.float32)
-    mask = np.arange(8) < 6
-    norm = Norm("batch", jnp.dtype("float32"))
-    variables = norm.init(jax.random.key(0), x, mask, train=False)
-    y, after = norm.apply(variables, x, mask, train=True, mutable=["batch_stats"])
-    real = x[:6].astype(np.float64)
-    expected = (real - real.mean((0, 1, 2))) / np.sqrt(real.var((0, 1, 2)) + 1e-5)
-    np.testing.assert_allclose(y[:6], expected, atol=2e-3)
-    stats = after["batch_stats"]["bn"]
-    np.testing.assert_allclose(
-        stats["mean"], 0.1 * real.mean((0, 1, 2)), rtol=1e-5, atol=1e-6
-    )
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * real.var((0, 1, 2)), rtol=1e-5)
-
-
-def test_batch_norm_is_that_of_flax():
-    """Names, shapes, outputs and gradients, where Flax's own form is right."""
-    x = np.random.default_rng(1).standard_normal((4, 6, 5, 3)).astype(np.float32)
-    mask = np.arange(4) < 3
-    ours = Norm("batch", jnp.dtype("float32"))
-    flax = nn.BatchNorm(use_running_average=False, momentum=0.9, epsilon=1e-5)
-    variables = ours.init(jax.random.key(0), x, mask, train=False)
-    inner = {name: part["bn"] for name, part in variables.items()}
-    rows = np.broadcast_to(mask[:, None, None, None], x.shape)
-
-    def theirs(x):
-        return flax.apply(inner, x, mask=rows, mutable=["batch_stats"])
-
-    def own(x):
-        return ours.apply(variables, x, mask, train=True, mutable=["batch_stats"])
-
-    (y, stats), (other, other_stats) = own(x), theirs(x)
-    np.testing.assert_allclose(y[:3], other[:3], atol=1e-5)
-    for name in ("mean", "var"):
-        found = stats["batch_stats"]["bn"][name]
-        np.testing.assert_allclose(found, other_stats["batch_stats"][name], rtol=1e-5)
-    weights = np.random.default_rng(2).standard_normal(x[:3].shape).astype(np.float32)
-    gradients = [
-        jax.grad(lambda x, run=run: jnp.sum(run(x)[0][:3] * weights))(x)
-        for run in (own, theirs)
-    ]
-    np.testing.assert_allclose(*gradients, atol=1e-4)

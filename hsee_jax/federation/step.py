@@ -263,12 +263,16 @@ def _all_finite(tree: PyTree) -> Array:
 
     Vectors are searched as one. XLA would write a plain conjunction over all leaves
     into the program of every update that depends on it, and a third of the time to
-    compile a step went there; it leaves a search as it is.
+    compile a step went there; it leaves a search as it is. The barrier keeps it from
+    comparing each vector in an operation of its own.
     """
-    fine = [jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree)]
-    vectors = jnp.concatenate([leaf.ravel() for leaf in fine if leaf.ndim < 2])
-    others = [jnp.all(leaf) for leaf in fine if leaf.ndim >= 2]
-    return _none_false(jnp.stack([_none_false(vectors), *others]))
+    leaves = jax.tree.leaves(tree)
+    vectors = jnp.concatenate(
+        [leaf.ravel().astype(jnp.float32) for leaf in leaves if leaf.ndim < 2]
+    )
+    fine = jnp.isfinite(jax.lax.optimization_barrier(vectors))
+    others = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if leaf.ndim >= 2]
+    return _none_false(jnp.stack([_none_false(fine), *others]))
 
 
 def _none_false(flags: Array) -> Array:

@@ -20,7 +20,7 @@ from hsee_jax.nn.interactions import (
     interaction_effects,
     select_interactions,
 )
-from hsee_jax.nn.layers import ConvNorm, Head, Norm
+from hsee_jax.nn.layers import ConvNorm, Head
 from hsee_jax.nn.losses import (
     distillation_loss,
     masked_cross_entropy,
@@ -34,6 +34,7 @@ from hsee_jax.nn.mobilenet import (
 )
 from hsee_jax.nn.mobilenet_v3 import HiddenHead, mobilenet_v3_small
 from hsee_jax.nn.model import Model, Network, from_linen, init_network, layer_inputs
+from hsee_jax.nn.normalization import Norm, batch_norm
 from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.nn.registry import (
     NETWORKS,
@@ -80,6 +81,7 @@ __all__ = [
     "TokenHead",
     "at_gated_width",
     "auto_form",
+    "batch_norm",
     "conv1d",
     "convolution",
     "deal_cuts",

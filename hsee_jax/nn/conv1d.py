@@ -51,7 +51,7 @@ def conv1d(
       width: channels of the first two layers; each further pair has twice as many.
       depth: the number of layers, which are named ``conv1``, ``conv2`` and so on.
       window: samples under the window of each convolution, an odd number.
-      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.Norm`.
       exit_head: see `hsee_jax.nn.resnet18`.
       dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.

@@ -7,21 +7,21 @@ everywhere in Flax.
 
 Every module but `Conv` maps ``x [B, ..., C]`` and ``mask bool [B]`` to its output; rows
 with a false mask do not reach the batch statistics. ``conv`` names a form of the
-convolution, see `hsee_jax.nn.convolution`, and ``norm`` a normalisation, see `Norm`.
+convolution, see `hsee_jax.nn.convolution`, and ``norm`` a normalisation, see
+`hsee_jax.nn.Norm`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Annotated
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.options import at_least, one_of
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import FORMS
+from hsee_jax.nn.normalization import EPSILON, Norm
 
 Width = Annotated[
     int,
@@ -53,7 +53,6 @@ ConvForm = Annotated[
     one_of(FORMS),
 ]
 
-_DECAY, EPSILON = 0.9, 1e-5  # of a normalisation
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # The variance of U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -91,33 +90,6 @@ class Conv(nn.Module):
         )(x)
 
 
-class Norm(nn.Module):
-    """Normalisation of ``[B, ..., C]``, with statistics in float32.
-
-    ``"batch"`` is BatchNorm over the real rows. ``"group"`` is GroupNorm (Wu and He,
-    ECCV 2018) with 32 groups, or with fewer where each would have fewer than two
-    channels or where 32 does not divide the channels.
-    """
-
-    kind: str
-    dtype: jnp.dtype
-    epsilon: float = EPSILON
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Run the normalisation."""
-        if self.kind == "batch":
-            norm = _BatchNorm(self.dtype, self.epsilon, name="bn")
-            return norm(x, mask, train=train)
-        return nn.GroupNorm(
-            num_groups_of(x.shape[-1]),
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            use_fast_variance=False,
-            name="gn",
-        )(x)
-
-
 class ConvNorm(nn.Module):
     """A convolution, a normalisation and an activation.
 
@@ -143,53 +115,6 @@ class ConvNorm(nn.Module):
         y = conv(x.astype(self.dtype))
         norm = Norm(self.norm, self.dtype, self.epsilon, name="bn")
         return self.activation(norm(y, mask, train=train))
-
-
-def num_groups_of(channels: int) -> int:
-    """Return the number of groups of GroupNorm for some channels, see `Norm`."""
-    return math.gcd(32, max(1, channels // 2), channels)
-
-
-class _BatchNorm(nn.Module):
-    """Batch normalisation, with variables named as in `flax.linen.BatchNorm`.
-
-    Flax computes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
-    is large against the deviation. Here x is first shifted by a value near its mean,
-    which the variance does not depend on.
-    """
-
-    dtype: jnp.dtype
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        used = mean.value, var.value
-        if train:
-            used = _moments(x.astype(jnp.float32), mask)
-            if not self.is_initializing():
-                mean.value = _DECAY * mean.value + (1 - _DECAY) * used[0]
-                var.value = _DECAY * var.value + (1 - _DECAY) * used[1]
-        factor = jax.lax.rsqrt(used[1] + self.epsilon) * scale
-        last = (*(1,) * (x.ndim - 1), -1)
-        centred = x.astype(jnp.float32) - used[0].reshape(last)
-        y = centred * factor.reshape(last) + bias.reshape(last)
-        return y.astype(self.dtype)
-
-
-def _moments(x: Array, mask: Array) -> tuple[Array, Array]:
-    """Return mean and variance ``[C]`` over the real rows of ``[B, ..., C]``."""
-    axes = tuple(range(x.ndim - 1))
-    rows = jnp.broadcast_to(mask.reshape(-1, *(1,) * (x.ndim - 1)), x.shape)
-    shift = jax.lax.stop_gradient(jnp.mean(x[0], axis=axes[:-1]))
-    shifted = x - shift.reshape(*(1,) * (x.ndim - 1), -1)
-    first = jnp.mean(shifted, axis=axes, where=rows)
-    second = jnp.mean(jnp.square(shifted), axis=axes, where=rows)
-    return first + shift, jnp.maximum(second - jnp.square(first), 0.0)
 
 
 class Head(nn.Module):

@@ -17,19 +17,18 @@ import jax.numpy as jnp
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.layers import (
-    EPSILON,
     Conv,
     ConvForm,
     ConvNorm,
     DtypeName,
     ExitHead,
     Head,
-    Norm,
     NormName,
     Width,
     conv_init,
 )
 from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.normalization import EPSILON, Norm
 from hsee_jax.nn.registry import NETWORKS, images_only
 
 # Table 2 of the paper. Each group of blocks has an expansion, channels at width 32, a
@@ -135,7 +134,7 @@ def mobilenet_v2(
       input_shape: ``(H, W, C)``.
       width: channels of the stem; the other layers scale with it, and 32 gives the
         network of the paper.
-      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.Norm`.
       exit_head: see `hsee_jax.nn.resnet18`.
       dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.

@@ -94,7 +94,7 @@ def mobilenet_v3_small(
       input_shape: ``(H, W, C)``.
       width: channels of the stem; the other layers scale with it, and 16 gives the
         network of the paper.
-      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.Norm`.
       exit_head: see `hsee_jax.nn.resnet18`.
       dtype: of the computation; parameters, statistics and logits stay float32.
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.

@@ -20,12 +20,12 @@ from hsee_jax.nn.layers import (
     ConvForm,
     DtypeName,
     Head,
-    Norm,
     NormName,
     ResNetExitHead,
     Width,
 )
 from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.normalization import Norm
 from hsee_jax.nn.registry import NETWORKS, images_only
 
 StemName = Annotated[
@@ -186,7 +186,7 @@ def resnet18(
       input_shape: ``(H, W, C)``.
       width: channels of the first group; the later groups have 2, 4 and 8 times these.
       stem: ``"3x3"``, ``"7x7"``, or ``"auto"``: 3x3 up to 64 pixels, 7x7 above.
-      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.layers`.
+      norm: ``"batch"``, or ``"group"`` for GroupNorm, see `hsee_jax.nn.Norm`.
       exit_head: ``"linear"``, ``"bn_linear"`` with BatchNorm before the pool, or
         ``"conv"``, see `ConvHead`.
       dtype: of the computation; parameters, statistics and logits stay float32.
