@@ -106,7 +106,7 @@ class RemoteEvaluation:
         strategy = self._experiment.strategy
         if strategy.shared:
             return strategy.part(state.servers[0], group)
-        return take(state.servers[group], np.int32(slot))
+        return take(state.servers[group], slot)
 
     def _batch(
         self,

@@ -18,14 +18,25 @@ from hsee_jax.federation.state import put_member, take_member
 from hsee_jax.federation.strategy import Halves
 
 # A compiled call for a whole member is faster than a call for each of its many leaves.
-take = jax.jit(take_member)
+_take = jax.jit(take_member)
 _put = jax.jit(put_member, donate_argnums=0)
+
+
+def take(stack: PyTree, member: int) -> PyTree:
+    """Copy one member out of a stack, ``[M, ...] -> [...]``.
+
+    On a CPU the host copies it, as nothing need be compiled for that.
+    """
+    if jax.default_backend() != "cpu":
+        return _take(stack, np.int32(member))
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[member], stack)
+    return jax.device_put(rows, may_alias=False)
 
 
 def unstack(stacks: Iterable[PyTree], sizes: Sequence[int]) -> list[PyTree]:
     """Return the members of all stacks, in order."""
     return [
-        take(stack, np.int32(m))
+        take(stack, m)
         for stack, size in zip(stacks, sizes, strict=True)
         for m in range(size)
     ]

@@ -209,7 +209,7 @@ def make_loop(
     """
 
     def client(task: Task, slot: int) -> BothMetrics:
-        own = take(task.stacks(strategy), np.int32(slot))
+        own = take(task.stacks(strategy), slot)
         who = task.views[slot]
         weights = (jax.device_get(weights_of(own)), who)
         known = task.references.get(task.group)

@@ -116,12 +116,15 @@ def always(form: str) -> Choice:
 
 
 # Each row holds a window, a stride (None for any), the least number of channels (input
-# and output), and the forms of the three passes; the first row that fits counts.
-# benchmarks/bench_conv.py measured them on CPUs.
+# and output), the least number of places in a channel of the output, all images
+# together, and the forms of the three passes; the first row that fits counts.
+# benchmarks/bench_conv.py measured them on CPUs. Where others are no faster the native
+# form is taken, which compiles in less time.
 _CPU = (
-    (1, None, 1, ("patches", "patches", "patches")),
-    (3, 1, 64, ("winograd", "winograd", "winograd")),
-    (3, 2, 16, ("grouped", "grouped", "patches")),
+    (1, None, 1, 1, ("patches", "patches", "patches")),
+    (3, 1, 64, 384, ("winograd", "winograd", "winograd")),
+    (3, 1, 128, 1, ("grouped", "grouped", "winograd")),
+    (3, 2, 64, 1, ("grouped", "grouped", "patches")),
 )
 
 
@@ -132,11 +135,14 @@ def _mixed(place: Place) -> str:
     """
     other = "patches" if place.stack else "grouped"
     window, strides = place.geometry.window, place.geometry.strides
-    for size, stride, least, forms in _CPU:
+    height, width = place.geometry.output
+    images = place.batch * max(place.stack, 1)
+    for size, stride, channels, places, forms in _CPU:
         if (
             window == (size, size)
             and strides == (stride or strides[0],) * 2
-            and min(place.channels) >= least
+            and min(place.channels) >= channels
+            and images * height * width >= places
         ):
             form = forms[Form._fields.index(place.name)]
             return other if form == "grouped" else form

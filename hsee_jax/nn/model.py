@@ -49,6 +49,7 @@ def from_linen(module: Any) -> Stage:
             "batch_stats": variables.get("batch_stats", {}),
         }
 
+    @functools.partial(jax.jit, static_argnames="train", inline=True)
     def apply(
         variables: Variables, inputs: Array, mask: Array, *, train: bool
     ) -> tuple[Array, PyTree]:
