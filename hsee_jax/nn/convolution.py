@@ -26,7 +26,7 @@ others a sum of shifted images, each times the weights of its place.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -146,8 +146,12 @@ def _convolve(
     return _differentiable(choice, geometry)(x, w)
 
 
+@cache  # with the passes below jitted, convolutions of one shape share their traces
 def _differentiable(choice: Choice, geometry: Geometry) -> Callable:
-    passes = {name: _batchable(choice, name, geometry) for name in Form._fields}
+    passes = {
+        name: jax.jit(_batchable(choice, name, geometry), inline=True)
+        for name in Form._fields
+    }
 
     @jax.custom_vjp
     def apply(x: Array, w: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -110,6 +111,7 @@ def choice_of(mode: str) -> Choice:
     return _mixed if form == "mixed" else always(form)
 
 
+@cache
 def always(form: str) -> Choice:
     """Return the choice of one form for all places."""
     return lambda place: form

@@ -41,6 +41,8 @@ class Network(NamedTuple):
 def from_linen(module: Any) -> Stage:
     """Make a `Stage` from a Flax module, called as ``module(x, mask, train=...)``."""
 
+    # Cuts share the traces of their layers.
+    @functools.partial(jax.jit, inline=True)
     def init(key: Key, inputs: Array) -> Variables:
         mask = jnp.ones(inputs.shape[0], bool)
         variables = module.init(key, inputs, mask, train=False)
@@ -92,7 +94,7 @@ def logits_of(model: Model) -> jax.ShapeDtypeStruct:
 
 def _output(stage: Stage, inputs: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     def run(inputs: Array, mask: Array) -> Array:
-        variables = stage.init(jax.random.key(0), inputs)
+        variables = _draw(stage, jax.random.key(0), inputs)
         return stage.apply(variables, inputs, mask, train=False)[0]
 
     return jax.eval_shape(run, inputs, jax.ShapeDtypeStruct((1,), jnp.bool_))
@@ -106,19 +108,20 @@ def init_network(model: Model, key: Key) -> Network:
       key: a typed key; layer l, exit head l and the final head each fold in their own
         number, so that a part does not depend on what else is drawn.
     """
-    shapes = layer_inputs(model)
-    count = len(model.stages)
-
-    # XLA takes seconds on CPU to compile a partitionable draw of several axes.
-    @jax.threefry_partitionable(False)
-    def draw(stage: Stage, number: int, shape: jax.ShapeDtypeStruct) -> Variables:
-        inputs = jnp.zeros(shape.shape, shape.dtype)
-        return stage.init(jax.random.fold_in(key, number), inputs)
-
+    shapes, count = layer_inputs(model), len(model.stages)
+    # One call for all keys, whose operations XLA compiles once and not for each part.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(2 * count + 1))
     return Network(
-        layers=tuple(draw(s, i, shapes[i]) for i, s in enumerate(model.stages)),
+        layers=tuple(_draw(s, keys[i], shapes[i]) for i, s in enumerate(model.stages)),
         exit_heads=tuple(
-            draw(s, count + i, shapes[i + 1]) for i, s in enumerate(model.exit_heads)
+            _draw(s, keys[count + i], shapes[i + 1])
+            for i, s in enumerate(model.exit_heads)
         ),
-        final_head=draw(model.final_head, 2 * count, shapes[-1]),
+        final_head=_draw(model.final_head, keys[2 * count], shapes[-1]),
     )
+
+
+# XLA takes seconds on CPU to compile a partitionable draw of several axes.
+@jax.threefry_partitionable(False)
+def _draw(stage: Stage, key: Key, shape: jax.ShapeDtypeStruct) -> Variables:
+    return stage.init(key, jnp.zeros(shape.shape, shape.dtype))

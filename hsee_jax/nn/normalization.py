@@ -91,6 +91,8 @@ def batch_norm(
     return _forward(x, mask, scale, bias, epsilon)[0]
 
 
+# Layers of one shape share their traces.
+@functools.partial(jax.jit, static_argnums=4, inline=True)
 def _forward(
     x: Array, mask: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
@@ -100,6 +102,7 @@ def _forward(
     return (y, mean, var), (x, mask, mean, inverse, scale)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(
     _: float, kept: tuple[Array, ...], slopes: tuple[Array, Array, Array]
 ) -> tuple[Array, None, Array, Array]:
