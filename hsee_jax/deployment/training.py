@@ -65,7 +65,7 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
     step_client = send_program(halves)
 
     def send(client: Branch, rows: Any, step: Any, rate: Any) -> Sent:
-        return step_client(client, make_batch(here, rows, who, step), rate, group=0)
+        return step_client(client, make_batch(who, step, here, *rows), rate, group=0)
 
     @jax.jit
     def answer(client: Branch, images: Array, mask: Array) -> Answers:

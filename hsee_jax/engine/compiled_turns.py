@@ -96,14 +96,11 @@ class _Compiled(Turns):
         return self._make_batch(*self._batch_arguments(step, n))
 
     def _batch_arguments(self, step: int, n: int) -> tuple[Any, ...]:
-        """Return data, rows and their mask, the client's id and the step in the run."""
+        """Return the arguments of `client_batch` that follow the key."""
         inputs, plan = self.inputs, self.inputs.plan
-        return (
-            inputs.data,
-            (plan.indices[step, n], plan.mask[step, n]),
-            plan.ids[n],
-            np.int32(inputs.first + step),
-        )
+        number = np.int32(inputs.first + step)
+        rows = plan.indices[step, n], plan.mask[step, n]
+        return plan.ids[n], number, inputs.data, *rows
 
     def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         """Lower the programs of a group, for the arguments of slot ``n``."""

@@ -6,14 +6,15 @@ differently what stands in another program, or is compiled with other options.
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from hsee_jax.core.types import Array, Batch, Dataset, Key, PyTree
+from hsee_jax.core.types import Batch, Key, PyTree
 from hsee_jax.data.pipeline import InputPipeline
-from hsee_jax.engine.round import step_key
+from hsee_jax.engine.round import client_batch
 from hsee_jax.federation.state import put_member, take_member
 from hsee_jax.federation.strategy import Halves
 
@@ -77,16 +78,9 @@ def batch_program(pipeline: InputPipeline, key: Key) -> Callable[..., Batch]:
       key: the root of the augmentation's randomness.
 
     Returns:
-      A program of the data, rows and their mask, the client's id and the step in the
-      run.
+      `client_batch` without these two arguments, compiled.
     """
-
-    def make(
-        data: Dataset, rows: tuple[Array, Array], who: Array, step: Array
-    ) -> Batch:
-        return pipeline.training(step_key(key, who, step), data, *rows, who)
-
-    return jit_step(make)
+    return jit_step(partial(client_batch, pipeline, key))
 
 
 def send_program(halves: Halves) -> jax.stages.Wrapped:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key, Metrics
+from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
+from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.strategy import Strategy
@@ -118,9 +119,28 @@ def check_indices(plan: RoundPlan, samples: int) -> None:
         )
 
 
-def step_key(key: Key, client: Array, step: Array) -> Key:
-    """Derive the key of a client's draws in a step; steps count over the whole run."""
-    return jax.random.fold_in(jax.random.fold_in(key, client), step)
+def client_batch(
+    pipeline: InputPipeline,
+    key: Key,
+    client: Array,
+    step: Array,
+    data: Dataset,
+    indices: Array,
+    mask: Array,
+) -> Batch:
+    """Make a client's batch.
+
+    Args:
+      pipeline: makes batches of samples.
+      key: the root of the augmentation's randomness.
+      client: its id, ``int32 []``.
+      step: counted over the whole run, ``int32 []``.
+      data: all samples.
+      indices: of the batch, ``int32 [B]``.
+      mask: ``bool [B]``, false on padding.
+    """
+    own = jax.random.fold_in(jax.random.fold_in(key, client), step)
+    return pipeline.training(own, data, indices, mask, client)
 
 
 def all_finite(metrics: ExitMetrics) -> Any:

@@ -19,12 +19,12 @@ from hsee_jax.engine.round import (
     RoundProgress,
     all_finite,
     check_indices,
+    client_batch,
     data_layout,
     due_after,
     layout,
     make_no_means,
     nothing_done,
-    step_key,
     turn_sequence,
 )
 from hsee_jax.engine.scan_arguments import Carry, GroupPlan, Inputs, Placement
@@ -155,24 +155,12 @@ def _average_if(
     return jax.lax.cond(due, average, lambda carry: carry, carry)
 
 
-def _fetch_batch(
-    pipeline: InputPipeline,
-    key: Key,
-    who: Array,
-    step: Array,
-    data: Dataset,
-    rows: Array,
-    mask: Array,
-) -> Batch:
-    return pipeline.training(step_key(key, who, step), data, rows, mask, who)
-
-
 def _all_at_once(
     strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None
 ) -> AdvanceFn:
     """Make a step of all clients."""
     fetch = over_clients(
-        partial(_fetch_batch, pipeline), mesh, (None, 0, None, None, 0, 0), block=3
+        partial(client_batch, pipeline), mesh, (None, 0, None, None, 0, 0), block=3
     )
 
     def step(inputs: Inputs, t: Array, carry: Carry) -> Carry:
@@ -201,7 +189,7 @@ def _one_turn(
     def step(inputs: Inputs, k: Array, carry: Carry) -> Carry:
         sizes, num_turns = stack_sizes(carry.state), inputs.order.shape[1]
         t, n = (turns[k] for turns in turn_sequence(strategy, inputs.order))
-        batch = _fetch_batch(
+        batch = client_batch(
             pipeline,
             inputs.key,
             jnp.concatenate([g.ids for g in inputs.groups])[n],

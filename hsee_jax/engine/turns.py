@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
+from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.programs import restack, unstack
-from hsee_jax.engine.round import Floats, step_key, turn_sequence
+from hsee_jax.engine.round import Floats, client_batch, turn_sequence
 from hsee_jax.federation.state import RunState, positions, split_stacks
 from hsee_jax.federation.strategy import Strategy
 
@@ -116,11 +116,7 @@ class Turns:
 
 def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
     """Compile a step of all clients for a strategy without turns."""
-
-    def fetch_batch(
-        who: Array, step: Array, data: Dataset, rows: Array, mask: Array
-    ) -> Batch:
-        return pipeline.training(step_key(key, who, step), data, rows, mask, who)
+    fetch = jax.vmap(partial(client_batch, pipeline, key), (0, None, None, 0, 0))
 
     @partial(jax.jit, donate_argnums=0)
     def step(
@@ -132,7 +128,6 @@ def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
         rate: Array,
     ) -> tuple[RunState, ExitMetrics]:
         assert strategy.step is not None
-        fetch = jax.vmap(fetch_batch, (0, None, None, 0, 0))
         batches = tuple(fetch(ids, number, data, *rows) for ids, *rows in groups)
         state, metrics = strategy.step(state, batches, order, rate)
         return state, jax.tree.map(lambda *m: jnp.concatenate(m), *metrics)
