@@ -11,8 +11,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from hsee_jax.config.values import options
 from hsee_jax.nn.convolution import convolution
-from hsee_jax.nn.convolution_choice import auto_form
-from hsee_jax.nn.convolution_forms import NATIVE, Geometry
+from hsee_jax.nn.convolution_choice import Place, auto_form, choice_of
+from hsee_jax.nn.convolution_forms import NATIVE, Form, Geometry
 from hsee_jax.nn.resnet import resnet18
 from hsee_jax.nn.winograd import FOUR, TWO, winograd
 
@@ -29,7 +29,7 @@ SHAPES = {
     "7x7/2": (11, 12, 3, 4, 7, 2, 3),
     "3x3 one pixel": (1, 2, 3, 4, 3, 1, 1),
 }
-WIDE = (5, 4, 256, 256, 3, 1, 1)  # `mixed` is Winograd
+WIDE = (14, 14, 64, 64, 3, 1, 1)  # `mixed` is Winograd
 
 
 def arrays(shape, dtype=jnp.float32, stack=CLIENTS):
@@ -278,6 +278,26 @@ def test_shared_weights_are_one_convolution_of_a_larger_batch():
     text = jax.jit(batched).lower(x, w[0]).as_text()
     assert text.count("stablehlo.convolution") == 1
     assert f"tensor<{CLIENTS * BATCH}x6x8x4xf32>" in text
+
+
+@pytest.mark.parametrize(
+    ("channels", "batch", "forms"),
+    [
+        (64, 24, "winograd winograd winograd"),  # 24 x 4 x 4 places
+        (64, 23, "grouped grouped grouped"),
+        (128, 23, "grouped grouped winograd"),
+        (32, 99, "grouped grouped grouped"),
+    ],
+)
+def test_small_convolutions_are_native_on_a_cpu(channels, batch, forms):
+    """They are as fast, and compile in less time."""
+    geometry = Geometry((4, 4), (3, 3), (1, 1), ((1, 1), (1, 1)), 1)
+    both = channels, channels
+    found = [
+        choice_of("mixed")(Place(name, geometry, both, batch, 0, "float32"))
+        for name in Form._fields
+    ]
+    assert found == forms.split()
 
 
 @pytest.mark.parametrize(
