@@ -63,7 +63,8 @@ def programs(*, quick: bool = False) -> list[Program]:
             for form in ("grouped", "unrolled", "patches")
             if form != AUTO[CHIPS[chip].backend]
         ]
-        found += [Program(chip, 8, s, 12, cuts=("3", "5", "7")) for s in STRATEGIES]
+        mixed = partial(Program, chip, 8, clients=12, cuts=("3", "5", "7"))
+        found += [*map(mixed, STRATEGIES), mixed("averaging", axis="map")]
     return found
 
 
