@@ -8,9 +8,10 @@ The rows with the ``setting`` single are evidence for the table in
 `hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
 
 Expected on CPU: which form is fastest depends on the processor; from 64 channels up
-winograd is not slower than grouped; grouped is slowest by far on stacks; the native
-gradient of the weights is many times slower in a scan than in a loop; at 64 channels 4
-or 8 MiB of tiles at once take about half the time of all tiles together.
+winograd is fastest on large images, and its forward pass on small ones is about as fast
+as grouped; grouped is slowest by far on stacks; the native gradient of the weights is
+many times slower in a scan than in a loop; at 64 channels 4 or 8 MiB of tiles at once
+take about half the time of all tiles together.
 
 Cost: about 5 minutes on two CPU cores. Command::
 

@@ -109,7 +109,7 @@ def init_network(model: Model, key: Key) -> Network:
         number, so that a part does not depend on what else is drawn.
     """
     shapes, count = layer_inputs(model), len(model.stages)
-    # One call for all keys, whose operations XLA compiles once and not for each part.
+    # One call derives all keys, so XLA compiles it once and not once for each part.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(2 * count + 1))
     return Network(
         layers=tuple(_draw(s, keys[i], shapes[i]) for i, s in enumerate(model.stages)),

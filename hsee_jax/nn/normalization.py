@@ -75,7 +75,7 @@ def batch_norm(
     """Normalise with the statistics of a batch.
 
     The gradients are those of Ioffe and Szegedy (ICML 2015) in closed form, with two
-    sums over the batch. Derived step by step they would be twice as many operations.
+    sums over the batch; there are derivatives in reverse mode only.
 
     Args:
       x: ``[B, ..., C]``.
@@ -148,9 +148,10 @@ def _moments(x: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def _counted(x: Array, mask: Array) -> tuple[Array, Array]:
-    """Return a mask ``[B, 1, ...]`` of x, and what each of its values counts in a mean.
+    """Return the mask as ``[B, 1, ...]``, and one over the number of real values.
 
-    XLA fuses a product by that share with what follows, and a division not.
+    A mean is a sum times that number ``float32 []``: XLA merges a product with what
+    follows it, and compiles a division as an operation of its own.
     """
     count = jnp.sum(mask) * math.prod(x.shape[1:-1])
     return mask.reshape(-1, *(1,) * (x.ndim - 1)), 1.0 / count.astype(jnp.float32)
