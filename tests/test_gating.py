@@ -307,7 +307,6 @@ def test_gates_flags(study, tmp_path, monkeypatch, capsys):
         ("--target-bytes inf", "target_bytes: inf is not allowed"),
         ("--target-bytes 1 --target-offload 1", "--target-offload: not allowed with"),
         ("--criterion entropi", "did you mean entropy?"),
-        ("--batch-size 0", "batch_size: 0 is not allowed"),
         ("--checkpoint bset", "did you mean best?"),
         ("--out /dev/null/x", "out: /dev/null is not a folder"),
         ("--target-accuracy 0.99", "target_accuracy: 0.99 cannot be reached by client"),
@@ -321,6 +320,11 @@ def test_a_mistake_is_one_line(study, tmp_path, monkeypatch, capsys, words, mess
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_has_a_row(run, capsys):
+    assert gate(run, "--batch-size", 0) == 2
+    assert "batch_size: 0 is not allowed; allowed is 1 or" in capsys.readouterr().err
 
 
 def test_without_held_out_samples_there_is_no_threshold(run, tmp_path, capsys):

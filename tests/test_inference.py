@@ -132,6 +132,11 @@ def test_an_uncertainty_that_is_not_finite_is_never_below_a_threshold():
         assert answers.predictions.tolist() == [-1, 1, 0, 0]
 
 
+def test_the_server_can_run_on_a_whole_batch():
+    with pytest.raises(ValueError, match=r"sizes: \[4\]; the batch size 7 is missing"):
+        make_gate(*specs(1), batch_size=7, sizes=[4])
+
+
 def test_every_sample_is_answered_once():
     """In batches of 1 to 7 the server runs on the rows that the exit leaves to it."""
     gate = make_gate(*specs(1), batch_size=7, sizes=(2, 3, 7))

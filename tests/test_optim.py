@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsee_jax.optim import adamw, make_schedule, sgd
+from hsee_jax.optim import adamw, amsgrad, make_schedule, qgm, sgd
 
 
 def test_sgd_is_heavy_ball_and_spares_biases():
@@ -34,6 +34,19 @@ def test_adamw_decays_beside_the_adaptive_step():
     update, _ = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(update["kernel"][0, 0], 1.0 - 0.2, rtol=1e-4)
     np.testing.assert_allclose(update["bias"][0], -1.0, rtol=1e-4)
+
+
+@jax.numpy_dtype_promotion("standard")  # optax relies on it
+@pytest.mark.parametrize("make", [sgd, adamw, amsgrad, qgm])
+def test_no_bias_decays_whatever_its_axes(make):
+    """Without gradients only decay moves a parameter; SIAN's biases have two axes."""
+    optimizer = make(weight_decay=0.1)
+    params = {name: jnp.full((2, 2), 2.0) for name in ("kernel", "bias")}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    state, rate = optimizer.init(params), jnp.float32(1)
+    update, _ = optimizer.update(grads, state, params, learning_rate=rate)
+    np.testing.assert_allclose(update["kernel"], -0.2, rtol=1e-5)
+    np.testing.assert_array_equal(update["bias"], 0)
 
 
 @pytest.mark.parametrize(

@@ -502,7 +502,9 @@ def test_columns_that_float32_cannot_hold(values, message):
     "values", [SECONDS - 1.7e9, 0.1, 2**24 + NUMBERS * 2, 1.7e9 + 1e5 * np.arange(12)]
 )
 def test_columns_that_float32_can_hold(values):
-    read_arrays(with_column(values))
+    arrays = with_column(values)
+    images = read_arrays(arrays).train.images
+    np.testing.assert_array_equal(images, arrays[0].astype(np.float32))
 
 
 def test_a_large_whole_number_is_checked_too():

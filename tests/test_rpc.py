@@ -143,14 +143,19 @@ def test_a_port_that_is_taken_is_named(echo):
     [
         (["--listen", "0.0.0.0:7443"], "listen: 0.0.0.0:7443 is not allowed without"),
         (["--listen", "localhost:0", "--keys", "nowhere"], "keys: nowhere/ca.pem"),
+        (["--listen", "127.0.0.1:{taken}"], "is not free, or not an address"),
     ],
 )
-def test_a_server_that_cannot_open_replaces_no_run(tmp_path, capsys, words, error):
+def test_a_server_that_cannot_open_replaces_no_run(
+    echo, tmp_path, capsys, words, error
+):
     run = tmp_path / "run"
     write_run(run, small_run())
     before = sorted(run.rglob("*"))
     options = [*flags(**SMALL), "--out", str(run), "--overwrite"]
-    assert main(["serve", "demo", *options, *words]) == 2
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        words = [word.format(taken=port) for word in words]
+        assert main(["serve", "demo", *options, *words]) == 2
     assert error in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
 

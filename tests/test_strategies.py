@@ -19,6 +19,7 @@ from tiny import (
     tiny_shards,
 )
 
+from hsee_jax.algorithms.compose import Properties
 from hsee_jax.algorithms.fedavg import fedavg
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import centralized, local
@@ -178,6 +179,19 @@ def test_sequential_averages_clients_like_the_reference(participation, turn, cha
 def test_sequential_refuses_averages_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         sequential(tiny_federation(CUTS), **options)
+
+
+@pytest.mark.parametrize(
+    ("properties", "message"),
+    [
+        ({"copies": 2, "boundary": "joint"}, "copies: 2 is allowed only with a detach"),
+        ({"copies": 2, "distill": 0.5}, "copies: 2 is allowed only with .*distill 0"),
+        ({"width_target": 0.5}, "width_target: 0.5 is not allowed with one copy"),
+    ],
+)
+def test_copies_that_no_step_would_use(properties, message):
+    with pytest.raises(UserError, match=message):
+        Properties(shared=True, average="none", **properties).check()
 
 
 @pytest.mark.parametrize(

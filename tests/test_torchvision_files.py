@@ -88,6 +88,15 @@ def test_cifar_10(kind, tmp_path):
     assert_read("cifar10", tmp_path, data)
 
 
+def test_packed_batches(tmp_path):
+    data = [noise(count, (32, 32, 3), 10, seed=count) for count in (10, 4)]
+    place = write_batches(tmp_path, data, PICKLED["2"])
+    for path in sorted(place.iterdir()):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert_read("cifar10", tmp_path, data)
+
+
 def test_cifar_100(tmp_path):
     """The fine labels count."""
     data = [noise(count, (32, 32, 3), 100, seed=count) for count in (10, 4)]

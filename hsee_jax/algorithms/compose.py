@@ -119,6 +119,16 @@ class Properties(NamedTuple):
                 f"distill: {self.distill} is not allowed with turn together; allowed "
                 "is 0"
             )
+        if self.copies > 1 and (self.boundary != "detached" or self.distill):
+            raise UserError(
+                f"copies: {self.copies} is allowed only with a detached boundary and "
+                "distill 0; allowed is 1"
+            )
+        if self.width_target is not None and self.copies == 1:
+            raise UserError(
+                f"width_target: {self.width_target} is not allowed with one copy of "
+                "each sample; allowed is None"
+            )
         for name in _OF_AVERAGES if self.average == "none" else ():
             value, default = getattr(self, name), self._field_defaults[name]
             if value != default:

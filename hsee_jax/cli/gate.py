@@ -8,7 +8,6 @@ from pathlib import Path
 from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
 from hsee_jax.cli.flags import Parser, import_plugins_of
 from hsee_jax.cli.terminal import show, text_table
-from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.gate import CRITERIA
 from hsee_jax.inference.study import study
@@ -77,15 +76,10 @@ def _target(given: argparse.Namespace) -> Target | None:
     """Check the flags of the study and return its target, if there is one.
 
     Raises:
-      UserError: the criterion is unknown, or the batch size or the target is not
-        allowed.
+      UserError: the criterion is unknown, or the target is not allowed.
     """
     import_plugins_of(given.run / "config.json")  # they may bring the criterion
     CRITERIA.entry(given.criterion)
-    if given.batch_size is not None and given.batch_size < 1:
-        raise UserError(
-            f"batch_size: {given.batch_size} is not allowed; allowed is 1 or more"
-        )
     values = {name: vars(given)[f"target_{name}"] for name in _TARGETS}
     targets = (Target(*item) for item in values.items() if item[1] is not None)
     return next(targets, None)

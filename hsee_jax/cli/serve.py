@@ -91,17 +91,13 @@ def _doors(
     """Return a function that opens the port and, with ``--local``, starts the devices.
 
     Raises:
-      UserError: the address or the keys are not allowed.
+      UserError: the address is not allowed or not free, or the keys are not valid.
     """
-    from hsee_jax.deployment.credentials import server_credentials
-    from hsee_jax.deployment.rpc import check_address, open_port
+    from hsee_jax.deployment.rpc import check_port, open_port
 
     keys = given.get("keys")
     keys = None if keys is None else expand_home(keys, "keys")
-    # Check both before a run in the folder is replaced.
-    check_address(given["listen"], "listen", keys)
-    if keys is not None:
-        server_credentials(keys)
+    check_port(given["listen"], keys)  # before a run in the folder is replaced
 
     @contextlib.contextmanager
     def doors(service: "Service") -> Iterator[None]:

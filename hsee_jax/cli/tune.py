@@ -80,8 +80,8 @@ def _print(alone: Alone, tuning: Tuning) -> None:
     show(text_table("The form of each pass", head, rows))
     steps = [
         ("native convolutions", _ms(tuning.native_s)),
-        ("auto, before", _ms(tuning.default_s)),
-        ("auto, from now on", _ms(tuning.tuned_s)),
+        ("auto without measurements", _ms(tuning.default_s)),
+        ("auto from now on", _ms(tuning.tuned_s)),
     ]
     show(text_table("A step of the whole network", ("forms", "ms"), steps))
 

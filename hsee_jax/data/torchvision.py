@@ -91,7 +91,7 @@ def _cifar(paths: list[Path], info: DatasetInfo, *, labels: str) -> Dataset:
     images, numbers = [], []
     for path in paths:
         try:
-            batch = pickles.load(path.read_bytes())
+            batch = pickles.load(_content(path))
             batch = {pickles.text_of(key): value for key, value in batch.items()}
             planes = np.asarray(batch["data"]).reshape(-1, 3, 32, 32)
             found = np.asarray(batch[labels])

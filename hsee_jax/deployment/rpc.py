@@ -34,6 +34,7 @@ _CALL_S = 60.0  # until a call without an answer is repeated
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
 _FAULTS = 3  # errors in the server during a call, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
+_ALONE = ("grpc.so_reuseport", 0)  # no other process listens at the same address
 _KEEPALIVE_S = 20.0  # of silence in a call, before one side asks if the other is there
 _ANSWER_S = 10.0  # for the other side to say so, before the connection is given up
 _AWAY = (
@@ -61,19 +62,9 @@ def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int
     server = grpc.server(
         futures.ThreadPoolExecutor(2 * service.clients + 8),
         handlers=[_handler(service, keys is not None)],
-        options=[
-            *_sizes(service.limit() + _ROOM),
-            *_keepalive(),
-            ("grpc.so_reuseport", 0),
-        ],
+        options=[*_sizes(service.limit() + _ROOM), *_keepalive(), _ALONE],
     )
-    try:
-        if keys is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, server_credentials(keys))
-    except RuntimeError as error:
-        raise UserError(f"listen: {address} is not free, or not an address") from error
+    port = _bind(server, address, keys)
     server.start()
     _log.info("listening at %s", address.rpartition(":")[0] + f":{port}")
     try:
@@ -130,6 +121,30 @@ def check_address(address: str, field: str, keys: Path | None) -> None:
             f"{field}: {address} is not allowed without --keys, as nothing would be "
             f"encrypted; allowed are --keys, and the hosts {', '.join(_LOOPBACK)}"
         )
+
+
+def check_port(address: str, keys: Path | None) -> None:
+    """Refuse an address at which `open_port` would not listen now.
+
+    Raises:
+      UserError: see `open_port`.
+    """
+    check_address(address, "listen", keys)
+    server = grpc.server(futures.ThreadPoolExecutor(1), options=[_ALONE])
+    try:
+        _bind(server, address, keys)
+    finally:
+        server.stop(None).wait()
+
+
+def _bind(server: grpc.Server, address: str, keys: Path | None) -> int:
+    """Take an address for a server, and return its port; see `open_port`."""
+    try:
+        if keys is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, server_credentials(keys))
+    except RuntimeError as error:
+        raise UserError(f"listen: {address} is not free, or not an address") from error
 
 
 class _Caller:

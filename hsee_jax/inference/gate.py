@@ -195,9 +195,14 @@ def make_gate(
         that go to the server are padded to the next size. None for the eighths of B.
       junction: of the strategy, see `Gate.answer_events`; None where each client is
         answered by itself.
+
+    Raises:
+      ValueError: B is not among the sizes.
     """
     if sizes is None:
         sizes = [-(-batch_size * part // _PARTS) for part in range(1, _PARTS + 1)]
+    if batch_size not in sizes:
+        raise ValueError(f"sizes: {sizes}; the batch size {batch_size} is missing")
     return Gate(
         _client_part(client_spec, CRITERIA.make(criterion), batch_size),
         _server_part(server_spec, sizes, junction),

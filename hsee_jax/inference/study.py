@@ -101,9 +101,14 @@ def study(
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
-      UserError: see `reopen`; or there is no such criterion, the run held out no
-        samples, or the training samples are no longer the run's own.
+      UserError: see `reopen`; or there is no such criterion, the batch size is not
+        positive, the run held out no samples, or the training samples are no longer the
+        run's own.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(
+            f"batch_size: {batch_size} is not allowed; allowed is 1 or more"
+        )
     experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
     if experiment.validation is None:
         raise UserError(

@@ -134,8 +134,13 @@ def descend(direction: optax.GradientTransformation) -> Optimizer:
 
 
 def _decays(params: PyTree) -> PyTree:
-    """Mark leaves of two axes or more, so not the usual biases and BatchNorm."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Mark leaves of two axes or more that are not called bias, so not BatchNorm."""
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = getattr(path[-1], "key", None) if path else None
+        return leaf.ndim > 1 and name != "bias"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def add_decay(updates: PyTree, params: PyTree, weight_decay: float) -> PyTree:
