@@ -2,8 +2,9 @@
 
 Shows: the fastest form of `hsee_jax.nn.convolution` for one set of weights and for
 weights stacked over clients, at the convolutions of ResNet-18 on images of 32 pixels
-(width 64 with batches of 32, width 16 with batches of 8), and the cost of a scan for
-the gradient of the weights, and how many bytes of tiles `winograd` should take at once.
+(width 64 with batches of 32, width 16 with batches of 8) and of 28 (width 8 with
+batches of 8), and the cost of a scan for the gradient of the weights, and how many
+bytes of tiles `winograd` should take at once.
 The rows with the ``setting`` single are evidence for the table in
 `hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
 
@@ -13,7 +14,7 @@ as grouped; grouped is slowest by far on stacks; the native gradient of the weig
 many times slower in a scan than in a loop; at 64 channels 4 or 8 MiB of tiles at once
 take about half the time of all tiles together.
 
-Cost: about 5 minutes on two CPU cores. Command::
+Cost: about 6 minutes on two CPU cores. Command::
 
     python benchmarks/bench_conv.py
 """
@@ -49,7 +50,7 @@ def resnet_shapes(width: int, image: int) -> list[Shape]:
     """Return the distinct convolutions of a ResNet-18."""
     shapes = [(image, 3, width, 3, 1)]
     for group in range(4):
-        channels, size = width * 2**group, image // 2**group
+        channels, size = width * 2**group, -(-image // 2**group)
         shapes.append((size, channels, channels, 3, 1))
         if group < 3:
             shapes += [(size, channels, 2 * channels, k, 2) for k in (3, 1)]
@@ -196,7 +197,7 @@ def main() -> None:
         repeats, clients, nets, stacks = 1, 2, [(2, 8, 2)], [(2, 8, 2)]
     else:
         repeats, clients = 5, 8
-        nets, stacks = [(64, 32, 32), (16, 32, 8)], [(16, 32, 8)]
+        nets, stacks = [(64, 32, 32), (16, 32, 8), (8, 28, 8)], [(16, 32, 8)]
     shape = "image channels features window stride".split()
     rows: list[bench.Row] = []
     for setting, networks in (("single", nets), ("stacked", stacks)):

@@ -14,6 +14,7 @@ import hsee_jax as hs
 from hsee_jax import cli
 from hsee_jax.core import UserError
 from hsee_jax.nn import NETWORKS, layer_inputs
+from hsee_jax.nn.mobilenet import InvertedResidual
 from hsee_jax.systems import layer_costs
 
 # Sizes for a short training that leaves chance behind, as far as a network reads them.
@@ -149,6 +150,16 @@ def test_costs_by_hand():
     depthwise = 2 * taps(16, 3, 1) ** 2 * 48
     dense = 2 * 16 * 16 * (8 * 48 + 48 * 12)
     assert depthwise + dense <= block.flops <= 1.35 * (depthwise + dense)
+
+
+def test_only_blocks_of_stride_1_add_their_input():
+    """On one pixel the stride changes nothing else."""
+    x, mask = jax.random.normal(jax.random.key(0), (2, 1, 1, 4)), np.ones(2, bool)
+    settings = dict(features=4, inner=8, dtype=np.float32, conv="grouped")
+    plain, halved = (InvertedResidual(stride=stride, **settings) for stride in (1, 2))
+    variables = plain.init(jax.random.key(1), x, mask, train=False)
+    added, alone = (b.apply(variables, x, mask, train=False) for b in (plain, halved))
+    np.testing.assert_allclose(added - alone, x, rtol=1e-5, atol=1e-6)
 
 
 def _only(model, number):

@@ -83,7 +83,7 @@ class InvertedResidual(nn.Module):
     The shapes are ``[B, H, W, C] -> [B, H/s, W/s, features]``, with ``inner`` channels
     between; where ``inner`` is C there is no first convolution. If ``squeeze`` is not
     0, a `SqueezeExcitation` with this many channels precedes the last convolution. The
-    block adds its input to its output where both have the same shape.
+    block adds its input to its output if the stride is 1 and both have the same shape.
     """
 
     features: int
@@ -112,7 +112,7 @@ class InvertedResidual(nn.Module):
             y = SqueezeExcitation(self.squeeze, self.dtype, self.conv, name="se")(y)
         y = conv(self.features, 1, 1, name="project")(y)
         y = norm(name="bn_project")(y, mask, train=train)
-        return x + y if x.shape == y.shape else y
+        return x + y if self.stride == 1 and x.shape == y.shape else y
 
 
 @NETWORKS.register(summary="MobileNetV2 (Sandler et al., CVPR 2018), 19 layers")
