@@ -11,7 +11,8 @@ from test_strategies import ALIKE, CUTS, LAST, SIZES
 from tiny import PIPELINE, tiny_data, tiny_federation, tiny_shards
 
 from hsee_jax.algorithms import averaging, fedavg, sequential, splitfed_v1, vicreg
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.data import AUGMENTATIONS
 from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore

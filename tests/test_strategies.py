@@ -19,9 +19,9 @@ from tiny import (
     tiny_shards,
 )
 
-from hsee_jax.algorithms.compose import Properties
 from hsee_jax.algorithms.fedavg import fedavg
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.references import centralized, local
 from hsee_jax.algorithms.splitfed import splitfed_v1, splitfed_v2
 from hsee_jax.core.errors import UserError

@@ -5,7 +5,7 @@ averaged, weighted by numbers of samples. The cut is behind the last layer; the 
 there is a probe that changes nothing.
 """
 
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.options import (
     Aggregate,
     BatchNorm,
@@ -13,6 +13,7 @@ from hsee_jax.algorithms.options import (
     TrimShare,
     Weights,
 )
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.registry import ALGORITHMS, cuts_of, require_full_link
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation.federation import Federation

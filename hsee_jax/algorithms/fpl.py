@@ -22,9 +22,10 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.epsl import joint_together
 from hsee_jax.algorithms.options import Boundary, ExitGradient, Init, ServerLrScale
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
 from hsee_jax.algorithms.rows import (
     ServedRows,

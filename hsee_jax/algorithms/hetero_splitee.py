@@ -13,7 +13,7 @@ The paper leaves the options below open; their defaults are our choices. With
 `hsee_jax.federation.step`; then a client waits for the server with both boundaries.
 """
 
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.options import (
     Aggregate,
     Average,
@@ -32,6 +32,7 @@ from hsee_jax.algorithms.options import (
     Turn,
     Weights,
 )
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy

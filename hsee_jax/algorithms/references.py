@@ -4,8 +4,9 @@
 reference, trains one network on all data.
 """
 
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.options import Init, ServerLrScale
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.registry import ALGORITHMS, require_full_link
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation.federation import Federation

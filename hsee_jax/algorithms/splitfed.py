@@ -9,7 +9,7 @@ batch of each client in turn; ``turn="epoch"`` is the order of the paper, and
 ``turn="together"`` that of EPSL (see `hsee_jax.algorithms.epsl`).
 """
 
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.options import (
     Aggregate,
     BatchNorm,
@@ -19,6 +19,7 @@ from hsee_jax.algorithms.options import (
     Turn,
     Weights,
 )
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.strategy import Strategy

@@ -76,7 +76,7 @@ def make_turn(
 ) -> TurnFn:
     """Make the turn of one client and its server.
 
-    `hsee_jax.algorithms.compose.Properties` explains all arguments from ``boundary``
+    `hsee_jax.algorithms.properties.Properties` explains all arguments from ``boundary``
     on.
     """
     step_both: Callable = partial(detached_step, distill=distill)

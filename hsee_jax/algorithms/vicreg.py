@@ -23,7 +23,7 @@ averaged [ours], so that an exit can be fitted to the labels of all clients, see
 `hsee_jax.engine.refit_exits`.
 """
 
-from hsee_jax.algorithms.compose import Properties, compose
+from hsee_jax.algorithms.compose import compose
 from hsee_jax.algorithms.options import (
     Aggregate,
     BatchNorm,
@@ -38,6 +38,7 @@ from hsee_jax.algorithms.options import (
     Weights,
     WidthTarget,
 )
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation.federation import Federation

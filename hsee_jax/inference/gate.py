@@ -261,11 +261,10 @@ def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> Cli
         if not 1 <= count <= batch_size:
             raise ValueError(f"inputs: {count} rows; allowed are 1..{batch_size}")
         if count < batch_size:
-            shape = (batch_size, *inputs.shape[1:])
-            inputs = np.resize(inputs, shape)  # type: ignore[assignment]
+            inputs = np.resize(inputs, (batch_size, *inputs.shape[1:]))  # type: ignore
         mask = np.arange(batch_size) < count
-        message, *on_host = run(client, inputs, mask)
-        logits, uncertainty = jax.device_get(on_host)
+        message, *rest = run(client, inputs, mask)
+        logits, uncertainty = jax.device_get(rest)
         return message, logits[:count], uncertainty[:count]
 
     return on_client
@@ -293,10 +292,9 @@ def _server_part(
     def on_server(
         server: Branch, message: Message, rows: npt.NDArray[np.int64]
     ) -> npt.NDArray:
-        count = len(rows)
-        size = min(size for size in sizes if size >= count)
-        mask = np.arange(size) < count
+        size = min(size for size in sizes if size >= len(rows))
+        mask = np.arange(size) < len(rows)
         indices = np.resize(rows, size).astype(np.int32)
-        return jax.device_get(run(server, message, indices, mask))[:count]
+        return jax.device_get(run(server, message, indices, mask))[: len(rows)]
 
     return on_server
