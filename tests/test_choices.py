@@ -92,6 +92,16 @@ def test_every_option_has_a_flag_and_a_help(name, parser):
     assert flag.help.startswith(option.help.replace("%", "%%"))
 
 
+def test_help_shows_the_default_of_each_reader(parser):
+    """In the preset of the demo no network reads these options."""
+    for flag, defaults in (
+        ("--hidden", "(mlp 128, sian 16, vit 192)"),
+        ("--depth", "(mlp 8, conv1d 6, vit 12)"),
+        ("--width", "(demo: 8)"),
+    ):
+        assert parser._option_string_actions[flag].help.endswith(defaults)
+
+
 def another(option, current):
     """A value that is allowed, and not the current one."""
     if option.choices:

@@ -197,15 +197,20 @@ def _parsed(option: Option) -> Any:
 
 def _help(section: Any, option: Option, demo: Any) -> str:
     """Return an option's help, with its readers and its value in the demo."""
-    text = option.help
+    text, value = option.help, option.default if demo is None else demo
     for registry in section.registries.values():
-        readers = registry.readers(option.name)
-        if readers and len(readers) < len(registry):
-            text += f" ({', '.join(readers)})"
+        own = {
+            name: registry[name].options[option.name].default
+            for name in registry.readers(option.name)
+        }
+        if demo is None and len(set(own.values())) > 1:
+            defaults = (f"{name} {text_of(value)}" for name, value in own.items())
+            text, value = f"{text} ({', '.join(defaults)})", None
+        elif own and len(own) < len(registry):
+            text += f" ({', '.join(own)})"
         if option.name == registry.kind:
             entries = registry.values()
             text += ": " + "; ".join(f"{e.name}: {e.summary}" for e in entries)
-    value = option.default if demo is None else demo
     if value is None or value == ():
         return text
     shown = text_of(value)
