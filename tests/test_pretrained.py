@@ -394,6 +394,10 @@ def with_array(name, shape):
             with_array("conv_proj.weight", (12, 1, 8, 8)),
             r"shape \[12, 1, 8, 8\]; allowed is \[12, 3, 8, 8\]",
         ),
+        (
+            with_array("conv_proj.weight", (12, 3, 64)),
+            r"shape \[12, 3, 64\]; allowed is \[12, 3, 8, 8\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(change, message, file_of):

@@ -286,6 +286,20 @@ def test_an_algorithm_refuses_cuts_that_it_does_not_take():
         build(base, DATA)
 
 
+def test_a_refitted_run_goes_on_with_the_exits_that_wait(tmp_path):
+    """And its summary has the bytes of the last cuts, however often it was resumed."""
+    config, folder = override(SMALL, recuts=SMALL.clients.recuts[:2]), tmp_path / "run"
+    runs.train(override(config, rounds=3), folder, data=DATA)
+    summary = json.loads((folder / "summary.json").read_text())
+    runs.train(override(config, rounds=3), folder, resume=True, data=DATA)
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["link"] == summary["link"]
+    assert {one["cut"] for one in again["link"]["cuts"]} == {2, 3}
+    runs.refit(folder, data=DATA)
+    runs.train(config, folder / "refit", resume=True, data=DATA)
+    assert int(runs.reopen(folder / "refit", data=DATA)[1].round) == 4
+
+
 def test_cuts_that_stay_the_same_are_no_change():
     experiment = build(override(SMALL, recuts=("2:1,1,3", "4:1,1,layer3")), DATA)
     assert experiment.schedule.starts == (1,)

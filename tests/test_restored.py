@@ -15,7 +15,7 @@ from tiny import TINY, noise_state, write_run
 import hsee_jax
 from hsee_jax import runs
 from hsee_jax.config.presets import preset
-from hsee_jax.config.values import override
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch
 from hsee_jax.federation import branch_step, forward, server_spec
@@ -66,6 +66,21 @@ def test_branches_are_found_by_the_ids_of_clients(strategy, tmp_path):
     for find in (run.client, run.server, run.network, run.specs):
         with pytest.raises(UserError, match=r"^client: 5 is not .* allowed are 0\.\.4"):
             find(5)
+
+
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+@pytest.mark.parametrize("features", [2, 8])
+def test_weights_of_another_shape_are_refused(strategy, features, tmp_path):
+    """Orbax itself would cut them, or fill them up with zeros."""
+    config = override(SMALL, strategy=strategy)
+    write_run(tmp_path, config)
+    other = override(config, features=features)
+    (tmp_path / "config.json").write_text(to_json(other))
+    with pytest.raises(
+        UserError, match=r"cannot be read: .* has the shape \["
+    ) as found:
+        hsee_jax.restore(tmp_path)
+    assert "\n" not in str(found.value)
 
 
 def test_a_restored_run_shows_its_clients_and_no_weights(folder):

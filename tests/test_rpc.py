@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import grpc
 import jax
@@ -18,7 +18,7 @@ from tiny import write_run
 import hsee_jax as hs
 from hsee_jax.cli import main
 from hsee_jax.core.errors import Stopped, UserError
-from hsee_jax.deployment import local
+from hsee_jax.deployment import frozen, local, rpc
 from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.reception import serve
@@ -94,6 +94,37 @@ def test_a_call_waits_for_a_server_that_is_away(echo):
     with connect(place, None, 0, patience_s=60, stop=lambda: True) as call:
         with pytest.raises(Stopped):
             call("next", b"")
+
+
+def connect_frozen(place):
+    return nullcontext(frozen.connect(place, None, 0, 0.3))
+
+
+def connect_device(place):
+    return connect(place, None, 0, patience_s=0.3, stop=never)
+
+
+@pytest.mark.parametrize("connected", [connect_device, connect_frozen])
+def test_patience_is_not_for_a_server_that_waits_for_others(
+    connected, echo, monkeypatch
+):
+    """A call ends after a fifth of a second, the device is patient for a third."""
+    for module in (rpc, frozen):
+        monkeypatch.setattr(module, "_CALL_S", 0.2)
+    monkeypatch.setattr(frozen, "_PAUSE_S", 0.05)
+    ready = threading.Event()
+
+    def slow(method, i, message, alive):
+        ready.wait(20)
+        return b"done"
+
+    monkeypatch.setattr(echo, "call", slow)
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        timer = threading.Timer(1.5, ready.set)
+        timer.start()
+        with connected(f"127.0.0.1:{port}") as call:
+            assert call("push", b"") == b"done"
+        timer.join()
 
 
 def test_the_certificate_says_who_calls(echo, tmp_path):

@@ -27,7 +27,8 @@ from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.engine.plan import Absence, missing
-from hsee_jax.runs.checkpoint import find
+from hsee_jax.runs import start
+from hsee_jax.runs.checkpoint import Writer, find
 from hsee_jax.runs.folder import locked, read_config
 
 SMALL = override(
@@ -241,6 +242,36 @@ def test_of_damaged_checkpoints_the_one_before_is_used(tmp_path, caplog):
         runs.train(config, tmp_path / "run", resume=True)
     with pytest.raises(UserError, match=r"2/digests\.json is missing"):
         runs.reopen(tmp_path / "run")
+
+
+def write_rounds(folder, *numbers):
+    with Writer(folder, keep=2) as writer:
+        for number in numbers:
+            writer.save(number, 0, {"weights": np.full(3, number)}, {"score": None})
+
+
+def test_a_damaged_checkpoint_is_written_again(tmp_path):
+    """In a server's journal it stays in its place until its round is trained anew."""
+    write_rounds(tmp_path, 1, 2)
+    (tmp_path / "2" / "notes.json").write_text("{}")
+    assert find(tmp_path).rounds == 1
+    write_rounds(tmp_path, 2)
+    assert find(tmp_path).rounds == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(("damaged", "left"), [("checkpoints", 3), ("journal", 2)])
+def test_of_a_run_and_its_journal_one_is_enough(damaged, left, tmp_path):
+    write_rounds(tmp_path / "checkpoints", 2)
+    write_rounds(tmp_path / "journal", 3)
+    assert start._latest(tmp_path, "journal").rounds == 3
+    for notes in (tmp_path / damaged).glob("*/notes.json"):
+        notes.write_text("{}")
+    assert start._latest(tmp_path, "journal").rounds == left
+    for notes in tmp_path.glob("*/*/notes.json"):
+        notes.write_text("{}")
+    with pytest.raises(UserError, match="notes.json has changed"):
+        start._latest(tmp_path, "journal")
 
 
 @pytest.mark.slow

@@ -184,9 +184,8 @@ class FrozenDevice:
         scores = np.zeros((3, self._run["steps"]))
         for step, rows in enumerate(self._batches(number)):
             labels = self._samples.labels[rows]
-            sent = self._segment(self._samples.inputs[rows])
+            sent = self._segment(self._samples.inputs[rows]) | {"labels": labels}
             scores[:, step] = exit_scores(sent.pop("logits"), labels)
-            sent["labels"] = labels
             if not self._told("push", sent, round=number, step=step):
                 return
         kinds = {"loss_sum": np.float32, "correct": np.int32, "count": np.int32}
@@ -231,14 +230,14 @@ def connect(
     """Return a function that calls a server, and calls again if it was away.
 
     Raises:
-      Failure: the address or the keys are not allowed; the function raises it if the
-        server refuses a message, or does not answer.
+      Failure: the address or the keys are not allowed, or a call has failed for good.
     """
     import grpc
 
     if (keys is None) == (client is None):
         raise Failure("client: is needed without --keys, and not allowed with it")
     options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+    options.append(("grpc.keepalive_time_ms", 20_000))  # ask if the server is there
     if keys is None:
         if address.rpartition(":")[0] not in _LOOPBACK:
             raise Failure(f"server: {address} is not allowed without --keys")
@@ -246,14 +245,13 @@ def connect(
     else:
         files = ("ca.pem", "key.pem", "certificate.pem")
         try:
-            credentials = [(keys / name).read_bytes() for name in files]
+            pem = [(keys / name).read_bytes() for name in files]
         except OSError as error:
             raise Failure(f"keys: {error}") from error
-        secure = grpc.ssl_channel_credentials(*credentials)
+        secure = grpc.ssl_channel_credentials(*pem)
         channel = grpc.secure_channel(address, secure, options)
     metadata = None if client is None else (("client-id", str(client)),)
-    # Unknown: such as bytes on the way that TLS does not accept
-    away = [grpc.StatusCode[n] for n in "UNAVAILABLE DEADLINE_EXCEEDED UNKNOWN".split()]
+    away = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN  # bytes TLS refuses
 
     def call(method: str, message: bytes) -> bytes:
         function = channel.unary_unary(f"/hsee_jax.Server/{method}")
@@ -263,9 +261,11 @@ def connect(
                 return function(message, timeout=_CALL_S, metadata=metadata)
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
-            if code not in away:
+            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                begin = time.monotonic()  # it is there, and waits for other clients
+            elif code not in away:
                 raise Failure(f"server: {address} refuses: {details}")
-            if time.monotonic() - begin > patience_s:
+            elif time.monotonic() - begin > patience_s:
                 raise Failure(f"server: {address} does not answer ({details})")
             time.sleep(_PAUSE_S)
 

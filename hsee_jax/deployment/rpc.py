@@ -30,7 +30,7 @@ _SERVICE = "hsee_jax.Server"
 _CLIENT = "client-id"  # metadata of a call without certificates
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _ROOM = 1 << 16  # bytes of a message beside its tensors
-_CALL_S = 60.0  # until a call without an answer is repeated
+_CALL_S = 60.0  # until a call without an answer is repeated; above silence and answer
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
 _FAULTS = 3  # errors in the server during a call, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
@@ -39,7 +39,6 @@ _KEEPALIVE_S = 20.0  # of silence in a call, before one side asks if the other i
 _ANSWER_S = 10.0  # for the other side to say so, before the connection is given up
 _AWAY = (
     grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNKNOWN,  # such as bytes on the way that TLS does not accept
 )
 _log = logging.getLogger(__name__)
@@ -88,7 +87,8 @@ def connect(
       address: ``host:port``.
       keys: the client's folder of `hsee enroll`; None for a server on this machine.
       client: the id of the client, if there are no keys.
-      patience_s: how long to call again when nobody answers.
+      patience_s: how long to call again when the server is away. A server that is
+        there may wait for other clients before it answers, however long that takes.
       stop: true ends a call with `Stopped`.
 
     Raises:
@@ -168,6 +168,9 @@ class _Caller:
                 return self._call(method, message)
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
+            if code == grpc.StatusCode.DEADLINE_EXCEEDED:  # the connection is alive
+                begin, pauses = time.monotonic(), iter(_PAUSES_S)
+                continue
             if code not in _AWAY:
                 faults += 1
                 if code != grpc.StatusCode.INTERNAL or faults == _FAULTS:

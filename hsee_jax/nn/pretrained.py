@@ -41,9 +41,10 @@ class Place(NamedTuple):
     axes: tuple[int, ...] | None  # theirs in our order; None if equal
 
     def read(self, tensors: Tensors) -> npt.NDArray[np.float32]:
-        """Return the array with our axes."""
+        """Return the array with our axes; of another rank, as it is."""
         tensor = np.asarray(tensors[self.name], np.float32)
-        return tensor if self.axes is None else tensor.transpose(self.axes)
+        fits = self.axes is not None and len(self.axes) == tensor.ndim
+        return tensor.transpose(self.axes) if fits else tensor
 
 
 def load_pretrained(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -187,12 +188,15 @@ def _check_shape(
 ) -> None:
     if array.shape == shape:
         return
-    back = None if place.axes is None else np.argsort(place.axes).tolist()
-    theirs = array if back is None else array.transpose(back)
-    ours = shape if back is None else tuple(shape[axis] for axis in back)
+
+    def theirs(sizes: tuple[int, ...]) -> list[int]:
+        if place.axes is None or len(place.axes) != len(sizes):
+            return list(sizes)
+        return [sizes[axis] for axis in np.argsort(place.axes)]
+
     raise UserError(
-        f"pretrained: {place.name} in {source} has the shape {list(theirs.shape)}; "
-        f"allowed is {list(ours)}, of this network for these data"
+        f"pretrained: {place.name} in {source} has the shape {theirs(array.shape)}; "
+        f"allowed is {theirs(shape)}, of this network for these data"
     )
 
 

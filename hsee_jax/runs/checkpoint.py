@@ -32,6 +32,7 @@ from hsee_jax.runs.checkpoint_folder import (
     verify,
 )
 from hsee_jax.runs.stored_links import with_links, without_links
+from hsee_jax.runs.stored_shapes import check_shapes
 
 _SHELF = "shelf"
 _DAMAGED = ".damaged"  # suffix of the name of a damaged checkpoint
@@ -104,7 +105,7 @@ def load(checkpoint: Checkpoint, like: PyTree) -> PyTree:
         have more or fewer empty slots at its end than the stored stack.
 
     Raises:
-      UserError: the checkpoint cannot be read, or holds other leaves.
+      UserError: the checkpoint cannot be read, or holds other leaves or shapes.
     """
     return with_links(_load(checkpoint, "state", without_links(like)), like)
 
@@ -144,7 +145,9 @@ def _load(checkpoint: Checkpoint, name: str, like: PyTree) -> PyTree:
     try:
         with any_slots:
             shapes = jax.tree.map(placed, like)
-            return ocp.load((checkpoint.folder / name).absolute(), shapes)
+            path = (checkpoint.folder / name).absolute()
+            check_shapes(ocp.metadata(path).metadata, shapes)
+            return ocp.load(path, shapes)
     except Exception as error:
         raise UserError(
             f"run: {checkpoint.folder} cannot be read: {_reason(error)}"

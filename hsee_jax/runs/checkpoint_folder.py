@@ -35,7 +35,9 @@ def read_score(folder: Path) -> float:
 def remove(folder: Path) -> None:
     """Remove a checkpoint; rename it first, so that nobody sees half of its files."""
     if folder.exists():
-        shutil.rmtree(folder.replace(folder.with_name(folder.name + UNFINISHED)))
+        old = folder.with_name(f"{folder.name}.old{UNFINISHED}")
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder.replace(old))
 
 
 def verify(folder: Path) -> None:

@@ -8,7 +8,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.engine.refit import ExitFit
 from hsee_jax.federation.ridge import RIDGE
-from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.runs.checkpoint import Writer, load, load_shelf
 from hsee_jax.runs.data import OwnData
 from hsee_jax.runs.folder import (
     check_name,
@@ -20,7 +20,7 @@ from hsee_jax.runs.folder import (
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import Scores, link_of, summarize
-from hsee_jax.runs.reopen import reopen
+from hsee_jax.runs.reopen import reopen_phases
 from hsee_jax.runs.start import Start, prepare_folder
 from hsee_jax.systems.traffic import Bytes
 
@@ -84,7 +84,10 @@ def refit(
     check_writable(out)
     if out.exists():
         raise UserError(f"out: {out} exists already; allowed is a new folder")
-    experiment, stored = reopen(folder, which, data_dir=data_dir, data=data)
+    phases, origin = reopen_phases(folder, which, data_dir=data_dir, data=data)
+    experiment = phases.at(origin.number)
+    stored = load(origin, experiment.store.checkpoint_shapes())
+    shelf = load_shelf(origin, phases.shelf_shapes(origin.number))
     check_partition(folder, experiment.manifest)
     records = tuple(read_records(folder, limit=int(stored.round)))
     state = experiment.store.from_checkpoint(stored)
@@ -97,7 +100,7 @@ def refit(
         notes = {"score": found.after.mean_server_accuracy}
         with Writer(out / "checkpoints", keep=1) as writer:
             checkpoint = experiment.store.to_checkpoint(state)
-            writer.save(int(state.round), 0, checkpoint, notes)
+            writer.save(int(state.round), 0, checkpoint, notes, shelf)
         replace_file(out / "refit.json", dumps(found.to_json()))
         if len(records) == experiment.cadence.rounds:
             summary = summarize(results, records, experiment.bytes_by_cut())

@@ -9,7 +9,7 @@ from hsee_jax.config.values import override
 from hsee_jax.core.types import Dataset
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
-from hsee_jax.runs.checkpoint import load
+from hsee_jax.runs.checkpoint import Checkpoint, load
 from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, data_source, own_field
 from hsee_jax.runs.equipment import stored_equipment
@@ -45,6 +45,19 @@ def reopen(
       UserError: there is no such run, it has no checkpoint, its clients kept their
         layers private, or its data are missing, or differ from the data of the run.
     """
+    phases, checkpoint = reopen_phases(folder, which, data_dir=data_dir, data=data)
+    experiment = phases.at(checkpoint.number)
+    return experiment, load(checkpoint, experiment.store.checkpoint_shapes())
+
+
+def reopen_phases(
+    folder: str | os.PathLike[str],
+    which: str = "latest",
+    *,
+    data_dir: str | None = None,
+    data: OwnData | None = None,
+) -> tuple[Phases, Checkpoint]:
+    """Build the phases of a run again, and find a checkpoint; see `reopen`."""
     folder = Path(folder)
     config = override(read_config(folder), pretrained=None)  # weights are stored
     check_layers(config)
@@ -54,8 +67,7 @@ def reopen(
     check_info(folder, source.info, own_field(config.data))
     checkpoint = checkpoint_of(folder, which)
     whole = with_clock(build(config, source), stored_equipment(folder))
-    experiment = Phases(whole).at(checkpoint.number)
-    return experiment, load(checkpoint, experiment.store.checkpoint_shapes())
+    return Phases(whole), checkpoint
 
 
 def evaluate(

@@ -71,11 +71,7 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
       UserError: its files are damaged, its data have changed, or it has done more
         rounds than ``rounds`` allows.
     """
-    checkpoint = find(folder / "checkpoints", midway=True)
-    if journal is not None:
-        later = find(folder / journal)
-        if later and (checkpoint is None or later.rounds > checkpoint.rounds):
-            checkpoint = later
+    checkpoint = _latest(folder, journal)
     experiment = phases.at(1)
     if checkpoint is None:
         _log.warning("%s has no checkpoint; the run begins anew", folder)
@@ -104,6 +100,26 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
     begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
     return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def _latest(folder: Path, journal: str | None) -> Checkpoint | None:
+    """Find the latest intact checkpoint of a run, also in its journal.
+
+    Raises:
+      UserError: there are checkpoints, and all are damaged.
+    """
+    found: list[Checkpoint] = []
+    damage: UserError | None = None
+    for name in ("checkpoints",) if journal is None else ("checkpoints", journal):
+        try:
+            checkpoint = find(folder / name, midway=name != journal)
+        except UserError as error:
+            damage = damage or error
+            continue
+        found += [] if checkpoint is None else [checkpoint]
+    if damage is not None and not found:
+        raise damage
+    return max(found, key=lambda one: (one.rounds, one.steps), default=None)
 
 
 def midway_notes(

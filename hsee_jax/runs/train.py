@@ -183,7 +183,8 @@ class _Loop:
         results = self._results
         if results is None:  # it was resumed when all was finished
             results = experiment.evaluate(self._state, experiment.test)
-        summary = summarize(results, self._records, experiment.bytes_by_cut())
+        last = self._phases.at(experiment.cadence.rounds)
+        summary = summarize(results, self._records, last.bytes_by_cut())
         for callback in reversed(self._callbacks):
             callback.on_end(summary)
         return summary
