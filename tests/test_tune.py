@@ -9,6 +9,7 @@ import pytest
 
 import hsee_jax as hs
 from hsee_jax import cli
+from hsee_jax.cli import tune as command
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.flags import config_from
 from hsee_jax.core import UserError
@@ -150,6 +151,20 @@ def test_the_command_keeps_forms_that_the_next_run_takes(words, capsys):
     write_forms(dict.fromkeys(forms, "patches"))
     assert convolutions([*words, "--conv", "grouped"]) == 1
     assert convolutions([*words[:-4], "--batch-size", "4", *words[-4:]]) == 0
+
+
+def test_the_network_is_the_one_of_the_run(monkeypatch):
+    """Where clients see tiles of the images, it is made for tiles."""
+    seen = []
+
+    def stop(make_model, *arguments, **options):
+        seen.append(make_model("grouped").input_shape)
+        raise UserError("enough")
+
+    monkeypatch.setattr(command, "tune", stop)
+    tiles = "--strategy fpl --partition views --view tiles --num-clients 4 --cuts 2"
+    assert cli.main(["tune", "demo", *tiles.split()]) == 2
+    assert seen == [(14, 14, 1)]
 
 
 @pytest.mark.slow

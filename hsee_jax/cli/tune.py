@@ -16,6 +16,7 @@ from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.build import build_federation
 from hsee_jax.runs.data import build_info
 from hsee_jax.runs.forms import write_forms
+from hsee_jax.runs.model import views_in
 from hsee_jax.systems.tuning import Alone, Tuning, tune
 
 
@@ -42,7 +43,7 @@ def tune_forms(words: Sequence[str]) -> None:
             config.model.network,
             options={**config.model.options, "conv": conv},
             num_classes=info.num_classes,
-            input_shape=info.input_shape,
+            input_shape=views_in(config, info).shape,
         )
 
     alone, tuning = tune(

@@ -85,7 +85,7 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The names that are allowed now, in the order of their registration."""
+        """Return the names that are allowed now, in the order of their registration."""
         return tuple(self.names)
 
     def checked(self, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """What arrives from devices, until the server's round takes it.
 
 The threads of the calls put messages in, the thread of the training takes them out in
-the order of the round. A device waits while a few of its messages lie here, so that the
-server's memory does not depend on the slowest.
+the order of the round. A device waits while a few of its messages lie here. Replies
+stay until the round ends, for a device that starts again and sends its messages anew.
 """
 
 import logging

@@ -13,7 +13,7 @@ equal to it up to rounding and runs in one of these forms:
                others take 36; only for 3x3 of stride 1 with at most 2 zeros a side,
                else it is ``patches``
 ``winograd4``  F(4x4, 3x3), 36 products where the others take 144; it rounds about five
-               times as coarsely as ``winograd``, and has the same limits
+               times as coarsely as the others, and has the limits of ``winograd``
 ``mixed``      a form for each shape, as measured on CPUs; stacked weights never get a
                native one
 ``auto``       the form of the default backend, see `auto_form`

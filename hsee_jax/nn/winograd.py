@@ -6,8 +6,8 @@ B)] A for a tile of m x m outputs and (m + 2) x (m + 2) inputs. Each place of a 
 takes one product of matrices over channels. The gradient by the weights is the
 transpose, and the gradient by the input is the same form with the window flipped. All
 computation is in float32, whatever the dtype of the arrays. The larger tile rounds
-about five times as coarsely. Other windows, other strides and more than 2 zeros a side
-use the form of patches.
+about five times as coarsely as the other forms. Other windows, other strides and more
+than 2 zeros a side use the form of patches.
 
 The tiles of many large images do not fit a processor's cache, and each transform would
 then wait for the memory. So images are taken a few at a time.
