@@ -69,8 +69,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="of the training")
     given = parser.parse_args(words)
     folder = given.run or Path("runs/gate")
-    if given.run is None and not (folder / "summary.json").exists():
-        hs.train(hs.override(hs.preset("demo"), rounds=given.rounds), folder)
+    if given.run is None:  # it goes on where it stopped, or begins anew if it differs
+        config = hs.override(hs.preset("demo"), rounds=given.rounds)
+        run = hs.studies.Run("gate", config.run.model_seed, config)
+        hs.studies.train_run(run, folder, overwrite=True)
     for row in answer(folder, given.offload):
         print(
             "client {id}, cut {cut}: sent {sent:.1%}, {bytes:,.0f} bytes an image; "

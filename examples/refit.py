@@ -42,8 +42,9 @@ def fit(partition: str, exit_head: str, seed: int, given: argparse.Namespace) ->
     if given.rounds is not None:
         config = hs.override(config, rounds=given.rounds)
     folder = given.out / f"{partition}-{exit_head}-{seed}"
-    if not (folder / "summary.json").exists():
-        hs.train(config, folder, overwrite=True)
+    hs.studies.train_run(
+        hs.studies.Run(folder.name, seed, config), folder, overwrite=True
+    )
     shutil.rmtree(folder / "refit", ignore_errors=True)
     found = hs.runs.refit(folder)
     return {

@@ -139,20 +139,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     read an option from a file.
 
     Raises:
-      UserError: an option of a plugin has the name of another flag.
+      argparse.ArgumentError: an option of a plugin has the name of another flag.
     """
     options()  # refuses two options of one name
     demo = flatten(PRESETS["demo"])
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.__name__.removesuffix("Config"))
         for name, option in section.known().items():
-            try:
-                add_option(group, option, _help(section, option, demo.get(name)))
-            except argparse.ArgumentError as error:
-                raise UserError(
-                    f"plugin: option {name} has the name of another flag; allowed is a "
-                    "name of its own"
-                ) from error
+            add_option(group, option, _help(section, option, demo.get(name)))
     parser.add_argument("--seed", type=int, metavar="INT", help="sets all three seeds")
     parser.add_argument(
         "--absences-file",

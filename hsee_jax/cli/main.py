@@ -7,6 +7,7 @@ file imports nothing heavy, so that the handler of Ctrl-C is set before the impo
 JAX.
 """
 
+import argparse
 import errno
 import re
 import signal
@@ -98,6 +99,8 @@ def _end(error: Exception) -> _End | None:
 
     if isinstance(error, UserError):
         return _End(2, str(error))
+    if isinstance(error, argparse.ArgumentError):  # of a parser, before any word
+        return _End(2, f"plugin: an option has the name of a flag: {error.message}")
     if isinstance(error, DivergenceError):
         return _End(3, str(error))
     if lacks_memory(error):

@@ -8,6 +8,7 @@ from hsee_jax.cli.flags import config_from
 from hsee_jax.config import Config, override
 from hsee_jax.core.errors import UserError
 from hsee_jax.runs.build import build_model
+from hsee_jax.runs.equip import check_no_clusters
 from hsee_jax.runs.planning import (
     Resources,
     config_with_plans,
@@ -60,7 +61,8 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
 
     Raises:
       UserError: see `config_from`; or a flag contradicts the plan, the plan is for
-        another network, or ``--cuts auto`` lacks a file of devices.
+        another network, or ``--cuts auto`` lacks a file of devices, or is given with a
+        configuration that has a plan.
     """
     if "plan" in given:
         return _from_file(given, given["plan"], stored)
@@ -71,9 +73,30 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
         _refuse(given, taken, f"the devices of {given['devices']}")
         given = {name: value for name, value in given.items() if name != "cuts"}
         given["num_clients"] = len(read_devices(given["devices"]).clients)
+        return _without_plan(config_from(given, stored=stored), given, stored)
     elif "replan_every" in given:
         raise UserError("replan_every: has no effect; it is read with --cuts auto")
     return config_from(given, stored=stored)
+
+
+def _without_plan(config: Config, given: dict[str, Any], stored: Path | None) -> Config:
+    """Return the configuration that is to be planned.
+
+    A run that goes on is planned once more, with the absences that the flags repeat.
+
+    Raises:
+      UserError: another configuration has a plan already.
+    """
+    if stored is not None:
+        by_flag = {"absences", "absences_file"} & given.keys()
+        absences = config.clients.absences if by_flag else ()
+        return override(config, recuts=(), absences=absences)
+    if config.clients.recuts:
+        raise UserError(
+            f"recuts: {' '.join(config.clients.recuts)} of the configuration is not "
+            "allowed with --cuts auto; allowed is a configuration without"
+        )
+    return config
 
 
 def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
@@ -88,6 +111,7 @@ def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
       UserError: a value is not allowed, or a device fits no cut.
     """
     fleet = read_devices(devices, seed=config.run.partition_seed)
+    check_no_clusters(fleet)
     if every is not None:
         if every < 1:
             raise UserError(

@@ -54,8 +54,9 @@ class StopSignals:
         """Return whether any process got a signal; every process must call this."""
         from hsee_jax.parallel.processes import largest
 
-        self.received = largest(self.received)
-        return self.received > 0
+        number = largest(self.received)
+        self.received = self.received or number  # it may have come in the meantime
+        return number > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

@@ -128,7 +128,7 @@ def text_table(
     """Return a table of cells of text."""
     table = Table(title=_title(title))
     for column in columns:
-        table.add_column(Text(column), justify="right")
+        table.add_column(Text(column), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -122,7 +122,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def _migrated(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Put options that earlier versions kept elsewhere where they are now."""
     data = dict(values.get("data", {}))
-    if data.get("dataset", DataConfig.dataset) in KNOWN and "labels" in data:
+    dataset = data.get("dataset", DataConfig.dataset)
+    if "labels" in data and isinstance(dataset, str) and dataset in KNOWN:
         # Every dataset had this option, and known datasets could not change it.
         known = DATASETS.options()["labels"]
         if known.checked(data["labels"]) == "refuse":

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +82,12 @@ def _header(picture: Picture) -> _Header:
         with picture.open() as image:
             transparent = image.has_transparency_data
             header = _Header(image.mode, image.size, transparent)
+            # Pillow opens colours of 16 bits as if they had 8, and drops the others.
+            tiles: Any = getattr(image, "tile", ())
+            deep = header.mode in _DEEP or any(";16" in str(t[3]) for t in tiles)
     except Exception as error:  # readers of many formats raise many types
         raise _unreadable(picture, error) from error
-    if header.mode in _DEEP:
+    if deep:
         raise UserError(
             f"data_dir: {picture.name} has more than 8 bits per pixel; allowed are 8, "
             "or arrays of uint16 with --dataset npz"

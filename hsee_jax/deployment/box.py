@@ -152,7 +152,7 @@ class Box:
 
 def is_device(folder: Path) -> bool:
     """Return whether a folder is the folder of a device."""
-    return (folder / _ABOUT).is_file()
+    return os.path.isfile(folder / _ABOUT)
 
 
 def write(path: Path, content: bytes, *, sync: bool = True) -> None:

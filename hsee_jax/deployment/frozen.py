@@ -124,7 +124,7 @@ def read_samples(path: Path, card: Mapping[str, Any]) -> Samples:
     try:
         with np.load(path) as file:
             inputs, labels = file["x"], file["y"]
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # NumPy raises many types
         raise Failure(f"data: {path} cannot be read as x and y: {error}") from error
     shape, dtype = tuple(card["input"]["shape"]), card["input"]["dtype"]
     if inputs.shape != (len(labels), *shape) or inputs.dtype != dtype:

@@ -90,6 +90,19 @@ def _check_lost(folder: Path, given: Given) -> None:
             raise _not_same(name, value, has_some=False)
 
 
+def check_no_clusters(fleet: Fleet) -> None:
+    """Refuse clients of several devices.
+
+    Raises:
+      UserError: there is such a client.
+    """
+    for cluster in fleet.clusters:
+        raise UserError(
+            f"devices: cluster {fleet.clients[cluster.client].name} is not allowed in "
+            "training; allowed is a device for each client"
+        )
+
+
 def _read(config: Config, given: Given) -> Equipment | None:
     """Read what a caller gives."""
     count, devices = config.clients.num_clients, given.devices
@@ -107,11 +120,7 @@ def _read(config: Config, given: Given) -> Equipment | None:
     else:
         fleet = read_devices(Path(devices), seed=config.run.partition_seed)
         name = str(devices)
-    for cluster in fleet.clusters:
-        raise UserError(
-            f"devices: cluster {fleet.clients[cluster.client].name} is not allowed in "
-            "training; allowed is a device for each client"
-        )
+    check_no_clusters(fleet)
     # With one client that has all the data, the server is the device.
     if config.strategy.strategy != "centralized" and len(fleet.clients) != count:
         raise UserError(

@@ -29,7 +29,7 @@ def read_config(folder: Path) -> Config:
       UserError: there is no run in the folder.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # false as well where it may not be looked at
         raise UserError(
             f"run: {folder} is not a run; allowed is a folder that `hsee train` wrote"
         )
@@ -95,7 +95,7 @@ def check_writable(folder: Path) -> None:
       UserError: the folder cannot be written to, or made.
     """
     places = (folder, *folder.absolute().parents)
-    nearest = next(place for place in places if place.exists())
+    nearest = next(place for place in places if os.path.exists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"out: {nearest} is not a folder that can be written to")
 
@@ -128,7 +128,8 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
         read_config(folder)
         return
     check_writable(folder)
-    found = folder.iterdir() if folder.exists() else ()
+    with writing(folder):
+        found = list(folder.iterdir()) if os.path.exists(folder) else []
     if all(path.name == ".lock" or path.suffix == ".tmp" for path in found):
         return  # nothing, or what is left of a run killed at its start
     try:

@@ -12,6 +12,7 @@ from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import options
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.paths import expand_home
+from hsee_jax.runs.folder import load_config
 
 _TEXTS = ("title", "shows", "cost", "preset", "config", "extends")
 _TABLES = ("options", "grid", "rows")
@@ -45,11 +46,13 @@ def read_content(path: Path) -> Content:
     Raises:
       UserError: a file cannot be read, or a key or a value is not allowed.
     """
-    content = _read(path)
-    if "extends" not in content.texts:
-        return content
-    common_path = path.parent / content.texts["extends"]
-    common = _read(common_path)
+    values = _parse(path)
+    if "extends" not in values:
+        return _read(path, values)
+    _check(path, "extends", values["extends"], str, "a text")
+    common_path = path.parent / values["extends"]
+    common = _read(common_path, _parse(common_path))  # first: it may name plugins
+    content = _read(path, values)
     if "extends" in common.texts:
         raise UserError(
             f"{common_path}, extends: is not allowed here, because {path} extends this "
@@ -65,8 +68,8 @@ def read_content(path: Path) -> Content:
     )
 
 
-def _read(path: Path) -> Content:
-    values = _parse(path)
+def _read(path: Path, values: dict[str, Any]) -> Content:
+    """Check what a file holds; the options of its plugins are known from then on."""
     for key in values:
         if key not in _KEYS:
             with within(path, "top level"):
@@ -78,8 +81,13 @@ def _read(path: Path) -> Content:
     own = values.get("options", {})
     with within(path, "[options]"):
         load_plugins(_plugins(own))
+    texts = {key: values[key] for key in _TEXTS if key in values}
+    if "config" in texts:  # relative to the file, wherever the study is run
+        texts["config"] = str(path.parent / texts["config"])
+        with within(path, "config"):
+            load_config(Path(texts["config"]))  # it may name plugins
     return Content(
-        texts={key: values[key] for key in _TEXTS if key in values},
+        texts=texts,
         seeds=_seeds(path, values.get("seeds")),
         options=_options(path, "[options]", own),
         grid=_grid(path, values.get("grid", {})),

@@ -60,7 +60,7 @@ def _start(path: Path, content: Content) -> Config:
     with within(path, given[0]):
         if given == ["preset"]:
             return preset(content.texts["preset"])
-        return load_config(path.parent / content.texts["config"])
+        return load_config(Path(content.texts["config"]))
 
 
 def _rows(path: Path, content: Content, start: Config) -> Iterator[Row]:

@@ -85,7 +85,11 @@ def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
         return problem.devices
     means = len(problem.schedule.averages)
     sizes = work.steps * work.up_bytes + means * work.weights_bytes
-    shares, _ = divide_uplink(sizes, work.forward_s, bandwidth, link_bytes_per_s=rates)
+    start_s = work.forward_s
+    if problem.schedule.waits:  # nothing is sent while a client computes, or waits
+        each = work.forward_s + work.backward_s + work.server_s + work.down_s
+        start_s = work.steps * each
+    shares, _ = divide_uplink(sizes, start_s, bandwidth, link_bytes_per_s=rates)
     return tuple(
         dataclasses.replace(device, up_bytes_per_s=float(share))
         if share > 0

@@ -21,7 +21,7 @@ from hsee_jax.systems.choice import (
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import server_memory
 from hsee_jax.systems.outcome import Plan, client_bytes, evaluate_cuts
-from hsee_jax.systems.problem import Problem, cut_costs, replica_bytes
+from hsee_jax.systems.problem import Problem, cut_costs
 from hsee_jax.systems.quantities import QUANTITIES, Bools, CutCosts, totals
 
 _TRIES = 8
@@ -70,9 +70,6 @@ def plan_cuts(
     aims = dict(most)
     if problem.schedule.shared:  # `possible_cuts` sees to it
         aims.pop("server_bytes", None)
-    else:
-        batches = _batch_bytes(problem, costs.allowed) / len(problem.devices)
-        costs = costs._replace(server_bytes=costs.server_bytes + batches)
     nearest: dict[str, float] = {}
     for plan in _candidates(problem, costs, minimize, aims):
         found = plan.totals()._asdict()
@@ -205,15 +202,6 @@ def _shared_bytes(problem: Problem, cut: int) -> int:
         shared=True,
         together=together,
     )
-
-
-def _batch_bytes(problem: Problem, allowed: Bools) -> float:
-    """Return the most bytes that batches take at a server with replicas."""
-    if problem.schedule.boundary == "none":
-        return 0.0
-    cut = int(np.flatnonzero(allowed.any(axis=0))[0]) + 1
-    weights = replica_bytes(problem, cut)
-    return problem.workers * float(_shared_bytes(problem, cut) - weights)
 
 
 def require_watts(devices: Sequence[Device], clients: Sequence[int] = ()) -> None:

@@ -103,7 +103,9 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         weights = means * work.weights_bytes
         if lockstep:
             first, last = work.forward_s + work.up_s, back + work.backward_s
-            phases[:, :, c] = [first, (steps - 1) * (first + last), last] * (steps > 0)
+            longest = steps == steps.max()  # others end their last step earlier
+            parts = first, (steps - 1) * (first + last), last * longest
+            phases[:, :, c] = parts * (steps > 0)
         else:
             phases[0, :, c] = own_seconds(work, schedule)
         server[:, c] = steps * work.server_s

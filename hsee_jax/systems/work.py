@@ -115,3 +115,6 @@ def parts_of_round(work: Work, schedule: Schedule) -> Iterator[Part]:
     for chunk in chunks:
         mean = chunk.stop < last or at_end
         yield Part(chunk.start, chunk.stop, mean, (chunk,))
+    late = sum(step >= last for step in schedule.averages)
+    for _ in range(late - 1):  # without the client with the most steps
+        yield Part(last, last, True, (range(last, last),))
