@@ -1,5 +1,6 @@
 """The command line, in processes of its own where it matters."""
 
+import io
 import json
 import os
 import re
@@ -9,18 +10,21 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import hsee_jax
 from hsee_jax import cli
 from hsee_jax.cli.commands import COMMANDS
-from hsee_jax.cli.terminal import ProgressBar
+from hsee_jax.cli.terminal import ProgressBar, text_table
 from hsee_jax.config import override, preset
 from hsee_jax.core.errors import UserError
+from hsee_jax.optim.optimizers import OPTIMIZERS, sgd
 from hsee_jax.runs.data import build_data
 from hsee_jax.runs.records import Scores
 
@@ -162,6 +166,35 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
             "hsee: npz: 50 training and 50 test images of 12x12x1 in 10 classes, from "
             f"train.npz and test.npz in {tmp_path}\n"
         )
+
+
+@pytest.mark.parametrize("words", ["eval X", "report X", "train --out X", "gate X"])
+def test_a_folder_whose_name_is_too_long_is_one_line(words, capsys):
+    """As one that may not be entered, of which Python's `pathlib` says so as well."""
+    words = [word.replace("X", "x" * 300) for word in words.split()]
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_an_option_of_a_plugin_may_not_be_called_like_a_flag(monkeypatch, capsys):
+    monkeypatch.setattr(OPTIMIZERS, "_entries", dict(OPTIMIZERS.items()))
+
+    @OPTIMIZERS.register(summary="of a plugin")
+    def clashes(*, out: Annotated[int, "the name of a flag of train"] = 1):
+        return sgd()
+
+    assert cli.main(["train", "demo"]) == 2
+    err = capsys.readouterr().err
+    assert "plugin: an option has the name of a flag" in err and "--out" in err
+
+
+def test_a_narrow_table_shows_all_of_each_name():
+    names = [f"averaging,partition=dirichlet,alpha={a}" for a in (0.1, 1.0)]
+    console = Console(width=30, file=io.StringIO())
+    console.print(text_table("rows", ["row", "mean"], [[n, "0.5"] for n in names]))
+    text = re.sub(r"[\s│]|0\.5", "", console.file.getvalue())
+    assert all(name.replace("0.5", "") in text for name in names)
 
 
 @pytest.mark.slow

@@ -213,6 +213,7 @@ def test_errors_name_field_value_and_what_is_allowed(changes, words):
         {"run": {"rounds": True}},
         {"clients": {"cuts": "3"}},
         {"optim": 3},
+        {"data": {"dataset": ["cifar10"], "labels": "refuse"}},
     ],
 )
 def test_bad_json_is_refused(values):

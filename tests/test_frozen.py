@@ -99,6 +99,10 @@ def test_samples_that_the_segment_does_not_take_are_refused(tmp_path):
         np.savez(path, **bad)
         with pytest.raises(frozen.Failure, match=message):
             frozen.read_samples(path, card)
+    for content in (path.read_bytes()[:-40], b"", b"\x93NUMPY"):
+        path.write_bytes(content)
+        with pytest.raises(frozen.Failure, match="cannot be read as x and y"):
+            frozen.read_samples(path, card)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+import struct
 import sys
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -192,6 +194,22 @@ def sixteen_bits(path):
     Image.fromarray(np.zeros((28, 28), np.uint16)).save(path)
 
 
+def sixteen_bits_of_colours(path):
+    """A PNG of 16 bits a channel, which Pillow can read and not write."""
+
+    def chunk(name, content):
+        size, code = len(content), zlib.crc32(name + content)
+        return struct.pack(">I", size) + name + content + struct.pack(">I", code)
+
+    rows = (b"\0" + bytes(28 * 6)) * 28
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 28, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
 def of_kind(kind):
     return lambda path: Image.fromarray(np.zeros((28, 28), np.uint8)).save(path, kind)
 
@@ -200,6 +218,11 @@ FAULTS = {
     "cut short": ("train/a/0.png", cut_short, "0.png cannot be read as an image ("),
     "text": ("train/a/0.png", lambda p: p.write_text("x"), "0.png cannot be read as"),
     "16 bits": ("train/a/0.png", sixteen_bits, "more than 8 bits per pixel"),
+    "16 bits a colour": (
+        "train/a/0.png",
+        sixteen_bits_of_colours,
+        "more than 8 bits per pixel",
+    ),
     "no picture": (
         "train/a",
         lambda p: [f.unlink() for f in p.iterdir()],

@@ -289,7 +289,12 @@ def test_exits_are_fitted_in_training(tmp_path, capsys):
     config = override(config, rounds=3, refit_exits_every=2)
     train(config, tmp_path / "run")
     first, second, third = read_history(tmp_path / "run").records
-    before = read_history(tmp_path / "plain").records
+    plain_run, refit_run = map(
+        read_history, (tmp_path / "plain", tmp_path / "plain/refit")
+    )
+    assert refit_run.records[-1].test == fitted.after  # which reports show
+    assert refit_run.settings == plain_run.settings | {"refit": RIDGE}
+    before = plain_run.records
     assert first.test == before[0].test
     assert second.test == fitted.after != plain.scores
     assert second.link == tuple(map(sum, zip(before[1].link, fitted.link, strict=True)))

@@ -7,8 +7,8 @@ import pytest
 from tiny import TINY
 
 from hsee_jax import cli, runs
-from hsee_jax.cli.plan_file import plan_now
-from hsee_jax.config import override, preset
+from hsee_jax.cli.plan_file import AUTO, config_with_plan, plan_now
+from hsee_jax.config import override, preset, to_json
 from hsee_jax.core import UserError
 from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.planning import Resources, planning, problem_of
@@ -165,6 +165,34 @@ def test_the_configuration_keeps_the_schedule(fleet):
     assert found.absences == ("1:1-6",)
     found = plan_now(override(config, absences=("0:1-3",)), fleet("1e9"), 6).clients
     assert found.absences == ("0:1-3",) and found.recuts == ()
+
+
+def test_the_same_command_plans_the_same_for_a_run_that_goes_on(fleet, tmp_path):
+    """Though the configuration holds the schedule, and absences of empty batteries."""
+    given = {"cuts": AUTO, "devices": fleet("1e-3")}
+    config = plan_now(override(CONFIG, rounds=6), given["devices"], 3)
+    assert config.clients.absences
+    (tmp_path / "config.json").write_text(to_json(config))
+    again = config_with_plan(given, stored=tmp_path)
+    assert plan_now(again, given["devices"], 3) == config
+
+
+def test_a_configuration_with_a_plan_is_not_planned_again(fleet, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(plan_now(override(CONFIG, rounds=6), fleet("1e9"), 3)))
+    given = {"cuts": AUTO, "devices": fleet("1e9"), "config": path}
+    with pytest.raises(UserError, match="recuts: 4:.* is not allowed with --cuts auto"):
+        config_with_plan(given, stored=None)
+
+
+def test_clusters_are_refused_before_a_plan(tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text(
+        '[[devices]]\ndevice = "raspberry-pi-4"\n[[devices]]\n'
+        'device = "raspberry-pi-5"\ncount = 2\ncluster = "room"\n'
+    )
+    with pytest.raises(UserError, match="cluster room is not allowed in training"):
+        plan_now(CONFIG, path, 3)
 
 
 @pytest.mark.slow

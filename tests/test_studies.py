@@ -11,6 +11,7 @@ import tiny  # noqa: F401  registers its network
 
 import hsee_jax
 from hsee_jax import studies
+from hsee_jax.optim.optimizers import OPTIMIZERS
 from hsee_jax.runs.records import Scores, Summary
 
 STUDY = """title = "A study for tests"
@@ -171,6 +172,36 @@ def test_a_study_begins_with_a_configuration(write, tmp_path):
         STUDY, ('preset = "demo"', 'config = "base.json"'), ("rounds = 3\n", "")
     )
     assert studies.load(path).rows[0].config.run.rounds == 2
+
+
+LATE = """
+from typing import Annotated
+
+import hsee_jax as hs
+
+
+@hs.optim.register
+def late(*, lateness: Annotated[int, "how late it is"] = 1) -> hs.optim.Optimizer:
+    return hs.optim.sgd()
+"""
+
+
+def test_an_extended_file_may_name_a_configuration_with_plugins(
+    write, tmp_path, monkeypatch
+):
+    """It lies beside that file, and its plugins register options of the other."""
+    monkeypatch.setattr(OPTIMIZERS, "_entries", dict(OPTIMIZERS.items()))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "late_plugin.py").write_text(LATE)
+    values = {"run": {"plugin": ["late_plugin"]}}
+    (tmp_path / "common" / "base.json").write_text(json.dumps(values))
+    write('config = "base.json"\n', name="common/rows.toml")
+    path = write(
+        'extends = "common/rows.toml"\n[rows.a]\noptimizer = "late"\nlateness = 3\n'
+    )
+    (row,) = studies.load(path).rows
+    assert row.config.optim.options["lateness"] == 3
 
 
 def test_a_data_dir_is_relative_to_the_file(write, tmp_path):

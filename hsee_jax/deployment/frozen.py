@@ -122,7 +122,7 @@ def read_samples(path: Path, card: Mapping[str, Any]) -> Samples:
       Failure: it does not.
     """
     try:
-        with np.load(path) as file:
+        with path.open("rb") as content, np.load(content) as file:
             inputs, labels = file["x"], file["y"]
     except Exception as error:  # NumPy raises many types
         raise Failure(f"data: {path} cannot be read as x and y: {error}") from error

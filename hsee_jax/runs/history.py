@@ -31,6 +31,7 @@ class History(NamedTuple):
     summary: Summary | None  # None until the run ends
     digest: str | None = None  # of the user's own data, if the run has kept one
     equipment: Equipment | None = None  # None in a run without devices
+    ridge: float | None = None  # of `hsee refit`, if it made the run
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -43,10 +44,11 @@ class History(NamedTuple):
 
         Seeds, plugins and the folder of the data are left out. The user's own data are
         there as ``data``: the start of their digest, or their folder without one. The
-        files of the simulated clock are there as ``devices`` and ``availability``.
+        files of the simulated clock are there as ``devices`` and ``availability``, and
+        the penalty of exits that `hsee refit` fitted as ``refit``.
         """
         found = {name: v for name, v in self.options.items() if name not in _OWN}
-        found |= {"devices": None, "availability": None}
+        found |= {"devices": None, "availability": None, "refit": self.ridge}
         if self.equipment is not None:
             found |= self.equipment.sources
         if is_own_data(self.options):
@@ -89,6 +91,7 @@ def read_history(folder: Path) -> History:
         summary,
         _digest(folder, options),
         stored_equipment(folder),
+        _ridge(folder / "refit.json"),
     )
 
 
@@ -125,6 +128,13 @@ def _digest(folder: Path, options: dict[str, Any]) -> str | None:
         return read_info(folder).digest
     except UserError:
         return None  # it is lost, and `train` writes it anew
+
+
+def _ridge(path: Path) -> float | None:
+    if not path.exists():
+        return None
+    with _reading(path):
+        return float(_read(path)["ridge"])
 
 
 def _read_options(folder: Path) -> dict[str, Any]:

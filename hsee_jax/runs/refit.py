@@ -95,7 +95,7 @@ def refit(
     state, exits = experiment.refit_exits(state, ridge)
     results = experiment.evaluate(state, experiment.test)
     found = Refit(ridge, tuple(exits), before, Scores.of(results))
-    records = (*records[:-1], records[-1]._replace(test=found.after))
+    records = (*records[:-1], *(r._replace(test=found.after) for r in records[-1:]))
     with sole_writer(out):
         prepare_folder(out, experiment, Start(state, records))
         notes = {"score": found.after.mean_server_accuracy}
