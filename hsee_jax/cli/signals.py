@@ -55,7 +55,8 @@ class StopSignals:
         from hsee_jax.parallel.processes import largest
 
         number = largest(self.received)
-        self.received = self.received or number  # it may have come in the meantime
+        if number:  # else a signal that comes meanwhile would be overwritten
+            self.received = self.received or number
         return number > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
