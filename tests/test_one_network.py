@@ -64,9 +64,10 @@ WORDS = (
     ("options", "one"),
     [
         ("", True),
-        ("--average servers", False),
+        pytest.param("--average servers", False, marks=pytest.mark.slow),
         ("--batch-norm keep_local", False),
-        ("--period 3", False),  # no average until the end
+        # no average until the end
+        pytest.param("--period 3", False, marks=pytest.mark.slow),
     ],
 )
 def test_the_table_says_why_all_servers_score_the_same(options, one, tmp_path, capsys):

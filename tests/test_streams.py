@@ -33,10 +33,14 @@ SMALL = override(
     ("make", "options"),
     [
         (averaging, {}),
-        (averaging, {"period": 2, "period_unit": "steps"}),
+        pytest.param(
+            averaging,
+            {"period": 2, "period_unit": "steps"},
+            marks=pytest.mark.slow,
+        ),
         (sequential, {}),
         (sequential, {"turn": "epoch"}),
-        (sequential, {"boundary": "joint"}),
+        pytest.param(sequential, {"boundary": "joint"}, marks=pytest.mark.slow),
     ],
 )
 def test_results_do_not_depend_on_the_threads(make, options):
@@ -98,7 +102,9 @@ def test_the_number_of_threads(monkeypatch):
         assert num_threads(0) == threads
 
 
-@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
+@pytest.mark.parametrize(
+    "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_loop_threads_is_the_number_of_threads(tmp_path, monkeypatch, strategy):
     used = set()
     real = Streams.submit
@@ -118,6 +124,7 @@ def test_loop_threads_is_the_number_of_threads(tmp_path, monkeypatch, strategy):
         assert len(used) == threads
 
 
+@pytest.mark.slow
 def test_a_setting_of_the_calling_thread_holds_in_all_threads():
     """JAX keeps settings such as this one by thread, and compiles anew for others."""
     federation, shards = tiny_federation({0: 1, 1: 1}), tiny_shards({0: 4, 1: 4})
