@@ -22,7 +22,7 @@ from hsee_jax.deployment import frozen, local, rpc
 from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.reception import serve
-from hsee_jax.deployment.rpc import check_address, connect, open_port
+from hsee_jax.deployment.rpc import check_address, check_port, connect, open_port
 
 
 class Echo:
@@ -167,6 +167,17 @@ def test_a_port_that_is_taken_is_named(echo):
         with pytest.raises(UserError, match=f"listen: 127.0.0.1:{port} is not free"):
             with open_port(echo, f"127.0.0.1:{port}", None):
                 pass
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_that_was_checked_is_free_still(echo, host):
+    with open_port(echo, f"{host}:0", None) as port:
+        pass
+    check_port(f"{host}:{port}", None)
+    with open_port(echo, f"{host}:{port}", None) as found:
+        assert found == port
+        with pytest.raises(UserError, match="is not free"):
+            check_port(f"{host}:{port}", None)
 
 
 @pytest.mark.parametrize(

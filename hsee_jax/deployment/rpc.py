@@ -7,6 +7,7 @@ changes nothing that has arrived; after an error in the server, a few times at m
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,6 @@ _CALL_S = 60.0  # until a call without an answer is repeated; above silence and 
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
 _FAULTS = 3  # errors in the server during a call, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
-_ALONE = ("grpc.so_reuseport", 0)  # no other process listens at the same address
 _KEEPALIVE_S = 20.0  # of silence in a call, before one side asks if the other is there
 _ANSWER_S = 10.0  # for the other side to say so, before the connection is given up
 _AWAY = (
@@ -61,9 +61,19 @@ def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int
     server = grpc.server(
         futures.ThreadPoolExecutor(2 * service.clients + 8),
         handlers=[_handler(service, keys is not None)],
-        options=[*_sizes(service.limit() + _ROOM), *_keepalive(), _ALONE],
+        options=[
+            *_sizes(service.limit() + _ROOM),
+            *_keepalive(),
+            ("grpc.so_reuseport", 0),
+        ],
     )
-    port = _bind(server, address, keys)
+    try:
+        if keys is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, server_credentials(keys))
+    except RuntimeError as error:
+        raise UserError(_not_free(address)) from error
     server.start()
     _log.info("listening at %s", address.rpartition(":")[0] + f":{port}")
     try:
@@ -124,27 +134,34 @@ def check_address(address: str, field: str, keys: Path | None) -> None:
 
 
 def check_port(address: str, keys: Path | None) -> None:
-    """Refuse an address at which `open_port` would not listen now.
+    """Refuse an address at which `open_port` could not listen now.
 
     Raises:
       UserError: see `open_port`.
     """
     check_address(address, "listen", keys)
-    server = grpc.server(futures.ThreadPoolExecutor(1), options=[_ALONE])
+    if keys is not None:
+        server_credentials(keys)
+    host, _, port = address.rpartition(":")
+    refused = None
     try:
-        _bind(server, address, keys)
-    finally:
-        server.stop(None).wait()
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            try:
+                with socket.socket(family, kind, protocol) as one:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    one.bind(place)
+                return  # gRPC listens at any of the addresses of a name
+            except OSError as error:
+                refused = error
+    except OSError as error:  # no such name
+        refused = error
+    raise UserError(_not_free(address)) from refused
 
 
-def _bind(server: grpc.Server, address: str, keys: Path | None) -> int:
-    """Take an address for a server, and return its port; see `open_port`."""
-    try:
-        if keys is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, server_credentials(keys))
-    except RuntimeError as error:
-        raise UserError(f"listen: {address} is not free, or not an address") from error
+def _not_free(address: str) -> str:
+    return f"listen: {address} is not free, or not an address"
 
 
 class _Caller:
