@@ -175,6 +175,10 @@ def test_the_same_command_plans_the_same_for_a_run_that_goes_on(fleet, tmp_path)
     (tmp_path / "config.json").write_text(to_json(config))
     again = config_with_plan(given, stored=tmp_path)
     assert plan_now(again, given["devices"], 3) == config
+    own = tmp_path / "own.json"  # named again, it keeps its absences
+    own.write_text(to_json(override(CONFIG, absences=("0:1-3",))))
+    again = config_with_plan(given | {"config": own}, stored=tmp_path)
+    assert again.clients.absences == ("0:1-3",)
 
 
 def test_a_configuration_with_a_plan_is_not_planned_again(fleet, tmp_path):

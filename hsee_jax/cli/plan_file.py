@@ -73,21 +73,26 @@ def config_with_plan(given: dict[str, Any], *, stored: Path | None) -> Config:
         _refuse(given, taken, f"the devices of {given['devices']}")
         given = {name: value for name, value in given.items() if name != "cuts"}
         given["num_clients"] = len(read_devices(given["devices"]).clients)
-        return _without_plan(config_from(given, stored=stored), given, stored)
+        goes_on = stored is not None and not {"preset", "config"} & given.keys()
+        return _without_plan(config_from(given, stored=stored), given, goes_on=goes_on)
     elif "replan_every" in given:
         raise UserError("replan_every: has no effect; it is read with --cuts auto")
     return config_from(given, stored=stored)
 
 
-def _without_plan(config: Config, given: dict[str, Any], stored: Path | None) -> Config:
+def _without_plan(config: Config, given: dict[str, Any], *, goes_on: bool) -> Config:
     """Return the configuration that is to be planned.
 
-    A run that goes on is planned once more, with the absences that the flags repeat.
+    Args:
+      config: with all flags.
+      given: flags by name.
+      goes_on: whether the configuration is that of a run, which is planned once more,
+        with the absences that the flags repeat.
 
     Raises:
       UserError: another configuration has a plan already.
     """
-    if stored is not None:
+    if goes_on:
         by_flag = {"absences", "absences_file"} & given.keys()
         absences = config.clients.absences if by_flag else ()
         return override(config, recuts=(), absences=absences)

@@ -121,8 +121,9 @@ def always(form: str) -> Choice:
 # and output), the least number of places in a channel of the output, all images
 # together, and the forms of the three passes; the first row that fits counts.
 # benchmarks/bench_conv.py times the forms on CPUs: with 128 places of 64 channels no
-# form is faster than the native one, with 512 winograd is. Where others are no faster
-# the native form is taken, which compiles in less time.
+# form is faster than the native one; with 512 winograd is slower in no pass, and faster
+# in the gradient by the weights. Where others are no faster the native form is taken,
+# which compiles in less time.
 _CPU = (
     (1, None, 1, 1, ("patches", "patches", "patches")),
     (3, 1, 64, 384, ("winograd", "winograd", "winograd")),
