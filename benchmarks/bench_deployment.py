@@ -25,7 +25,6 @@ import jax
 import numpy as np
 
 import hsee_jax as hs
-from hsee_jax.deployment.service import METHODS
 from hsee_jax.runs.history import read_history
 from hsee_jax.systems.traffic import averages_in
 
@@ -160,10 +159,10 @@ def _sizes(folder: Path, report: dict[str, Any]) -> list[bench.Row]:
         "next": (0, weights),
     }
     rows = [
-        _bytes_row(method, predicted.get(method, (0, 0)), report["calls"][method])
-        for method in METHODS
+        _bytes_row(method, predicted.get(method, (0, 0)), counted)
+        for method, counted in report["calls"].items()
     ]
-    sent = [sum(report["calls"][m][way] for m in METHODS) for way in range(2)]
+    sent = [sum(both[way] for both in report["calls"].values()) for way in range(2)]
     rows.append(_bytes_row("all", (up, down), sent))
     rows.append(_bytes_row("all, on the wire", (up, down), report["wire"]))
     return rows
@@ -186,7 +185,8 @@ class Counted:
         """Count for a `Service`."""
         self._service = service
         self.clients, self.limit = service.clients, service.limit
-        self.calls = {method: [0, 0] for method in METHODS}
+        self.methods = service.methods
+        self.calls = {method: [0, 0] for method in service.methods}
 
     def call(self, method: str, i: int, message: bytes, alive: Any) -> bytes:
         """Answer a call."""

@@ -10,10 +10,11 @@ from client_devices import small_run
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
-from hsee_jax.deployment.box import Box, DeviceState, read, write
+from hsee_jax.deployment.box import Box, DeviceState
 from hsee_jax.deployment.device import Changed, Device
+from hsee_jax.deployment.digest_file import read, write
 from hsee_jax.deployment.forms import Kind, Layers
-from hsee_jax.deployment.protocol import digest, pack
+from hsee_jax.deployment.protocol import Refusal, digest, pack
 from hsee_jax.deployment.take_part import take_part
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
@@ -40,7 +41,7 @@ def box(tmp_path, layers):
     return box
 
 
-def device(experiment, box, *tasks):
+def device(experiment, box, *tasks, layers=Layers.NONE):
     """A device whose server gives it these tasks: kind, round, last round."""
     answers = iter(tasks)
 
@@ -49,7 +50,7 @@ def device(experiment, box, *tasks):
         kind, number, last = next(answers)
         return pack(
             dict(
-                kind=kind, round=number, layers=Layers.NONE, last=last, means=0, about=7
+                kind=kind, round=number, layers=layers, last=last, means=0, about=7
             )
         )
 
@@ -78,6 +79,18 @@ def test_a_state_that_is_older_than_the_server_knows_goes_on(experiment, box, ca
     one = device(experiment, box, (Kind.WAIT, 0, 0), (Kind.END, 12, 11))
     assert run(one) and one.state.round == 9
     assert "the server counts round 11, the state here is of 9" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "asked"), [(9, Layers.NONE), (Kind.WAIT, -1)])
+def test_a_task_that_does_not_exist_is_refused(experiment, box, kind, asked):
+    with pytest.raises(Refusal, match="^(kind: 9|layers: -1); allowed are 0, 1, 2"):
+        run(device(experiment, box, (kind, 9, 9), layers=asked))
+
+
+@pytest.mark.parametrize("answer", [b"", b"{", b"\xff", b"[" * 99999])
+def test_a_server_that_does_not_describe_the_run_is_refused(answer, tmp_path):
+    with pytest.raises(UserError, match="server: sends what is not allowed: join: "):
+        take_part(lambda method, message: answer, tmp_path, None, (), bool)
 
 
 def test_a_device_joins_again_if_the_run_goes_on_in_another_way(
@@ -148,8 +161,12 @@ def test_test_inputs_are_fetched_once_for_each_size_of_a_batch(box):
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write(path, b"old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(UserError, match="file cannot be written: full"):
-        write(path, b"new")
-    assert read(path) == b"old"
+    write(path, b"old", "state")
+
+    def full(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(UserError, match="^state: .*file cannot be written: full$"):
+        write(path, b"new", "state")
+    assert read(path, "state") == b"old"

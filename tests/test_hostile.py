@@ -234,6 +234,15 @@ def test_the_first_layers_are_those_of_the_simulation(call, experiment):
         np.testing.assert_array_equal(array, named(own, "client")[name])
 
 
+def test_the_first_layers_are_drawn_once_for_all(call, experiment, monkeypatch):
+    draws, init = [], type(experiment).init
+    monkeypatch.setattr(
+        type(experiment), "init", lambda self: draws.append(1) or init(self)
+    )
+    answers = [call("begin", i, pack({})) for i in (0, 1, 0)]
+    assert answers[0] == answers[2] and len(draws) == 1
+
+
 def test_a_client_waits_for_its_round(call, mailbox):
     fields, _ = split(
         call("next", 0, pack({"round": 0, "since": 0})),

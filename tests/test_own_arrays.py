@@ -552,7 +552,7 @@ def test_a_function_that_returns_no_data(result, tmp_path):
 
 def test_files_are_written_both_or_none(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="^folder: .*file cannot be written to"):
+    with pytest.raises(UserError, match="^folder: .*file cannot be written: "):
         write_npz(tmp_path / "file", DATA)
     write_npz(tmp_path / "data", DATA)
     before = (tmp_path / "data" / "train.npz").read_bytes()

@@ -58,7 +58,7 @@ def test_a_device_may_be_killed_at_any_write(
     """In a life it dies at its first write, in the next at its second, and so on."""
     config = small_run(strategy=strategy)
     network = Network(config, tmp_path)
-    monkeypatch.setattr(box, "write", killer(box.write, network, moment))
+    monkeypatch.setattr(box, "_write", killer(box._write, network, moment))
     network.start_all()
     network.serve()
     network.join()
@@ -126,8 +126,8 @@ def test_a_server_that_lost_its_first_round_knows_its_devices(
 
     finish = dies(Mailbox.finish, lambda self, i: True)
     monkeypatch.setattr(Mailbox, "finish", finish)
-    write = dies(box.write, lambda path, _: path.match("device-1/state-2"))
-    monkeypatch.setattr(box, "write", write)
+    write = dies(box._write, lambda path, _: path.match("device-1/state-2"))
+    monkeypatch.setattr(box, "_write", write)
     network.start_all()
     with pytest.raises(Killed):
         network.serve()

@@ -485,9 +485,9 @@ def test_the_command(four, tmp_path, monkeypatch, capsys):
         ("", "arguments are required: RUN"),
         ("a0 a1 ./a0", "run: a0 is given twice"),
         ("a0 nowhere", "nowhere is not a run"),
-        ("a0 --out /dev/null", "out: /dev/null cannot be written to"),
+        ("a0 --out /dev/null", "out: /dev/null cannot be written: "),
         ("a0 --tensorboard a0", "tensorboard: a0 is not empty"),
-        ("a0 --tensorboard /dev/null/x", "/dev/null/x cannot be written to"),
+        ("a0 --tensorboard /dev/null/x", "/dev/null/x cannot be written: "),
     ):
         assert cli.main(["report", *words.split()]) == 2
         out, err = capsys.readouterr()

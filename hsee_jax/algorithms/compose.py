@@ -44,7 +44,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     averages = Averages(
         federation,
         find_holders(federation, properties.average),
-        properties.reduce_fn(sum(len(group.ids) for group in federation.groups)),
+        properties.reduce_fn(len(federation.clients)),
         batch_norm,
         shared=shared,
         together=boundary == "none",

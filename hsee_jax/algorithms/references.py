@@ -40,7 +40,7 @@ def centralized(federation: Federation) -> Strategy:
       UserError: there are several clients, or a codec is given though nothing crosses
         a link.
     """
-    count = sum(len(group.ids) for group in federation.groups)
+    count = len(federation.clients)
     if count != 1:
         raise UserError(
             f"num_clients: {count} is not allowed with centralized; allowed is 1"

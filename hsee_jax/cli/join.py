@@ -39,7 +39,7 @@ def join(words: Sequence[str]) -> int | None:
     state = expand_home(given.state, "state")
     keys = None if given.keys is None else expand_home(given.keys, "keys")
     data = None if given.data is None else expand_home(given.data, "data")
-    with StopSignals() as signals, sole_writer(state):
+    with StopSignals() as signals, sole_writer(state, "state"):
         try:
             with connect(
                 given.server,

@@ -6,8 +6,8 @@ from typing import Any
 
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.report.pairs import pairs_document, pairs_table
-from hsee_jax.runs.folder import replace_file, writing
 from hsee_jax.runs.planning import Planning, problem_of
 from hsee_jax.systems.pairing import RULES, plan_pairs
 

@@ -13,6 +13,7 @@ from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.build import build_federation, build_model
 from hsee_jax.runs.data import build_info
@@ -49,7 +50,9 @@ def profile_machine(words: Sequence[str]) -> None:
     federation = build_federation(config, info)
     times = profile(federation, config.run.batch_size, repeats=repeats)
     costs = layer_costs(build_model(config, info, plain=True))
-    _write(out, _entry(given.get("name", "this-machine"), times, costs))
+    with writing(out):
+        entry = _entry(given.get("name", "this-machine"), times, costs)
+        out.write_text(entry, encoding="utf-8")
     _print(times, out)
 
 
@@ -70,13 +73,6 @@ def _check_new(out: Path) -> None:
         raise UserError(f"out: {out} is not allowed; allowed is a name in .toml")
     if not out.parent.is_dir():
         raise UserError(f"out: {out.parent} is not a folder; allowed is a folder")
-
-
-def _write(out: Path, text: str) -> None:
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written: {error.strerror}") from error
 
 
 def _entry(name: str, times: Profile, costs: Sequence[LayerCost]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.arrays import Arrays, Raw, as_known, convert, raw_of
 from hsee_jax.data.info import KNOWN, Data, Source
@@ -77,20 +78,17 @@ def write_npz(folder: str | os.PathLike[str], data: Arrays) -> None:
     convert(*splits, labels="remap")
     paths = [Path(folder) / f"{name}.npz" for name in ("train", "test")]
     parts = [path.with_name(f"{path.name}.tmp") for path in paths]
+    allowed = "allowed is a folder for train.npz and test.npz"
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            if path.is_dir():
-                raise IsADirectoryError(f"{path.name} is a folder")
-        for part, split in zip(parts, splits, strict=True):
-            _write_split(part, split)
-        for part, path in zip(parts, paths, strict=True):
-            part.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"folder: {folder} cannot be written to: {error.strerror or error}; "
-            "allowed is a folder for train.npz and test.npz"
-        ) from error
+        with writing(Path(folder), "folder", hint=allowed):
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                if path.is_dir():
+                    raise IsADirectoryError(f"{path.name} is a folder")
+            for part, split in zip(parts, splits, strict=True):
+                _write_split(part, split)
+            for part, path in zip(parts, paths, strict=True):
+                part.replace(path)
     finally:
         for part in parts:
             with contextlib.suppress(OSError):
@@ -103,13 +101,9 @@ def write_shard(path: Path, data: Dataset) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_split(path, Raw(data.images, data.labels, Place(str(path))))
-    except OSError as error:
-        raise UserError(
-            f"out: {path} cannot be written: {error.strerror or error}"
-        ) from error
 
 
 def _write_split(path: Path, split: Raw) -> None:

@@ -1,21 +1,22 @@
 """A device's folder: the state of its client, and the messages of its last round.
 
-Every file is written completely or not at all, and begins with its digest. The
-messages of a round are written before the state after it, so a device that a server
+The messages of a round are written before the state after it, so a device that a server
 asks again for this round sends them again, and does not train again.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import sync_to_disk
+from hsee_jax.deployment import digest_file
 from hsee_jax.deployment.protocol import (
     Refusal,
     form_of,
@@ -30,6 +31,8 @@ from hsee_jax.federation.branch import Branch
 
 _RUN, _ABOUT, _STATE, _TEST = "run", "about", "state-", "test"
 _OUTBOX, _FINISH = "outbox", "finish"
+_read = partial(digest_file.read, field="state")
+_write = partial(digest_file.write, field="state")
 
 
 class DeviceState(NamedTuple):
@@ -55,8 +58,8 @@ class Box:
         """
         path, own = self._folder / _RUN, f"client {client} of {run}".encode()
         if not path.exists():
-            write(path, own)
-        elif read(path) != own:
+            _write(path, own)
+        elif _read(path) != own:
             raise UserError(
                 f"state: {self._folder} holds the state of another run or client; "
                 "allowed is a new folder"
@@ -64,7 +67,7 @@ class Box:
 
     def put_about(self, values: Mapping[str, Any]) -> None:
         """Keep what the server said of the run."""
-        write(self._folder / _ABOUT, json.dumps(values).encode())
+        _write(self._folder / _ABOUT, json.dumps(values).encode())
 
     def about(self) -> bytes:
         """Return what the server last said of the run, as JSON.
@@ -72,7 +75,7 @@ class Box:
         Raises:
           UserError: the file is missing or damaged.
         """
-        return read(self._folder / _ABOUT)
+        return _read(self._folder / _ABOUT)
 
     def rounds(self) -> list[int]:
         """Return the rounds after which a state is kept, the latest last."""
@@ -88,7 +91,9 @@ class Box:
         """
         path, form = self._folder / f"{_STATE}{number}", form_of(like)
         try:
-            fields, data = split(read(path), ("round", "since"), limit=size_limit(form))
+            fields, data = split(
+                _read(path), ("round", "since"), limit=size_limit(form)
+            )
             client = tree_from(unpack(data, form), like)
         except Refusal as error:
             raise UserError(f"state: {path} cannot be read: {error}") from error
@@ -99,10 +104,10 @@ class Box:
         outbox = self._outbox(state.round)
         if outbox.exists():
             for path in (*outbox.iterdir(), outbox, outbox.parent):
-                _sync(path)
+                sync_to_disk(path)
         fields = {"round": state.round, "since": state.since}
         data = pack(fields, named(jax.device_get(state.client)))
-        write(self._folder / f"{_STATE}{state.round}", data)
+        _write(self._folder / f"{_STATE}{state.round}", data)
 
     def forget(self, number: int) -> None:
         """Remove all states but the last two, and all messages of other rounds."""
@@ -121,17 +126,17 @@ class Box:
     def put(self, number: int, step: int | None, message: bytes) -> None:
         """Keep the message of a step; for step None, the metrics of the end."""
         name = _FINISH if step is None else f"{step:08}"
-        write(self._outbox(number) / name, message, sync=False)
+        _write(self._outbox(number) / name, message, sync=False)
 
     def messages(self, number: int) -> Iterator[bytes]:
         """Yield the messages of the steps of a round, in order."""
         for path in sorted(self._outbox(number).glob("0*")):
             if path.suffix != ".tmp":
-                yield read(path)
+                yield _read(path)
 
     def finish(self, number: int) -> bytes:
         """Return the metrics of the end of a round."""
-        return read(self._outbox(number) / _FINISH)
+        return _read(self._outbox(number) / _FINISH)
 
     def inputs(self, step: int, size: int, fetch: Callable[[], bytes]) -> bytes:
         """Return a batch of test inputs, and fetch it if it is not kept here yet.
@@ -143,8 +148,8 @@ class Box:
         """
         path = self._folder / _TEST / str(size) / f"{step:08}"
         if not path.exists():
-            write(path, fetch())
-        return read(path)
+            _write(path, fetch())
+        return _read(path)
 
     def _outbox(self, number: int) -> Path:
         return self._folder / _OUTBOX / str(number)
@@ -153,58 +158,3 @@ class Box:
 def is_device(folder: Path) -> bool:
     """Return whether a folder is the folder of a device."""
     return os.path.isfile(folder / _ABOUT)
-
-
-def write(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a file with its digest, completely or not at all.
-
-    Args:
-      path: of the file; its folder is made.
-      content: what it holds.
-      sync: whether it is on the disk when this returns.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(hashlib.sha256(content).digest() + content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if sync:
-            _sync(path.parent)
-    except OSError as error:
-        raise UserError(
-            f"state: {path} cannot be written: {error.strerror or error}"
-        ) from error
-
-
-def read(path: Path) -> bytes:
-    """Read what `write` wrote.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
-    try:
-        whole = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"state: {path} cannot be read: {error.strerror or error}"
-        ) from error
-    digest, content = whole[:32], whole[32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise UserError(f"state: {path} is damaged; allowed is a new folder")
-    return content
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

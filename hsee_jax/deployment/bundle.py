@@ -80,7 +80,7 @@ def take_turn(
     def done() -> bool:
         return calls[-1][0] == "finish"
 
-    with contextlib.suppress(_Unanswered), sole_writer(state):
+    with contextlib.suppress(_Unanswered), sole_writer(state, "state"):
         take_part(call, state, data, plugins, done)
     return calls
 

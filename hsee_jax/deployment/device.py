@@ -23,8 +23,10 @@ from hsee_jax.deployment.box import Box, DeviceState
 from hsee_jax.deployment.forms import VERSION, Kind, Layers, forms_of
 from hsee_jax.deployment.protocol import (
     Closed,
+    Refusal,
     Tensors,
     form_of,
+    member,
     named,
     pack,
     size_limit,
@@ -58,9 +60,16 @@ def join(
 
     Returns:
       What the server says of the run, and the `Participant`.
+
+    Raises:
+      Refusal: the answer is no JSON.
+      UserError: see `build_participant`.
     """
     answer = call("join", pack({"samples": samples, "version": VERSION}))
-    values = json.loads(answer)
+    try:
+        values = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"join: no JSON: {error}") from error
     return values, build_participant(values, plugins)
 
 
@@ -138,7 +147,8 @@ class Device:
             ("kind", "round", "layers", "last", "means", "about"),
             limit=size_limit(form),
         )
-        kind, number = Kind(fields["kind"]), fields["round"]
+        kind, number = member(Kind, fields, "kind"), fields["round"]
+        layers = member(Layers, fields, "layers")
         if kind != Kind.END and fields["about"] != self._about:
             raise Changed
         again = kind == Kind.TRAIN and number == state.round
@@ -150,7 +160,7 @@ class Device:
             means = tree_from(unpack(data, form), forms.means, "means")
             client = self._programs.receive(state.client, means, np.int32(state.since))
             self.state = DeviceState(client, state.round, fields["means"])
-        return kind, number, Layers(fields["layers"])
+        return kind, number, layers
 
     def _go_back(self, last: int, *, behind: bool) -> bool:
         """Go back to the last round that counts, if the server left out later ones.

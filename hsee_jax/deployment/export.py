@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.files import writing
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.deployment import frozen
@@ -265,13 +266,9 @@ def _known(path: Path, rounds: int, i: int) -> Figures:
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in {ONNX, FROZEN} - files.keys():
             (folder / name).unlink(missing_ok=True)  # of an earlier export
         for name, content in files.items():
             (folder / name).write_bytes(content)
-    except OSError as error:
-        raise UserError(
-            f"out: {folder} cannot be written to: {error.strerror or error}"
-        ) from error

@@ -67,9 +67,11 @@ class Fleet:
         with self._lock:
             message = self._engine.push(place.node, TURN, answers)
             self._open[message] = None
-        reply = self._await(i, message, place, alive)
-        with self._lock:
-            del self._open[message]
+        try:
+            reply = self._await(i, message, place, alive)
+        finally:
+            with self._lock:
+                del self._open[message]
         if reply is not None and not reply.error:
             return calls_of(reply.parts)
         if reply is not None:

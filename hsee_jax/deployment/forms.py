@@ -69,15 +69,11 @@ def forms_of(
     assert strategy.halves is not None
     features = layer_inputs(federation.model)[federation.groups[group].cut]
     message = message_of(federation, group)
-    state = jax.eval_shape(strategy.init, jax.random.key(0))
     clients = client_shapes(strategy)
     whole = form_of(clients[group], "client")
     sent = _numbers_sent(strategy, clients)[group]
     names = list(whole)
-    weights = tuple(
-        jax.ShapeDtypeStruct((len(g.ids),), np.float32) for g in federation.groups
-    )
-    _, means = jax.eval_shape(strategy.aggregate, state, weights)
+    means = mean_shapes(federation, strategy)
     label = jax.ShapeDtypeStruct((1,), np.int32)
     logits = jax.ShapeDtypeStruct((1, classes), np.float32)
     reply = Reply(
@@ -109,6 +105,15 @@ def client_shapes(strategy: Strategy) -> list[Branch]:
     """Return one client of each group as shapes."""
     state = jax.eval_shape(strategy.init, jax.random.key(0))
     return [_one(stack) for stack in state.clients]
+
+
+def mean_shapes(federation: Federation, strategy: Strategy) -> Means:
+    """Return the means of a round as shapes."""
+    state = jax.eval_shape(strategy.init, jax.random.key(0))
+    weights = tuple(
+        jax.ShapeDtypeStruct((len(g.ids),), np.float32) for g in federation.groups
+    )
+    return jax.eval_shape(strategy.aggregate, state, weights)[1]
 
 
 def message_of(federation: Federation, group: int) -> Message:

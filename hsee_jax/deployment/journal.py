@@ -14,8 +14,10 @@ import jax
 import numpy as np
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.deployment.box import read, write
+from hsee_jax.deployment.digest_file import read, write
+from hsee_jax.deployment.forms import mean_shapes
 from hsee_jax.deployment.protocol import (
+    Refusal,
     form_of,
     named,
     pack,
@@ -69,19 +71,15 @@ class Journal(Callback):
         """Read the id of the run, or draw one."""
         path = self._folder / "run"
         if not path.exists():
-            write(path, uuid.uuid4().hex.encode())
-        self.run = read(path).decode()
+            write(path, uuid.uuid4().hex.encode(), "out")
+        self.run = read(path, "run").decode()
         strategy, federation = experiment.strategy, experiment.federation
-        state = jax.eval_shape(strategy.init, jax.random.key(0))
-        weights = tuple(
-            jax.ShapeDtypeStruct((len(g.ids),), np.float32) for g in federation.groups
-        )
         assert strategy.halves is not None
         groups = range(len(federation.groups))
         held = {name for g in groups for name in strategy.halves.means(g)}
-        means = jax.eval_shape(strategy.aggregate, state, weights)[1]
+        means = mean_shapes(federation, strategy)
         self._like = {name: means[name] for name in sorted(held)}
-        self._clients = sum(len(group.ids) for group in federation.groups)
+        self._clients = len(federation.clients)
 
     def recall(self, number: int) -> None:
         """Restore `last` and `means` as they were after a round.
@@ -103,9 +101,13 @@ class Journal(Callback):
         clients = jax.ShapeDtypeStruct((self._clients,), np.int32)
         form = form_of(self._like, "means")
         limit = size_limit(form | {"last": clients})
-        fields, data = split(read(path), ("round", "means"), limit=limit)
-        known = form if fields["means"] else {}
-        tensors = unpack(data, known | {"last": clients})
+        content = read(path, "run")
+        try:
+            fields, data = split(content, ("round", "means"), limit=limit)
+            known = form if fields["means"] else {}
+            tensors = unpack(data, known | {"last": clients})
+        except Refusal as error:
+            raise UserError(f"run: {path} cannot be read: {error}") from error
         self.last = {i: int(n) for i, n in enumerate(tensors["last"])}
         if fields["means"]:
             self.means = tree_from(tensors, self._like, "means")
@@ -133,7 +135,7 @@ class Journal(Callback):
         last[list(self.last)] = list(self.last.values())
         fields = {"round": number, "means": bool(self.means)}
         tensors = named(self.means, "means") | {"last": last}
-        write(self._path(number), pack(fields, tensors))
+        write(self._path(number), pack(fields, tensors), "out")
         if not moment.due:
             self._writer.save(number, 0, moment.state(), {"score": None})
             self._writer.seal()

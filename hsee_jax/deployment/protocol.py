@@ -10,7 +10,8 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from enum import IntEnum
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from hsee_jax.core.types import PyTree
 Tensors = dict[str, npt.NDArray[Any]]
 Form = dict[str, jax.ShapeDtypeStruct]  # of the tensors of a message, by name
 Fields = dict[str, int]
+E = TypeVar("E", bound=IntEnum)
 
 _LINE = 4096  # bytes of the line of JSON
 _NAME = 512  # bytes of safetensors' own header for each tensor, at most
@@ -70,7 +72,7 @@ def split(message: bytes, names: Sequence[str], *, limit: int = 0) -> Parts:
     """
     if len(message) > _LINE + limit:
         raise Refusal(f"size: {len(message)} bytes; allowed are {_LINE + limit}")
-    line, newline, rest = message[:_LINE].partition(b"\n")
+    line, newline, _ = message[:_LINE].partition(b"\n")
     try:
         found = json.loads(line) if newline else None
     except (ValueError, RecursionError):
@@ -81,6 +83,19 @@ def split(message: bytes, names: Sequence[str], *, limit: int = 0) -> Parts:
         if type(value) is not int or not -1 <= value <= _LARGEST_FIELD:
             raise Refusal(f"{name}: not a whole number from -1 to {_LARGEST_FIELD}")
     return Parts(found, message[len(line) + 1 :])
+
+
+def member(kind: type[E], fields: Fields, name: str) -> E:
+    """Return a field of a message as a member of an enumeration.
+
+    Raises:
+      Refusal: it is none.
+    """
+    try:
+        return kind(fields[name])
+    except ValueError as error:
+        allowed = ", ".join(str(one.value) for one in kind)
+        raise Refusal(f"{name}: {fields[name]}; allowed are {allowed}") from error
 
 
 def digest(values: Mapping[str, Any]) -> int:

@@ -25,7 +25,7 @@ from hsee_jax.deployment.credentials import (
 )
 from hsee_jax.deployment.device import Call
 from hsee_jax.deployment.protocol import Refusal
-from hsee_jax.deployment.service import METHODS, Service
+from hsee_jax.deployment.service import Service
 
 _SERVICE = "hsee_jax.Server"
 _CLIENT = "client-id"  # metadata of a call without certificates
@@ -239,7 +239,7 @@ def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
         return grpc.unary_unary_rpc_method_handler(answer)
 
     return grpc.method_handlers_generic_handler(
-        _SERVICE, {name: method(name) for name in METHODS}
+        _SERVICE, {name: method(name) for name in service.methods}
     )
 
 

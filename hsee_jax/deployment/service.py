@@ -5,7 +5,8 @@ This file knows no network.
 
 import json
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,19 +32,23 @@ from hsee_jax.deployment.protocol import (
     with_rows,
 )
 from hsee_jax.deployment.types import Finished
+from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means
 from hsee_jax.link.codecs import Message
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.restore import seat
 from hsee_jax.runs.served import describe
 
-METHODS = ("join", "begin", "next", "push", "finish", "test", "score")
 _log = logging.getLogger(__name__)
 Alive = Callable[[], bool]
 
 
 class Service:
-    """Answers the calls of devices, and refuses what the protocol does not allow."""
+    """Answers the calls of devices, and refuses what the protocol does not allow.
+
+    Attributes:
+      methods: what devices may call.
+    """
 
     def __init__(
         self, experiment: Experiment, mailbox: Mailbox, run: str, *, bound: float
@@ -59,6 +64,16 @@ class Service:
         self._decode = jax.jit(experiment.federation.codec.decode, static_argnums=1)
         self._experiment, self._mailbox = experiment, mailbox
         self._run, self._bound = run, bound
+        self._drawing, self._first = threading.Lock(), tuple[Branch, ...]()
+        self.methods: Mapping[str, Callable[[int, bytes, Alive], bytes]] = {
+            "join": self._join,
+            "begin": self._begin,
+            "next": self._next,
+            "push": self._push,
+            "finish": self._finish,
+            "test": self._test,
+            "score": self._score,
+        }
         federation, strategy = experiment.federation, experiment.strategy
         self._waits = strategy.waits
         self._private = experiment.config.clients.keep_layers_private
@@ -96,7 +111,7 @@ class Service:
         """Answer a call.
 
         Args:
-          method: one of `METHODS`; any other is refused.
+          method: one of `methods`; any other is refused.
           i: the client that calls, as its certificate says; nothing that it sends can
             change this.
           message: what it sends.
@@ -109,9 +124,10 @@ class Service:
         try:
             if i not in self._forms:
                 raise Refusal(f"client: {i} is not one of this run")
-            if method not in METHODS:
-                raise Refusal(f"method: {method} is not one of {', '.join(METHODS)}")
-            return getattr(self, f"_{method}")(i, message, alive)
+            if method not in self.methods:
+                known = ", ".join(self.methods)
+                raise Refusal(f"method: {method} is not one of {known}")
+            return self.methods[method](i, message, alive)
         except Closed:
             return pack({"closed": 1})
         except Refusal as refusal:
@@ -140,11 +156,18 @@ class Service:
         del alive
         split(message, ())
         _log.info("client %d begins with its first layers", i)
-        experiment = self._experiment
-        state = experiment.store.to_checkpoint(experiment.init())
-        g, m = seat(experiment.federation, i)
-        own = jax.tree.map(lambda leaf: np.asarray(leaf[m]), state.clients[g])
+        g, m = seat(self._experiment.federation, i)
+        own = jax.tree.map(lambda leaf: leaf[m], self._first_clients()[g])
         return pack({}, named(own, "client"))
+
+    def _first_clients(self) -> tuple[Branch, ...]:
+        """Draw all clients once, however many devices begin, and keep them."""
+        experiment = self._experiment
+        with self._drawing:
+            if not self._first:
+                state = experiment.store.to_checkpoint(experiment.init())
+                self._first = jax.device_get(state.clients)
+            return self._first
 
     def _next(self, i: int, message: bytes, alive: Alive) -> bytes:
         fields, _ = split(message, ("round", "since"))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.federation.federation import Group
+from hsee_jax.federation.federation import Group, clients_of
 
 _PARTICIPATION, _BATCHES, _TURNS, _DROPOUT = range(4)
 EMPTY = -1  # the id in a slot that no client sits in
@@ -50,7 +50,7 @@ def participants(
     groups: Sequence[Group], *, participation: float, seed: int, number: int
 ) -> set[int]:
     """Draw the clients that take part in a round: a share of them, at least one."""
-    ids = np.sort([i for group in groups for i in group.ids])
+    ids = np.sort([client.id for client in clients_of(groups)])
     count = max(1, int(participation * len(ids) + 0.5))
     if count == len(ids):
         return set(ids.tolist())

@@ -37,6 +37,11 @@ def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
     return tuple(Group(cut, tuple(sorted(cuts[cut]))) for cut in sorted(cuts))
 
 
+def clients_of(groups: Iterable[Group]) -> tuple[Client, ...]:
+    """Return the clients in the order of groups and members; invert `group_clients`."""
+    return tuple(Client(i, group.cut) for group in groups for i in group.ids)
+
+
 class Federation(NamedTuple):
     """The network, the clients in groups, and how they train."""
 
@@ -51,6 +56,11 @@ class Federation(NamedTuple):
     # Whether a device takes its clients one after another in a step, or all at once.
     one_by_one: bool = False
     exits: str = "cut"  # where a client may answer, of `hsee_jax.federation.EXITS`
+
+    @property
+    def clients(self) -> tuple[Client, ...]:
+        """Return the clients, see `clients_of`."""
+        return clients_of(self.groups)
 
     def with_cuts(self, cuts: Iterable[int]) -> "Federation":
         """Return the same federation of clients 0, 1, ... with these cuts."""

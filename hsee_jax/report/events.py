@@ -5,6 +5,7 @@ from contextlib import closing
 from pathlib import Path
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.report.curves import Curve
 from hsee_jax.tracking.event_files import EventWriter, check_library
 
@@ -21,7 +22,7 @@ def write_events(curves: Sequence[Curve], folder: Path) -> None:
         written to.
     """
     check_library()
-    try:
+    with writing(folder, "tensorboard"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"tensorboard: {folder} is not empty")
@@ -29,7 +30,3 @@ def write_events(curves: Sequence[Curve], folder: Path) -> None:
             with closing(EventWriter(folder / run.name)) as writer:
                 for record in run.records:
                     writer.add_round(record)
-    except OSError as error:
-        raise UserError(
-            f"tensorboard: {folder} cannot be written to: {error.strerror}"
-        ) from error

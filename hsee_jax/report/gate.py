@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.inference.client_study import Figures
 from hsee_jax.report.style import DASHES, RC, WIDTH, curve_style, show_percent
 from hsee_jax.report.tables import Table, markdown
@@ -115,7 +115,7 @@ def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
       UserError: the folder cannot be written to.
     """
     parts = {"curve": curve, "thresholds": thresholds}
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             if part is not None:
@@ -125,8 +125,6 @@ def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
         text = "\n".join(f"{t.title}\n\n{markdown(t)}" for t in pages)
         (folder / "curve.md").write_text(text, encoding="utf-8")
         _picture(curve, thresholds, folder / "curve.png")
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be written to: {error}") from error
 
 
 def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:

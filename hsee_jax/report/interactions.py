@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.inference.interactions import Interactions
 from hsee_jax.report.style import COLOURS, LINE, RC, WIDTH, show_percent
 from hsee_jax.report.tables import Table
@@ -38,12 +38,10 @@ def write(found: Interactions, folder: Path) -> Path:
       UserError: the folder cannot be written to.
     """
     path = folder / "interactions.json"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(dumps(found.to_json()), encoding="utf-8")
         _picture(found, path.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be written to: {error}") from error
     return path
 
 

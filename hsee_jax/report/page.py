@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.core.options import text_of
 from hsee_jax.report import html
 from hsee_jax.report.answers import further_answers
@@ -106,14 +106,12 @@ def write_report(curves: Sequence[Curve], out: Path) -> Path:
     """
     pictures = draw(curves)
     page = html.page("Report of hsee_jax runs", tuple(_sections(curves, pictures)))
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for picture in pictures.all:
             (out / picture.name).write_bytes(picture.png)
         (out / "report.md").write_text(_markdown(curves, pictures), encoding="utf-8")
         (out / "report.html").write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written to: {error.strerror}") from error
     return out / "report.html"
 
 

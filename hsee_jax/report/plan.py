@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.report.gantt import draw_round
 from hsee_jax.report.tables import Table
 from hsee_jax.systems.comparison import Row
@@ -168,11 +168,9 @@ def write(plan: Document, problem: Problem, answer: Plan, folder: Path) -> None:
       UserError: the folder cannot be written to.
     """
     picture = draw_round(problem, answer)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(
             json.dumps(plan, indent=2) + "\n", encoding="utf-8"
         )
         (folder / "plan.png").write_bytes(picture)
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be written to: {error}") from error

@@ -6,14 +6,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.federation.state import RunState
 from hsee_jax.parallel.processes import is_first
 from hsee_jax.runs.checkpoint import Checkpoint, Writer
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import replace_file, writing
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import RoundRecord, Summary
+
+_RESUME = "after a checkpoint --resume goes on from it"
 
 
 class Moment(NamedTuple):
@@ -69,13 +71,17 @@ class MetricsLog(Callback):
         """Append a line to ``metrics.jsonl``."""
         if is_first():
             path = self._folder / "metrics.jsonl"
-            with writing(path), path.open("a", encoding="utf-8") as file:
+            with (
+                writing(path, hint=_RESUME),
+                path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(dumps(record.to_json(), lines=True))
 
     def on_end(self, summary: Summary) -> None:
         """Write ``summary.json``."""
         if is_first():
-            replace_file(self._folder / "summary.json", dumps(summary.to_json()))
+            path = self._folder / "summary.json"
+            replace_file(path, dumps(summary.to_json()), hint=_RESUME)
 
 
 class Checkpoints(Callback):

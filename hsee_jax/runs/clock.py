@@ -88,8 +88,7 @@ def _round(
     """Return the course of a round; rounds count from 0."""
     groups, attendance = experiment.federation.groups, experiment.attendance
     steps = experiment.learning_rates.shape[1]
-    missing = attendance.missing(groups, number)
-    ids = sorted(attendance.drawn(groups, number) - missing)
+    ids = sorted(attendance.present(groups, number))
     order = turn_order(
         ids,
         steps=steps,

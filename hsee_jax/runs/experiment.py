@@ -27,7 +27,7 @@ from hsee_jax.engine.plan import (
 from hsee_jax.engine.refit import ExitFit, Samples, refit_exits
 from hsee_jax.engine.round import RoundFn, RoundProgress
 from hsee_jax.engine.store import Store
-from hsee_jax.federation.federation import Federation, Group
+from hsee_jax.federation.federation import Federation, Group, clients_of
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.nn.model import Model
@@ -61,12 +61,16 @@ class Attendance(NamedTuple):
     def missing(self, groups: Sequence[Group], number: int) -> set[int]:
         """Return the clients that miss a round; rounds count from 0."""
         return missing(
-            [i for group in groups for i in group.ids],
+            [client.id for client in clients_of(groups)],
             dropout=self.dropout,
             absences=self.absences,
             seed=self.seed,
             number=number,
         )
+
+    def present(self, groups: Sequence[Group], number: int) -> set[int]:
+        """Return the clients that take part in a round; rounds count from 0."""
+        return self.drawn(groups, number) - self.missing(groups, number)
 
     def check(self, groups: Sequence[Group], rounds: int) -> None:
         """Refuse a run with a round in which no client takes part.
@@ -77,7 +81,7 @@ class Attendance(NamedTuple):
         if self.dropout == 0 and not self.absences:
             return
         for number in range(rounds):
-            if not self.drawn(groups, number) - self.missing(groups, number):
+            if not self.present(groups, number):
                 raise UserError(
                     f"dropout: {self.dropout} is not allowed with these absences and "
                     f"seeds; no client is left in round {number + 1}"

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from hsee_jax.config.schema import BOOKKEEPING, Config
 from hsee_jax.config.values import flatten, from_dict
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import writing
 from hsee_jax.data.info import DatasetInfo, difference
 from hsee_jax.data.partition import Share
 from hsee_jax.parallel.processes import in_first
@@ -253,48 +254,28 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, field: str = "out") -> Iterator[None]:
     """Make a folder and keep other processes out; the lock dies with this process.
+
+    Args:
+      folder: to make.
+      field: the option that names it.
 
     Raises:
       UserError: another process writes there.
     """
     path = folder / ".lock"
     with contextlib.ExitStack() as stack:
-        with writing(path):
+        with writing(path, field):
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
         try:
             stack.enter_context(FileLock(path).acquire(timeout=0))
         except Timeout as error:
             raise UserError(
-                f"out: {folder} is being written by another process; allowed is "
+                f"{field}: {folder} is being written by another process; allowed is "
                 "another folder, or to wait for its end"
             ) from error
         except (OSError, NotImplementedError):  # a file system without locks
             _log.warning("%s cannot be locked", folder)
         yield
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, and say in one line why that failed.
-
-    Raises:
-      UserError: an `OSError` in the body.
-    """
-    try:
-        yield path
-    except OSError as error:
-        raise UserError(
-            f"out: {path} cannot be written: {error.strerror or error}; after a "
-            "checkpoint --resume goes on from it"
-        ) from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

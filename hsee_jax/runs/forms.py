@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from hsee_jax.config.schema import Config
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.user_cache import user_cache
 from hsee_jax.nn.convolution_choice import FORMS, Choice, FormTable, Place, auto_form
 from hsee_jax.nn.convolution_forms import Geometry
@@ -81,13 +82,9 @@ def write_forms(forms: Forms) -> Path:
     entries = [
         {"place": place, "form": form} for place, form in (read_forms() | forms).items()
     ]
-    temporary = path.with_suffix(".tmp")
-    try:
+    with writing(path, "forms"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    replace_file(path, json.dumps(entries, indent=1) + "\n", "forms")
     return path
 
 
@@ -112,7 +109,8 @@ def _place(values: list) -> Place:
 
 def _unreadable(path: Path) -> UserError:
     return UserError(
-        f"{path} does not hold the forms of `hsee tune`; delete it, and tune again"
+        f"forms: {path} does not hold the forms of `hsee tune`; delete it, and tune "
+        "again"
     )
 
 

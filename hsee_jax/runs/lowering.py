@@ -37,7 +37,7 @@ def lower(config: Config, mesh: Mesh, *, samples: int) -> Lowered:
     federation = build_federation(config, info, mesh)
     strategy = build_strategy(config, federation)
     slots, _ = make_store(config, federation, strategy)
-    ids = [i for group in federation.groups for i in group.ids]
+    ids = [client.id for client in federation.clients]
     count = samples * len(ids)
     plan = plan_round(
         federation.groups,

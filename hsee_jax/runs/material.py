@@ -18,7 +18,7 @@ from hsee_jax.data.partition import (
     manifest,
     partition,
 )
-from hsee_jax.federation.federation import Group
+from hsee_jax.federation.federation import Group, clients_of
 from hsee_jax.parallel.mesh import SAME, to_devices
 from hsee_jax.runs.data import data_source
 
@@ -78,7 +78,7 @@ def _deal_all(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
 def _manifest(
     groups: Sequence[Group], parts: list[Indices], train: Dataset, info: DatasetInfo
 ) -> list[Share]:
-    cuts = {i: group.cut for group in groups for i in group.ids}
+    cuts = dict(clients_of(groups))
     return manifest(
         parts,
         train.labels,

@@ -14,11 +14,9 @@ from hsee_jax.data import DatasetInfo
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.strategy import Halves, Strategy
-from hsee_jax.link.codecs import CODECS
 from hsee_jax.runs.build import (
     augment_key,
-    build_model,
-    build_optimizer,
+    build_federation,
     build_pipeline,
     build_rates,
     build_strategy,
@@ -78,13 +76,9 @@ def build_participant(
         raise UserError(
             f"info: what the server says of the data cannot be read: {error}"
         ) from error
-    federation = Federation(
-        build_model(config, info),
-        group_clients([Client(values["client"], values["cut"])]),
-        build_optimizer(config),
-        codec=CODECS.make(config.clients.link, options=config.clients.options),
-        micro_batches=config.run.micro_batches,
-        exits=config.clients.exits,
+    groups = group_clients([Client(values["client"], values["cut"])])
+    federation = build_federation(config, info)._replace(
+        groups=groups, one_by_one=False
     )
     return Participant(
         values["client"],

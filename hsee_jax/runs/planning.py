@@ -11,7 +11,6 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import TRAIN_SAMPLES, DatasetInfo
 from hsee_jax.data.partition import PARTITIONS, hold_out, labelled, partition
-from hsee_jax.engine.plan import participants
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
@@ -204,14 +203,7 @@ def config_with_plans(config: Config, resources: Resources, every: int) -> Confi
 def _present(config: Config, number: int) -> Bools:
     """Return which clients take part in a round, ``bool [N]``; rounds count from 1."""
     groups = (Group(1, tuple(range(config.clients.num_clients))),)
-    attendance = attendance_of(config)
-    who = participants(
-        groups,
-        participation=attendance.participation,
-        seed=attendance.seed,
-        number=number - 1,
-    )
-    who -= attendance.missing(groups, number - 1)
+    who = attendance_of(config).present(groups, number - 1)
     return np.isin(groups[0].ids, list(who))
 
 
@@ -227,8 +219,7 @@ def _make(config: Config, federation: Federation) -> Strategy:
 
 def _with_cuts(federation: Federation, cuts: list[int]) -> Federation:
     """Deal some cuts to the clients in turn."""
-    ids = [i for group in federation.groups for i in group.ids]
-    clients = (Client(i, cuts[i % len(cuts)]) for i in ids)
+    clients = (Client(i, cuts[i % len(cuts)]) for i, _ in federation.clients)
     return federation._replace(groups=group_clients(clients))
 
 
@@ -249,7 +240,7 @@ def _traffic(config: Config, federation: Federation) -> dict[int, Traffic]:
 
 def _needs_one_cut(config: Config, federation: Federation, cuts: list[int]) -> bool:
     """Return whether the algorithm refuses clients with different cuts."""
-    if len(cuts) == 1 or sum(len(group.ids) for group in federation.groups) == 1:
+    if len(cuts) == 1 or len(federation.clients) == 1:
         return True
     try:
         _make(config, _with_cuts(federation, cuts[:2]))

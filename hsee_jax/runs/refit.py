@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import replace_file
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.engine.refit import ExitFit
 from hsee_jax.federation.ridge import RIDGE
@@ -14,7 +15,6 @@ from hsee_jax.runs.folder import (
     check_name,
     check_partition,
     check_writable,
-    replace_file,
     sole_writer,
 )
 from hsee_jax.runs.history import read_records

@@ -167,7 +167,7 @@ def seat(federation: Federation, i: int) -> tuple[int, int]:
     for g, group in enumerate(federation.groups):
         if i in group.ids:
             return g, group.ids.index(i)
-    count = sum(len(group.ids) for group in federation.groups)
+    count = len(federation.clients)
     raise UserError(f"client: {i} is not in the run; allowed are 0..{count - 1}")
 
 

@@ -11,7 +11,7 @@ from hsee_jax.config.values import flatten, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import client_axis
-from hsee_jax.federation.federation import Group
+from hsee_jax.federation.federation import Group, clients_of
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.parallel.mesh import backend_of
 from hsee_jax.runs.build import assemble
@@ -44,7 +44,7 @@ def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
             return dealt._replace(train=None)
         ends = np.cumsum(samples)
         parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
-        cuts = {i: group.cut for group in groups for i in group.ids}
+        cuts = dict(clients_of(groups))
         unknown = [0] * info.num_classes
         shares = [
             Share(i, cuts[i], len(part), unknown, []) for i, part in enumerate(parts)
@@ -107,7 +107,7 @@ def _check_strategy(experiment: Experiment) -> None:
 
 def describe(experiment: Experiment, i: int) -> dict[str, Any]:
     """Return what client i of a run needs to know, see `build_participant`."""
-    cut = next(g.cut for g in experiment.federation.groups if i in g.ids)
+    cut = dict(experiment.federation.clients)[i]
     return {
         "client": i,
         "cut": cut,

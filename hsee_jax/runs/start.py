@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from hsee_jax.config.values import to_json
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.types import ExitMetrics, Metrics
 from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
@@ -19,7 +20,7 @@ from hsee_jax.runs.checkpoint import Checkpoint, find, load, load_shelf
 from hsee_jax.runs.data import own_field
 from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import check_info, check_partition, replace_file, writing
+from hsee_jax.runs.folder import check_info, check_partition
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.phases import Phases

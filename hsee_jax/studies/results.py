@@ -14,7 +14,7 @@ from typing import Any
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import SECTIONS, flatten, override, settings
 from hsee_jax.core.errors import UserError
-from hsee_jax.runs.folder import writing
+from hsee_jax.core.files import writing
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import Summary
 from hsee_jax.studies.study import Run, Study, runs

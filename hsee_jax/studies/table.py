@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.report.tables import Table, markdown
-from hsee_jax.runs.folder import replace_file, writing
 from hsee_jax.studies.results import Result, by_row
 from hsee_jax.studies.study import Study
 

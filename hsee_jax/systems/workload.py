@@ -138,7 +138,7 @@ def traffic_by_cut(
       UserError: the algorithm does not take such a cut.
     """
     found = {}
-    everyone = tuple(i for group in federation.groups for i in group.ids)
+    everyone = tuple(client.id for client in federation.clients)
     for cut in cuts:
         alone = federation._replace(groups=group_clients([Client(0, cut)]), mesh=None)
         strategy = make(alone)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from hsee_jax.runs.folder import replace_file
+from hsee_jax.core.files import replace_file
 
 
 class Bookmark(NamedTuple):

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hsee_jax.core.files import replace_file
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import replace_file
 from hsee_jax.runs.records import RoundRecord
 from hsee_jax.tracking.bookmark import Bookmark
 from hsee_jax.tracking.registry import register
