@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hsee_jax import studies
+from hsee_jax.config.schema import DataConfig
 from hsee_jax.core.types import Dataset
 from hsee_jax.data import dataset_info
 from hsee_jax.data.info import TRAIN_SAMPLES
@@ -34,9 +35,7 @@ def main() -> None:
     found = {}
     for row in studies.load(given.study / "study.toml").rows:
         equipment = equip(row.config, Given(devices=fleet), resume=None)
-        experiment = with_clock(
-            build(row.config, blank(row.config.data.dataset)), equipment
-        )
+        experiment = with_clock(build(row.config, blank(row.config.data)), equipment)
         found[row.name] = {
             "seconds": sum(one.seconds for one in experiment.clock),
             "joules": sum(one.joules for one in experiment.clock),
@@ -46,15 +45,16 @@ def main() -> None:
     (given.study / FILE).write_text(text, encoding="utf-8")
 
 
-def blank(dataset: str) -> DataSource:
-    """Return images without content, as many for training as the dataset has."""
-    info = dataset_info(dataset)
+def blank(data: DataConfig) -> DataSource:
+    """Return images without content, as many for training as a run has."""
+    info, count = dataset_info(data.dataset), TRAIN_SAMPLES[data.dataset]
+    count = min(count, data.max_train_samples or count)
 
     def images(count: int) -> Dataset:
         labels = np.arange(count, dtype=np.int32) % info.num_classes
         return Dataset(np.zeros((count, *info.input_shape), np.uint8), labels)
 
-    return DataSource(info, lambda: (images(TRAIN_SAMPLES[dataset]), images(1)))
+    return DataSource(info, lambda: (images(count), images(1)))
 
 
 if __name__ == "__main__":

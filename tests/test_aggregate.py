@@ -9,11 +9,14 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import LAYERS, DenseLayer, tiny_federation, tiny_model
 
+from hsee_jax.algorithms import averaging
+from hsee_jax.core import UserError
 from hsee_jax.federation.aggregation import layer_mean, receive
 from hsee_jax.federation.branch import LayerState
 from hsee_jax.federation.reduction import REDUCERS
-from hsee_jax.optim import MERGES, Merge, as_optimizer, with_merge
+from hsee_jax.optim import MERGES, Merge, adamw, as_optimizer, sgd, with_merge
 
 OPTIMIZER = optax.trace(0.9)
 MEAN = REDUCERS.make("mean", 0.0).reduce
@@ -149,3 +152,20 @@ def test_grouping_does_not_matter_and_the_mean_is_numpys(values, weights):
         np.testing.assert_allclose(
             state.params["conv"]["kernel"], expected, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "average"])
+def test_a_batch_norm_of_its_own_keeps_the_count_of_its_steps(optimizer_state):
+    """Adam has one count for a layer and the BatchNorm in it."""
+
+    def make(optimizer, layers=LAYERS, **options):
+        federation = tiny_federation({0: 1, 1: 2}, tiny_model(layers))
+        averaging(federation._replace(optimizer=optimizer), **options)
+
+    changed = {"optimizer_state": optimizer_state}
+    with pytest.raises(UserError, match=f"optimizer_state: {optimizer_state} is not"):
+        make(adamw(), **changed)
+    make(adamw(), **changed, batch_norm="average")
+    make(adamw())
+    make(sgd(), **changed)
+    make(adamw(), (DenseLayer(4), DenseLayer(3)), **changed)

@@ -191,15 +191,26 @@ counts = st.integers(0, 2**31 - 1)
 @example(pairs=[(2**31 - 1, 2**31 - 1)] * 4)
 def test_sums_of_bytes_do_not_overflow(pairs):
     """As a compiled round adds them, in int32; against Python's integers."""
-    packed = [np.asarray(pack_bytes(*map(jnp.int32, pair))) for pair in pairs]
+    packed = [np.asarray(pack_bytes(*map(_rows, pair))) for pair in pairs]
     total = np.sum(packed, axis=0, dtype=np.int32)
     assert unpack_bytes(total).tolist() == [
         sum(side) for side in zip(*pairs, strict=True)
     ]
 
 
+def test_the_bytes_of_a_step_do_not_overflow():
+    """A message of 1,024 rows of 256 x 56 x 56 floats is above 2 GiB."""
+    large = jnp.full(1024, 256 * 56 * 56 * 4 + 4, jnp.int32)
+    found = unpack_bytes(pack_bytes(large, jnp.zeros_like(large)))
+    assert found.tolist() == [1024 * (256 * 56 * 56 * 4 + 4), 0]
+
+
+def _rows(count):
+    return jnp.full(1, count, jnp.int32)
+
+
 def test_as_many_steps_as_are_promised_can_be_added():
     """32,768 of the largest message there is: 2^46 bytes less 2^15."""
-    most = pack_bytes(jnp.int32(2**31 - 1), jnp.int32(0))
+    most = pack_bytes(_rows(2**31 - 1), _rows(0))
     total = jnp.int32(32_768) * most
     assert unpack_bytes(total).tolist() == [32_768 * (2**31 - 1), 0]

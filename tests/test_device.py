@@ -49,9 +49,7 @@ def device(experiment, box, *tasks, layers=Layers.NONE):
         assert method == "next"
         kind, number, last = next(answers)
         return pack(
-            dict(
-                kind=kind, round=number, layers=layers, last=last, means=0, about=7
-            )
+            dict(kind=kind, round=number, layers=layers, last=last, means=0, about=7)
         )
 
     part = build_participant(describe(experiment, 0))

@@ -126,6 +126,18 @@ def test_a_batch_norm_that_stays_local_follows_its_own_way():
     np.testing.assert_allclose(momentum, (1 - MU) * gradient, rtol=1e-4)
 
 
+def test_a_layer_that_leaves_the_averages_forgets_its_way():
+    """Steps alone begin the sum of what a mean is compared with anew."""
+    params, rate = {"w": jnp.ones(3)}, jnp.float32(0.5)
+    state = OPTIMIZER.init(params)
+    gradient = {"w": jnp.full(3, 2.0)}
+    _, state = OPTIMIZER.update(gradient, state, params, learning_rate=rate)
+    assert state.rates == 0.5 and state.moved["w"].any()
+    _, state = OPTIMIZER.update_alone(gradient, state, params)
+    assert state.rates == 0 and not state.moved["w"].any()
+    assert state.momentum["w"].all()
+
+
 def federation_of(optimizer, cuts=CUTS):
     return tiny_federation(cuts, MODEL)._replace(optimizer=optimizer)
 

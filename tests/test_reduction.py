@@ -1,6 +1,7 @@
 """The trimmed mean and the median of layers, against SciPy and NumPy."""
 
 import re
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -19,6 +20,7 @@ from hsee_jax.algorithms import ALGORITHMS, averaging, fedavg, splitfed_v1, spli
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.federation import REDUCERS
+from hsee_jax.federation.reduction import num_trimmed
 from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
 from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.data import build_info
@@ -34,6 +36,13 @@ ROBUST = ("trimmed_mean", "median")
 CUTS = {4: 2, 1: 1, 6: 2, 5: 3, 2: 2, 8: 2, 3: 2}  # layer 3 has six servers, 5 alone
 ABSENT = 8
 FLAGS = {"weights": "uniform", "optimizer_state": "average"}
+
+
+@pytest.mark.parametrize("count", [7, 10, 50, 100, 200])
+def test_a_share_leaves_out_what_fractions_say(count):
+    for hundredths in range(50):
+        exact = Fraction(hundredths, 100) * count
+        assert num_trimmed(hundredths / 100, count) == exact.__floor__()
 
 
 def noise(strategy):

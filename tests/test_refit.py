@@ -297,6 +297,7 @@ def test_exits_are_fitted_in_training(tmp_path, capsys):
     before = plain_run.records
     assert first.test == before[0].test
     assert second.test == fitted.after != plain.scores
+    assert refit_run.records[-1].link == second.link
     assert second.link == tuple(map(sum, zip(before[1].link, fitted.link, strict=True)))
     assert third.link == first.link
     words = "--network curved --plugin test_refit --refit-exits-every 1"

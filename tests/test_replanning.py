@@ -122,6 +122,24 @@ def test_a_battery_lasts_for_the_rounds_if_any_cut_makes_it(fleet):
     assert plan.seconds[0] <= 1.1 * min(lasting)  # its bound does not know the queue
 
 
+def test_a_plan_counts_the_averages_of_every_round(fleet):
+    """With period 3, rounds 3 and 6 alone average the clients' layers."""
+    config = override(CONFIG, average="all_holders", period=3)
+    problem = problem_of(planning(config, Resources(read_devices(fleet(1e9)))))
+    assert len(problem.schedule.averages) == 1  # a plan of one round has an average
+    plan = plan_rounds(problem, rounds=3, every=1)
+    without = problem._replace(schedule=problem.schedule._replace(averages=()))
+    used = 0.0
+    for number, one in ((1, without), (2, without), (3, problem)):
+        course = evaluate_cuts(one, plan.cuts[number - 1])
+        assert plan.seconds[number - 1] == course.time.seconds
+        used += course.joules[1]
+    np.testing.assert_allclose(1e9 - plan.battery_joules[1], used, rtol=1e-3)
+    in_steps = override(config, period=1000, period_unit="steps")
+    problem = problem_of(planning(in_steps, Resources(read_devices(fleet(1e9)))))
+    assert len(problem.schedule.averages) == 1
+
+
 def test_an_empty_battery_ends_the_part_of_its_client(fleet):
     """What is spent is the sum over the rounds, and the others go on alone."""
     problem = problem_for(fleet("1e9"))

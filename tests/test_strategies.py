@@ -169,6 +169,10 @@ def test_sequential_averages_clients_like_the_reference(participation, turn, cha
     [
         ({"average": "servers"}, "shared server is not averaged"),
         ({"period": 2}, "period: 2 has no effect without an average; allowed is 1"),
+        (
+            {"average": "clients", "period": 0, "weights": "uniform"},
+            "weights: uniform has no effect without an average; allowed is samples",
+        ),
         ({"weights": "uniform"}, "weights: uniform has no effect without an average"),
         (
             {"average": "clients", "turn": "epoch", "period_unit": "steps"},

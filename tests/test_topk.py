@@ -13,6 +13,7 @@ from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
 from hsee_jax import cli
 from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.core import UserError
+from hsee_jax.federation import encode, encode_for_evaluation
 from hsee_jax.link import CODECS, FULL, topk, unpack_bytes
 from hsee_jax.runs import read_history
 from hsee_jax.systems.replanning import plan_rounds
@@ -96,6 +97,23 @@ def test_feedback_makes_good_what_was_missed():
         arrived, _, state = cross(codec, ones, state)
         total = total + arrived
     np.testing.assert_allclose(total / 50, ones, atol=0.1)
+
+
+def test_the_error_of_training_does_not_reach_other_samples():
+    codec = topk(keep_share=0.2, error_feedback=True)
+    federation = tiny_federation({0: 1}, MODEL)._replace(codec=codec)
+    spec, _ = federation.specs(0)
+    (stack,) = averaging(federation).init(KEY).clients
+    client = jax.tree.map(lambda leaf: leaf[0], stack)
+    fresh = client.link
+    trained = client.replace(link=fresh._replace(error=fresh.error + 9.0))
+    features = jax.random.normal(KEY, (3, *fresh.error.shape[1:]))
+    mask = jnp.ones(3, bool)
+    expected, _ = encode(spec, client, features, mask)
+    for one in (client, trained):
+        found = encode_for_evaluation(spec, one, features, mask)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.any(encode(spec, trained, features, mask)[0].places != expected.places)
 
 
 @pytest.mark.parametrize(
@@ -257,3 +275,15 @@ def test_rates_that_cannot_be_are_refused(
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and re.search(message, line), line
     assert not (fleet / "never").exists()
+
+
+def test_there_is_a_client_for_every_rate(tmp_path, capsys):
+    """A rate of no client would change the shares of all others."""
+    words = [*SMALL.split(), "--num-clients", "2", "--cuts", "1", *TOPK]
+    words += ["--link-rates", "10", "20", "1", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *words]) == 2
+    assert capsys.readouterr().err == (
+        "hsee: link_rates: 3 speeds are not allowed for 2 clients; allowed are as many "
+        "or fewer\n"
+    )
+    assert not (tmp_path / "run").exists()

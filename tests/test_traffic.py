@@ -24,7 +24,12 @@ from hsee_jax.link import CODECS
 from hsee_jax.nn import NETWORKS, layer_inputs, resnet18
 from hsee_jax.runs.build import build
 from hsee_jax.systems.costs import layer_costs
-from hsee_jax.systems.traffic import averages_in, traffic_of, training_bytes
+from hsee_jax.systems.traffic import (
+    averages_in,
+    gradient_rows,
+    traffic_of,
+    training_bytes,
+)
 
 
 @NETWORKS.register
@@ -236,3 +241,11 @@ def test_four_cuts_of_resnet18_are_not_dominated():
         )
     ]
     assert best == [1, 4, 6, 8]
+
+
+def test_a_last_batch_that_is_smaller_shares_all_its_gradients():
+    """Of 12 samples in batches of 8 and 4, two clients share 4 + 4 rows."""
+    assert gradient_rows(0.5, 8, 2) * 8 == 4 + 4 / 2
+    assert gradient_rows(0.5, 8, 2, 12) * 12 == pytest.approx(4 + (4 + 4) / 2)
+    assert gradient_rows(0.5, 8, 2, 24) == gradient_rows(0.5, 8, 2)
+    assert gradient_rows(0.0, 8, 2, 12) == 1

@@ -28,6 +28,7 @@ from hsee_jax.engine.plan import plan_round
 from hsee_jax.federation.branch import forward, parts_of
 from hsee_jax.federation.federation import Client, group_clients
 from hsee_jax.federation.junction import concat_junction, mean_junction
+from hsee_jax.inference.measurement import _mixer_flops
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import make_mesh
 from hsee_jax.runs.build import build
@@ -188,6 +189,13 @@ def draw_events(absent=(), infinite=()):
     mask[list(absent)] = False
     labels = np.broadcast_to(rng.integers(0, CLASSES, 4).astype(np.int32), (3, 4))
     return Batch(*map(jnp.asarray, (views, labels, mask)))
+
+
+def test_the_gate_counts_the_layer_that_mixes_the_views():
+    """Two positions of 3 x 5 channels become 5: 2 x 15 x 5 products and sums each."""
+    features = jax.ShapeDtypeStruct((1, 2, 5), jnp.float32)
+    assert _mixer_flops(concat_junction(3, features), features, 3) == 2 * 2 * 15 * 5
+    assert _mixer_flops(mean_junction(), features, 3) == 0
 
 
 @pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])

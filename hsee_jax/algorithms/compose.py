@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from hsee_jax.algorithms.averages import Averages, find_holders
@@ -20,6 +21,7 @@ from hsee_jax.algorithms.steps import (
     server_parts,
     train_on_labels,
 )
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Key
 from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
@@ -27,7 +29,7 @@ from hsee_jax.federation.state import RunState, init_clients, init_servers
 from hsee_jax.federation.strategy import Halves, InitStateFn, StepFn, Strategy, TurnFn
 from hsee_jax.federation.unlabelled import unlabelled_step
 from hsee_jax.nn.model import init_network
-from hsee_jax.optim.optimizers import Optimizer, alone, with_merge
+from hsee_jax.optim.optimizers import Optimizer, alone, counts_steps, with_merge
 
 
 def compose(federation: Federation, properties: Properties) -> Strategy:
@@ -41,6 +43,8 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     batch_norm = properties.batch_norm
     if batch_norm == "auto":
         batch_norm = "keep_local" if properties.average == "servers" else "average"
+    if batch_norm == "keep_local":
+        _check_counts(federation, properties.optimizer_state)
     averages = Averages(
         federation,
         find_holders(federation, properties.average),
@@ -134,6 +138,24 @@ def _optimizers(
         for side in ("clients", "servers")
     )
     return clients, servers
+
+
+def _check_counts(federation: Federation, optimizer_state: str) -> None:
+    """Refuse to change the count of steps of a BatchNorm that keeps its moments.
+
+    Raises:
+      UserError: the optimizer has one count for a layer and the BatchNorm in it.
+    """
+    if optimizer_state == "keep":
+        return
+    network = jax.eval_shape(partial(init_network, federation.model), jax.random.key(0))
+    counts = partial(counts_steps, federation.optimizer)
+    if any(one["batch_stats"] and counts(one["params"]) for one in network.layers):
+        raise UserError(
+            f"optimizer_state: {optimizer_state} is not allowed with batch_norm "
+            "keep_local and an optimizer that counts the steps of a layer, such as "
+            "adamw; allowed is keep, or batch_norm average"
+        )
 
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:

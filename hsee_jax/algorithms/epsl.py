@@ -179,7 +179,7 @@ def _link(spec: BranchSpec, message: Batch, sizes: Array, shared_rows: int) -> A
     shared, own = message.mask[:, :shared_rows], message.mask[:, shared_rows:]
     first = shared & (jnp.cumsum(shared, axis=0) == 1)
     sent = jnp.concatenate([first, own], axis=1)
-    down = jnp.sum(jnp.where(sent, sizes, 0), axis=1)
+    down = jnp.where(sent, sizes, 0)
     return up + jax.vmap(pack_bytes)(jnp.zeros_like(down), down)
 
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from hsee_jax.algorithms import options
 from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.federation.reduction import REDUCERS, ReduceFn
+from hsee_jax.federation.reduction import REDUCERS, ReduceFn, num_trimmed
 
 
 class Properties(NamedTuple):
@@ -103,7 +103,10 @@ class Properties(NamedTuple):
                 f"width_target: {self.width_target} is not allowed with one copy of "
                 "each sample; allowed is None"
             )
-        for name in _OF_AVERAGES if self.average == "none" else ():
+        never = self.average == "none" or self.period == 0
+        for name in _OF_AVERAGES if never else ():
+            if name == "period" and self.average != "none":
+                continue  # it is what turns the average off
             value, default = getattr(self, name), self._field_defaults[name]
             if value != default:
                 raise UserError(
@@ -129,7 +132,7 @@ class Properties(NamedTuple):
                 f"weights: {self.weights} is not allowed with aggregate "
                 f"{self.aggregate}, which counts each holder once; allowed is uniform"
             )
-        too_few = num_clients > 1 and int(self.trim_share * num_clients) == 0
+        too_few = num_clients > 1 and num_trimmed(self.trim_share, num_clients) == 0
         if self.trim_share and too_few:  # one alone: a device, which averages nothing
             least = math.ceil(1e4 / num_clients) / 1e4
             allowed = f"is {least:g} or more, less than 0.5"

@@ -84,7 +84,7 @@ def run_parser(command: str) -> Parser:
     parser.add_argument(
         "--checkpoint",
         default="latest",
-        help="latest, or best by mean server accuracy",
+        help="latest, or best by mean server accuracy on the test set",
     )
     add_cache(parser)
     return parser

@@ -26,7 +26,7 @@ from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
     decode,
-    encode,
+    encode_for_evaluation,
     forward,
     forward_exits,
     variables_of,
@@ -163,7 +163,8 @@ def client_answers(
       mask: ``bool [B]``, false on padding.
     """
     features, logits, _ = forward_exits(spec, client, inputs, mask, train=False)
-    return Answers(encode(spec, client, features, mask)[0], logits[-1], logits[:-1])
+    message = encode_for_evaluation(spec, client, features, mask)
+    return Answers(message, logits[-1], logits[:-1])
 
 
 def score_answers(

@@ -11,6 +11,7 @@ from hsee_jax.federation.branch import (
     decode,
     decode_gradient,
     encode,
+    encode_for_evaluation,
     encode_gradient,
     forward,
     forward_exits,
@@ -20,7 +21,13 @@ from hsee_jax.federation.branch import (
     message_bytes,
     server_spec,
 )
-from hsee_jax.federation.federation import Client, Federation, Group, group_clients
+from hsee_jax.federation.federation import (
+    Client,
+    Federation,
+    Group,
+    clients_of,
+    group_clients,
+)
 from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.junction import Junction, concat_junction, mean_junction
 from hsee_jax.federation.members import over_members
@@ -76,12 +83,14 @@ __all__ = [
     "client_backward",
     "client_forward",
     "client_spec",
+    "clients_of",
     "concat_junction",
     "decode",
     "decode_gradient",
     "detached_step",
     "detached_unlabelled_step",
     "encode",
+    "encode_for_evaluation",
     "encode_gradient",
     "forward",
     "forward_exits",

@@ -220,6 +220,15 @@ def encode(
     return message, client.replace(link=link)
 
 
+def encode_for_evaluation(
+    spec: BranchSpec, client: Branch, features: Array, mask: Array
+) -> Message:
+    """Make the message for features outside of training; see `encode`."""
+    state_of = spec.codec.for_evaluation
+    link = client.link if state_of is None else state_of(client.link)
+    return spec.codec.encode(features, link, mask)[0]
+
+
 def decode(spec: BranchSpec, message: Message) -> Array:
     """Return the features ``[B, ...]`` that a server makes of a client's message."""
     return spec.codec.decode(message, spec.input_dtype)
@@ -273,13 +282,13 @@ def message_bytes(
       ``int32 [2, 2]``, see `hsee_jax.link.pack_bytes`.
     """
     label = jnp.dtype(jnp.int32).itemsize
-    up = jnp.sum(jnp.where(mask, spec.codec.nbytes(message) + label, 0))
+    up = spec.codec.nbytes(message) + label
     down = jnp.zeros_like(up)
     if gradient is not None:
-        down = jnp.sum(jnp.where(mask, gradient_bytes(spec, gradient), 0))
+        down = down + gradient_bytes(spec, gradient)
     if logits is not None:
-        down = down + jnp.sum(jnp.where(mask, fixed_size(logits), 0))
-    return pack_bytes(up, down)
+        down = down + fixed_size(logits)
+    return pack_bytes(jnp.where(mask, up, 0), jnp.where(mask, down, 0))
 
 
 def variables_of(layer: LayerState) -> Variables:

@@ -134,6 +134,11 @@ def _gather(parts: Sequence[Array], axis_name: str | None) -> Array:
     return jax.lax.all_gather(rows, axis_name, tiled=True)
 
 
+def num_trimmed(share: float, holders: int) -> int:
+    """Return how many holders a trimmed mean leaves out at each end."""
+    return int(round(share * holders, 6))  # 0.29 of 100 are 29, and not 28.99...
+
+
 def _median(ordered: Array, count: Array) -> Array:
     low, high = (count - 1) // 2, count // 2
     one, other = ordered[low], ordered[high]
@@ -142,7 +147,8 @@ def _median(ordered: Array, count: Array) -> Array:
 
 def _trimmed(ordered: Array, count: Array, *, share: float) -> Array:
     size = ordered.shape[0]
-    cut = jnp.asarray([int(share * n) for n in range(size + 1)], count.dtype)[count]
+    cuts = [num_trimmed(share, n) for n in range(size + 1)]
+    cut = jnp.asarray(cuts, count.dtype)[count]
     place = jnp.arange(size, dtype=count.dtype)
     kept = (place >= cut) & (place < count - cut)
     divisor = jnp.maximum(count - 2 * cut, 1).astype(jnp.float32)

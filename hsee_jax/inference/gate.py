@@ -27,7 +27,7 @@ from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
     decode,
-    encode,
+    encode_for_evaluation,
     forward,
     forward_exits,
 )
@@ -247,7 +247,7 @@ def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> Cli
     @jax.jit
     def run(client: Branch, inputs: Array, mask: Array) -> tuple[Array, ...]:
         features, logits, _ = forward_exits(spec, client, inputs, mask, train=False)
-        message, _ = encode(spec, client, features, mask)
+        message = encode_for_evaluation(spec, client, features, mask)
         uncertainty = [
             jnp.where(finite_rows(own), criterion.uncertainty(own), jnp.inf)
             for own in logits

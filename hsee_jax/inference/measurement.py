@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Array, Dataset
@@ -12,6 +14,7 @@ from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.branch import early_exits
 from hsee_jax.federation.federation import Federation, Group
+from hsee_jax.federation.junction import Junction
 from hsee_jax.federation.state import RunState
 from hsee_jax.inference.answering import AnswerFn, answers_of, gate_of
 from hsee_jax.inference.calibration import (
@@ -29,7 +32,7 @@ from hsee_jax.link.codecs import sample_bytes_of
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.mesh import to_host
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.systems.costs import LayerCost
+from hsee_jax.systems.costs import LayerCost, part_cost
 
 _REPEATS = 5
 
@@ -63,8 +66,7 @@ def measure_clients(
             federation, strategy, g, batch_size=batch_size, criterion=criterion
         )
         answer_of = partial(answers_of, gate, federation, strategy, state, view, g)
-        seen_by = 1 if strategy.junction is None else len(group.ids)
-        costs = _sample_costs(federation, layers, group, seen_by)
+        costs = _sample_costs(federation, layers, group, strategy.junction)
         yield from _group_studies(answer_of, group, costs, largest, held_out, test)
 
 
@@ -75,28 +77,44 @@ def _samples(data: Dataset, info: DatasetInfo, batch_size: int) -> _Samples:
     return _Samples(batches, data.labels)
 
 
+def _mixer_flops(junction: Junction, features: jax.ShapeDtypeStruct, views: int) -> int:
+    """Return the FLOPs of the layer that mixes the views of a sample, if any."""
+    if junction.mixer is None:
+        return 0
+    stack = jax.ShapeDtypeStruct((views, *features.shape), features.dtype)
+    there = jax.ShapeDtypeStruct((views, 1), jnp.bool_)
+    return part_cost(junction.mixer, jax.eval_shape(junction.merge, stack, there))[1]
+
+
 def _sample_costs(
-    federation: Federation, layers: Sequence[LayerCost], group: Group, seen_by: int
+    federation: Federation,
+    layers: Sequence[LayerCost],
+    group: Group,
+    junction: Junction | None,
 ) -> list[SampleCosts]:
     """Add up the costs of a sample of each client, from the result of `layer_costs`.
 
-    Where all clients of the group see each sample, they all send their features if the
-    client that is asked is unsure, and the work of the others counts as the server's.
+    With a junction all clients of the group see each sample: they all send their
+    features if the client that is asked is unsure, and the work of the others, and of
+    the layer that mixes all features, counts as the server's.
     """
     cut, features = group.cut, layer_inputs(federation.model)
+    seen_by = 1 if junction is None else len(group.ids)
     sizes = sample_bytes_of(federation.codec, features[cut], group.ids)
     if seen_by > 1:
         sizes = [sum(sizes)] * len(sizes)
     flops = [layer.flops for layer in layers]  # L layers, L exits, final head
     count = len(flops) // 2
     of_client = [sum(flops[:n]) + flops[count + n - 1] for n in range(1, cut + 1)]
+    merging = 0 if junction is None else _mixer_flops(junction, features[cut], seen_by)
     return [
         SampleCosts(
             feature_bytes=size,
             client_flops=of_client[-1],
             server_flops=(seen_by - 1) * sum(flops[:cut])
             + sum(flops[cut:count])
-            + flops[-1],
+            + flops[-1]
+            + merging,
             early_flops=tuple(of_client[: early_exits(cut, federation.exits)]),
         )
         for size in sizes

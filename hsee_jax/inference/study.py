@@ -1,7 +1,7 @@
 """Gated inference with a run's networks: its thresholds, and what they give.
 
 Each client's thresholds come from the samples that were held out of the training data.
-What they give is measured on the test set, which chooses nothing.
+What they give is measured on the test set, which does not choose them.
 """
 
 import os

@@ -55,6 +55,9 @@ class Codec(NamedTuple):
     # Replaces `init` where clients differ; it also takes the client's id, int32 [].
     # `init` is then for the client with the smallest messages.
     init_client: Callable[[jax.ShapeDtypeStruct, Array], PyTree] | None = None
+    # State -> the state with which a client encodes outside of training, without what
+    # the batches of training have left in it. None for the state as it is.
+    for_evaluation: Callable[[PyTree], PyTree] | None = None
 
 
 # Factories take nothing but their options.
@@ -203,21 +206,24 @@ def _first_bytes(codec: Codec, features: jax.ShapeDtypeStruct, state: PyTree) ->
 
 
 _LOW_BITS = 15
+_LOW = 2**_LOW_BITS - 1
 
 
 def pack_bytes(up: Array, down: Array) -> Array:
-    """Pack counts of bytes so that sums over a round do not overflow.
+    """Pack the bytes of a step so that sums over its rows and a round do not overflow.
 
     Args:
-      up: ``int32 []``, bytes in one step from the client.
-      down: ``int32 []``, bytes in one step to the client.
+      up: ``int32 [B]``, bytes of each row from the client; B is at most 32,768.
+      down: ``int32 [B]``, bytes of each row to the client.
 
     Returns:
       ``int32 [2, 2]``: up and down, each as a high and a low part. Up to 32,768 of them
-      can be added.
+      can be added, to less than 2^46 bytes.
     """
-    counts = jnp.stack([up, down])
-    return jnp.stack([counts >> _LOW_BITS, counts & (2**_LOW_BITS - 1)], axis=-1)
+    rows = jnp.stack([up, down])
+    low = jnp.sum(rows & _LOW, axis=-1)
+    high = jnp.sum(rows >> _LOW_BITS, axis=-1) + (low >> _LOW_BITS)
+    return jnp.stack([high, low & _LOW], axis=-1)
 
 
 def unpack_bytes(packed: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -57,7 +57,9 @@ def topk(
         positive,
     ] = (),
     error_feedback: Annotated[
-        bool, "add the mean error of a client's last batch to its next one [ours]"
+        bool,
+        "in training, add the mean error of a client's last batch to its next one "
+        "[ours]",
     ] = False,
 ) -> Codec:
     """Send only the largest values of each sample, and their places.
@@ -67,7 +69,7 @@ def topk(
       link_rates: speeds of links in any unit, given to the clients in turn; without
         them all are equal.
       error_feedback: whether to add the mean error of a client's last batch to its next
-        batch.
+        batch of training. Samples that are not trained on are encoded without it.
     """
     rates = link_rates or (1.0,)
     shares = [min(1.0, keep_share * rate / min(rates)) for rate in rates]
@@ -97,12 +99,16 @@ def _codec(shares: Sequence[float], *, feedback: bool) -> Codec:
             state = state._replace(error=total / number)
         return message, state
 
+    def for_evaluation(state: TopkState) -> TopkState:
+        return state._replace(error=jax.tree.map(jnp.zeros_like, state.error))
+
     return Codec(
         init=lambda features: init_client(features, jnp.int32(_slowest(shares))),
         encode=encode,
         decode=_dense,
         nbytes=_nbytes,
         init_client=init_client if len(shares) > 1 else None,
+        for_evaluation=for_evaluation if feedback else None,
     )
 
 

@@ -114,6 +114,15 @@ def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
     return own._replace(merge=MERGES.make(name, own))
 
 
+def counts_steps(optimizer: OptimizerLike, params: PyTree) -> bool:
+    """Return whether a state has leaves for all parameters at once, as Adam's count."""
+    state = jax.eval_shape(optimizer.init, params)
+    common = optax.tree_map_params(
+        optimizer, lambda _: None, state, transform_non_params=lambda leaf: leaf
+    )
+    return bool(jax.tree.leaves(common))
+
+
 def alone(optimizer: OptimizerLike) -> Optimizer:
     """Return the optimizer to use for layers that are never averaged."""
     own = as_optimizer(optimizer)

@@ -80,8 +80,10 @@ def qgm(
         params: PyTree | None = None,
         **extra: Any,
     ) -> tuple[PyTree, QuasiGlobalState]:
+        # What a layer moved before it left the averages says nothing of a later mean.
         steps = direction(updates, state, params)
-        return _negative(steps), state._replace(momentum=buffer(state.momentum, steps))
+        kept = init(params)._replace(momentum=buffer(state.momentum, steps))
+        return _negative(steps), kept
 
     def merge(old: PyTree, mean: PyTree, state: QuasiGlobalState) -> QuasiGlobalState:
         some = state.rates > 0

@@ -33,7 +33,6 @@ from hsee_jax.federation.federation import (
 )
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.link.codecs import CODECS
 from hsee_jax.nn.cuts import deal_cuts
 from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
@@ -44,7 +43,7 @@ from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, config_for, data_source
 from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
-from hsee_jax.runs.model import build_model, views_in
+from hsee_jax.runs.model import build_codec, build_model, views_in
 from hsee_jax.runs.private import check_simulated
 from hsee_jax.runs.unlabelled import copies_of
 from hsee_jax.systems.traffic import traffic_of
@@ -69,7 +68,8 @@ def build_federation(
       plain: see `build_model`.
 
     Raises:
-      UserError: the cuts do not fit the network or the clients.
+      UserError: the cuts do not fit the network or the clients, or there are more link
+        rates than clients.
     """
     clients = config.clients
     model = build_model(config, info, mesh, plain=plain)
@@ -79,7 +79,7 @@ def build_federation(
         group_clients(Client(i, cut) for i, cut in enumerate(cuts)),
         build_optimizer(config),
         mesh,
-        CODECS.make(clients.link, options=clients.options),
+        build_codec(clients),
         config.run.micro_batches,
         one_by_one=config.run.client_axis == "map",
         exits=clients.exits,

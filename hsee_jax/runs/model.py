@@ -1,10 +1,11 @@
-"""The network of a run, with the convolutions that are fastest on its devices."""
+"""The network of a run, with its fastest convolutions, and the codec of its links."""
 
 from jax.sharding import Mesh
 
-from hsee_jax.config.schema import Config
+from hsee_jax.config.schema import ClientsConfig, Config
 from hsee_jax.core.errors import UserError
 from hsee_jax.data import PARTITIONS, DatasetInfo, Views, views_of
+from hsee_jax.link.codecs import CODECS, Codec
 from hsee_jax.nn.gates import with_gates
 from hsee_jax.nn.model import Model
 from hsee_jax.nn.registry import NETWORKS
@@ -59,6 +60,21 @@ def build_model(
     )
     target = config.strategy.options.get("width_target")
     return model if target is None else _with_gates(model, config, target)
+
+
+def build_codec(clients: ClientsConfig) -> Codec:
+    """Build the codec of the links from clients to servers.
+
+    Raises:
+      UserError: there are more speeds of links than clients.
+    """
+    rates = clients.options.get("link_rates", ())
+    if len(rates) > clients.num_clients:
+        raise UserError(
+            f"link_rates: {len(rates)} speeds are not allowed for "
+            f"{clients.num_clients} clients; allowed are as many or fewer"
+        )
+    return CODECS.make(clients.link, options=clients.options)
 
 
 def _with_gates(model: Model, config: Config, target: float) -> Model:

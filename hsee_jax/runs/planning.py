@@ -27,7 +27,7 @@ from hsee_jax.systems.problem import Problem
 from hsee_jax.systems.quantities import Bools, Ints
 from hsee_jax.systems.replanning import plan_rounds
 from hsee_jax.systems.traffic import Traffic
-from hsee_jax.systems.work import schedule_of
+from hsee_jax.systems.work import first_average, schedule_of
 from hsee_jax.systems.workload import traffic_by_cut
 
 _WITHOUT_LABELS = ("iid", "quantity")  # partitions whose sizes ignore the labels
@@ -114,6 +114,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
     check_one_copy(config, some)
+    longest = int(steps.max())
     detached = some.boundary == "detached" and not some.waits
     if fleet.clusters and not detached:
         raise UserError(
@@ -131,7 +132,8 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         traffic=traffic,
         devices=_devices(fleet, given.costs, clusters, batch_size),
         server=fleet.server,
-        schedule=schedule_of(some, int(steps.max())),
+        schedule=schedule_of(some, longest, first_average(some, longest)),
+        schedule_in=partial(schedule_of, some, longest),
         steps=steps,
         batch_size=batch_size,
         slots=slots,

@@ -4,6 +4,7 @@ Each line of ``metrics.jsonl`` holds a `RoundRecord`; ``summary.json`` holds a
 `Summary`.
 """
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -25,12 +26,22 @@ _PACKAGES = ("hsee-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class TrainFigures(NamedTuple):
-    """Means over the samples of a round, measured during training."""
+    """Means over the samples of a round, measured in training; NaN of no samples."""
 
     exit_loss: float  # in nats
     exit_accuracy: float
     server_loss: float
     server_accuracy: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as values of JSON; NaN is None."""
+        return {n: None if math.isnan(v) else v for n, v in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainFigures":
+        """Make the figures from the result of `to_json`."""
+        found = (values[name] for name in cls._fields)
+        return cls(*(math.nan if value is None else value for value in found))
 
 
 class Scores(NamedTuple):
@@ -79,7 +90,7 @@ class RoundRecord(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Return the record as values of JSON."""
         values = self._asdict()
-        values["train"] = self.train._asdict()
+        values["train"] = self.train.to_json()
         values["link"] = self.link._asdict()
         for name in ("test", "simulated"):
             part = values.pop(name)
@@ -100,7 +111,7 @@ class RoundRecord(NamedTuple):
             images=int(values["images"]),
             missed=list(values.get("missed", ())),
             left_out=list(values.get("left_out", ())),
-            train=TrainFigures(*(values["train"][n] for n in TrainFigures._fields)),
+            train=TrainFigures.from_json(values["train"]),
             link=Bytes(**values.get("link", {"up_bytes": 0, "down_bytes": 0})),
             wall_seconds=float(values["wall_seconds"]),
             test=_optional(Scores, values, "test"),
@@ -222,7 +233,7 @@ def round_record(
     fine = all_finite(metrics)
     count = np.sum(metrics.exit.count[fine])
     figures = [
-        float(np.sum(total[fine]) / count)
+        float(np.sum(total[fine]) / count) if count else math.nan
         for branch in (metrics.exit, metrics.server)
         for total in (branch.loss_sum, branch.correct)
     ]

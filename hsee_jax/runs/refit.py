@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.files import replace_file
 from hsee_jax.core.options import Option, at_least
@@ -15,6 +16,7 @@ from hsee_jax.runs.folder import (
     check_name,
     check_partition,
     check_writable,
+    read_config,
     sole_writer,
 )
 from hsee_jax.runs.history import read_records
@@ -95,9 +97,15 @@ def refit(
     state, exits = experiment.refit_exits(state, ridge)
     results = experiment.evaluate(state, experiment.test)
     found = Refit(ridge, tuple(exits), before, Scores.of(results))
-    records = (*records[:-1], *(r._replace(test=found.after) for r in records[-1:]))
+    last = [
+        r._replace(test=found.after, link=r.link.plus(found.link)) for r in records[-1:]
+    ]
+    records = (*records[:-1], *last)
+    pretrained = read_config(folder).model.pretrained  # `reopen_phases` has left it out
+    config = override(experiment.config, pretrained=pretrained)
     with sole_writer(out):
-        prepare_folder(out, experiment, Start(state, records))
+        start = Start(state, records)
+        prepare_folder(out, experiment._replace(config=config), start)
         notes = {"score": found.after.mean_server_accuracy}
         with Writer(out / "checkpoints", keep=1) as writer:
             checkpoint = experiment.store.to_checkpoint(state)

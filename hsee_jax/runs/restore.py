@@ -99,7 +99,8 @@ def restore(
 
     Args:
       path: the run's folder.
-      which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy.
+      which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy
+        on the test set.
       only: a client's id, to read only the clients of its cut; all other leaves of the
         state are then ``...``. So are the clients of a run that kept them private.
 

@@ -41,7 +41,6 @@ from hsee_jax.runs.records import (
     summarize,
 )
 from hsee_jax.runs.start import Start, midway_notes, prepare_folder, resume_from
-from hsee_jax.systems.traffic import Bytes
 
 
 def train(
@@ -208,7 +207,7 @@ class _Loop:
         link = experiment.round_bytes(number, progress.metrics)
         if cadence.refits_after(number):
             self._state, exits = experiment.refit_exits(self._state, RIDGE)
-            link = Bytes(*map(sum, zip(link, link_of(exits), strict=True)))
+            link = link.plus(link_of(exits))
         last = number == cadence.rounds
         stopped = not last and self._stop()
         due = last or stopped or number % cadence.checkpoint_every == 0

@@ -39,7 +39,7 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
     for name, stage, shape in zip(part_names(model), stages, inputs, strict=True):
         place = (stage, (shape.shape, shape.dtype))
         if place not in known:
-            known[place] = _cost(stage, shape)
+            known[place] = part_cost(stage, shape)
         costs.append(LayerCost(name, *known[place]))
     return tuple(costs) if exits == "cut" else _with_all_exits(costs)
 
@@ -61,7 +61,13 @@ def part_names(model: Model) -> tuple[str, ...]:
     return *model.layer_names, *exits, "final head"
 
 
-def _cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int, int]:
+def part_cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int, int]:
+    """Return the cost of a sample in a layer or a head, as in `LayerCost`.
+
+    Args:
+      stage: the layer or the head.
+      shape: shape and dtype of its input, ``[1, ...]``.
+    """
     variables = jax.eval_shape(stage.init, jax.random.key(0), shape)
     mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
 

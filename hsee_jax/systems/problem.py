@@ -1,6 +1,6 @@
 """The planner's problem: who takes part, and what a round costs at each cut."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     traffic: Mapping[int, Traffic]  # of clients at each cut that the algorithm takes
     devices: tuple[Device, ...]  # [N]
     server: Device
-    schedule: Schedule  # of a round
+    schedule: Schedule  # of a round, the first with an average
     steps: Ints  # batches of each client in a round, [N]
     batch_size: int
     slots: int  # of the optimizer, see `optimizer_slots`
@@ -35,6 +35,8 @@ class Problem(NamedTuple):
     # Predicted accuracy of a client's exit at each cut, [L]; None if it is not known.
     exit_accuracy: Floats | None = None
     clusters: Mapping[int, Pipelines] = MappingProxyType({})  # by client
+    # Number of a round, from 1 -> its schedule; None if all rounds have the same.
+    schedule_in: Callable[[int], Schedule] | None = None
 
     @property
     def num_layers(self) -> int:

@@ -100,7 +100,9 @@ def plan_rounds(
 
 def _in_round(problem: Problem, number: int) -> Problem:
     devices = (device_in_round(device, number) for device in problem.devices)
-    return problem._replace(devices=tuple(devices))
+    rule = problem.schedule_in
+    schedule = problem.schedule if rule is None else rule(number)
+    return problem._replace(devices=tuple(devices), schedule=schedule)
 
 
 def _of(problem: Problem, clients: Ints) -> Problem:

@@ -11,6 +11,7 @@ bookkeeping, do not count.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -40,6 +41,10 @@ class Bytes(NamedTuple):
 
     up_bytes: float
     down_bytes: float
+
+    def plus(self, other: "Bytes") -> "Bytes":
+        """Return the sums of both."""
+        return Bytes(*map(sum, zip(self, other, strict=True)))
 
 
 class Traffic(NamedTuple):
@@ -192,17 +197,23 @@ def round_bytes(
     return Bytes(up + weights, down + weights)
 
 
-def gradient_rows(share: float, batch_size: int, clients: int) -> float:
+def gradient_rows(
+    share: float, batch_size: int, clients: int, samples: int | None = None
+) -> float:
     """Return the rows of gradient that a server sends for each row of a client.
 
     Args:
       share: the share of the rows whose gradient clients share, see `Strategy`.
       batch_size: samples in a batch.
       clients: how many clients share it; a gradient sent to all of them counts once.
+      samples: the samples of a client, of which the last batch may hold fewer; None for
+        whole batches.
     """
     if share == 0:
         return 1
-    shared = shared_rows_of(share, batch_size) / batch_size
+    count = batch_size if samples is None else max(samples, 1)
+    most, (whole, rest) = shared_rows_of(share, batch_size), divmod(count, batch_size)
+    shared = (whole * most + min(rest, most)) / count
     return 1 - shared + shared / clients
 
 
@@ -234,11 +245,11 @@ def bytes_by_cut(
     found = []
     for one in traffic:
         members = [share for share in shares if share.cut == one.cut]
-        rows = gradient_rows(gradient_share, batch_size, len(members))
+        rows = partial(gradient_rows, gradient_share, batch_size, len(members))
         own = [one.of(share.id) for share in members]
-        steps = [each.total(batch_size, 0, rows) for each in own]
+        steps = [each.total(batch_size, 0, rows()) for each in own]
         rounds = [
-            each.total(share.samples, averages, rows)
+            each.total(share.samples, averages, rows(share.samples))
             for each, share in zip(own, members, strict=True)
         ]
         means = {"step": _mean(steps), "round": _mean(rounds)}

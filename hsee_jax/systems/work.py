@@ -88,6 +88,19 @@ def schedule_of(strategy: Strategy, steps: int, number: int = 1) -> Schedule:
     )
 
 
+def first_average(strategy: Strategy, steps: int) -> int:
+    """Return the number of the first round with an average; 1 if there is none.
+
+    Args:
+      strategy: the algorithm.
+      steps: the steps of each round.
+    """
+    if strategy.period == 0:
+        return 1
+    in_steps = strategy.period_unit == "steps"
+    return -(-strategy.period // steps) if in_steps else strategy.period
+
+
 class Part(NamedTuple):
     """The steps of a round between two averages of clients' layers."""
 
