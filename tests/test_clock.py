@@ -223,8 +223,11 @@ HEAD = "client,from_s,to_s\n"
     ("text", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("client,from_s\n0,1\n", "has 0 columns to_s; allowed are client,from_s,to_s"),
-        ("", "has 0 columns client"),
+        (
+            "client,from_s\n0,1\n",
+            "lacks the column to_s; it has client, from_s; allowed",
+        ),
+        ("", "lacks the column client; it has none; allowed are the columns client,"),
         (HEAD, "has no period; allowed is 1 or more"),
         (HEAD + "6,0,1\n", "line 2: client 6 is not allowed; allowed are 0..5"),
         (HEAD + "0,0,1\n\n0,5,5\n", "line 4: from_s 5 to_s 5 is not allowed; allowed"),

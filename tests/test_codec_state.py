@@ -13,7 +13,7 @@ from tiny import DenseLayer, tiny_data, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.engine.host_store import HostStore
-from hsee_jax.federation.branch import encode
+from hsee_jax.federation.crossing import encode
 from hsee_jax.link import Codec, pack_bytes, unpack_bytes
 from hsee_jax.runs.checkpoint import Writer, find, load
 from hsee_jax.systems.traffic import round_bytes, traffic_of

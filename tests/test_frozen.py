@@ -22,7 +22,7 @@ from hsee_jax.deployment.export import export_client
 from hsee_jax.deployment.rpc import open_port
 from hsee_jax.engine.plan import own_batches
 from hsee_jax.federation import forward
-from hsee_jax.federation.branch import decode, encode
+from hsee_jax.federation.crossing import decode, encode
 from hsee_jax.nn import NETWORKS
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.runs import restore_client

@@ -154,6 +154,17 @@ def test_curves_are_runs_that_differ_in_seeds_alone(four):
     np.testing.assert_array_equal(averaging.accuracy[0, :, 1], SERVER)
 
 
+def test_runs_with_equal_seeds_are_no_repetitions(tmp_path):
+    """A run and its repetition on devices have two curves, not one without a spread."""
+    places = [make_run(tmp_path / name) for name in ("simulated", "served")]
+    places.append(make_run(tmp_path / "other", seed=1))
+    first, second = read_curves(places)
+    assert [run.name for run in first.runs] == ["simulated", "other"]
+    assert [run.name for run in second.runs] == ["served"]
+    assert first.label == "strategy=averaging (simulated)"
+    assert second.label == "strategy=averaging (served)"
+
+
 def test_a_label_names_every_option_that_differs(tmp_path):
     one = make_run(tmp_path / "one", partition="dirichlet", alpha=0.5)
     more = {"learning_rate": 0.2, "max_train_samples": 7, "data_dir": "elsewhere"}

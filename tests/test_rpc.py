@@ -213,7 +213,12 @@ def test_who_joins_says_who_it_is_once(tmp_path, capsys):
     words = ["join", "127.0.0.1:1", "--state", str(tmp_path)]
     assert main(words) == 2
     assert main([*words, "--client", "0", "--keys", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("client: is needed without --keys") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "client: missing; allowed is --client ID, or --keys FOLDER" in first
+    assert "client: is not allowed with --keys, whose certificate names" in second
+    place = ["--client", "0", "--data", str(tmp_path / "none.npz")]
+    assert main([*words, *place]) == 2
+    assert ": data: " in (line := capsys.readouterr().err) and "No such file" in line
 
 
 def flags(**options):

@@ -13,14 +13,8 @@ from tiny import ConvLayer, DenseLayer, tiny_data, tiny_federation, tiny_model
 
 from hsee_jax.core import Batch, ExitMetrics
 from hsee_jax.core.types import Metrics
-from hsee_jax.federation.branch import (
-    decode,
-    encode,
-    forward,
-    init_client,
-    init_server,
-    message_bytes,
-)
+from hsee_jax.federation.branch import forward, init_client, init_server
+from hsee_jax.federation.crossing import decode, encode, message_bytes
 from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.step import (
     client_backward,

@@ -15,6 +15,7 @@ from test_studies import STUDY, result, summary
 
 import hsee_jax
 from hsee_jax import cli, studies
+from hsee_jax.core import UserError
 from hsee_jax.parallel.cores import cores
 
 SHORT = ("rounds = 3", "rounds = 1")
@@ -298,3 +299,9 @@ def test_one_folder_for_rows_on_other_data_is_refused(study, capsys):
     assert sweep(study, "--list", "--data-dir", "d") == 2
     error = capsys.readouterr().err
     assert "study.toml with --data-dir, rows: c has the settings of b" in error
+
+
+def test_a_study_does_not_begin_in_the_folder_of_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run; allowed is a new folder"):
+        studies.perform([], tmp_path)

@@ -39,16 +39,13 @@ from hsee_jax.algorithms.rows import (
     without,
 )
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
-from hsee_jax.federation.branch import (
-    Branch,
-    BranchSpec,
+from hsee_jax.federation.branch import Branch, BranchSpec, parts_of, with_parts
+from hsee_jax.federation.crossing import (
     decode_gradient,
     encode,
     encode_gradient,
     gradient_bytes,
     message_bytes,
-    parts_of,
-    with_parts,
 )
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.members import over_members

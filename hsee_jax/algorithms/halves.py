@@ -12,7 +12,8 @@ from functools import partial
 
 from hsee_jax.algorithms.steps import Rates, ServerParts
 from hsee_jax.core.types import Array, Batch, Metrics
-from hsee_jax.federation.branch import Branch, decode, encode, message_bytes
+from hsee_jax.federation.branch import Branch
+from hsee_jax.federation.crossing import decode, encode, message_bytes
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.step import (
     ForwardPass,

@@ -94,8 +94,9 @@ BatchNorm = Annotated[
 ]
 OptimizerState = Annotated[
     str,
-    "state of the optimizer when layers are averaged: by the optimizer's rule (sgd and "
-    "adamw keep it), the mean over the holders, or the initial state [ours]",
+    "what the optimizer's state becomes when layers are averaged: keep follows the "
+    "optimizer's rule (with sgd and adamw each holder keeps its own), average is the "
+    "mean over the holders, reset the initial state [ours]",
     one_of(MERGES),
 ]
 ServerLrScale = Annotated[

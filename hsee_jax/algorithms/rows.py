@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
-from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, decode
+from hsee_jax.federation.branch import Branch, BranchSpec, LayerState
+from hsee_jax.federation.crossing import decode
 
 
 class Rows(NamedTuple):

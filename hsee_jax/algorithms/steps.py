@@ -9,13 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
-from hsee_jax.federation.branch import (
-    Branch,
-    BranchSpec,
-    decode,
-    encode,
-    message_bytes,
-)
+from hsee_jax.federation.branch import Branch, BranchSpec
+from hsee_jax.federation.crossing import decode, encode, message_bytes
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.fused import detached_step, joint_step
 from hsee_jax.federation.members import over_members

@@ -1,11 +1,10 @@
 """Read the file of ``--absences-file``."""
 
-import csv
 import re
 from pathlib import Path
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.rows import csv_rows
+from hsee_jax.core.rows import read_table
 
 _COLUMNS = ("client", "from", "to")  # of an absences file
 
@@ -27,35 +26,10 @@ def read_absences(path: Path, num_clients: int) -> tuple[str, ...]:
       UserError: the file cannot be read, lacks a column, or holds a value that is not
         allowed.
     """
-    rows = _rows(path)
-    names = rows[0][1] if rows else []
-    for name in _COLUMNS:
-        if names.count(name) != 1:
-            raise UserError(
-                f"absences_file: {path} has {names.count(name)} columns {name} among "
-                f"{', '.join(names) or 'none'}; allowed are {','.join(_COLUMNS)}, "
-                "separated by commas, semicolons or tabs"
-            )
     return tuple(
-        _absence(
-            dict(zip(names, texts, strict=False)),
-            f"absences_file: {path}, line {number}",
-            num_clients,
-        )
-        for number, texts in rows[1:]
+        _absence(values, f"absences_file: {path}, line {number}", num_clients)
+        for number, values in read_table(path, _COLUMNS, "absences_file")
     )
-
-
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Read the rows of a CSV file that are not blank, with their line numbers."""
-    try:
-        return csv_rows(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"absences_file: {path} cannot be read: "
-            f"{getattr(error, 'strerror', None) or error}; allowed is CSV in UTF-8 "
-            f"with the columns {','.join(_COLUMNS)}"
-        ) from error
 
 
 def _absence(values: dict[str, str], where: str, num_clients: int) -> str:

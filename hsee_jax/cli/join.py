@@ -19,10 +19,11 @@ def join(words: Sequence[str]) -> int | None:
     """Take part in a run as a device; return the status of a stop by a signal."""
     given = _parser(words).parse(words)
     use_cache({name: v for name, v in vars(given).items() if v is not None})
-    if (given.keys is None) == (given.client is None):
+    if given.keys is None and given.client is None:
+        raise UserError("client: missing; allowed is --client ID, or --keys FOLDER")
+    if given.keys is not None and given.client is not None:
         raise UserError(
-            "client: is needed without --keys, and not allowed with it: the client is "
-            "then the one of its certificate"
+            "client: is not allowed with --keys, whose certificate names the client"
         )
     try:
         from hsee_jax.deployment.rpc import connect

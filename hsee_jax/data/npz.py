@@ -114,20 +114,32 @@ def _write_split(path: Path, split: Raw) -> None:
         np.savez(file, x=samples, y=labels)
 
 
-def read_split(path: Path) -> Raw:
+def read_split(path: Path, field: str = "data_dir") -> Raw:
     """Read the samples and labels of a file; unpickle nothing.
+
+    Args:
+      path: of the file.
+      field: the option that names it.
 
     Raises:
       UserError: the file cannot be read, or lacks samples or labels.
     """
     try:
         with path.open("rb") as file:
+            if file.read(2) not in (b"PK", b"\x93N"):  # an archive, or a .npy file
+                raise ValueError("it is not an npz file")
+            file.seek(0)
             return _pair(np.load(file, allow_pickle=False), path)
     except UserError:
         raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{field}: {path} cannot be read: {reason}; {_ALLOWED}") from (
+            error
+        )
     except Exception as error:  # readers of archives raise many types
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data_dir: {path} cannot be read: {reason}; {_ALLOWED}") from (
+        raise UserError(f"{field}: {path} cannot be read: {reason}; {_ALLOWED}") from (
             error
         )
 

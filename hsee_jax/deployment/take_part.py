@@ -42,7 +42,7 @@ def take_part(
       UserError: the samples or the files of the device are not valid or not those of
         this run, or the server refuses the device.
     """
-    raw = None if data is None else read_split(data)
+    raw = None if data is None else read_split(data, "data")
     samples = -1 if raw is None else len(raw.labels)
 
     def once() -> bool:

@@ -17,7 +17,8 @@ from hsee_jax.engine.scoring import (
     client_answers,
     score_logits,
 )
-from hsee_jax.federation.branch import Branch, decode, forward
+from hsee_jax.federation.branch import Branch, forward
+from hsee_jax.federation.crossing import decode
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.junction import Junction
 from hsee_jax.parallel.mesh import SAME, to_devices, to_host

@@ -25,12 +25,11 @@ from hsee_jax.engine.round import Programs
 from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
-    decode,
-    encode_for_evaluation,
     forward,
     forward_exits,
     variables_of,
 )
+from hsee_jax.federation.crossing import decode, encode_for_evaluation
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy

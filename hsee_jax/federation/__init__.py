@@ -8,18 +8,20 @@ from hsee_jax.federation.branch import (
     LayerState,
     Outputs,
     client_spec,
+    forward,
+    forward_exits,
+    init_client,
+    init_server,
+    server_spec,
+)
+from hsee_jax.federation.crossing import (
     decode,
     decode_gradient,
     encode,
     encode_for_evaluation,
     encode_gradient,
-    forward,
-    forward_exits,
     gradient_bytes,
-    init_client,
-    init_server,
     message_bytes,
-    server_spec,
 )
 from hsee_jax.federation.federation import (
     Client,

@@ -1,9 +1,8 @@
 """A step of a client and of its server in one program, for a simulation."""
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics
-from hsee_jax.federation.branch import (
-    Branch,
-    BranchSpec,
+from hsee_jax.federation.branch import Branch, BranchSpec
+from hsee_jax.federation.crossing import (
     decode,
     decode_gradient,
     encode,

@@ -28,14 +28,12 @@ from hsee_jax.core.types import (
 from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
-    decode,
-    encode,
     forward,
-    message_bytes,
     parts_of,
     variables_of,
     with_parts,
 )
+from hsee_jax.federation.crossing import decode, encode, message_bytes
 from hsee_jax.federation.step import server_step, take_step
 from hsee_jax.nn.gates import flops_share, gates_of, width_loss
 from hsee_jax.nn.losses import masked_cross_entropy

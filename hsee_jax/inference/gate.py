@@ -23,14 +23,8 @@ import numpy.typing as npt
 
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array
-from hsee_jax.federation.branch import (
-    Branch,
-    BranchSpec,
-    decode,
-    encode_for_evaluation,
-    forward,
-    forward_exits,
-)
+from hsee_jax.federation.branch import Branch, BranchSpec, forward, forward_exits
+from hsee_jax.federation.crossing import decode, encode_for_evaluation
 from hsee_jax.federation.junction import Junction
 from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy

@@ -1,6 +1,7 @@
 """Runs as curves: runs that differ only in their seeds are one curve."""
 
 import os
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,10 @@ class Run(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Runs that differ only in their seeds, with the same last evaluated round."""
+    """Runs that differ only in their seeds, with the same last evaluated round.
+
+    Runs with equal seeds are no repetitions: each has a curve of its own.
+    """
 
     label: str  # the options in which it differs from the other curves
     options: Options  # the options of all its runs, without each run's own
@@ -122,15 +126,25 @@ def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
     places = [folder.resolve() for folder in folders]
     common = os.path.commonpath([place.parent for place in places])
     groups: dict[Hashable, list[Run]] = {}
+    copies = Counter[Hashable]()  # of the settings and seeds so far
     for number, (folder, place) in enumerate(zip(folders, places, strict=True)):
         if place in places[:number]:
             raise UserError(f"run: {folder} is given twice")
         relative = os.fsencode(place.relative_to(common))
         run = _read_run(folder, relative.decode("utf-8", "backslashreplace"))
-        key = frozenset(run.settings.items()), max(run.accuracies)
+        common_key = frozenset(run.settings.items()), max(run.accuracies)
+        copies[common_key, run.seeds] += 1
+        key = *common_key, copies[common_key, run.seeds]
         groups.setdefault(key, []).append(run)
     names = differing([runs[0].settings for runs in groups.values()]) or ["strategy"]
-    return tuple(_curve(names, tuple(runs)) for runs in groups.values())
+    curves = [_curve(names, tuple(runs)) for runs in groups.values()]
+    uses = Counter(curve.label for curve in curves)
+    return tuple(
+        curve
+        if uses[curve.label] == 1
+        else curve._replace(label=f"{curve.label} ({curve.runs[0].name})")
+        for curve in curves
+    )
 
 
 def _options(run: Run) -> dict[str, Any]:

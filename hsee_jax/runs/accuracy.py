@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hsee_jax.config.schema import BOOKKEEPING, SEEDS, Config
-from hsee_jax.config.values import SECTIONS, settings
+from hsee_jax.config.values import SECTIONS, override, settings
 from hsee_jax.core.errors import UserError
+from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.runs.history import read_history
 from hsee_jax.runs.records import Scores
 from hsee_jax.systems.accuracy import Predictor, Trained, fit_accuracy
@@ -148,12 +149,16 @@ def _identity() -> list[str]:
 def _plain(values: _Options) -> dict[str, Any]:
     """Return the options that tell runs apart, as values of JSON.
 
-    Options that are newer than a run have their defaults. The digest or the folder of
-    the user's own data is ``data``.
+    Options that are newer than a run, also those of its network, have their defaults.
+    The digest or the folder of the user's own data is ``data``.
     """
-    defaults = settings(Config())
+    config, network = Config(), values.get("network")
+    if network in NETWORKS:
+        config = override(config, network=network)
     fixed = {name for section in SECTIONS.values() for name in section.fields()}
-    known = {name: value for name, value in defaults.items() if name in fixed}
+    filled = fixed | set(config.model.options)
+    defaults = settings(config)
+    known = {name: value for name, value in defaults.items() if name in filled}
     known |= json.loads(json.dumps(dict(values)))
     if "data_dir" in known:
         known.setdefault("data", known["data_dir"])

@@ -82,9 +82,12 @@ class Attendance(NamedTuple):
             return
         for number in range(rounds):
             if not self.present(groups, number):
+                left = f"no client is left in round {number + 1}"
+                if self.dropout == 0:
+                    raise UserError(f"absences: not allowed as they are; {left}")
                 raise UserError(
                     f"dropout: {self.dropout} is not allowed with these absences and "
-                    f"seeds; no client is left in round {number + 1}"
+                    f"seeds; {left}"
                 )
 
 

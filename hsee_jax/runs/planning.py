@@ -102,19 +102,17 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
                 "partition: views is not allowed in a plan of centralized, whose one "
                 "network takes whole samples; allowed are the others"
             )
-        fleet, samples = (
-            Fleet((fleet.server,), fleet.server),
-            samples.sum(keepdims=True),
-        )
+        fleet = Fleet((fleet.server,), fleet.server)
+        samples = samples.sum(keepdims=True)
     batch_size = min(config.run.batch_size, int(samples.max()))
     steps = -(-samples // batch_size)
+    most = int(steps.max())
     federation = given.federation._replace(
         groups=group_clients(Client(i, 1) for i in range(len(fleet.clients)))
     )
     traffic = _traffic(config, federation)
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
     check_one_copy(config, some)
-    longest = int(steps.max())
     detached = some.boundary == "detached" and not some.waits
     if fleet.clusters and not detached:
         raise UserError(
@@ -132,8 +130,8 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         traffic=traffic,
         devices=_devices(fleet, given.costs, clusters, batch_size),
         server=fleet.server,
-        schedule=schedule_of(some, longest, first_average(some, longest)),
-        schedule_in=partial(schedule_of, some, longest),
+        schedule=schedule_of(some, most, first_average(some, most)),
+        schedule_in=partial(schedule_of, some, most),
         steps=steps,
         batch_size=batch_size,
         slots=slots,

@@ -21,7 +21,7 @@ from hsee_jax.runs.folder import (
 )
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
-from hsee_jax.runs.records import Scores, link_of, summarize
+from hsee_jax.runs.records import RoundRecord, Scores, link_of, summarize
 from hsee_jax.runs.reopen import reopen_phases
 from hsee_jax.runs.start import Start, prepare_folder
 from hsee_jax.systems.traffic import Bytes
@@ -97,10 +97,7 @@ def refit(
     state, exits = experiment.refit_exits(state, ridge)
     results = experiment.evaluate(state, experiment.test)
     found = Refit(ridge, tuple(exits), before, Scores.of(results))
-    last = [
-        r._replace(test=found.after, link=r.link.plus(found.link)) for r in records[-1:]
-    ]
-    records = (*records[:-1], *last)
+    records = (*records[:-1], *(_refitted(last, found) for last in records[-1:]))
     pretrained = read_config(folder).model.pretrained  # `reopen_phases` has left it out
     config = override(experiment.config, pretrained=pretrained)
     with sole_writer(out):
@@ -115,3 +112,8 @@ def refit(
             summary = summarize(results, records, experiment.bytes_by_cut())
             replace_file(out / "summary.json", dumps(summary.to_json()))
     return found
+
+
+def _refitted(record: RoundRecord, found: Refit) -> RoundRecord:
+    """Return the record of a round after which the exits were fitted."""
+    return record._replace(test=found.after, link=record.link.plus(found.link))

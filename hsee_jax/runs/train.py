@@ -210,9 +210,9 @@ class _Loop:
             link = link.plus(link_of(exits))
         last = number == cadence.rounds
         stopped = not last and self._stop()
-        due = last or stopped or number % cadence.checkpoint_every == 0
-        test = None
-        if due or number % cadence.eval_every == 0:
+        planned = last or number % cadence.checkpoint_every == 0
+        test = None  # a stop leaves the figures as they are without it
+        if planned or number % cadence.eval_every == 0:
             results = self._results = experiment.evaluate(self._state, experiment.test)
             _check_results(results, experiment.stop_on_nonfinite, number=number)
             test = Scores.of(results)
@@ -230,7 +230,7 @@ class _Loop:
         self._begin = now
         self._records.append(record)
         score = None if test is None else test.mean_server_accuracy
-        moment = self._moment(0, {"score": score}, due=due)
+        moment = self._moment(0, {"score": score}, due=planned or stopped)
         for callback in self._callbacks:
             callback.on_round(record, moment)
         if stopped:

@@ -68,8 +68,9 @@ def perform(
       The end of each run that was started. After a run is refused, no other starts.
 
     Raises:
-      UserError: ``jobs`` is not allowed, another process writes to the folder, or it
-        holds a run with other settings and ``overwrite`` is not set.
+      UserError: ``jobs`` is not allowed, the folder is that of a run, another process
+        writes to it, or it holds a run with other settings and ``overwrite`` is not
+        set.
     """
     available = cores()
     if not 1 <= jobs <= len(available):
@@ -78,6 +79,10 @@ def perform(
             "of this machine"
         )
     out = Path(out)
+    if (out / "config.json").exists():
+        raise UserError(
+            f"out: {out} holds a run; allowed is a new folder, or that of a study"
+        )
     with sole_writer(out):
         todo = unfinished(runs, out)
         for run in todo:

@@ -9,14 +9,13 @@ A trace is a CSV file with a row for each period::
 A client that the trace does not name is always available.
 """
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.rows import csv_rows
+from hsee_jax.core.rows import read_table
 
 
 class Period(NamedTuple):
@@ -41,27 +40,12 @@ def read_availability(path: str | Path, num_clients: int) -> tuple[Period, ...]:
         is not allowed.
     """
     names = Period._fields
-    try:
-        rows = csv_rows(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"availability: {path} cannot be read: {reason}; allowed is CSV in UTF-8 "
-            f"with the columns {','.join(names)}"
-        ) from error
-    header = rows[0][1] if rows else []
-    for name in names:
-        if header.count(name) != 1:
-            raise UserError(
-                f"availability: {path} has {header.count(name)} columns {name}; "
-                f"allowed are {','.join(names)}"
-            )
-    if len(rows) == 1:
+    rows = read_table(Path(path), names, "availability")
+    if not rows:
         raise UserError(f"availability: {path} has no period; allowed is 1 or more")
     periods = []
-    for line, cells in rows[1:]:
+    for line, values in rows:
         try:
-            values = dict(zip(header, cells, strict=False))
             period = _period([values.get(name, "") for name in names])
             check_period(period, num_clients)
         except UserError as error:

@@ -18,13 +18,8 @@ import numpy as np
 
 from hsee_jax.core.types import Array, Batch, Key, PyTree, Stage
 from hsee_jax.engine.programs import jit_step
-from hsee_jax.federation.branch import (
-    Branch,
-    decode,
-    encode,
-    init_client,
-    init_server,
-)
+from hsee_jax.federation.branch import Branch, init_client, init_server
+from hsee_jax.federation.crossing import decode, encode
 from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.step import branch_step, server_step
 from hsee_jax.nn.model import init_network, layer_inputs
