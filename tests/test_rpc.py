@@ -29,6 +29,7 @@ class Echo:
     """A service that answers with who called what."""
 
     clients = 2
+    methods = "next", "push", "finish"
 
     def __init__(self):
         self.calls = []
