@@ -280,3 +280,16 @@ def test_the_reference_follows_the_registries():
     assert row[1].split(" | ")[:2] == ["`rounded`", "`3`"]
     assert "*Values:* integer" in row[1]
     assert "rounded" not in pages.configuration()
+
+
+@pytest.mark.parametrize(
+    ("page", "name"), [("plan-cuts.md", "fleet.toml"), ("sweep.md", "study.toml")]
+)
+def test_the_example_is_the_file_of_its_page(page, name):
+    (block,) = (
+        block
+        for block in read_blocks(PAGES[f"docs/how-to/{page}"])
+        if block.file == name
+    )
+    text = (ROOT / "examples" / name).read_text(encoding="utf-8")
+    assert block.code.rstrip("\n") + "\n" == text
