@@ -78,6 +78,16 @@ def test_the_runs_are_listed(study, capsys):
     assert shown[:2] == ["sequential seed 7: to do", "sequential seed 8: to do"]
 
 
+def test_the_name_of_a_table_means_all_points_of_the_grid(study, capsys):
+    study.write_text(STUDY + "[grid]\nbatch_size = [4, 8]\n")
+    words = ("--rows", "sequential", "sequential,batch_size=8", "--seeds", "0", "--list")
+    assert sweep(study, *words) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "sequential,batch_size=4 seed 0: to do",
+        "sequential,batch_size=8 seed 0: to do",
+    ]
+
+
 def test_the_folder_has_the_name_of_the_study(study, monkeypatch):
     """The name of the file, or of its folder."""
     folders = []

@@ -140,7 +140,12 @@ def _parser() -> Parser:
         "leave it at 1 on a GPU or TPU",
     )
     parser.add_argument(
-        "--rows", nargs="+", default=(), metavar="ROW", help="train only these rows"
+        "--rows",
+        nargs="+",
+        default=(),
+        metavar="ROW",
+        help="train only these rows; the name of a table [rows.NAME] means all points "
+        "of the grid",
     )
     parser.add_argument(
         "--seeds",

@@ -79,7 +79,7 @@ def _rows(path: Path, content: Content, start: Config) -> Iterator[Row]:
             whole = ",".join([name, *parts] if name else parts)
             with within(path, f"[grid], {whole}"):
                 crossed = override(config, **point)
-            yield Row(whole, crossed, shows)
+            yield Row(whole, crossed, shows, table=name)
 
 
 def _points(path: Path, content: Content) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ class Row:
     name: str
     config: Config
     shows: str = ""  # what the row shows, in a sentence
+    table: str = ""  # the NAME of its table [rows.NAME], if it has one
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def runs(
 
     Args:
       study: the study.
-      rows: the names of the rows to run; none means all rows.
+      rows: the names of the rows to run, or of tables ``[rows.NAME]``, which mean all
+        points of the grid; none means all rows.
       seeds: the seeds to run instead of the seeds of the study.
       **changes: options to change in every run, such as ``data_dir``.
 
@@ -68,16 +70,25 @@ def runs(
     for seed in seeds:
         if not 0 <= seed < 2**31:
             raise UserError(f"seeds: {seed} is not allowed; allowed are 0..{2**31 - 1}")
-    known = {row.name: row for row in study.rows}
-    for name in rows:
-        if name not in known:
-            raise unknown("rows", name, known)
-    chosen = [known[name] for name in dict.fromkeys(rows)] or study.rows
+    chosen = _chosen(study, rows) if rows else study.rows
     return tuple(
         Run(row.name, seed, _with_seed(row.config, seed, changes))
         for seed in dict.fromkeys(seeds or study.seeds)
         for row in chosen
     )
+
+
+def _chosen(study: Study, names: Sequence[str]) -> list[Row]:
+    """Return the rows that names of rows and of tables mean, each once."""
+    known: dict[str, list[Row]] = {}
+    for row in study.rows:
+        for name in dict.fromkeys((row.table or row.name, row.name)):
+            known.setdefault(name, []).append(row)
+    for name in names:
+        if name not in known:
+            raise unknown("rows", name, known)
+    chosen = {row.name: row for name in names for row in known[name]}
+    return list(chosen.values())
 
 
 def _with_seed(config: Config, seed: int, changes: dict[str, Any]) -> Config:
