@@ -52,9 +52,8 @@ def written(folder, name):
     return content["rows"]
 
 
-@pytest.mark.parametrize(
-    "strategy", ["averaging", pytest.param("sequential", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["averaging", "sequential"])
 def test_pytorch_trains_alike(strategy):
     """Three clients of two cuts, from the same weights, over several rounds."""
     bench_round = import_round()

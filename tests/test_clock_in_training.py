@@ -232,6 +232,7 @@ def stop_after(steps):
     return lambda: next(calls) >= steps
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_changes_nothing(closed, fleet, tmp_path):
     """Bit for bit, with the files gone; and the run's folder says the same."""
     gone = tmp_path / "gone.toml"

@@ -65,7 +65,7 @@ WORDS = (
     [
         ("", True),
         pytest.param("--average servers", False, marks=pytest.mark.slow),
-        ("--batch-norm keep_local", False),
+        pytest.param("--batch-norm keep_local", False, marks=pytest.mark.slow),
         # no average until the end
         pytest.param("--period 3", False, marks=pytest.mark.slow),
     ],

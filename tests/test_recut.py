@@ -286,6 +286,7 @@ def test_an_algorithm_refuses_cuts_that_it_does_not_take():
         build(base, DATA)
 
 
+@pytest.mark.slow
 def test_a_refitted_run_goes_on_with_the_exits_that_wait(tmp_path):
     """And its summary has the bytes of the last cuts, however often it was resumed."""
     config, folder = override(SMALL, recuts=SMALL.clients.recuts[:2]), tmp_path / "run"

@@ -405,7 +405,8 @@ def test_a_class_without_test_samples_is_blank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("clients", "labels", "counts"), [(1, 1, 1), (40, 10, 9999), (200, 100, 1)]
+    ("clients", "labels", "counts"),
+    [(1, 1, 1), (40, 10, 9999), pytest.param(200, 100, 1, marks=pytest.mark.slow)],
 )
 def test_no_label_overlaps_another(tmp_path, clients, labels, counts):
     final = (np.linspace(0, 1, clients),)

@@ -80,7 +80,14 @@ def test_the_runs_are_listed(study, capsys):
 
 def test_the_name_of_a_table_means_all_points_of_the_grid(study, capsys):
     study.write_text(STUDY + "[grid]\nbatch_size = [4, 8]\n")
-    words = ("--rows", "sequential", "sequential,batch_size=8", "--seeds", "0", "--list")
+    words = (
+        "--rows",
+        "sequential",
+        "sequential,batch_size=8",
+        "--seeds",
+        "0",
+        "--list",
+    )
     assert sweep(study, *words) == 0
     assert capsys.readouterr().out.splitlines()[:-1] == [
         "sequential,batch_size=4 seed 0: to do",

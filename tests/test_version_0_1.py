@@ -94,6 +94,7 @@ def test_its_history_is_read():
     assert history.summary.to_json() == SUMMARY
 
 
+@pytest.mark.slow
 def test_a_report_and_a_gate_are_made_of_it(copy, tmp_path, capsys):
     words = ["gate", str(copy), "--target-offload", "0", "--json"]
     assert cli.main(words) == 0

@@ -349,7 +349,8 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean", "concat"])
 def test_a_run_learns_is_restored_and_gated(trained, name):
     """Every answer of the server is from all views, whichever client is asked."""
     folder = trained(name)
