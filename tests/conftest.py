@@ -9,6 +9,7 @@ several tests compile alike are compiled once, through JAX's own cache.
 """
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -28,6 +29,8 @@ if quick and version("jaxlib").startswith("0.10."):
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+gc.set_threshold(50_000)  # tracing makes many objects, and few of them are garbage
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -38,6 +38,7 @@ from hsee_jax.algorithms.rows import (
     rows_of,
     without,
 )
+from hsee_jax.core.trees import add_trees, select
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, BranchSpec, parts_of, with_parts
 from hsee_jax.federation.crossing import (
@@ -201,13 +202,13 @@ def _serve(
     slopes, metrics = jax.grad(_mean_loss, has_aux=True)(logits, batches)
     if shared_rows:
         _, pullback, _ = jax.vjp(partial(run, shared_rows), *at, has_aux=True)
-    sums = _sum([jnp.sum(slope[:, :shared_rows], axis=0) for slope in slopes])
+    sums = add_trees([jnp.sum(slope[:, :shared_rows], axis=0) for slope in slopes])
     own = [slope[:, shared_rows:] for slope in slopes]
     grads, gradients = pullback((sums, own))
-    total = _sum([jax.tree.map(jnp.sum, one) for one in metrics])
+    total = add_trees([jax.tree.map(jnp.sum, one) for one in metrics])
     moved, total = take_step(spec, server, grads, stats, learning_rate, total)
     parts = tuple(
-        jax.tree.map(lambda new, old, s=s: jnp.where(s, new, old), *pair)
+        select(s, *pair)
         for *pair, s in zip(parts_of(moved), parts_of(server), seen, strict=True)
     )
     refused = [~ok | jnp.isnan(total.loss_sum) for ok in fine]
@@ -252,10 +253,6 @@ def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Calla
     return run
 
 
-def _sum(trees: list) -> PyTree:
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
-
-
 def _mean_loss(
     logits: list[Array], batches: list[Batch]
 ) -> tuple[Array, tuple[Metrics, ...]]:
@@ -264,6 +261,6 @@ def _mean_loss(
         jax.vmap(masked_cross_entropy)(scores, batch.labels, batch.mask)[1]
         for scores, batch in zip(logits, batches, strict=True)
     )
-    total = _sum([jax.tree.map(jnp.sum, one) for one in metrics])
+    total = add_trees([jax.tree.map(jnp.sum, one) for one in metrics])
     count = jnp.maximum(total.count, 1).astype(jnp.float32)
     return total.loss_sum / count, metrics

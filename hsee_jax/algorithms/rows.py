@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.trees import expand_like, select
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, BranchSpec, LayerState
 from hsee_jax.federation.crossing import decode
@@ -33,14 +34,9 @@ class ServedRows(NamedTuple):
 ServeRowsFn = Callable[[Branch, tuple[Batch, ...], Array], ServedRows]
 
 
-def like(flags: Array, values: Array) -> Array:
-    """Append axes of length 1 to flags, up to the number of axes of values."""
-    return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))
-
-
 def are_finite(batch: Batch) -> Array:
     """Return whether the real rows of each client are finite, ``bool [S]``."""
-    fine = jnp.isfinite(batch.inputs) | ~like(batch.mask, batch.inputs)
+    fine = jnp.isfinite(batch.inputs) | ~expand_like(batch.mask, batch.inputs)
     return jnp.all(fine, axis=tuple(range(1, fine.ndim)))
 
 
@@ -51,7 +47,7 @@ def without(batch: Batch, fine: Array) -> Batch:
     of the whole batch would be NaN.
     """
     mask = batch.mask & fine[:, None]
-    inputs = jnp.where(like(mask, batch.inputs), batch.inputs, 0)
+    inputs = jnp.where(expand_like(mask, batch.inputs), batch.inputs, 0)
     return batch._replace(inputs=inputs, mask=mask)
 
 
@@ -68,8 +64,8 @@ def rows_of(features: Array, mask: Array, first: int) -> Rows:
     """
     shared, there = features[:, :first], mask[:, :first]
     weights = jnp.sum(there, axis=0, dtype=jnp.float32)
-    real = jnp.where(like(there, shared), shared, 0).astype(jnp.float32)
-    means = jnp.sum(real, axis=0) / like(jnp.maximum(weights, 1.0), real[0])
+    real = jnp.where(expand_like(there, shared), shared, 0).astype(jnp.float32)
+    means = jnp.sum(real, axis=0) / expand_like(jnp.maximum(weights, 1.0), real[0])
     own, own_mask = (jnp.swapaxes(leaf[:, first:], 0, 1) for leaf in (features, mask))
     return Rows(
         means.astype(features.dtype),
@@ -82,7 +78,7 @@ def rows_of(features: Array, mask: Array, first: int) -> Rows:
 def joined(one: Rows, other: Rows) -> Rows:
     """Add the rows of other clients: merge the means by weight, and append the rest."""
     weights = one.weights + other.weights
-    share = like(other.weights / jnp.maximum(weights, 1.0), one.means)
+    share = expand_like(other.weights / jnp.maximum(weights, 1.0), one.means)
     means = one.means + share.astype(one.means.dtype) * (other.means - one.means)
     own = jnp.concatenate([one.own, other.own])
     return Rows(means, weights, own, jnp.concatenate([one.mask, other.mask]))
@@ -120,9 +116,7 @@ def forward_rows(
             train=True,
         )
         rows = rows._replace(means=values[:count], own=values[count:])
-        stats.append(
-            jax.tree.map(lambda n, o, s=some: jnp.where(s, n, o), new, part.batch_stats)
-        )
+        stats.append(select(some, new, part.batch_stats))
         seen.append(some)
     return rows, tuple(stats), seen
 
@@ -161,4 +155,4 @@ def of_own_mean(gradient: Array, own: Array, total: Array, refused: Array) -> Ar
     """
     scale = total.astype(jnp.float32) / jnp.maximum(own, 1).astype(jnp.float32)
     scale = jnp.where(refused, jnp.nan, scale).astype(gradient.dtype)
-    return gradient * like(scale, gradient)
+    return gradient * expand_like(scale, gradient)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.trees import add_trees, select
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, parts_of, with_parts
 
@@ -78,23 +79,15 @@ def accumulate(
         share = passed.metrics.count.astype(jnp.float32) / total
         layers = parts_of(branch)
         old = tuple(layer.batch_stats for layer in layers)
-        stats = _where(some, passed.stats, old)
+        stats = select(some, passed.stats, old)
         zeros = jax.tree.map(jnp.zeros_like, passed.grads)
         scaled = jax.tree.map(lambda g, s=share: g * s, passed.grads)
-        results.append(passed._replace(grads=_where(some, scaled, zeros)))
+        results.append(passed._replace(grads=select(some, scaled, zeros)))
         pairs = zip(layers, stats, strict=True)
         branch = with_parts(branch, tuple(p.replace(batch_stats=s) for p, s in pairs))
     return Passed(
-        grads=_sum([passed.grads for passed in results]),
+        grads=add_trees([passed.grads for passed in results]),
         features=jnp.concatenate([passed.features for passed in results]),
         stats=stats,
-        metrics=_sum([passed.metrics for passed in results]),
+        metrics=add_trees([passed.metrics for passed in results]),
     )
-
-
-def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
-
-def _sum(trees: list) -> PyTree:
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from hsee_jax.core.trees import select
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.branch import LayerState
 from hsee_jax.federation.reduction import ReduceFn, weight_sum, weighted_mean
@@ -158,7 +159,7 @@ def newest(old: PyTree, new: PyTree) -> PyTree:
     """Choose the newer mean of each layer from two trees of `LayerMean`."""
 
     def choose(old: LayerMean, new: LayerMean) -> LayerMean:
-        return jax.tree.map(lambda a, b: jnp.where(new.round > 0, b, a), old, new)
+        return select(new.round > 0, new, old)
 
     return jax.tree.map(
         choose, old, new, is_leaf=lambda node: isinstance(node, LayerMean)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.trees import select
 from hsee_jax.core.types import Array
 from hsee_jax.federation.branch import Branch, BranchSpec
 from hsee_jax.link.codecs import FULL, Codec, Message, fixed_size, pack_bytes
@@ -29,8 +30,7 @@ def encode(
     message, link = spec.codec.encode(features, client.link, mask)
     fine = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(link)]
     taken = jnp.all(jnp.stack([jnp.any(mask), *fine]))
-    link = jax.tree.map(lambda new, old: jnp.where(taken, new, old), link, client.link)
-    return message, client.replace(link=link)
+    return message, client.replace(link=select(taken, link, client.link))
 
 
 def encode_for_evaluation(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.trees import expand_like
 from hsee_jax.core.types import Array, Stage
 from hsee_jax.federation.branch import Branch, BranchSpec
 from hsee_jax.nn.mixer import Mixer
@@ -39,11 +40,12 @@ def mean_junction() -> Junction:
     """Average the features of the views that are there."""
 
     def merge(features: Array, present: Array) -> Array:
-        there = _like(present, features)
+        there = expand_like(present, features)
         counts = jnp.sum(present, axis=0, dtype=jnp.float32)
         real = jnp.where(there, features, 0).astype(jnp.float32)
         total = jnp.sum(real, axis=0)
-        return (total / _like(jnp.maximum(counts, 1.0), total)).astype(features.dtype)
+        mean = total / expand_like(jnp.maximum(counts, 1.0), total)
+        return mean.astype(features.dtype)
 
     return Junction(merge)
 
@@ -61,13 +63,8 @@ def concat_junction(num_views: int, features: jax.ShapeDtypeStruct) -> Junction:
     def merge(features: Array, present: Array) -> Array:
         if len(features) < num_views:
             raise ValueError(f"features: {len(features)} views; allowed {num_views}")
-        real = jnp.where(_like(present, features), features, 0)[:num_views]
+        real = jnp.where(expand_like(present, features), features, 0)[:num_views]
         beside = jnp.moveaxis(real, 0, -2)  # [B, ..., V, C]
         return beside.reshape(*beside.shape[:-2], -1)
 
     return Junction(merge, from_linen(Mixer(num_views, features.shape[-1])))
-
-
-def _like(flags: Array, values: Array) -> Array:
-    """Append axes of length 1 to flags, up to the number of axes of values."""
-    return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from hsee_jax.core.trees import select
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
 from hsee_jax.federation.accumulation import Passed, accumulate
 from hsee_jax.federation.branch import (
@@ -251,7 +252,7 @@ def take_step(
         )
         params = jax.tree.map(lambda p, u: p + learning_rate * u, layer.params, updates)
         moved = LayerState(params, batch_stats, opt_state)
-        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, layer)
+        return select(taken, moved, layer)
 
     parts = tuple(map(move, parts_of(branch), grads, stats))
     loss_sum = jnp.where(some & ~finite, jnp.nan, metrics.loss_sum)

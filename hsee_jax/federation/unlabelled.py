@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.trees import select
 from hsee_jax.core.types import (
     NO_LABEL,
     Array,
@@ -115,7 +116,7 @@ def unlabelled_step(
     rows = Metrics(passed.loss, jnp.int32(0), jnp.sum(batch.mask, dtype=jnp.int32))
     moved, taken = take_step(spec, client, grads, passed.stats, learning_rate, rows)
     some = jnp.any(labelled)
-    head = jax.tree.map(lambda n, o: jnp.where(some, n, o), moved.head, client.head)
+    head = select(some, moved.head, client.head)
     loss_sum = jnp.where(jnp.isnan(taken.loss_sum), jnp.nan, metrics.loss_sum)
     return (
         moved.replace(head=head),

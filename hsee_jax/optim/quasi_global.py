@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.options import share
+from hsee_jax.core.trees import select
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.optim.optimizers import (
     Decay,
@@ -90,7 +91,7 @@ def qgm(
         rates = jnp.where(some, state.rates, 1.0)
         way = jax.tree.map(lambda o, w, n: (o + w - n) / rates, old, state.moved, mean)
         new = buffer(state.momentum, way)
-        kept = jax.tree.map(lambda n, o: jnp.where(some, n, o), new, state.momentum)
+        kept = select(some, new, state.momentum)
         return init(old)._replace(momentum=kept)
 
     rule = Merge(no_leaves, merge, local_too=True)
