@@ -9,9 +9,9 @@ machine has tuned forms.
 A row also says whether the machine was idle: whether other processes kept at most 0.5
 of its cores busy meanwhile.
 Expected: on two idle CPU cores, untuned, 1.3 to 2 times eager PyTorch at width 8, 1.2
-to 1.7 times at width 16, and 0.8 to 1.2 times at width 64, by the machine: processors
-of one name differed by so much. On one H100 at least 3 times at width 64.
-Cost: about 25 minutes on two CPU cores; --compile adds minutes.
+to 1.7 times at width 16, and 0.8 to 1.2 times at width 64; machines with a
+processor of one name differ by so much. On one H100 at least 3 times at width 64.
+Cost: about 12 minutes on two CPU cores; --compile adds minutes.
 Command: python benchmarks/bench_round.py [--sizes w8-b8-n32 ...]
 """
 

@@ -80,15 +80,8 @@ def test_the_runs_are_listed(study, capsys):
 
 def test_the_name_of_a_table_means_all_points_of_the_grid(study, capsys):
     study.write_text(STUDY + "[grid]\nbatch_size = [4, 8]\n")
-    words = (
-        "--rows",
-        "sequential",
-        "sequential,batch_size=8",
-        "--seeds",
-        "0",
-        "--list",
-    )
-    assert sweep(study, *words) == 0
+    words = "--rows sequential sequential,batch_size=8 --seeds 0 --list"
+    assert sweep(study, *words.split()) == 0
     assert capsys.readouterr().out.splitlines()[:-1] == [
         "sequential,batch_size=4 seed 0: to do",
         "sequential,batch_size=8 seed 0: to do",

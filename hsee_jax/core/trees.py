@@ -25,5 +25,8 @@ def add_trees(trees: Sequence[PyTree]) -> PyTree:
 
 
 def expand_like(flags: Array, values: Array) -> Array:
-    """Append axes of length 1 to flags, up to the number of axes of values."""
+    """Append axes of length 1 to flags, up to the number of axes of values.
+
+    Flags, or weights, ``[S, B]`` and values ``[S, B, H, W]`` give ``[S, B, 1, 1]``.
+    """
     return flags.reshape(*flags.shape, *(1,) * (values.ndim - flags.ndim))

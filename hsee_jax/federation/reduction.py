@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
+from hsee_jax.core.trees import expand_like
 from hsee_jax.core.types import Array, PyTree
 
 
@@ -157,7 +158,7 @@ def _trimmed(ordered: Array, count: Array, *, share: float) -> Array:
 
 def _only(chosen: Array, rows: Array, other: float) -> Array:
     """Set the rows that are not chosen, ``bool [G]``, to a number."""
-    return jnp.where(chosen.reshape(-1, *(1,) * (rows.ndim - 1)), rows, other)
+    return jnp.where(expand_like(chosen, rows), rows, other)
 
 
 def _refuse_share(name: str, trim_share: float) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from hsee_jax.core.options import Rule, positive
+from hsee_jax.core.trees import expand_like
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.link.codecs import Codec, register
 
@@ -93,7 +94,7 @@ def _codec(shares: Sequence[float], *, feedback: bool) -> Codec:
         message = _largest(wanted, max(shares), state.kept, features.dtype)
         if feedback:
             missed = wanted - _dense(message, jnp.float32)
-            rows = mask.reshape(-1, *(1,) * (missed.ndim - 1))
+            rows = expand_like(mask, missed)
             total = jnp.sum(jnp.where(rows, missed, 0), axis=0, keepdims=True)
             number = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
             state = state._replace(error=total / number)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.trees import expand_like
 from hsee_jax.core.types import Array
 
 _DECAY, EPSILON = 0.9, 1e-5
@@ -154,4 +155,4 @@ def _counted(x: Array, mask: Array) -> tuple[Array, Array]:
     follows it, and compiles a division as an operation of its own.
     """
     count = jnp.sum(mask) * math.prod(x.shape[1:-1])
-    return mask.reshape(-1, *(1,) * (x.ndim - 1)), 1.0 / count.astype(jnp.float32)
+    return expand_like(mask, x), 1.0 / count.astype(jnp.float32)
