@@ -288,6 +288,22 @@ def test_options_that_differ_become_settings(known):
 
 
 @pytest.mark.usefixtures("ridge_alone")
+def test_options_that_an_older_run_lacks_have_their_defaults(known):
+    """Two runs are from before `optimizer` and `features`, an option of the network."""
+    newer = ("optimizer", "features")
+    runs = [finished(cuts) for cuts in MIXES]
+    for i in (0, 3):
+        options = {k: v for k, v in runs[i].options.items() if k not in newer}
+        assert len(options) == len(runs[i].options) - 2
+        runs[i] = runs[i]._replace(options=options)
+    experience = learn(SMALL, known.costs, runs)
+    assert experience.columns == ()
+    plan = override(SMALL, optimizer="qgm")
+    assert expect(experience, SMALL).differences == ()
+    assert expect(experience, plan).differences == ("optimizer qgm instead of sgd",)
+
+
+@pytest.mark.usefixtures("ridge_alone")
 def test_the_table_names_cuts_of_no_run(known):
     runs = [finished(cuts) for cuts in MIXES if 3 not in cuts]
     runs += [finished(cuts, strategy="averaging") for cuts in MIXES if 3 not in cuts]

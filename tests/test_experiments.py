@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import accelerator  # noqa: E402
 import answers  # noqa: E402
+import clock  # noqa: E402
 import findings  # noqa: E402
 import hold_out  # noqa: E402
 import relatives  # noqa: E402
@@ -180,6 +182,26 @@ def test_one_command_measures_speed_first_and_then_trains(monkeypatch):
     assert names == ["cifar10-w16", "cifar10"]
     assert [words[words.index("--seconds") + 1] for words in sweeps] == ["90", "30"]
     assert all(words[-4:] == ["--jobs", "1", "--data-dir", "sets"] for words in sweeps)
+
+
+def test_the_committed_clock_is_that_of_the_devices(tmp_path, monkeypatch):
+    """Of two rows; the script is called as its help says, in a copy of the study."""
+    study = tmp_path / "cifar10-w16"
+    shutil.copytree(EXPERIMENTS / study.name, study)
+    shutil.copy(EXPERIMENTS / "rows.toml", tmp_path)
+    committed = json.loads((study / clock.FILE).read_text(encoding="utf-8"))
+    whole = studies.load(study / "study.toml")
+    assert list(committed) == [row.name for row in whole.rows]
+    names = ("sequential-clients-dirichlet", "fedavg")
+    rows = tuple(row for row in whole.rows if row.name in names)
+    part = dataclasses.replace(whole, rows=rows)
+    monkeypatch.setattr(clock.studies, "load", lambda _: part)
+    monkeypatch.setattr(sys, "argv", ["clock.py", str(study)])
+    clock.main()
+    found = json.loads((study / clock.FILE).read_text(encoding="utf-8"))
+    assert set(found) == set(names)
+    for name in names:
+        assert found[name] == pytest.approx(committed[name], rel=1e-9)
 
 
 def test_the_findings_show_the_figures_of_the_study():

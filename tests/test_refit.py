@@ -12,7 +12,7 @@ from tiny import TINY, tiny_model, write_run
 
 from hsee_jax import cli, restore
 from hsee_jax.config.presets import preset
-from hsee_jax.config.values import override
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.federation import forward, gram, merge, solve
 from hsee_jax.federation.last_layer import find_last, last_inputs
@@ -20,6 +20,7 @@ from hsee_jax.federation.ridge import RIDGE, TARGET
 from hsee_jax.nn import NETWORKS, Head, from_linen
 from hsee_jax.runs import evaluate, read_history, refit, reopen, train
 from hsee_jax.runs.build import build
+from hsee_jax.runs.folder import read_config
 
 CLASSES = 5
 
@@ -277,6 +278,17 @@ def test_the_command_and_what_can_be_done_with_its_folder(run, tmp_path, capsys)
     ):
         assert cli.main(["refit", str(folder), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_new_folder_says_what_the_run_began_from(run, tmp_path):
+    """The file of weights itself is needed no more."""
+    folder, weights = tmp_path / "run", str(tmp_path / "gone.safetensors")
+    shutil.copytree(run, folder)
+    config = override(CONFIG, pretrained=weights)
+    (folder / "config.json").write_text(to_json(config))
+    refit(folder)
+    assert read_config(folder / "refit").model.pretrained == weights
+    assert read_history(folder / "refit").settings["pretrained"] == weights
 
 
 def test_exits_are_fitted_in_training(tmp_path, capsys):

@@ -120,7 +120,7 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a flag is missing, or is not allowed.
     """
-    from hsee_jax.deployment.types import Patience
+    from hsee_jax.deployment.types import FEATURE_BOUND, PATIENT
 
     if "local" in given:
         for name in ("listen", "keys", "samples"):
@@ -139,13 +139,12 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
         )
     options = {name: given.pop(name) for name in _COMMON if name in given}
     options.setdefault("resume", False)
-    bound = Option("feature_bound", float, 1e4, rules=(positive,))
+    bound = Option("feature_bound", float, FEATURE_BOUND, rules=(positive,))
+    limits = ("min_clients", "max_refusals")
+    patience = {name: given[name] for name in limits if name in given}
     return options | {
         "bound": bound.checked(given.get("feature_bound", bound.default)),
-        "patience": Patience(
-            min_clients=given.get("min_clients", 1),
-            max_refusals=given.get("max_refusals", 3),
-        ),
+        "patience": PATIENT._replace(**patience),
     }
 
 

@@ -12,14 +12,13 @@ from hsee_jax.deployment.journal import CHECKPOINTS, Journal
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.server import over_network
 from hsee_jax.deployment.service import Service
-from hsee_jax.deployment.types import Patience
+from hsee_jax.deployment.types import FEATURE_BOUND, PATIENT, Patience
 from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import Summary
 from hsee_jax.runs.served import build_served
 from hsee_jax.runs.train import train_built
 
-PATIENT = Patience()  # waits for every device
 _FAREWELL_S = 20.0  # to tell devices that the run has ended
 
 # Answers the calls of devices in its ``with`` statement.
@@ -32,7 +31,7 @@ def serve(
     doors: Doors,
     *,
     patience: Patience = PATIENT,
-    bound: float = 1e4,
+    bound: float = FEATURE_BOUND,
     samples: Sequence[int] = (),
     resume: bool = False,
     overwrite: bool = False,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 from hsee_jax.core.errors import unknown
 from hsee_jax.core.options import at_least, positive, read_options
+from hsee_jax.deployment.types import FEATURE_BOUND, PATIENT
 from hsee_jax.runs.flat import flat_value
 
 _Kind = TypeVar("_Kind", bound="ServerSettings | NodeSettings")
@@ -21,9 +22,13 @@ class ServerSettings:
     nodes: Annotated[tuple[int, ...], "node of each client, by id"] = ()
     samples: Annotated[tuple[int, ...], "samples of each client, if its own"] = ()
     deadline: Annotated[float | None, "seconds of a round", positive] = None
-    min_clients: Annotated[int, "clients that a round waits for"] = 1
-    max_refusals: Annotated[int, "refusals before a client is left out"] = 3
-    feature_bound: Annotated[float, "largest size of a feature", positive] = 1e4
+    min_clients: Annotated[int, "clients that a round waits for"] = PATIENT.min_clients
+    max_refusals: Annotated[int, "refusals that a client may send"] = (
+        PATIENT.max_refusals
+    )
+    feature_bound: Annotated[float, "largest size of a feature", positive] = (
+        FEATURE_BOUND
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,10 @@ class Patience(NamedTuple):
                 Option(name, float, None, rules=(rule,)).checked(value)
 
 
+PATIENT = Patience()  # waits for every device
+FEATURE_BOUND = 1e4  # the largest absolute value of a feature, unless set
+
+
 class Finished(NamedTuple):
     """What a device sends after a round."""
 

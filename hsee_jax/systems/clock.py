@@ -29,7 +29,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.systems.availability import Availability, available_from
 from hsee_jax.systems.choice import plain, upward
 from hsee_jax.systems.devices import Device
-from hsee_jax.systems.energy import joules
+from hsee_jax.systems.energy import joules, watts
 from hsee_jax.systems.timing import RoundTime, round_time
 from hsee_jax.systems.work import Schedule, Work
 
@@ -245,6 +245,5 @@ def _lost(device: Device, own: RoundTime, seconds: float) -> _Lost:
 
 def _joules(course: RoundTime, devices: Sequence[Device], seconds: float) -> float:
     """Return the joules of devices in a round of ``seconds``, idle after ``course``."""
-    idle = np.array([device.idle_watts for device in devices], float)
     rest = seconds - course.seconds
-    return float(np.sum(joules(course, devices) + idle * rest))
+    return float(np.sum(joules(course, devices) + watts(devices, "idle") * rest))

@@ -20,12 +20,18 @@ def joules(time: RoundTime, devices: Sequence[Device]) -> Floats:
       time: the course of the round.
       devices: the devices of its N clients.
     """
-
-    def watts(name: str) -> Floats:
-        return np.array([getattr(device, name) for device in devices], float)
-
-    idle = watts("idle_watts")
+    idle = watts(devices, "idle")
     energy = idle * time.seconds
     for name in ("busy", "sending", "receiving"):
-        energy = energy + (watts(f"{name}_watts") - idle) * getattr(time, f"{name}_s")
+        energy = energy + (watts(devices, name) - idle) * getattr(time, f"{name}_s")
     return energy
+
+
+def watts(devices: Sequence[Device], activity: str) -> Floats:
+    """Return what each device draws in an activity, ``float64 [N]``; NaN if not known.
+
+    Args:
+      devices: the devices of N clients.
+      activity: ``busy``, ``sending``, ``receiving`` or ``idle``.
+    """
+    return np.array([getattr(device, f"{activity}_watts") for device in devices], float)

@@ -9,6 +9,7 @@ import numpy as np
 from hsee_jax.systems.cluster import Pipelines
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
+from hsee_jax.systems.energy import watts
 from hsee_jax.systems.memory import server_memory
 from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints
 from hsee_jax.systems.traffic import Traffic
@@ -95,7 +96,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     lockstep = schedule.boundary == "joint" and schedule.turn == "together"
     phases = np.zeros((3 if lockstep else 1, *shape))
     server, joules, up, down, memory = np.zeros((5, *shape))
-    idle = watts(problem.devices, "idle_watts")
+    idle = watts(problem.devices, "idle")
     means = len(schedule.averages)
     for cut in problem.traffic:
         c = cut - 1
@@ -120,7 +121,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
             "receiving": steps * back + means * work.weights_down_s,
         }
         for name, seconds in activities.items():
-            draw = watts(problem.devices, f"{name}_watts")
+            draw = watts(problem.devices, name)
             joules[:, c] += np.nan_to_num(draw - idle) * seconds
     return CutCosts(
         phases_s=phases,
@@ -152,8 +153,3 @@ def replica_bytes(problem: Problem, cut: int) -> int:
         shared=False,
         workers=0,
     )
-
-
-def watts(devices: tuple[Device, ...], name: str) -> Floats:
-    """Return a field of each device in watts, ``[N]``; NaN where it is not known."""
-    return np.array([getattr(device, name) for device in devices], float)
