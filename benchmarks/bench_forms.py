@@ -63,6 +63,7 @@ def plain_network(size: Size) -> Callable[[], Any]:
         steps=size.clients * size.steps,
         width=size.width,
         dtype=size.dtype,
+        conv="grouped",
         client_axis="vmap",
     )
     model, optimizer = experiment.federation.model, experiment.federation.optimizer

@@ -171,6 +171,33 @@ def test_depthwise_and_series(mode, stride):
         assert_close(alone, [leaf[0] for leaf in expected])
 
 
+def test_a_depthwise_gradient_is_rounded_once():
+    """Nine products are added in float32, and then rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    x, w, dy = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((BATCH, 7, 6, 4), (3, 3, 1, 4), (BATCH, 7, 6, 4))
+    )
+    how = dict(
+        window_strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
+    )
+
+    def gradient(conv, *arrays):
+        x, w, dy = arrays
+        return jax.vjp(lambda x: conv(x, w, **how), x)[1](dy)[0]
+
+    found = gradient(convolution("patches"), x, w, dy)
+    wide = (a.astype(jnp.float32) for a in (x, w, dy))
+    expected = gradient(lax.conv_general_dilated, *wide)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected, rtol=2**-8, atol=1e-6
+    )
+
+
 def test_groups_of_a_depthwise_convolution():
     """Native ones of all clients become one; shifts are no convolution at all."""
     x, w = jnp.zeros((3, 2, 6, 6, 4)), jnp.zeros((3, 3, 3, 1, 4))

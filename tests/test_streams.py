@@ -1,6 +1,7 @@
 """Turns that a loop takes at the same time give what they give one after another."""
 
 import threading
+import time
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ from tiny import TINY, tiny_federation, tiny_shards
 from hsee_jax import runs
 from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.config import override, preset
-from hsee_jax.engine import streams
+from hsee_jax.engine import compiled_turns, streams
 from hsee_jax.engine.streams import Streams, num_threads
 
 CUTS = {0: 1, 1: 2, 2: 1, 3: 2, 4: 1}
@@ -53,6 +54,32 @@ def test_results_do_not_depend_on_the_threads(make, options):
     )
     for other in others:
         assert_same(*(jax.device_get(run) for run in (reference, other)), rtol=0)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_clients_are_a_few_batches_ahead_of_a_slow_server(monkeypatch, threads):
+    """With 12 clients a step, two batches for each thread are the most."""
+    waiting, most = set(), []
+    send, serve = compiled_turns._Halves._send, compiled_turns._Halves._serve
+
+    def counted_send(self, step, n):
+        waiting.add((step, n))
+        most.append(len(waiting))
+        return send(self, step, n)
+
+    def slow_serve(self, step, n, *arguments):
+        time.sleep(0.02)
+        result = serve(self, step, n, *arguments)
+        waiting.remove((step, n))
+        return result
+
+    monkeypatch.setattr(compiled_turns._Halves, "_send", counted_send)
+    monkeypatch.setattr(compiled_turns._Halves, "_serve", slow_serve)
+    cuts = dict.fromkeys(range(12), 1)
+    federation, shards = tiny_federation(cuts), tiny_shards(dict.fromkeys(cuts, 5))
+    train(sequential(federation), federation, shards, axis="loop", threads=threads)
+    assert threads < max(most) <= 2 * threads
+    assert not waiting
 
 
 def test_queues_keep_their_order_and_run_side_by_side():

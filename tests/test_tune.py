@@ -65,7 +65,9 @@ def test_all_forms_of_a_place_are_equal(groups, clients):
             rng.standard_normal((*leading, *s)).astype(np.float32)
             for s in place.shapes()
         ]
-        forms = choice.forms_of(place)
+        forms = choice.forms_of(place, "cpu")
+        on_gpu = choice.forms_of(place, "gpu")
+        assert set(forms) - set(on_gpu) == {"patches"}  # can abort XLA's compiler
         assert ("winograd4" in forms) == (groups == 1)
         assert ("unrolled" in forms) == bool(clients)
         first, *others = (jax.jit(pass_of(place, form))(*arrays) for form in forms)
@@ -113,6 +115,19 @@ def test_what_is_far_from_the_fastest_alone_is_not_tried():
 
     assert set(search(alone, "grouped", step_seconds).forms.values()) == {"patches"}
     assert tried == [3]
+
+
+def test_a_default_that_was_not_timed_is_the_native_form():
+    """On a GPU `auto` is ``unrolled``, which single weights do not have."""
+    alone = {p: {"grouped": 2.0, "winograd": 1.0} for p in places()}
+
+    def step_seconds(choices):
+        native, default, tuned = 3.0, 1.0, 2.0
+        return [native, default, tuned][: len(choices)]
+
+    tuning = search(alone, "unrolled", step_seconds)
+    assert set(tuning.forms.values()) == {"grouped"}
+    assert (tuning.native_s, tuning.tuned_s) == (3.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +183,26 @@ def test_the_network_is_the_one_of_the_run(monkeypatch):
 
 
 @pytest.mark.slow
+def test_batches_of_one_image_are_tuned_too(words):
+    """Though the weights are initialized with a batch of this size."""
+    assert cli.main(["tune", *words, "--batch-size", "1", "--repeats", "1"]) == 0
+    places = [place for place in read_forms() if place.batch == 1]
+    assert {place.name for place in places} == {"forward", "wrt_input", "wrt_weights"}
+
+
+@pytest.mark.slow
 def test_stacked_clients_are_tuned_as_stacks(words):
     assert cli.main(["tune", *words, "--repeats", "1", "--client-axis", "vmap"]) == 0
     assert {place.stack for place in read_forms()} == {2}
+
+
+def test_a_folder_that_cannot_be_read_holds_no_forms(tmp_path, monkeypatch):
+    """A run then takes the default; the command says that it cannot write."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert read_forms() == {}
+    with pytest.raises(UserError, match="forms: .* cannot be written"):
+        write_forms({})
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"place": [], "form": "grouped"}]'])

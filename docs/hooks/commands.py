@@ -25,9 +25,9 @@ _STATUS = """
 | status | meaning |
 |---|---|
 | 0 | The command succeeded. |
-| 1 | Standard output cannot be written, or a run of `hsee sweep` failed. |
+| 1 | Standard output cannot be written, a run of a sweep failed, or a fault of ours. |
 | 2 | You can correct the error; one line on standard error says how. |
-| 3 | The training diverged: no client has a finite loss any more. |
+| 3 | The training diverged: no client has a finite loss any more. A sweep goes on. |
 | 130, 143 | Ctrl-C or SIGTERM stopped the command; `hsee train --resume` goes on. |
 """
 

@@ -1,5 +1,6 @@
 """The turns of a simulation: compiled once for each cut, several at the same time."""
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -22,6 +23,8 @@ from hsee_jax.engine.streams import Streams
 from hsee_jax.engine.turns import Begin, Inputs, Turns
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy
+
+_AHEAD = 2  # times the streams: the batches that wait for a shared server, at most
 
 
 def by_turns(
@@ -145,12 +148,28 @@ class _Halves(_Compiled):
 
     parts = "send", "serve"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._served: deque[Future] = deque(maxlen=_AHEAD * self._streams.count)
+
     def start(self, step: int, n: int) -> Future[ExitMetrics]:
-        """See `Turns`."""
+        """See `Turns`; a client sends only a few batches before they are served."""
         if not self._strategy.shared:
             return self._streams.submit(n, self._turn, step, n)
-        sent = self._streams.submit_beside_first(n, self._send, step, n)
-        return self._streams.submit(0, lambda: self._serve(step, n, *sent.result()))
+        full = len(self._served) == self._served.maxlen
+        earlier = self._served[0] if full else None
+        sent = self._streams.submit_beside_first(n, self._send_after, earlier, step, n)
+        served = self._streams.submit(0, lambda: self._serve(step, n, *sent.result()))
+        self._served.append(served)
+        return served
+
+    def _send_after(
+        self, earlier: Future | None, step: int, n: int
+    ) -> tuple[Batch, Metrics]:
+        """Send once the server has taken an earlier batch."""
+        if earlier is not None:
+            earlier.result()
+        return self._send(step, n)
 
     def _turn(self, step: int, n: int) -> ExitMetrics:
         return self._serve(step, n, *self._send(step, n))

@@ -20,10 +20,14 @@ class Streams:
     On a CPU, JAX runs the programs that one thread calls one after another, and those
     of several threads side by side. Programs with small operations leave cores idle,
     which programs beside them fill. Every program computes what it computes alone.
+
+    Attributes:
+      count: the number of queues.
     """
 
     def __init__(self, count: int) -> None:
         """Open the queues: a single one is the thread of whoever submits to it."""
+        self.count = count
         self._threads = [
             ThreadPoolExecutor(1, thread_name_prefix="hsee-stream")
             for _ in range(count if count > 1 else 0)

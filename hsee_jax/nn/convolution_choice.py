@@ -74,14 +74,21 @@ class FormTable:
         return dict(self.forms).get(place) or choice_of(self.other)(place)
 
 
-def forms_of(place: Place) -> tuple[str, ...]:
-    """Return the forms whose programs differ at a place."""
-    forms = (
-        ("grouped", "unrolled", "patches") if place.stack else ("grouped", "patches")
-    )
+def forms_of(place: Place, backend: str) -> tuple[str, ...]:
+    """Return the forms whose programs differ at a place of a backend.
+
+    Args:
+      place: a pass of a convolution.
+      backend: see `auto_form`; on a GPU ``patches`` can abort XLA's compiler.
+    """
+    forms = ["grouped"]
+    if place.stack:
+        forms.append("unrolled")
+    if backend != "gpu":
+        forms.append("patches")
     if place.geometry.groups == 1 and suits_winograd(place.geometry):
-        return (*forms, "winograd", "winograd4")
-    return forms
+        forms += ["winograd", "winograd4"]
+    return tuple(forms)
 
 
 def auto_form(backend: str) -> str:

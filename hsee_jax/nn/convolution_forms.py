@@ -142,7 +142,10 @@ def _shifts_forward(x: Array, w: Array, geometry: Geometry) -> Array:
 
 def _shifts_input(dy: Array, w: Array, geometry: Geometry) -> Array:
     shape = (len(dy), *geometry.image, w.shape[-1])
-    return _transpose(lambda x: _shifts_forward(x, w, geometry), shape, dy)
+    wide = dy.astype(jnp.float32)  # the shifts are added before they are rounded
+    return _transpose(lambda x: _shifts_forward(x, w, geometry), shape, wide).astype(
+        dy.dtype
+    )
 
 
 def _shifts_weights(x: Array, dy: Array, geometry: Geometry) -> Array:

@@ -50,22 +50,23 @@ def forms_file() -> Path:
     device = jax.devices()[0]
     name = _processor() if device.platform == "cpu" else device.device_kind
     slug = re.sub(r"[^a-z0-9]+", "-", f"{name}-jax-{jax.__version__}".lower())
-    return (user_cache() / "forms" / f"{slug}.json").expanduser()
+    path = user_cache() / "forms" / f"{slug}.json"
+    return Path(os.path.expanduser(path))  # as it is where there is no home
 
 
 def read_forms() -> Forms:
-    """Read the measured forms; none where nothing was measured.
+    """Read the measured forms; none where there is no file that can be opened.
 
     Raises:
-      UserError: `write_forms` did not write the file, or it cannot be read.
+      UserError: `write_forms` did not write the file.
     """
     path = forms_file()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         forms = {_place(entry["place"]): entry["form"] for entry in entries}
-    except FileNotFoundError:
+    except OSError:  # also where this user may not read the folder
         return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise _unreadable(path) from error
     if not set(forms.values()) <= set(FORMS):
         raise _unreadable(path)

@@ -20,7 +20,9 @@ from hsee_jax.runs.data import build_info
 
 
 def lower(config: Config, mesh: Mesh, *, samples: int) -> Lowered:
-    """Lower a round of a run with the client axis ``vmap``, without data or devices.
+    """Lower a round of a run as one program, without data or devices.
+
+    Clients are stacked with ``vmap`` unless the configuration names ``map``.
 
     Its ``compile().memory_analysis()`` tells whether the run fits into the memory of
     its devices.

@@ -83,21 +83,23 @@ def tune(
       The seconds of each pass alone, in each form, and the result of `search`.
     """
     recorder = _Recorder()
-    program = _program(make_model(recorder), optimizer, batch_size, stack)
-    recorder.places.clear()  # of the initialization
-    jax.eval_shape(*program)
+    step, *shapes = _program(make_model(recorder), optimizer, batch_size, stack)
+    jax.eval_shape(step, *shapes)
     alone = {
         place: _time_alone(place, repeats)
         for place in recorder.places
-        if place.stack == stack
+        if (place.batch, place.stack) == (batch_size, stack)  # else of initialization
     }
+    # Every call starts from the same state, of small constants; forms do not change it.
+    arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), shapes)
     compiled: dict[str | Choice, Call] = {}
 
     def step_seconds(choices: Sequence[str | Choice]) -> list[float]:
         for choice in choices:
             if choice not in compiled:
-                model = make_model(choice)
-                compiled[choice] = _compile(model, optimizer, batch_size, stack)
+                step, *_ = _program(make_model(choice), optimizer, batch_size, stack)
+                program = jit_step(step).lower(*arguments).compile()
+                compiled[choice] = partial(program, *arguments)
         return _in_turns([compiled[choice] for choice in choices], repeats)
 
     return alone, search(alone, other, step_seconds)
@@ -130,6 +132,9 @@ def search(
     if tuned_s >= min(native_s, default_s):
         default = choice_of("grouped" if native_s <= default_s else other)
         forms, tuned_s = {p: default(p) for p in alone}, min(native_s, default_s)
+        for place in forms:  # a form that was not timed is the native one there
+            if forms[place] not in alone[place]:
+                forms[place] = "grouped"
     return Tuning(forms, native_s, default_s, tuned_s)
 
 
@@ -160,7 +165,7 @@ def _time_alone(place: Place, repeats: int) -> dict[str, float]:
         for shape in place.shapes()
     ]
     times = {}
-    for form in forms_of(place):
+    for form in forms_of(place, jax.default_backend()):
         program = jit_step(pass_of(place, form)).lower(*arrays).compile()
         times[form] = time_call(partial(program, *arrays), repeats).median
     _log.info("%s, ms alone: %s", place, _ms(times))
@@ -188,15 +193,6 @@ def _program(
         images = jax.ShapeDtypeStruct((stack, *images.shape), images.dtype)
         key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), stack))
     return step, jax.eval_shape(init, key), images
-
-
-def _compile(
-    model: Model, optimizer: OptimizerLike, batch_size: int, stack: int
-) -> Call:
-    """Compile a step; every call starts from the same state, of small constants."""
-    step, *shapes = _program(model, optimizer, batch_size, stack)
-    arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), shapes)
-    return partial(jit_step(step).lower(*arguments).compile(), *arguments)
 
 
 def _in_turns(calls: Sequence[Call], repeats: int) -> list[float]:
