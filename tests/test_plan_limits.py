@@ -22,8 +22,8 @@ TOGETHER = Schedule(shared=True, boundary="joint", turn="together")
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def draw_problem(seed, schedule):
-    """A problem of two or three clients with four layers."""
+def draw_problem(seed, schedule, weighed=False):
+    """A problem of two or three clients with four layers, which they may average."""
     rng = np.random.default_rng(seed)
     layers = [
         LayerCost(f"layer{n}", *(int(value) for value in rng.integers(100, 9000, 4)))
@@ -32,8 +32,9 @@ def draw_problem(seed, schedule):
     heads = [LayerCost(f"head{n}", 50, 500, 40, 60) for n in range(LAYERS + 1)]
     down = schedule.boundary == "joint"
     traffic = {
-        cut: Traffic(cut, Bytes(own.output_bytes, down * own.output_bytes), 0)
+        cut: Traffic(cut, Bytes(own.output_bytes, down * own.output_bytes), weights)
         for cut, own in enumerate(layers, start=1)
+        for weights in [int(rng.integers(0, 9000)) if weighed else 0]
     }
     count = int(rng.integers(2, 4))
     speeds = 10 ** rng.uniform(4, 6, (count, 3))
@@ -70,15 +71,32 @@ def test_a_server_with_the_memory_of_a_plan_can_have_one(seed):
     assert plan.totals().server_bytes <= limit * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("averages", [(), (2,), (4,), (1, 2, 3), (1, 4, 5, 6)])
 @settings(max_examples=25, deadline=None)
-@given(SEEDS)
-def test_in_lockstep_no_round_is_faster_than_its_bound(seed):
-    """Also where some clients have fewer batches than others."""
-    problem = draw_problem(seed, TOGETHER)
+@given(seed=SEEDS)
+def test_in_lockstep_no_round_is_faster_than_its_bound(averages, seed):
+    """Also where some clients have fewer batches than others, and average layers."""
+    schedule = TOGETHER._replace(averages=averages)
+    problem = draw_problem(seed, schedule, weighed=bool(averages))
     costs = cut_costs(problem, np.ones((len(problem.devices), LAYERS), bool))
     for cuts in every_choice(problem):
         found = evaluate_cuts(problem, cuts).totals().seconds
         assert totals(costs, cuts).seconds <= found * (1 + 1e-9)
+
+
+def test_in_lockstep_alike_clients_wait_for_nobody():
+    """So the bound is the round, with an upload and a download of layers at its end."""
+    schedule = TOGETHER._replace(averages=(2, 4))
+    problem = draw_problem(0, schedule, weighed=True)
+    devices = (problem.devices[0],) * len(problem.devices)
+    problem = problem._replace(devices=devices, steps=np.full(len(devices), 4))
+    costs = cut_costs(problem, np.ones((len(devices), LAYERS), bool))
+    seconds = []
+    for cut in range(1, LAYERS + 1):
+        plan = evaluate_cuts(problem, np.full(len(devices), cut))
+        assert totals(costs, plan.cuts).seconds == pytest.approx(plan.time.seconds)
+        seconds.append(plan.time.seconds)
+    assert plan_cuts(problem._replace(one_cut=True)).time.seconds == min(seconds)
 
 
 def test_an_uplink_that_nearly_suffices_slows_nobody_down():

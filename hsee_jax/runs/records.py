@@ -231,9 +231,10 @@ def round_record(
       simulated: the round on the simulated clock, or None without devices.
     """
     fine = all_finite(metrics)
-    count = np.sum(metrics.exit.count[fine])
+    counted = fine & plan.active  # a server took some batches of a late client
+    count = np.sum(metrics.exit.count[counted])
     figures = [
-        float(np.sum(total[fine]) / count) if count else math.nan
+        float(np.sum(total[counted]) / count) if count else math.nan
         for branch in (metrics.exit, metrics.server)
         for total in (branch.loss_sum, branch.correct)
     ]

@@ -81,6 +81,34 @@ def own_seconds(work: Work, schedule: Schedule) -> Floats:
     return np.where(steps > 0, end, 0.0) + means * work.weights_down_s
 
 
+def lockstep_seconds(work: Work, schedule: Schedule) -> Floats:
+    """Return the seconds of each client in the phases of a lockstep round, ``[4, N]``.
+
+    All clients wait for the slowest at the end of a phase: of the first batch, of the
+    batches up to the last message to the server, of the last batch up to the last
+    upload of layers, and of what follows. The sum of their maxima is a lower bound.
+
+    Args:
+      work: the work of the clients, arrays ``[N]``.
+      schedule: the round's schedule.
+    """
+    steps, most = work.steps, np.max(work.steps)
+    up, down = work.weights_up_s, work.weights_down_s
+    # Once its batches are done, a client averages while the server works for others.
+    between = sum(step < steps for step in schedule.averages)
+    late = sum(step >= most for step in schedule.averages)
+    first = work.forward_s + work.up_s
+    last = work.down_s + work.backward_s
+    longest = steps == most  # others end their last step earlier
+    phases = (
+        first,
+        (steps - 1) * (first + last) + between * (up + down),
+        (last + min(late, 1) * up) * longest,
+        late * down + max(late - 1, 0) * up,
+    )
+    return np.stack(phases) * (steps > 0)
+
+
 def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     """Return the costs of a round for each client at each cut.
 
@@ -94,7 +122,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     shape = (len(problem.devices), problem.num_layers)
     schedule = problem.schedule
     lockstep = schedule.boundary == "joint" and schedule.turn == "together"
-    phases = np.zeros((3 if lockstep else 1, *shape))
+    phases = np.zeros((4 if lockstep else 1, *shape))
     server, joules, up, down, memory = np.zeros((5, *shape))
     idle = watts(problem.devices, "idle")
     means = len(schedule.averages)
@@ -105,10 +133,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         back = work.down_s * schedule.waits
         weights = means * work.weights_bytes
         if lockstep:
-            first, last = work.forward_s + work.up_s, back + work.backward_s
-            longest = steps == steps.max()  # others end their last step earlier
-            parts = first, (steps - 1) * (first + last), last * longest
-            phases[:, :, c] = parts * (steps > 0)
+            phases[:, :, c] = lockstep_seconds(work, schedule)
         else:
             phases[0, :, c] = own_seconds(work, schedule)
         server[:, c] = steps * work.server_s
