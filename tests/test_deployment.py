@@ -11,9 +11,14 @@ from tiny import TINY
 import hsee_jax as hs
 from hsee_jax.cli import main
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.types import ExitMetrics, Metrics
+from hsee_jax.deployment.server import over_network
+from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.records import round_record
 from hsee_jax.runs.served import build_served, describe
+from hsee_jax.systems.traffic import Bytes
 
 SMALL = hs.override(
     hs.preset("demo"),
@@ -127,6 +132,44 @@ def test_a_joint_boundary_equals_the_simulation_up_to_rounding(changes, tmp_path
 def test_what_devices_cannot_do_is_refused(changes, error):
     with pytest.raises(UserError, match=error):
         build_served(hs.override(SMALL, **changes))
+
+
+def test_a_momentum_of_averages_needs_all_averages(tmp_path):
+    """A device that misses a round also misses its average."""
+    qgm = hs.override(SMALL, optimizer="qgm", average="all_holders")
+    over_network(build_served(qgm), None, None, seldom=False)
+    for changes in (
+        dict(participation=0.5),
+        dict(dropout=0.1),
+        dict(absences=("0:1-1",)),
+    ):
+        experiment = build_served(hs.override(qgm, **changes))
+        with pytest.raises(UserError, match="optimizer: qgm is not allowed with"):
+            over_network(experiment, None, None, seldom=False)
+    with pytest.raises(UserError, match="may miss rounds"):
+        over_network(build_served(qgm), None, None, seldom=True)
+    servers = hs.override(qgm, average="servers", dropout=0.1)
+    over_network(build_served(servers), None, None, seldom=True)
+
+
+def test_a_late_client_counts_on_neither_side():
+    """Its server has taken batches; its exit's figures have not come."""
+    ones = np.ones((1, 2, 4), bool)
+    plan = RoundPlan(
+        np.arange(2, dtype=np.int32),
+        np.array([True, False]),
+        np.zeros((1, 2, 4), np.int32),
+        ones,
+        np.array([[0, 1]], np.int32),
+    )
+    exits = Metrics(np.array([8.0, 0.0]), np.array([3, 0]), np.array([4, 0]))
+    servers = Metrics(np.array([2.0, 9.0]), np.array([1, 4]), np.array([4, 4]))
+    metrics = ExitMetrics(exits, servers, np.zeros((2, 2, 2), np.int32))
+    record = round_record(
+        1, plan, metrics, Bytes(0, 0), seconds=1, wall_seconds=1, test=None
+    )
+    assert record.train == (2.0, 0.75, 0.5, 0.25)
+    assert (record.images, record.missed, record.left_out) == (4, [1], [])
 
 
 def test_a_device_builds_what_the_run_has():

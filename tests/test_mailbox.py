@@ -44,6 +44,31 @@ def test_a_client_that_is_late_is_absent_in_the_round():
     assert mailbox.close() == [0]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_client_is_not_late_because_the_server_waited_for_another(waits):
+    """Client 0 is off. Client 1 needs half of the deadline, but for its waiting."""
+    steps, asked = 8, 0.4
+    mailbox = mailbox_of(0, 1, 2, steps=steps, deadline_s=asked)
+
+    def device(i):
+        for step in range(steps):
+            time.sleep(asked / 2 / steps)
+            put(mailbox, i, step, waits=waits)
+        mailbox.put_finish(i, 1, DONE)
+
+    threads = [threading.Thread(target=device, args=(i,)) for i in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for step in range(steps):
+        for i in (0, 1, 2):
+            assert mailbox.take(i, step) == (None if i == 0 else {})
+            mailbox.answer(i, step, {})
+    assert [mailbox.finish(i) for i in (0, 1, 2)] == [None, DONE, DONE]
+    for thread in threads:
+        thread.join(5)
+    assert mailbox.close() == [1, 2]
+
+
 def test_a_late_client_is_not_waited_for_until_it_calls():
     mailbox = mailbox_of(0, 1, deadline_s=0.05)
     assert mailbox.take(1, 0) is None
@@ -99,6 +124,17 @@ def test_a_round_that_begins_again_closes_what_is_ahead_of_it():
         put(mailbox, 0, 1)
     with pytest.raises(Closed):
         mailbox.put_finish(0, 1, DONE)
+
+
+def test_a_stop_ends_the_farewell():
+    stop = threading.Event()
+    mailbox = mailbox_of(0, stop=stop.is_set)
+    mailbox.end(last={0: 1}, means={})
+    begin = time.monotonic()
+    mailbox.wait_told([0], 0.05)
+    threading.Timer(0.1, stop.set).start()
+    mailbox.wait_told([0], 60)
+    assert time.monotonic() - begin < 30
 
 
 def test_a_stop_ends_the_wait():

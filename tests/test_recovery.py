@@ -13,6 +13,7 @@ from client_devices import Killed, Network, simulator, small_run
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError
 from hsee_jax.deployment import box, journal
+from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.types import Patience
 from hsee_jax.runs.history import read_records
@@ -170,6 +171,8 @@ def test_a_server_may_go_on_with_other_bookkeeping(
     network.start_all()
     with pytest.raises(Killed):
         network.serve()
+    with pytest.raises(UserError, match="after round 1; allowed is 2 or more"):
+        network.serve(hs.override(first, rounds=1), resume=True)
     network.serve(second, resume=True)
     network.join()
     assert set(network.lives.values()) == {2}  # each has joined again
@@ -184,17 +187,22 @@ def test_a_client_that_comes_late_was_absent_until_then(
     config = small_run(rounds=2)
     network, close = Network(config, tmp_path), Mailbox.close
 
-    def overdue(self):
-        return self._number == 1 and 0 in self._finished
+    log, put_finish = [], Mailbox.put_finish
+
+    def noted(self, i, number, own):
+        put_finish(self, i, number, own)
+        log.append(f"client {i} is done")
 
     def close_later(self):
         if self._number == 1:
             network.start(1)
             while 1 in self._away:  # until it calls
                 time.sleep(0.02)
+            log.append("closed")
         return close(self)
 
-    monkeypatch.setattr(Mailbox, "_overdue", overdue)
+    monkeypatch.setattr(Deadline, "passed", lambda self, i: log == ["client 0 is done"])
+    monkeypatch.setattr(Mailbox, "put_finish", noted)
     monkeypatch.setattr(Mailbox, "close", close_later)
     network.start(0)
     network.serve(patience=Patience(deadline_s=1000))

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 import grpc
 import jax
@@ -66,6 +67,13 @@ def test_a_call_has_bytes_in_and_out_of_any_allowed_size(echo):
                 call("push", bytes(9 << 20))
 
 
+@pytest.mark.parametrize("host", ["my..host", f"{'x' * 64}.org"])
+def test_a_host_name_that_cannot_be_is_refused(host, monkeypatch):
+    monkeypatch.setattr(rpc, "server_credentials", lambda keys: None)
+    with pytest.raises(UserError, match="is not free, or not an address"):
+        check_port(f"{host}:7443", Path("keys"))
+
+
 def test_a_refusal_and_an_error_in_the_server_end_the_calls(echo):
     with open_port(echo, "127.0.0.1:0", None) as port:
         place = f"127.0.0.1:{port}"
@@ -95,6 +103,19 @@ def test_a_call_waits_for_a_server_that_is_away(echo):
     with connect(place, None, 0, patience_s=60, stop=lambda: True) as call:
         with pytest.raises(Stopped):
             call("next", b"")
+
+
+def test_a_device_that_never_waits_stops_before_its_next_call(echo):
+    """Every answer comes at once, so no wait for one sees the signal."""
+    stopped = threading.Event()
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        place = f"127.0.0.1:{port}"
+        with connect(place, None, 0, patience_s=60, stop=stopped.is_set) as call:
+            assert call("push", b"x") == b"push 0 x"
+            stopped.set()
+            with pytest.raises(Stopped):
+                call("push", b"y")
+    assert len(echo.calls) == 1
 
 
 def connect_frozen(place):

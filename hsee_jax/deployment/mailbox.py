@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from hsee_jax.core.errors import Stopped
+from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.protocol import Closed, Refusal, Tensors
 from hsee_jax.deployment.refusals import Refusals, nobody_left
@@ -51,7 +52,7 @@ class Mailbox:
         self._answers: dict[tuple[int, int], Tensors] = {}
         self._finished: dict[int, Finished] = {}
         self._late: set[int] = set()
-        self._begin = time.monotonic()
+        self._deadline = Deadline(self._patience.deadline_s)
 
     # The training
 
@@ -133,11 +134,13 @@ class Mailbox:
 
     def wait_told(self, clients: Sequence[int], seconds: float) -> None:
         """Wait until these clients know that the run has ended."""
+        end = time.monotonic() + seconds
         with self._change:
             awaited = set(clients) - self._refusals.left_out()
-            self._change.wait_for(
-                lambda: self._stop() or self._told >= awaited, timeout=seconds
-            )
+            while not (self._told >= awaited or self._stop()):
+                if time.monotonic() > end:
+                    return
+                self._change.wait(_TICK_S)
 
     # The calls of devices
 
@@ -169,12 +172,13 @@ class Mailbox:
     ) -> Tensors:
         """Put a client's message in, once there is room, and return the answer to it.
 
-        A message that was put in before gets the answer that it got then.
+        A message that was put in before gets the answer that it got then. The time that
+        this takes does not count for the client's deadline.
 
         Raises:
           Closed: the round goes on without this message.
         """
-        with self._change:
+        with self._change, self._deadline.waiting(i):
             while True:
                 self._check_open(i, number, kind)
                 mine, first = self._waiting[i], self._taken[i]
@@ -275,17 +279,13 @@ class Mailbox:
                 return False
             if i in self._refusals.left_out():
                 self._be_late(i, "is left out")
-            elif self._overdue() and self._spare():
+            elif self._deadline.passed(i) and self._spare():
                 self._be_late(i, "is late")
             elif self._stop():
                 raise Stopped(self._number - 1, 0)
             else:
                 self._change.wait(_TICK_S)
         return i not in self._late
-
-    def _overdue(self) -> bool:
-        limit = self._patience.deadline_s
-        return limit is not None and time.monotonic() - self._begin > limit
 
     def _spare(self) -> bool:
         """Return whether enough clients are left if one more is late."""

@@ -143,7 +143,7 @@ def check_port(address: str, keys: Path | None) -> None:
     if keys is not None:
         server_credentials(keys)
     host, _, port = address.rpartition(":")
-    refused = None
+    refused: Exception | None = None
     try:
         for family, kind, protocol, _, place in socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM
@@ -155,7 +155,7 @@ def check_port(address: str, keys: Path | None) -> None:
                 return  # gRPC listens at any of the addresses of a name
             except OSError as error:
                 refused = error
-    except OSError as error:  # no such name
+    except (OSError, UnicodeError) as error:  # no such name, or none that can be
         refused = error
     raise UserError(_not_free(address)) from refused
 
@@ -201,7 +201,9 @@ class _Caller:
             self._sleep(next(pauses, _PAUSES_S[-1]))
 
     def _call(self, method: str, message: bytes) -> bytes:
-        """Call once; a stop ends the wait for the answer."""
+        """Call once; a stop ends it, and the wait for the answer."""
+        if self._stop():  # where answers come at once, only here in a round
+            raise Stopped(0, 0)
         function = self._channel.unary_unary(f"/{_SERVICE}/{method}")
         future = function.future(message, timeout=_CALL_S, metadata=self._metadata)
         done = threading.Event()

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Batch, Dataset, ExitMetrics, Metrics
 from hsee_jax.deployment.batches import padded, padded_tree
 from hsee_jax.deployment.forms import Layers, message_of, tensors_of
@@ -28,6 +29,7 @@ from hsee_jax.engine.turns import Inputs, Log, Turns
 from hsee_jax.federation.state import Means, RunState
 from hsee_jax.federation.strategy import Served
 from hsee_jax.link.codecs import Message
+from hsee_jax.optim.optimizers import as_optimizer
 from hsee_jax.runs.experiment import Experiment
 
 Serve = Callable[..., Served]
@@ -55,6 +57,8 @@ def over_network(
     attendance = experiment.attendance
     seldom |= attendance.participation < 1 or attendance.dropout > 0
     seldom |= bool(attendance.absences)
+    if seldom:
+        _check_averages(experiment)
     private = experiment.config.clients.keep_layers_private
     take_turns = loop_round(strategy, partial(RemoteTurns, experiment, mailbox, serve))
 
@@ -85,6 +89,25 @@ def over_network(
         return experiment._replace(round_fn=run)
     evaluate = RemoteEvaluation(experiment, mailbox, journal)
     return experiment._replace(round_fn=run, evaluate_fn=evaluate)
+
+
+def _check_averages(experiment: Experiment) -> None:
+    """Refuse an optimizer that needs each average where devices may miss one.
+
+    A device gets the latest average alone when it takes part again.
+
+    Raises:
+      UserError: the momentum of the layers of clients comes from their averages.
+    """
+    strategy, federation = experiment.strategy, experiment.federation
+    assert strategy.halves is not None
+    averaged = any(map(strategy.halves.means, range(len(federation.groups))))
+    if averaged and as_optimizer(federation.optimizer).update_alone is not None:
+        raise UserError(
+            f"optimizer: {experiment.config.optim.optimizer} is not allowed with "
+            "clients on a network that may miss rounds, as its momentum comes from "
+            "every average of their layers; allowed are others"
+        )
 
 
 class RemoteTurns(Turns):

@@ -83,6 +83,12 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
             f"rounds: {rounds} is not allowed with --resume; the run has done "
             f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
+    of_journal = journal is not None and (folder / journal) in checkpoint.folder.parents
+    if of_journal and rounds == checkpoint.rounds:
+        raise UserError(
+            f"rounds: {rounds} is not allowed with --resume, as devices did not send "
+            f"all layers after round {rounds}; allowed is {rounds + 1} or more"
+        )
     check_info(folder, experiment.info, own_field(experiment.config.data))
     check_partition(folder, experiment.manifest)
     experiment = phases.at(checkpoint.number)
