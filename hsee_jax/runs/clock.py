@@ -1,6 +1,7 @@
 """The simulated clock of a run, from its experiment and the devices of its clients."""
 
 import math
+from collections.abc import Sequence
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine.plan import turn_order
@@ -10,6 +11,7 @@ from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.unlabelled import check_one_copy
 from hsee_jax.systems.availability import by_client
 from hsee_jax.systems.clock import Clock, RoundClock, clock_round
+from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.replanning import device_in_round
 from hsee_jax.systems.work import schedule_of
@@ -40,11 +42,12 @@ def with_clock(experiment: Experiment, equipment: Equipment | None) -> Experimen
         )
     check_one_copy(experiment.config, experiment.strategy)
     phases, clocks, now_s, rounds = Phases(experiment), {}, 0.0, []
+    costs = experiment.costs()  # whatever the cuts and the devices
     for number in range(1, experiment.cadence.rounds + 1):
         phase, devices = phases.at(number), _devices(experiment, equipment, number)
         state = phase.schedule.cuts_in(number), devices
         if state not in clocks:
-            clocks[state] = _clock(phase, equipment, devices)
+            clocks[state] = _clock(phase, costs, equipment, devices)
         rounds.append(_round(phase, clocks[state], number - 1, now_s))
         now_s = rounds[-1].end_s
     return experiment._replace(equipment=equipment, clock=tuple(rounds))
@@ -59,12 +62,15 @@ def _devices(
 
 
 def _clock(
-    experiment: Experiment, equipment: Equipment, devices: tuple[Device, ...]
+    experiment: Experiment,
+    costs: Sequence[LayerCost],
+    equipment: Equipment,
+    devices: tuple[Device, ...],
 ) -> Clock:
     batch_size = experiment.batch_size
     deadline = experiment.config.clients.deadline
     work = workload(
-        experiment.costs(),
+        costs,
         {one.cut: one for one in experiment.traffic},
         [share.cut for share in experiment.manifest],
         devices,
