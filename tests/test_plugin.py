@@ -192,6 +192,18 @@ def test_a_report_needs_no_plugin(place, capsys):
     assert "plugin: lost_net cannot be imported" in capsys.readouterr().err
 
 
+def test_a_report_imports_no_plugin(place, monkeypatch):
+    """Though it could: a module of that name is on Python's path."""
+    run = place / "strange"
+    shutil.copytree(place / "run", run)
+    text = (run / "config.json").read_text().replace("users_net", "strange_net")
+    (run / "config.json").write_text(text)
+    (place / "strange_net.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(place)
+    assert cli.main(["report", str(run)]) == 0
+    assert "strange_net" not in sys.modules
+
+
 def test_its_help_names_its_option(capsys):
     assert cli.main(["train", "--plugin", "users_net", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

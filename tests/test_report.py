@@ -354,6 +354,22 @@ def test_the_figures_show_the_numbers(pictures):
     assert exits.get_ylabel() == "cross-entropy (nats)"
 
 
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_unlabelled_samples_are_no_empty_cells(tmp_path, labelled):
+    """Of samples of their own nothing is known; with some labels these are shown."""
+    folder = make_run(tmp_path / "run", counts=5)
+    path = folder / "partition.json"
+    partition = json.loads(path.read_text())
+    for share in partition:
+        share["label_counts"] = [labelled] * 3
+    path.write_text(json.dumps(partition))
+    assert cli.main(["report", str(folder)]) == 0
+    titles = [picture.title for picture in draw(read_curves([folder])).splits]
+    assert len(titles) == (labelled > 0)
+    for title in titles:
+        assert title.startswith("Labelled training samples of each client, by class")
+
+
 def test_the_figures_of_right_answers_show_the_numbers(pictures):
     """Client 0 alone has cut 3 and 10 samples of each class, client 1 cut 5 and 14."""
     for name, title in (

@@ -174,6 +174,23 @@ def test_a_study_begins_with_a_configuration(write, tmp_path):
     assert studies.load(path).rows[0].config.run.rounds == 2
 
 
+def test_a_study_begins_elsewhere_than_the_file_it_extends(write, tmp_path):
+    """Its configuration takes the place of the preset, and a preset that of one."""
+    base = hsee_jax.override(hsee_jax.preset("demo"), rounds=2)
+    (tmp_path / "base.json").write_text(hsee_jax.config.to_json(base))
+    rows = '[rows.a]\nstrategy = "local"\n'
+    starts = {"preset": 'preset = "cifar10"\n', "config": 'config = "base.json"\n'}
+    found = {}
+    for own, other in (("config", "preset"), ("preset", "config")):
+        write(starts[other], name="common.toml")
+        path = write(starts[own] + 'extends = "common.toml"\n' + rows)
+        (row,) = studies.load(path).rows
+        found[own] = row.config.data.dataset, row.config.run.rounds
+    preset = hsee_jax.preset("cifar10")
+    assert found["preset"] == ("cifar10", preset.run.rounds)
+    assert found["config"] == ("fashion_mnist_small", 2)
+
+
 LATE = """
 from typing import Annotated
 
@@ -204,10 +221,12 @@ def test_an_extended_file_may_name_a_configuration_with_plugins(
     assert row.config.optim.options["lateness"] == 3
 
 
-def test_a_data_dir_is_relative_to_the_file(write, tmp_path):
-    path = write(STUDY, ("[options]", '[options]\ndata_dir = "images"'))
+def test_files_are_relative_to_the_study(write, tmp_path):
+    own = '[options]\ndata_dir = "images"\npretrained = "w.safetensors"'
+    path = write(STUDY, ("[options]", own))
     config = studies.load(path).rows[0].config
     assert config.data.data_dir == str((tmp_path / "images").resolve())
+    assert config.model.pretrained == str((tmp_path / "w.safetensors").resolve())
 
 
 @pytest.mark.parametrize(

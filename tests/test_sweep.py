@@ -129,6 +129,15 @@ def test_a_refused_run_is_the_last(study, capfd):
     assert errors[0].startswith("hsee: averaging seed 0: data")
 
 
+def test_a_cache_that_cannot_be_is_refused(study, capfd):
+    """In one line, as `hsee train` does, and once."""
+    (study.parent / "file").touch()
+    assert sweep(study, "--compilation-cache", str(study.parent / "file" / "x")) == 2
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert error.count("compilation_cache: ") == 1
+
+
 def test_a_changed_study_replaces_no_run_unasked(study, capsys):
     run = studies.runs(studies.load(study))[2]
     folder = Path("out/runs") / run.folder

@@ -17,6 +17,7 @@ from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.config import Config
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.options import Option, between, positive
+from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.nn.cuts import parse_cut
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.report import plan as plan_report
@@ -83,6 +84,13 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
     limits = _limits(given, known.layer_names)
     experience = read_experience(given.get("accuracy_from", ()), known)
     problem, expected = expected_problem(known, experience)
+    course = problem.schedule
+    check_micro_batches(
+        known.config.run.micro_batches,
+        problem.batch_size,
+        course.boundary,
+        course.distill,
+    )
     answer = plan_cuts(problem, quantity, limits)
     document = {
         "strategy": strategy,

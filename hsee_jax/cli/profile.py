@@ -13,10 +13,12 @@ from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.files import writing
+from hsee_jax.core.files import replace_file
+from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.build import build_federation, build_model
 from hsee_jax.runs.data import build_info
+from hsee_jax.runs.folder import check_writable
 from hsee_jax.systems.costs import LayerCost, layer_costs
 from hsee_jax.systems.profile import Profile, profile
 from hsee_jax.systems.workload import BACKWARD_FLOPS
@@ -43,16 +45,16 @@ def profile_machine(words: Sequence[str]) -> None:
             f"exits: {config.clients.exits} is not allowed with hsee profile, which "
             "times each exit alone; allowed is cut"
         )
+    batch_size = config.run.batch_size
+    check_micro_batches(config.run.micro_batches, batch_size, "detached")
     use_cache(given)
     check_devices()
     show_log()
     info = build_info(config.data)
     federation = build_federation(config, info)
-    times = profile(federation, config.run.batch_size, repeats=repeats)
+    times = profile(federation, batch_size, repeats=repeats)
     costs = layer_costs(build_model(config, info, plain=True))
-    with writing(out):
-        entry = _entry(given.get("name", "this-machine"), times, costs)
-        out.write_text(entry, encoding="utf-8")
+    replace_file(out, _entry(given.get("name", "this-machine"), times, costs))
     _print(times, out)
 
 
@@ -73,6 +75,7 @@ def _check_new(out: Path) -> None:
         raise UserError(f"out: {out} is not allowed; allowed is a name in .toml")
     if not out.parent.is_dir():
         raise UserError(f"out: {out.parent} is not a folder; allowed is a folder")
+    check_writable(out)
 
 
 def _entry(name: str, times: Profile, costs: Sequence[LayerCost]) -> str:

@@ -188,7 +188,7 @@ def _read_run(folder: Path, name: str) -> Run:
         accuracies,
         _machine(history.summary),
         _agreement(history.summary),
-        is_one_network(folder, last),
+        not history.options["plugin"] and is_one_network(folder, last),
     )
 
 

@@ -200,20 +200,24 @@ def _of_curve(curve: Curve, number: int) -> Iterator[_Sketch]:
 def _of_splits(curves: Sequence[Curve]) -> Iterator[_Sketch]:
     for number, runs in enumerate(_splits(curves), start=1):
         names = ", ".join(run.name for run in runs)
+        known = all(sum(s.label_counts) == s.samples for s in runs[0].partition)
+        samples = "training samples" if known else "labelled training samples"
         yield _Sketch(
             f"split-{number}",
-            f"Training samples of each client, by class; empty: none\n{names}",
-            "A row of one colour is a client with equally many samples of every class. "
-            "An empty cell is a class that the client never sees in training. The more "
-            "the rows differ, the harder it is for the clients to share layers.",
+            f"{samples.capitalize()} of each client, by class; empty: none\n{names}",
+            f"A row of one colour is a client with equally many {samples} of every "
+            f"class. An empty cell is a class of which a client has no {samples}. The "
+            "more the rows differ, the harder it is for the clients to share layers.",
             split(runs[0]),
         )
 
 
 def _splits(curves: Sequence[Curve]) -> list[list[Run]]:
-    """Group the runs by equal partitions."""
+    """Group the runs by equal partitions, if the classes of the clients are known."""
     splits: list[list[Run]] = []
     for run in (run for curve in curves for run in curve.runs):
+        if not any(map(any, (share.label_counts for share in run.partition))):
+            continue  # the clients have samples of their own
         for runs in splits:
             if runs[0].partition == run.partition:
                 runs.append(run)

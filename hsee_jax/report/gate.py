@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hsee_jax.core.files import writing
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.inference.client_study import Figures
 from hsee_jax.report.style import DASHES, RC, WIDTH, curve_style, show_percent
 from hsee_jax.report.tables import Table, markdown
@@ -120,7 +120,7 @@ def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
         for name, part in parts.items():
             if part is not None:
                 text = json.dumps(part, indent=2)
-                (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+                replace_file(folder / f"{name}.json", text + "\n")
         pages = tables(curve, thresholds)
         text = "\n".join(f"{t.title}\n\n{markdown(t)}" for t in pages)
         (folder / "curve.md").write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hsee_jax.core.files import writing
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.inference.interactions import Interactions
 from hsee_jax.report.style import COLOURS, LINE, RC, WIDTH, show_percent
 from hsee_jax.report.tables import Table
@@ -40,7 +40,7 @@ def write(found: Interactions, folder: Path) -> Path:
     path = folder / "interactions.json"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(dumps(found.to_json()), encoding="utf-8")
+        replace_file(path, dumps(found.to_json()))
         _picture(found, path.with_suffix(".png"))
     return path
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hsee_jax.core.files import writing
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.report.gantt import draw_round
 from hsee_jax.report.tables import Table
 from hsee_jax.systems.comparison import Row
@@ -170,7 +170,5 @@ def write(plan: Document, problem: Problem, answer: Plan, folder: Path) -> None:
     picture = draw_round(problem, answer)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(
-            json.dumps(plan, indent=2) + "\n", encoding="utf-8"
-        )
+        replace_file(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
         (folder / "plan.png").write_bytes(picture)

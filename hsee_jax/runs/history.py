@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsee_jax.config.plugins import PluginError
 from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import flatten, is_own_data
 from hsee_jax.core.errors import UserError
@@ -138,16 +137,18 @@ def _ridge(path: Path) -> float | None:
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
-    """Read the options of a run; its plugins need not be there."""
+    """Read the options of a run, and import none of its plugins."""
     try:
-        return flatten(read_config(folder))
-    except PluginError:
         sections = _read(folder / "config.json")
+        if not sections["run"]["plugin"]:
+            return flatten(read_config(folder))
         return {
             name: tuple(value) if isinstance(value, list) else value
             for section in sections.values()
             for name, value in section.items()
         }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return flatten(read_config(folder))  # which says what is wrong
 
 
 def _read(path: Path) -> Any:

@@ -58,8 +58,13 @@ def read_content(path: Path) -> Content:
             f"{common_path}, extends: is not allowed here, because {path} extends this "
             "file; allowed is one level"
         )
+    start = {"preset", "config"}  # a file says either
+    if start & content.texts.keys():
+        texts = {key: text for key, text in common.texts.items() if key not in start}
+    else:
+        texts = dict(common.texts)
     return Content(
-        texts=common.texts | content.texts,
+        texts=texts | content.texts,
         seeds=content.seeds or common.seeds,
         options=common.options | content.options,
         grid=common.grid | content.grid,
@@ -143,10 +148,11 @@ def _options(path: Path, table: str, values: Mapping[str, Any]) -> dict[str, Any
             if name not in known:
                 raise unknown("option", name, (n for n in known if n not in SEEDS))
         found = {name: known[name][1].checked(v) for name, v in values.items()}
-    if "data_dir" in found:  # relative to the file, wherever the study is run
+    for name in {"data_dir", "pretrained"} & found.keys():
         with within(path, table):
-            folder = expand_home(found["data_dir"], "data_dir")
-        found["data_dir"] = str((path.parent / folder).resolve())
+            place = expand_home(found[name], name)
+        # Relative to the file, wherever the study is run.
+        found[name] = str((path.parent / place).resolve())
     return found
 
 

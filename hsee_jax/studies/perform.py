@@ -216,9 +216,9 @@ def _work(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
-    if setup is not None:
-        setup()
     try:
+        if setup is not None:
+            setup()
         load_plugins(run.config.run.plugin)
         result = train_run(run, folder, overwrite=overwrite, stop=told.poll)
         how: Any = "diverged" if result.diverged else "finished"
