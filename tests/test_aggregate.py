@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from tiny import LAYERS, DenseLayer, tiny_federation, tiny_model
 
 from hsee_jax.algorithms import averaging
+from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.federation.aggregation import layer_mean, receive
 from hsee_jax.federation.branch import LayerState
 from hsee_jax.federation.reduction import REDUCERS
 from hsee_jax.optim import MERGES, Merge, adamw, as_optimizer, sgd, with_merge
+from hsee_jax.runs.build import build
 
 OPTIMIZER = optax.trace(0.9)
 MEAN = REDUCERS.make("mean", 0.0).reduce
@@ -169,3 +171,20 @@ def test_a_batch_norm_of_its_own_keeps_the_count_of_its_steps(optimizer_state):
     make(adamw())
     make(sgd(), **changed)
     make(adamw(), (DenseLayer(4), DenseLayer(3)), **changed)
+
+
+@pytest.mark.parametrize("where", [{"norm": "batch"}, {"exit_head": "bn_linear"}])
+@pytest.mark.parametrize("rule", ["average", "reset"])
+def test_a_local_batch_norm_keeps_the_count_of_its_moments(where, rule):
+    """Adam has one count of steps for a layer or a head, and the BatchNorm in it."""
+    config = override(
+        preset("demo"),
+        **{"norm": "group"} | where,
+        optimizer="adamw",
+        average="all_holders",
+        batch_norm="keep_local",
+        optimizer_state=rule,
+    )
+    with pytest.raises(UserError, match=f"optimizer_state: {rule} is not allowed with"):
+        build(config)
+    build(override(config, norm="group", exit_head="linear"))

@@ -165,6 +165,25 @@ def test_a_shared_server_takes_rows_and_sums(collectives):
     assert collectives(sequential) == {"all-to-all", "all-reduce"}
 
 
+def test_a_checkpoint_in_a_round_may_be_made_twice():
+    """Steps after a mean stay, though this mean has the number of the open round."""
+    federation = tiny_federation(dict.fromkeys(range(4), 1))
+    strategy = averaging(federation, period=1, period_unit="steps")
+    store, ids = HostStore(federation, strategy, (2,)), np.arange(2, dtype=np.int32)
+    state = store.init(jax.random.key(0))
+    some, means = strategy.aggregate(store.take(state, ids), (jnp.ones(2),))
+    (servers,) = some.servers
+    trained = jax.tree.map(lambda leaf: leaf + 1, servers.head.params)
+    head = servers.head.replace(params=trained)
+    some = some.replace(servers=(servers.replace(head=head),))
+    state = store.put(state, ids, some, means, midway=True)
+    for _ in range(2):
+        rows = store.to_checkpoint(state).servers[0].head.params
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a[:2], b), rows, trained
+        )
+
+
 def test_those_of_a_round_go_to_their_devices_alone():
     """From the host, and there receive the means that they have missed."""
     federation = tiny_federation(dict.fromkeys(range(8), 1), mesh=first_devices(4))

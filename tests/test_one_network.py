@@ -31,6 +31,7 @@ NAN = math.nan
     ("make", "options", "cuts", "one"),
     [
         (averaging, {"average": "all_holders"}, (1, 2, 1), True),
+        (averaging, {"average": "all_holders", "period": 0}, (1, 2, 1), False),
         (averaging, {"average": "servers"}, (1, 2, 1), False),
         (averaging, {"average": "servers", "batch_norm": "average"}, (2, 2, 2), False),
         (sequential, {}, (1, 2, 1), False),

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounds import KEY, assert_same, branches, train
-from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
+from tiny import TINY, DenseLayer, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import averaging, fedavg, sequential
+from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.federation.aggregation import layer_mean, receive
 from hsee_jax.federation.branch import LayerState
 from hsee_jax.optim import qgm
+from hsee_jax.runs.build import build
 
 BETA, MU, DECAY = 0.8, 0.6, 0.1
 OPTIMIZER = qgm(momentum=BETA, buffer_momentum=MU, weight_decay=DECAY)
@@ -228,6 +230,24 @@ def test_under_fedavg_the_buffers_follow_the_means():
                 found = after.opt_state.momentum
                 assert_same(found, expected, rtol=1e-3, atol=1e-5)
                 assert max(abs(leaf).max() for leaf in jax.tree.leaves(found)) > 1e-2
+
+
+@pytest.mark.parametrize("period", [(2, "rounds"), (1, "steps")])
+def test_absent_clients_need_an_average_every_round(period):
+    """Of several averages the host keeps the last alone for those who are absent."""
+    number, unit = period
+    config = override(
+        preset("demo"),
+        **TINY,
+        cuts=("1",),
+        optimizer="qgm",
+        period=number,
+        period_unit=unit,
+    )
+    build(override(config, dropout=0.1))
+    build(override(config, period=1, period_unit="rounds", participation=0.5))
+    with pytest.raises(UserError, match=f"period: {number} {unit} is not allowed with"):
+        build(override(config, participation=0.5))
 
 
 def test_its_rule_cannot_be_replaced():

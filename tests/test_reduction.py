@@ -260,6 +260,15 @@ def test_the_share_that_an_error_names_is_allowed(count):
         averaging(tiny_federation(cuts), trim_share=least, **given)
 
 
+def test_a_share_of_the_clients_that_take_part(capsys):
+    """Of 20 clients 4 are drawn, of which a fifth is no client."""
+    words = "demo --num-clients 20 --average all_holders --weights uniform".split()
+    words += "--aggregate trimmed_mean --trim-share 0.2 --participation 0.2".split()
+    assert cli.main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert "trim_share: 0.2 of the 4 clients that participation 0.2 draws" in error
+
+
 def test_the_command_refuses_a_share_of_half(capsys):
     assert cli.main("train --aggregate trimmed_mean --trim-share 0.5".split()) == 2
     err = capsys.readouterr().err

@@ -453,6 +453,10 @@ forward_flops_per_s = 1e12
             "sample; allowed are crop, crop_flip, noise",
         ),
         (f"{TRAIN} --labelled-share 0", "labelled_share: 0.0 is not allowed"),
+        (
+            f"{TRAIN} --labelled-share 0.5 --partition views --cuts 1",
+            "labelled_share: 0.5 is not allowed with partition views and vicreg",
+        ),
         (f"{TRAIN} --micro-batches 2", "micro_batches: 2 is not allowed with vicreg"),
         (f"{TRAIN} --devices fleet.toml", "devices: not allowed with strategy vicreg"),
         (

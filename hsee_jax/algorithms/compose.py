@@ -35,6 +35,8 @@ from hsee_jax.optim.optimizers import Optimizer, alone, counts_steps, with_merge
 def compose(federation: Federation, properties: Properties) -> Strategy:
     """Make a strategy; for its errors see `Properties`."""
     properties.check()
+    if not properties.period:
+        properties = properties._replace(average="none")
     shared, boundary = properties.shared, properties.boundary
     of_clients, of_servers = _optimizers(federation, properties)
     federation = federation._replace(optimizer=of_clients, server_optimizer=of_servers)
@@ -132,9 +134,8 @@ def _optimizers(
 ) -> tuple[Optimizer, Optimizer]:
     """Return the optimizers of clients and of servers."""
     own = with_merge(federation.optimizer, properties.optimizer_state)
-    average = properties.average if properties.period else "none"
     clients, servers = (
-        own if average in (side, "all_holders") else alone(own)
+        own if properties.average in (side, "all_holders") else alone(own)
         for side in ("clients", "servers")
     )
     return clients, servers
@@ -150,7 +151,8 @@ def _check_counts(federation: Federation, optimizer_state: str) -> None:
         return
     network = jax.eval_shape(partial(init_network, federation.model), jax.random.key(0))
     counts = partial(counts_steps, federation.optimizer)
-    if any(one["batch_stats"] and counts(one["params"]) for one in network.layers):
+    parts = *network.layers, *network.exit_heads, network.final_head
+    if any(one["batch_stats"] and counts(one["params"]) for one in parts):
         raise UserError(
             f"optimizer_state: {optimizer_state} is not allowed with batch_norm "
             "keep_local and an optimizer that counts the steps of a layer, such as "

@@ -45,7 +45,7 @@ from hsee_jax.federation.branch import (
     LayerState,
     forward,
     parts_of,
-    with_parts,
+    with_params,
 )
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.junction import Junction, concat_junction, mean_junction
@@ -189,8 +189,7 @@ def _serve(
     server, wide = constrain(server, federation.mesh, SAME), junction.widen(spec)
 
     def mean_loss(params: tuple[PyTree, ...], features: Array) -> tuple[Array, tuple]:
-        pairs = zip(parts_of(server), params, strict=True)
-        moved = with_parts(server, tuple(part.replace(params=p) for part, p in pairs))
+        moved = with_params(server, params)
         rows, there = junction.merge(features, views.mask), jnp.any(views.mask, axis=0)
         _, logits, stats = forward(wide, moved, rows, there, train=True)
         score = jax.vmap(masked_cross_entropy, (None, 0, 0))

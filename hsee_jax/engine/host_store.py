@@ -131,8 +131,10 @@ class HostStore:
             jax.tree.map(write, state.rows.clients[g], some.clients[g])
             if not self._shared:
                 jax.tree.map(write, state.rows.servers[g], some.servers[g])
-            # Midway the rows hold means with the number of the round in progress.
-            state.since[g][to] = some.round + midway
+            # Midway the rows hold means with the number of the round in progress, also
+            # when they are put again for a checkpoint.
+            number = some.round + midway
+            state.since[g][to] = np.maximum(state.since[g][to], number)
         servers = some.servers if self._shared else state.rows.servers
         if means and state.means:
             means = self._newest(state.means, means)

@@ -46,12 +46,17 @@ def steps_per_round(
     return -(-max(map(len, shards.values())) // batch_size)
 
 
+def num_drawn(clients: int, participation: float) -> int:
+    """Return how many of some clients take part in a round: at least one."""
+    return max(1, int(participation * clients + 0.5))
+
+
 def participants(
     groups: Sequence[Group], *, participation: float, seed: int, number: int
 ) -> set[int]:
     """Draw the clients that take part in a round: a share of them, at least one."""
     ids = np.sort([client.id for client in clients_of(groups)])
-    count = max(1, int(participation * len(ids) + 0.5))
+    count = num_drawn(len(ids), participation)
     if count == len(ids):
         return set(ids.tolist())
     draws = np.random.default_rng((seed, _PARTICIPATION, number)).random(ids[-1] + 1)

@@ -139,6 +139,12 @@ def with_parts(branch: Branch, parts: tuple[LayerState, ...]) -> Branch:
     )
 
 
+def with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:
+    """Return a branch with other parameters, one tree for each of `parts_of`."""
+    pairs = zip(parts_of(branch), params, strict=True)
+    return with_parts(branch, tuple(part.replace(params=p) for part, p in pairs))
+
+
 def forward(
     spec: BranchSpec,
     branch: Branch,

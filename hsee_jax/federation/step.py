@@ -1,6 +1,6 @@
 """One training step, as the functions that a client and a server run.
 
-Between them lies the link (`hsee_jax.federation.branch.encode` and ``decode``)::
+Between them lies the link (`hsee_jax.federation.crossing.encode` and ``decode``)::
 
     client_forward -> encode -> | wire | -> decode -> server_step
     client_backward <- decode_gradient <- | wire | <- encode_gradient, if joint
@@ -42,6 +42,7 @@ from hsee_jax.federation.branch import (
     LayerState,
     forward_exits,
     parts_of,
+    with_params,
     with_parts,
 )
 from hsee_jax.nn.losses import distillation_loss, masked_cross_entropy
@@ -98,7 +99,7 @@ def client_forward(
     """
 
     def run(params: tuple[PyTree, ...]) -> tuple[tuple, _Seen]:
-        loss, seen = _loss(spec, _with_params(client, params), batch, exit_gradient)
+        loss, seen = _loss(spec, with_params(client, params), batch, exit_gradient)
         return (loss, seen.features, seen.logits if distill else None), seen
 
     (_, *outputs), pullback, seen = jax.vjp(run, _params(client), has_aux=True)
@@ -164,7 +165,7 @@ def server_step(
     """
 
     def loss_fn(params: tuple[PyTree, ...], inputs: Array) -> tuple[Array, _Seen]:
-        return _loss(spec, _with_params(server, params), batch._replace(inputs=inputs))
+        return _loss(spec, with_params(server, params), batch._replace(inputs=inputs))
 
     arguments = (0, 1) if joint else (0,)
     (grads, *rest), seen = jax.grad(loss_fn, arguments, has_aux=True)(
@@ -198,7 +199,7 @@ def branch_step(
 
     def run(branch: Branch, batch: Batch) -> Passed:
         def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, _Seen]:
-            return _loss(spec, _with_params(branch, params), batch)
+            return _loss(spec, with_params(branch, params), batch)
 
         grads, seen = jax.grad(loss_fn, has_aux=True)(_params(branch))
         return Passed(grads, seen.features, seen.stats, seen.metrics)
@@ -210,11 +211,6 @@ def branch_step(
 
 def _params(branch: Branch) -> tuple[PyTree, ...]:
     return tuple(part.params for part in parts_of(branch))
-
-
-def _with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:
-    pairs = zip(parts_of(branch), params, strict=True)
-    return with_parts(branch, tuple(part.replace(params=p) for part, p in pairs))
 
 
 def _loss(

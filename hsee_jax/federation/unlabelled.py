@@ -32,7 +32,7 @@ from hsee_jax.federation.branch import (
     forward,
     parts_of,
     variables_of,
-    with_parts,
+    with_params,
 )
 from hsee_jax.federation.crossing import decode, encode, message_bytes
 from hsee_jax.federation.step import server_step, take_step
@@ -101,9 +101,7 @@ def unlabelled_step(
         pass_copies = partial(_at_two_widths, width_target)
 
     def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, tuple[_Passed, Metrics]]:
-        parts = zip(parts_of(client), params, strict=True)
-        moved = with_parts(client, tuple(part.replace(params=p) for part, p in parts))
-        passed = pass_copies(spec, moved, batch)
+        passed = pass_copies(spec, with_params(client, params), batch)
         losses, metrics = zip(
             *(masked_cross_entropy(w, batch.labels, labelled) for w in passed.logits),
             strict=True,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from hsee_jax.algorithms.registry import ALGORITHMS
-from hsee_jax.config.schema import Config, parse_absence
+from hsee_jax.config.schema import Config
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
@@ -20,7 +20,7 @@ from hsee_jax.data.partition import Indices
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.engine.placement import place_data
-from hsee_jax.engine.plan import Absence, num_slots, steps_per_round
+from hsee_jax.engine.plan import num_slots, steps_per_round
 from hsee_jax.engine.refit import check_exits
 from hsee_jax.engine.round import client_axis
 from hsee_jax.engine.store import DeviceStore, Store
@@ -38,10 +38,11 @@ from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, backend_of, make_mesh, to_devices
+from hsee_jax.runs.attendance import checked_attendance
 from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, config_for, data_source
-from hsee_jax.runs.experiment import Attendance, Cadence, Experiment
+from hsee_jax.runs.experiment import Cadence, Experiment
 from hsee_jax.runs.material import Material, deal, take
 from hsee_jax.runs.model import build_codec, build_model, views_in
 from hsee_jax.runs.private import check_simulated
@@ -151,8 +152,8 @@ def assemble(
     """
     pipeline, federation = build_pipeline(config, info), _start(config, info, mesh)
     strategy = build_strategy(config, federation)
-    attendance, cadence = attendance_of(config), _cadence(config, federation)
-    attendance.check(federation.groups, cadence.rounds)
+    cadence = _cadence(config, federation)
+    attendance = checked_attendance(config, federation, strategy)
     parts, shares, test, train, held = material(federation.groups, strategy)
     key, shards = augment_key(config), dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
@@ -237,17 +238,6 @@ def augment_key(config: Config) -> Key:
 
 def _key(seed: int, stream: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), stream)
-
-
-def attendance_of(config: Config) -> Attendance:
-    """Return the rules for who takes part in a round of a run."""
-    clients = config.clients
-    return Attendance(
-        clients.participation,
-        clients.dropout,
-        tuple(Absence(*parse_absence(text)) for text in clients.absences),
-        config.run.data_seed,
-    )
 
 
 def _cadence(config: Config, federation: Federation) -> Cadence:

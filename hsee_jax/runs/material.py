@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hsee_jax.config.schema import Config
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import NO_LABEL, Dataset
 from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import (
@@ -50,6 +51,7 @@ def deal(
     parts, held = _deal_all(config, train)
     known = _with_labels(config, parts)
     if copies > 1:
+        _check_apart(config, parts)
         kept = np.concatenate([*known, held])
         labels = np.full(len(train.labels), NO_LABEL, np.int32)
         labels[kept] = train.labels[kept]
@@ -57,6 +59,17 @@ def deal(
     else:
         parts = known
     return Material(parts, _manifest(groups, parts, train, info), test, train, held)
+
+
+def _check_apart(config: Config, parts: Sequence[Indices]) -> None:
+    """Refuse labels of a share where a sample of one client is one of another, too."""
+    samples = np.concatenate(parts)
+    if config.data.labelled_share < 1 and len(np.unique(samples)) < len(samples):
+        raise UserError(
+            f"labelled_share: {config.data.labelled_share} is not allowed with "
+            f"partition {config.data.partition} and {config.strategy.strategy}, as "
+            "clients would also learn from the labels of others; allowed is 1"
+        )
 
 
 def _with_labels(config: Config, parts: Sequence[Indices]) -> list[Indices]:

@@ -14,7 +14,8 @@ from hsee_jax.data.partition import PARTITIONS, hold_out, labelled, partition
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
-from hsee_jax.runs.build import attendance_of, build_federation, build_strategy
+from hsee_jax.runs.attendance import attendance_of
+from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import build_data, build_info
 from hsee_jax.runs.unlabelled import check_one_copy
