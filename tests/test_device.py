@@ -157,6 +157,18 @@ def test_test_inputs_are_fetched_once_for_each_size_of_a_batch(box):
     assert box.inputs(1, 10, fetch(b"again")) == b"ten"
 
 
+def test_a_disk_that_is_full_when_it_is_synced_is_said_in_a_line(
+    box, layers, monkeypatch
+):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    box.put(10, 0, b"features")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="^state: .* cannot be written: No space"):
+        box.save(DeviceState(layers, 10, 10))
+
+
 def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write(path, b"old", "state")

@@ -111,6 +111,18 @@ def test_another_ca_is_refused_by_both_sides(keys, other, address, tmp_path):
     assert refusal(address, channel_credentials(doubting)) == "UNAVAILABLE"
 
 
+@pytest.mark.parametrize("side", [server_credentials, channel_credentials])
+@pytest.mark.parametrize("damaged", ["another", "cut off"])
+def test_a_key_of_another_certificate_is_refused(keys, tmp_path, side, damaged):
+    folder = tmp_path / "own"
+    shutil.copytree(keys / "client-0", folder)
+    key = (keys / "client-1" / "key.pem").read_bytes()
+    (folder / "key.pem").write_bytes(key if damaged == "another" else key[:120])
+    with pytest.raises(UserError, match="key.pem is not the key of certificate") as one:
+        side(folder)
+    assert "\n" not in str(one.value)
+
+
 def test_a_client_without_a_certificate_is_refused(keys, address):
     bare = grpc.ssl_channel_credentials((keys / "ca.pem").read_bytes())
     assert refusal(address, bare) == "UNAVAILABLE"

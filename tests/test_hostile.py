@@ -17,7 +17,7 @@ from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Refusal, named, pack, split, unpack
 from hsee_jax.deployment.service import Service
 from hsee_jax.deployment.types import Patience
-from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.participant import build_participant, own_share
 from hsee_jax.runs.served import build_served, describe
 
 PAGE, TRIED = "explanation/security.md", "What was sent"
@@ -213,6 +213,16 @@ def test_a_device_refuses_what_it_cannot_read_of_the_data(experiment, change):
     values["info"] |= change
     with pytest.raises(UserError, match="info: what the server says of the data"):
         build_participant(values)
+
+
+@pytest.mark.parametrize("counts", [None, 3, [0] * 10])
+def test_a_device_refuses_other_samples_than_those_of_the_run(experiment, counts):
+    """Such as the images of the dataset in another order."""
+    values = json.loads(json.dumps(describe(experiment, 0)))
+    own = own_share(values)
+    assert len(own.labels) == len(experiment.shards[0])
+    with pytest.raises(UserError, match="gives client 0 other samples here than at"):
+        own_share(values | {"label_counts": counts})
 
 
 def test_a_device_imports_only_plugins_that_its_user_names(experiment):

@@ -117,6 +117,8 @@ def test_all_processes_refuse_a_folder_that_is_taken(tmp_path, request):
         (("localhost:1", 2, None), "process_id: missing"),
         (("localhost:1", None, 0), "num_processes: missing"),
         ((None, 2, 0), "coordinator: missing"),
+        (("auto", 2, None), "num_processes: is not allowed with --coordinator auto"),
+        (("auto", None, 0), "process_id: is not allowed with --coordinator auto"),
         (("localhost", 2, 0), "coordinator: localhost is not allowed"),
         (("localhost:1", 0, 0), "num_processes: 0 is not allowed"),
         (("localhost:1", 2, 2), r"process_id: 2 is not allowed; allowed are 0\.\.1"),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import grpc
@@ -105,6 +105,38 @@ def test_a_call_waits_for_a_server_that_is_away(echo):
             call("next", b"")
 
 
+def test_a_client_with_many_calls_does_not_delay_another(echo, monkeypatch):
+    """Of 40 calls of client 0 four are open, so client 1 is answered at once."""
+    ready, answer = threading.Event(), echo.call
+
+    def slow(method, i, message, alive):
+        if i == 0:
+            ready.wait(30)
+        return answer(method, i, message, alive)
+
+    monkeypatch.setattr(echo, "call", slow)
+    with open_port(echo, "127.0.0.1:0", None) as port, ExitStack() as stack:
+        place = f"127.0.0.1:{port}"
+        ask = dict(patience_s=60, stop=ready.is_set)
+        often = stack.enter_context(connect(place, None, 0, **ask))
+
+        def call_once():
+            with suppress(Stopped):
+                often("next", b"")
+
+        threads = [threading.Thread(target=call_once) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        other = stack.enter_context(connect(place, None, 1, patience_s=5, stop=never))
+        begin = time.monotonic()
+        assert other("push", b"x") == b"push 1 x"
+        assert time.monotonic() - begin < 5
+        ready.set()
+        for thread in threads:
+            thread.join(20)
+
+
 def test_a_device_that_never_waits_stops_before_its_next_call(echo):
     """Every answer comes at once, so no wait for one sees the signal."""
     stopped = threading.Event()
@@ -137,7 +169,8 @@ def test_patience_is_not_for_a_server_that_waits_for_others(
     ready = threading.Event()
 
     def slow(method, i, message, alive):
-        ready.wait(20)
+        while alive() and not ready.wait(0.05):
+            pass
         return b"done"
 
     monkeypatch.setattr(echo, "call", slow)

@@ -7,9 +7,11 @@ import pytest
 from hsee_jax import cli
 from hsee_jax.cli.flags import config_from
 from hsee_jax.cli.plan_file import AUTO, config_with_plan
+from hsee_jax.config import Config
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
+from hsee_jax.runs.build import build_model
 from hsee_jax.runs.folder import load_config
 
 BOM = b"\xef\xbb\xbf"
@@ -112,6 +114,23 @@ def test_clients_are_counted_after_a_plan(tmp_path, monkeypatch):
     words = ["plan", "--devices", str(devices), "--out", str(tmp_path / "plan")]
     words += ["--network", "mlp", "--depth", "2", "--hidden", "4"]
     assert cli.main([*words, "--absences", "8:1-2"]) == 0
+
+
+def test_a_plan_asks_for_no_device(tmp_path, monkeypatch):
+    """Several processes meet only after it was read."""
+    plan = tmp_path / "plan.json"
+    layers = preset_layers()
+    plan.write_text(json.dumps({"layers": layers, "clients": [{"cut": 3}] * 2}))
+
+    def no_backend(mesh):
+        raise AssertionError("it asked for a backend")
+
+    monkeypatch.setattr("hsee_jax.runs.forms.backend_of", no_backend)
+    assert config_with_plan({"plan": plan}, stored=None).clients.cuts == ("3",) * 2
+
+
+def preset_layers():
+    return list(build_model(Config()).layer_names)
 
 
 def test_an_absences_file_that_is_not_there(tmp_path, capsys):

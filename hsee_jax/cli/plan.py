@@ -43,7 +43,7 @@ _NUMBERS = {
     "bandwidth": "bytes/s of an uplink that all clients share; it is divided so that "
     "the last upload ends as early as possible",
 }
-_CHOSEN = ("cuts", "num_clients")  # options that the plan chooses
+_CHOSEN = ("cuts", "num_clients", "recuts")  # options that the plan chooses
 
 
 def plan(words: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _from_file(given: dict[str, Any], path: Path, stored: Path | None) -> Config
     plan = read_cuts(path)
     own = {"cuts": plan.cuts, "num_clients": len(plan.cuts)}
     config = config_from(given | own, stored=stored)
-    layers = build_model(config).layer_names
+    layers = build_model(config, plain=True).layer_names  # asks for no backend yet
     if plan.layers != layers:
         raise UserError(
             f"plan: {path} is for a network of the layers {', '.join(plan.layers)}; "

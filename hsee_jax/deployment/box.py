@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.files import sync_to_disk
+from hsee_jax.core.files import sync_tree, writing
 from hsee_jax.deployment import digest_file
 from hsee_jax.deployment.protocol import (
     Refusal,
@@ -103,8 +103,8 @@ class Box:
         """Write a state, once the messages of its round are safely on the disk."""
         outbox = self._outbox(state.round)
         if outbox.exists():
-            for path in (*outbox.iterdir(), outbox, outbox.parent):
-                sync_to_disk(path)
+            with writing(outbox, "state"):
+                sync_tree(outbox)
         fields = {"round": state.round, "since": state.since}
         data = pack(fields, named(jax.device_get(state.client)))
         _write(self._folder / f"{_STATE}{state.round}", data)

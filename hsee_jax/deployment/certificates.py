@@ -145,6 +145,20 @@ def pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def check_pair(certificate: bytes, key: bytes) -> None:
+    """Refuse a key in PEM that is not the one of a certificate in PEM.
+
+    Raises:
+      ValueError: it is another key, or one of the two cannot be read.
+    """
+    try:
+        own = serialization.load_pem_private_key(key, None)
+    except TypeError as error:  # it has a password
+        raise ValueError(str(error)) from error
+    if x509.load_pem_x509_certificate(certificate).public_key() != own.public_key():
+        raise ValueError("the key is not that of the certificate")
+
+
 def read_key(content: bytes) -> ec.EllipticCurvePrivateKey:
     """Read a private key from PEM.
 

@@ -62,11 +62,20 @@ def client_id(auth_context: Mapping[str, Sequence[bytes]]) -> int:
 
 def _read(folder: Path) -> tuple[bytes, bytes, bytes]:
     """Return the CA's certificate, the own certificate and its key, as PEM."""
-    return (
-        _read_pem(folder / CA, b"CERTIFICATE"),
-        _read_pem(folder / CERTIFICATE, b"CERTIFICATE"),
-        _read_pem(folder / KEY, b"PRIVATE KEY"),
-    )
+    from hsee_jax.deployment.certificates import check_pair  # only where there are keys
+
+    ca = _read_pem(folder / CA, b"CERTIFICATE")
+    certificate = _read_pem(folder / CERTIFICATE, b"CERTIFICATE")
+    key = _read_pem(folder / KEY, b"PRIVATE KEY")
+    try:
+        check_pair(certificate, key)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"keys: {folder / KEY} is not the key of {CERTIFICATE}: {reason}; allowed "
+            "is a folder that `hsee enroll` wrote"
+        ) from error
+    return ca, certificate, key
 
 
 def _read_pem(path: Path, label: bytes) -> bytes:

@@ -24,6 +24,7 @@ from hsee_jax.deployment.credentials import (
     server_credentials,
 )
 from hsee_jax.deployment.device import Call
+from hsee_jax.deployment.lines import MOST, BusyError, Lines
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.service import Service
 
@@ -59,7 +60,7 @@ def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int
     """
     check_address(address, "listen", keys)
     server = grpc.server(
-        futures.ThreadPoolExecutor(2 * service.clients + 8),
+        futures.ThreadPoolExecutor(MOST * service.clients + 8),
         handlers=[_handler(service, keys is not None)],
         options=[
             *_sizes(service.limit() + _ROOM),
@@ -223,11 +224,16 @@ class _Caller:
 
 
 def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
+    lines = Lines()
+
     def method(name: str) -> grpc.RpcMethodHandler:
         def answer(message: bytes, context: grpc.ServicerContext) -> bytes:
             try:
                 i = _caller(context, secure)
-                return service.call(name, i, message, context.is_active)
+                with lines.line(i):
+                    return service.call(name, i, message, context.is_active)
+            except BusyError:  # the client calls again
+                code, details = grpc.StatusCode.UNAVAILABLE, "too many open calls"
             except PermissionError as error:
                 code, details = grpc.StatusCode.PERMISSION_DENIED, str(error)
             except Refusal as refusal:

@@ -34,7 +34,14 @@ def join(
     if not given and not _in_cluster():
         return
     arguments: tuple = ()
-    if given and coordinator != "auto":
+    if coordinator == "auto":
+        for name, value in (
+            ("num_processes", num_processes),
+            ("process_id", process_id),
+        ):
+            if value is not None:
+                raise UserError(f"{name}: is not allowed with --coordinator auto")
+    elif given:
         arguments = _checked(coordinator, num_processes, process_id)
     try:
         jax.distributed.initialize(*arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from hsee_jax.core.files import replace_file, writing
+from hsee_jax.core.files import replace_file, sync_to_disk, writing
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.federation.state import RunState
 from hsee_jax.parallel.processes import is_first
@@ -76,6 +76,8 @@ class MetricsLog(Callback):
                 path.open("a", encoding="utf-8") as file,
             ):
                 file.write(dumps(record.to_json(), lines=True))
+                file.flush()
+                sync_to_disk(path)
 
     def on_end(self, summary: Summary) -> None:
         """Write ``summary.json``."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.files import sync_to_disk, sync_tree
 from hsee_jax.core.types import PyTree
 from hsee_jax.parallel.processes import in_first, is_first
 from hsee_jax.runs.checkpoint_folder import (
@@ -236,9 +237,11 @@ class Writer:
                 )
                 digests = json.dumps(compute_digests(folder), indent=2)
                 (folder / DIGESTS).write_text(digests, encoding="utf-8")
+                sync_tree(folder)
                 final = folder.with_name(folder.name.removesuffix(UNFINISHED))
                 remove(final)
                 folder.replace(final)
+                sync_to_disk(final.parent)
                 self._forget()
         except Exception as error:
             raise self._unwritten(folder, error) from error

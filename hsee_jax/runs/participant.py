@@ -104,6 +104,16 @@ def own_share(values: Mapping[str, Any]) -> Dataset:
       values: see `build_participant`.
 
     Raises:
-      UserError: the data are missing, or not valid.
+      UserError: the data are missing, or not valid, or not those of the server.
     """
-    return shares(from_dict(values["config"]))[values["client"]]
+    i, config = values["client"], from_dict(values["config"])
+    own, there = shares(config)[i], values.get("label_counts")
+    classes = len(there) if isinstance(there, list) else 0
+    here = np.bincount(own.labels, minlength=classes).tolist()
+    if here != there:
+        raise UserError(
+            f"data: {config.data.dataset} gives client {i} other samples here than at "
+            f"the server, by class {here} and not {there}; allowed is the same dataset "
+            "in the same form"
+        )
+    return own

@@ -111,6 +111,7 @@ def describe(experiment: Experiment, i: int) -> dict[str, Any]:
     return {
         "client": i,
         "cut": cut,
+        "label_counts": [int(count) for count in experiment.manifest[i].label_counts],
         "batch_size": experiment.batch_size,
         "steps": experiment.learning_rates.shape[1],
         "test_samples": len(experiment.test.labels),
