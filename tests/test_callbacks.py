@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tiny import THREE_ROUNDS as CONFIG
 
-from hsee_jax import Stopped, runs, train
+from hsee_jax import Stopped, override, runs, train
+from hsee_jax.core import files
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.federation import RunState
+from hsee_jax.runs import callbacks, checkpoint
 from hsee_jax.runs.checkpoint import find
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
@@ -227,3 +229,22 @@ def test_a_summary_survives_json():
     found = Summary.from_json(json.loads(text))
     np.testing.assert_equal(found, summary)
     assert found.to_json() == json.loads(text)
+
+
+def test_a_round_is_on_the_disk_before_the_next(tmp_path, monkeypatch):
+    """A line of figures, and all files of a checkpoint and its name."""
+    synced, real = [], files.sync_to_disk
+
+    def noted(path):
+        assert path.exists()
+        synced.append(path.name)
+        real(path)
+
+    for module in (files, callbacks, checkpoint):
+        monkeypatch.setattr(module, "sync_to_disk", noted)
+    train(
+        override(CONFIG, rounds=1, eval_every=1, checkpoint_every=1), tmp_path / "run"
+    )
+    assert synced[0] == "metrics.jsonl"
+    assert {"notes.json", "digests.json", "state"} < set(synced)
+    assert synced[-1] == "checkpoints"
