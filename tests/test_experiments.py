@@ -21,6 +21,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 import accelerator  # noqa: E402
 import answers  # noqa: E402
 import clock  # noqa: E402
+import compare  # noqa: E402
 import findings  # noqa: E402
 import hold_out  # noqa: E402
 import relatives  # noqa: E402
@@ -113,6 +114,24 @@ def test_a_gain_has_the_interval_of_paired_seeds():
     )
     assert even[1:] == pytest.approx((10.0, 10.0, 10.0))
     assert even.is_clear
+
+
+def test_two_sweeps_are_compared_by_row_and_seed():
+    """Derived by hand: exits of 10, 20, 30 and of 14, 20, 28; other runs count not."""
+    old = [result(seed, accuracy) for seed, accuracy in ((2, 0.3), (0, 0.1), (1, 0.2))]
+    new = [
+        result(seed, accuracy) for seed, accuracy in ((1, 0.2), (2, 0.28), (0, 0.14))
+    ]
+    strange = dataclasses.replace(old[0], row="strange")
+    exits, servers = compare.moves(old, [strange, *new, result(9, 0.9)])
+    assert (exits.row, exits.figure) == (old[0].row, "exit")
+    assert (exits.old, exits.new) == pytest.approx((20, 62 / 3))
+    assert exits.runs == pytest.approx((4, 0, -2))
+    assert servers.runs == (0, 0, 0)
+    assert (
+        "exit: 3 runs moved by +0.67 points on average, 2.58 in root mean square, and "
+        "at most by 4.0."
+    ) in compare.page([exits, servers])
 
 
 def test_the_page_says_once_what_is_not_run():

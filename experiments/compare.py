@@ -1,0 +1,103 @@
+"""Compare two sweeps of one study, run by run.
+
+Shows: for each row the mean accuracies of both, and the differences of the runs with
+equal seeds. After a change of the code that should only change rounding, OLD is the
+committed folder and NEW a sweep with the new code. How much rounding moves a run shows
+a sweep of a copy of the study with another form of the convolution, such as
+`conv = "patches"` in its table [options], against NEW.
+Cost: a second.
+Command: python experiments/compare.py experiments/cpu-small-fashion runs/new
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from hsee_jax.report.tables import Table, markdown
+from hsee_jax.runs.records import Scores
+from hsee_jax.studies import Result, read_results
+
+FIGURES = {"exit": "mean_exit_accuracy", "server": "mean_server_accuracy"}
+
+
+class Move(NamedTuple):
+    """How a figure of a row moved, in points."""
+
+    row: str
+    figure: str  # a key of `FIGURES`
+    old: float  # mean over the runs that both sweeps have
+    new: float
+    runs: tuple[float, ...]  # new minus old of each seed, ascending
+
+
+def main() -> None:
+    """Print a table of all rows, and the root mean square of all differences."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old", type=Path, help="a folder with results.jsonl")
+    parser.add_argument("new", type=Path, help="another")
+    given = parser.parse_args()
+    found = moves(read_results(given.old), read_results(given.new))
+    print(page(found))
+
+
+def moves(old: list[Result], new: list[Result]) -> list[Move]:
+    """Return the moves of the rows with runs of equal seeds, in the order of ``new``.
+
+    Runs that diverged do not count.
+    """
+    before, after = _scores(old), _scores(new)
+    pairs: dict[str, list[tuple[Scores, Scores]]] = {}
+    for row, seed in sorted(before.keys() & after.keys()):
+        pair = before[row, seed], after[row, seed]
+        pairs.setdefault(row, []).append(pair)
+    found = []
+    for row in dict.fromkeys(result.row for result in new if result.row in pairs):
+        sides = list(zip(*pairs[row], strict=True))
+        for figure, field in FIGURES.items():
+            one, two = ([100 * getattr(s, field) for s in side] for side in sides)
+            runs = tuple(b - a for a, b in zip(one, two, strict=True))
+            means = statistics.fmean(one), statistics.fmean(two)
+            found.append(Move(row, figure, *means, runs))
+    return found
+
+
+def _scores(results: list[Result]) -> dict[tuple[str, int], Scores]:
+    """Return the scores of the runs that ended, by row and seed."""
+    return {
+        (result.row, result.seed): result.summary.scores
+        for result in results
+        if result.summary is not None
+    }
+
+
+def page(found: list[Move]) -> str:
+    """Return the table of moves, and how far runs and rows moved in all."""
+    header = ("row", "figure", "old %", "new %", "difference", "of each seed")
+    lines = [
+        (
+            f"`{move.row}`",
+            move.figure,
+            f"{move.old:.1f}",
+            f"{move.new:.1f}",
+            f"{move.new - move.old:+.1f}",
+            " ".join(f"{run:+.1f}" for run in move.runs),
+        )
+        for move in found
+    ]
+    text = [markdown(Table("", header, lines)).rstrip(), ""]
+    for figure in FIGURES:
+        own = [move for move in found if move.figure == figure]
+        runs = [run for move in own for run in move.runs]
+        if runs:
+            rms = statistics.fmean(run**2 for run in runs) ** 0.5
+            text.append(
+                f"{figure}: {len(runs)} runs moved by {statistics.fmean(runs):+.2f} "
+                f"points on average, {rms:.2f} in root mean square, and at most by "
+                f"{max(map(abs, runs)):.1f}."
+            )
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    main()
