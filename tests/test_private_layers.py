@@ -17,6 +17,7 @@ from hsee_jax.cli.arguments import config_parser
 from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.bundle import check_detached
 from hsee_jax.deployment.device import Device
+from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Closed, Refusal, pack
@@ -334,9 +335,7 @@ def test_an_evaluation_goes_on_without_a_late_client():
             tensors = answers_of(service, rows, logits=logits[:rows])
             message = pack(dict(round=0, step=step), tensors)
             service.call("score", 0, message, lambda: True)
-        mailbox._patience = Patience(
-            deadline_s=0.0
-        )  # all that it waits for now is late
+        mailbox._deadline = Deadline(0.0)  # all that it waits for now is late
 
     device = threading.Thread(target=answer)
     device.start()
