@@ -16,8 +16,8 @@ from hsee_jax.cli import main
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.bundle import check_detached
-from hsee_jax.deployment.device import Device
 from hsee_jax.deployment.deadline import Deadline
+from hsee_jax.deployment.device import Device
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Closed, Refusal, pack
