@@ -1,6 +1,7 @@
 """Runs as curves: runs that differ only in their seeds are one curve."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -188,7 +189,9 @@ def _read_run(folder: Path, name: str) -> Run:
         accuracies,
         _machine(history.summary),
         _agreement(history.summary),
-        not history.options["plugin"] and is_one_network(folder, last),
+        # A report imports no plugin: others than those of this process may do harm.
+        sys.modules.keys() >= set(history.options["plugin"])
+        and is_one_network(folder, last),
     )
 
 
