@@ -383,6 +383,7 @@ def test_cuts_auto_are_those_of_the_plan(fleet, tmp_path, runs):
         (["--cuts", "1"], "cuts: is not allowed; the plan says it"),
         (["--server-workers", "0"], "server_workers: 0 is not allowed; allowed is 1"),
         (["--bandwidth", "-1"], "bandwidth: -1.0 is not allowed; allowed is more"),
+        (["--recuts", "2:1"], "recuts: is not allowed; a plan is for the cuts of one"),
         (["--micro-batches", "3"], "micro_batches: 3 is not allowed; allowed are"),
     ],
 )

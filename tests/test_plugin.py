@@ -192,12 +192,14 @@ def test_a_report_needs_no_plugin(place, capsys):
     assert "plugin: lost_net cannot be imported" in capsys.readouterr().err
 
 
-def test_a_report_imports_no_plugin(place, monkeypatch):
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_report_imports_no_plugin(place, monkeypatch, mark):
     """Though it could: a module of that name is on Python's path."""
+    shutil.rmtree(place / "strange", ignore_errors=True)
     run = place / "strange"
     shutil.copytree(place / "run", run)
     text = (run / "config.json").read_text().replace("users_net", "strange_net")
-    (run / "config.json").write_text(text)
+    (run / "config.json").write_text(mark + text)
     (place / "strange_net.py").write_text("raise SystemExit('it was imported')")
     monkeypatch.syspath_prepend(place)
     assert cli.main(["report", str(run)]) == 0

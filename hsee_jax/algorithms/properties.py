@@ -23,12 +23,11 @@ exits are probes that change nothing (unless ``exit_gradient`` says otherwise). 
 none, no features cross a link.
 """
 
-import math
 from typing import NamedTuple
 
 from hsee_jax.algorithms import options
 from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.federation.reduction import REDUCERS, ReduceFn, num_trimmed
+from hsee_jax.federation.reduction import REDUCERS, ReduceFn, check_trimmed
 
 
 class Properties(NamedTuple):
@@ -132,14 +131,8 @@ class Properties(NamedTuple):
                 f"weights: {self.weights} is not allowed with aggregate "
                 f"{self.aggregate}, which counts each holder once; allowed is uniform"
             )
-        too_few = num_clients > 1 and num_trimmed(self.trim_share, num_clients) == 0
-        if self.trim_share and too_few:  # one alone: a device, which averages nothing
-            least = math.ceil(1e4 / num_clients) / 1e4
-            allowed = f"is {least:g} or more, less than 0.5"
-            raise UserError(
-                f"trim_share: {self.trim_share} of {num_clients} clients is less than "
-                f"one; allowed {allowed if least < 0.5 else 'are 3 clients or more'}"
-            )
+        if num_clients > 1:  # one alone: a device, which averages nothing
+            check_trimmed(self.trim_share, num_clients, f"{num_clients} clients")
         return reducer.reduce
 
     def makes_one_network(self, num_cuts: int) -> bool:

@@ -43,7 +43,7 @@ _NUMBERS = {
     "bandwidth": "bytes/s of an uplink that all clients share; it is divided so that "
     "the last upload ends as early as possible",
 }
-_CHOSEN = ("cuts", "num_clients", "recuts")  # options that the plan chooses
+_CHOSEN = ("cuts", "num_clients")  # options that the plan chooses
 
 
 def plan(words: Sequence[str]) -> None:
@@ -70,6 +70,8 @@ def _check(given: dict[str, Any]) -> None:
     for name in _CHOSEN:
         if name in given:
             raise UserError(f"{name}: is not allowed; the plan says it")
+    if "recuts" in given:
+        raise UserError("recuts: is not allowed; a plan is for the cuts of one round")
     if given.get("minimize", "time") not in _MINIMIZE:
         raise unknown("minimize", given["minimize"], _MINIMIZE)
     if "pairs" in given:

@@ -1,6 +1,7 @@
 """Files that are written completely or not at all."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,8 +68,8 @@ def sync_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems do not sync folders
+    except OSError as error:  # some file systems do not sync folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -76,5 +77,5 @@ def sync_to_disk(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Wait until a folder and all that is in it are on the disk."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
+    for path in (*folder.rglob("*"), folder):
         sync_to_disk(path)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.files import sync_tree, writing
+from hsee_jax.core.files import sync_to_disk, sync_tree, writing
 from hsee_jax.deployment import digest_file
 from hsee_jax.deployment.protocol import (
     Refusal,
@@ -105,6 +105,7 @@ class Box:
         if outbox.exists():
             with writing(outbox, "state"):
                 sync_tree(outbox)
+                sync_to_disk(outbox.parent)
         fields = {"round": state.round, "since": state.since}
         data = pack(fields, named(jax.device_get(state.client)))
         _write(self._folder / f"{_STATE}{state.round}", data)

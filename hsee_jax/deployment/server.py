@@ -102,7 +102,7 @@ def _check_averages(experiment: Experiment) -> None:
     strategy, federation = experiment.strategy, experiment.federation
     assert strategy.halves is not None
     averaged = any(map(strategy.halves.means, range(len(federation.groups))))
-    if averaged and as_optimizer(federation.optimizer).update_alone is not None:
+    if averaged and as_optimizer(federation.optimizer).follows_averages:
         raise UserError(
             f"optimizer: {experiment.config.optim.optimizer} is not allowed with "
             "clients on a network that may miss rounds, as its momentum comes from "

@@ -5,6 +5,7 @@ Bartlett (ICML 2018, arXiv:1803.01498), here over the holders of a layer that ta
 Their number differs from layer to layer and from round to round [ours].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -133,6 +134,26 @@ def _gather(parts: Sequence[Array], axis_name: str | None) -> Array:
     if axis_name is None:
         return rows
     return jax.lax.all_gather(rows, axis_name, tiled=True)
+
+
+def check_trimmed(share: float, holders: int, who: str) -> None:
+    """Refuse a share of holders to trim that is less than one of them.
+
+    Args:
+      share: 0 for no trimming.
+      holders: of a mean.
+      who: the holders, for the error.
+
+    Raises:
+      UserError: the mean would never leave out a holder.
+    """
+    if share and num_trimmed(share, holders) == 0:
+        least = math.ceil(1e4 / holders) / 1e4
+        allowed = f"is {least:g} or more, less than 0.5"
+        raise UserError(
+            f"trim_share: {share} of {who} is less than one; allowed "
+            f"{allowed if least < 0.5 else 'are 3 clients or more'}"
+        )
 
 
 def num_trimmed(share: float, holders: int) -> int:

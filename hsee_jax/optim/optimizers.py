@@ -53,6 +53,11 @@ class Optimizer(NamedTuple):
     # The update of layers that are never averaged; None for `update`.
     update_alone: UpdateFn | None = None
 
+    @property
+    def follows_averages(self) -> bool:
+        """Return whether its momentum comes from the averages of a layer."""
+        return self.update_alone is not None
+
 
 OptimizerLike: TypeAlias = Optimizer | optax.GradientTransformation
 
@@ -106,7 +111,7 @@ def with_merge(optimizer: OptimizerLike, name: str) -> Optimizer:
       UserError: there is no such rule, or the optimizer needs its own.
     """
     own = as_optimizer(optimizer)
-    if own.update_alone is not None and name != "keep":
+    if own.follows_averages and name != "keep":
         raise UserError(
             f"optimizer_state: {name} is not allowed with an optimizer whose momentum "
             "comes from the averages; allowed is keep"

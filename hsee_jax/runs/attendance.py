@@ -5,7 +5,7 @@ from hsee_jax.config.values import flatten
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine.plan import Absence, num_drawn
 from hsee_jax.federation.federation import Federation
-from hsee_jax.federation.reduction import num_trimmed
+from hsee_jax.federation.reduction import check_trimmed
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.optim.optimizers import as_optimizer
 from hsee_jax.runs.experiment import Attendance
@@ -44,13 +44,10 @@ def _check_few(config: Config, federation: Federation, strategy: Strategy) -> No
     participation = config.clients.participation
     drawn = num_drawn(config.clients.num_clients, participation)
     share = flatten(config).get("trim_share") or 0.0
-    if share and num_trimmed(share, drawn) == 0:
-        raise UserError(
-            f"trim_share: {share} of the {drawn} clients that participation "
-            f"{participation} draws is less than one; allowed are more"
-        )
+    who = f"the {drawn} clients that participation {participation} draws"
+    check_trimmed(share, drawn, who)
     each_round = strategy.period == 1 and strategy.period_unit == "rounds"
-    follows = as_optimizer(federation.optimizer).update_alone is not None
+    follows = as_optimizer(federation.optimizer).follows_averages
     if follows and strategy.period and not each_round:
         raise UserError(
             f"period: {strategy.period} {strategy.period_unit} is not allowed with "

@@ -27,14 +27,23 @@ def read_config(folder: Path) -> Config:
     """Read the configuration of a run.
 
     Raises:
-      UserError: there is no run in the folder.
+      UserError: there is no run in the folder, or its configuration is not valid.
+    """
+    return from_dict(read_values(folder))
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """Read the values of a run's configuration; unlike `read_config` import nothing.
+
+    Raises:
+      UserError: there is no run in the folder, or the file holds no object of JSON.
     """
     path = folder / "config.json"
     if not os.path.isfile(path):  # false as well where it may not be looked at
         raise UserError(
             f"run: {folder} is not a run; allowed is a folder that `hsee train` wrote"
         )
-    return load_config(path)
+    return _values(path)
 
 
 def load_config(path: Path) -> Config:
@@ -43,6 +52,10 @@ def load_config(path: Path) -> Config:
     Raises:
       UserError: the file is not there, not JSON, or not a valid configuration.
     """
+    return from_dict(_values(path))
+
+
+def _values(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -51,7 +64,7 @@ def load_config(path: Path) -> Config:
         raise UserError(f"config: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is not an object of sections")
-    return from_dict(values)
+    return values
 
 
 def read_info(folder: Path) -> DatasetInfo:

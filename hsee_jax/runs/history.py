@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hsee_jax.config.schema import SEEDS
-from hsee_jax.config.values import flatten, is_own_data
+from hsee_jax.config.values import flatten, from_dict, is_own_data
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.runs.equipment import Equipment, stored_equipment
-from hsee_jax.runs.folder import read_config, read_info
+from hsee_jax.runs.folder import read_info, read_values
 from hsee_jax.runs.records import RoundRecord, Summary
 
 # The options in which the runs of one experiment may differ.
@@ -138,17 +138,15 @@ def _ridge(path: Path) -> float | None:
 
 def _read_options(folder: Path) -> dict[str, Any]:
     """Read the options of a run, and import none of its plugins."""
-    try:
-        sections = _read(folder / "config.json")
-        if not sections["run"]["plugin"]:
-            return flatten(read_config(folder))
-        return {
-            name: tuple(value) if isinstance(value, list) else value
-            for section in sections.values()
-            for name, value in section.items()
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return flatten(read_config(folder))  # which says what is wrong
+    values = read_values(folder)
+    sections = [one for one in values.values() if isinstance(one, dict)]
+    if len(sections) < len(values) or not values.get("run", {}).get("plugin"):
+        return flatten(from_dict(values))  # names no plugin, or is refused before
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for section in sections
+        for name, value in section.items()
+    }
 
 
 def _read(path: Path) -> Any:

@@ -62,7 +62,7 @@ def deal(
 
 
 def _check_apart(config: Config, parts: Sequence[Indices]) -> None:
-    """Refuse labels of a share where a sample of one client is one of another, too."""
+    """Refuse a labelled share where clients have samples in common."""
     samples = np.concatenate(parts)
     if config.data.labelled_share < 1 and len(np.unique(samples)) < len(samples):
         raise UserError(

@@ -59,12 +59,10 @@ def read_content(path: Path) -> Content:
             "file; allowed is one level"
         )
     start = {"preset", "config"}  # a file says either
-    if start & content.texts.keys():
-        texts = {key: text for key, text in common.texts.items() if key not in start}
-    else:
-        texts = dict(common.texts)
+    replaced = start if start & content.texts.keys() else set()
+    kept = {key: text for key, text in common.texts.items() if key not in replaced}
     return Content(
-        texts=texts | content.texts,
+        texts=kept | content.texts,
         seeds=content.seeds or common.seeds,
         options=common.options | content.options,
         grid=common.grid | content.grid,
