@@ -4,18 +4,22 @@ Shows: for each row the mean accuracies of both, and the differences of the runs
 equal seeds. After a change of the code that should only change rounding, OLD is the
 committed folder and NEW a sweep with the new code. How much rounding moves a run shows
 a sweep of a copy of the study with another form of the convolution, such as
-`conv = "patches"` in its table [options], against NEW.
+`conv = "patches"` in its table [options], against NEW. With --losses it shows instead
+how far the training losses of each round are apart, of runs that both folders hold: a
+copy of a study with few samples tells whether two codes compute the same steps.
 Cost: a second.
 Command: python experiments/compare.py experiments/cpu-small-fashion runs/new
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from hsee_jax.report.tables import Table, markdown
-from hsee_jax.runs.records import Scores
+from hsee_jax.runs.history import read_records
+from hsee_jax.runs.records import RoundRecord, Scores
 from hsee_jax.studies import Result, read_results
 
 FIGURES = {"exit": "mean_exit_accuracy", "server": "mean_server_accuracy"}
@@ -32,13 +36,16 @@ class Move(NamedTuple):
 
 
 def main() -> None:
-    """Print a table of all rows, and the root mean square of all differences."""
+    """Print a table of all rows, or of the losses of all runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", type=Path, help="a folder with results.jsonl")
     parser.add_argument("new", type=Path, help="another")
+    parser.add_argument("--losses", action="store_true", help="compare losses")
     given = parser.parse_args()
-    found = moves(read_results(given.old), read_results(given.new))
-    print(page(found))
+    if given.losses:
+        print(markdown(loss_table(given.old, given.new)))
+    else:
+        print(page(moves(read_results(given.old), read_results(given.new))))
 
 
 def moves(old: list[Result], new: list[Result]) -> list[Move]:
@@ -97,6 +104,40 @@ def page(found: list[Move]) -> str:
                 f"{max(map(abs, runs)):.1f}."
             )
     return "\n".join(text)
+
+
+def loss_table(old: Path, new: Path) -> Table:
+    """Return the table of `apart` for the runs that both folders hold."""
+    lines = []
+    for folder in sorted((new / "runs").iterdir()):
+        before = old / "runs" / folder.name
+        if before.is_dir():
+            rounds = " ".join(f"{largest:.1e}" for largest in apart(before, folder))
+            lines.append((f"`{folder.name}`", rounds))
+    return Table("", ("run", "largest relative difference of each round"), lines)
+
+
+def apart(old: Path, new: Path) -> list[float]:
+    """Return the largest relative difference of a training loss in each round.
+
+    Args:
+      old: the folder of a run.
+      new: of another, with the same losses; further rounds of one do not count.
+    """
+    return [
+        max(
+            abs(two - one) / abs(one)
+            for one, two in zip(_losses(before), _losses(after), strict=True)
+        )
+        for before, after in zip(read_records(old), read_records(new), strict=False)
+    ]
+
+
+def _losses(record: RoundRecord) -> list[float]:
+    """Return the losses of the exits and the servers, or of those that the run has."""
+    train = record.train
+    both = train.exit_loss, train.server_loss
+    return [loss for loss in both if not math.isnan(loss)]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from hsee_jax import studies
 from hsee_jax.config.schema import DataConfig
 from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.data import build_info, data_source
+from hsee_jax.runs.records import RoundRecord, TrainFigures
+from hsee_jax.systems.traffic import Bytes
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -132,6 +135,27 @@ def test_two_sweeps_are_compared_by_row_and_seed():
         "exit: 3 runs moved by +0.67 points on average, 2.58 in root mean square, and "
         "at most by 4.0."
     ) in compare.page([exits, servers])
+
+
+def test_losses_are_compared_round_by_round(tmp_path):
+    """Derived by hand; a run without servers, and one that only one folder holds."""
+
+    def write(folder, *rounds):
+        (tmp_path / folder).mkdir(parents=True)
+        lines = []
+        for number, (exit_loss, server_loss) in enumerate(rounds, start=1):
+            train = TrainFigures(exit_loss, 0.5, server_loss, 0.5)
+            record = RoundRecord(number, 1.0, 8, [], [], train, Bytes(0, 0), 1.0)
+            lines.append(json.dumps(record.to_json()) + "\n")
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(lines))
+
+    write("old/runs/a-0", (2.0, 4.0), (1.0, 2.0), (0.5, 0.5))
+    write("new/runs/a-0", (2.0, 4.4), (0.75, 2.0))
+    write("old/runs/b-0", (2.0, math.nan))
+    write("new/runs/b-0", (2.5, math.nan))
+    write("new/runs/c-0", (1.0, 1.0))
+    table = compare.loss_table(tmp_path / "old", tmp_path / "new")
+    assert table.rows == [("`a-0`", "1.0e-01 2.5e-01"), ("`b-0`", "2.5e-01")]
 
 
 def test_the_page_says_once_what_is_not_run():
