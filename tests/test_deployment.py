@@ -188,3 +188,15 @@ def test_samples_of_their_own_are_counted(capsys):
         build_served(SMALL, (4, 9))
     assert main(["serve", "--samples", "4", "--out", "x"]) == 2
     assert "listen: missing" in capsys.readouterr().err
+    for flag in ("partition", "alpha", "partition_seed", "max_train_samples"):
+        value = "dirichlet" if flag == "partition" else "3"
+        words = [f"--{flag.replace('_', '-')}", value, "--samples", "4"]
+        assert main(["serve", *words, "--out", "x"]) == 2
+        assert f"{flag}: is not allowed together with --samples" in (
+            capsys.readouterr().err
+        )
+    for words in (["--samples", "4"], ["--keys", "k"], ["--listen", "localhost:0"]):
+        assert main(["serve", "--local", "2", *words, "--out", "x"]) == 2
+        assert "is not allowed together with --local" in capsys.readouterr().err
+    assert main(["serve", "--local", "2", "--num-clients", "3", "--out", "x"]) == 2
+    assert "num_clients: 3 is not allowed with --local 2" in capsys.readouterr().err

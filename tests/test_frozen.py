@@ -94,6 +94,7 @@ def test_samples_that_the_segment_does_not_take_are_refused(tmp_path):
         (dict(x=x, y=[0.0, 1.0]), "labels in 0..2"),
         (dict(x=x[..., 0], y=[0, 1]), r"x is uint8\[2, 2, 2\]; allowed is uint8\[2, 2"),
         (dict(x=x.astype(np.float32), y=[0, 1]), "x is float32"),
+        (dict(x=x, y=3), r"y has the shape \[\]; allowed is \[M\]"),
         (dict(x=x), "cannot be read as x and y"),
     ):
         np.savez(path, **bad)

@@ -135,6 +135,14 @@ HOLE[7, 0] = np.inf
         ((X, NUMBERS[:5], X, NUMBERS), r"labels of the shape \[5\] for 12 samples"),
         ((X, NUMBERS + 1, X, NUMBERS + 1), 'holds the label 1, but not 0.*s="remap"'),
         ((X, np.array(["a", "b"] * 6), X, NUMBERS), "label 0; allowed are the 2"),
+        (
+            (X, np.eye(3)[NUMBERS], X, np.eye(4)[NUMBERS]),
+            "test set .* one-hot rows of 4 columns; allowed are of 3 columns",
+        ),
+        (
+            (X, np.array(["a", "b"] * 6), X, np.eye(2)[NUMBERS % 2]),
+            "one-hot rows of 2 columns; allowed are labels as in training",
+        ),
         ((X.astype("U5"), NUMBERS, X, NUMBERS), "samples of type <U5"),
         ((X[:0], NUMBERS[:0], X, NUMBERS), "0 samples"),
     ],
@@ -323,7 +331,7 @@ def test_text_and_one_hot_labels_in_files(tmp_path):
     ("words", "message"),
     [
         ("--augment crop_flip", "augment: crop_flip is not allowed for samples of [4]"),
-        ("--augment crop", "allowed is --augment none"),
+        ("--augment crop", "allowed are none and noise"),
         (
             "--network resnet18 --cuts 3 5",
             "network: resnet18 is not allowed for samples",

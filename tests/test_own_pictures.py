@@ -75,6 +75,19 @@ def test_folders_of_training_and_test(packaged, tmp_path, said):
     assert f"test set from {tmp_path / 'test'}" in line
 
 
+def test_linked_folders_are_read_and_links_back_are_not(packaged, tmp_path):
+    images, labels = packaged[1]
+    write_pictures(tmp_path / "own", images, labels)
+    write_pictures(tmp_path / "other", images, labels)
+    (tmp_path / "own/coat/more").symlink_to(tmp_path / "other/coat")
+    (tmp_path / "own/coat/back").symlink_to(tmp_path / "own")
+    data = read_dataset("imagefolder", folder=tmp_path / "own")
+    coats = sum(NAMES[label] == "coat" for label in labels)
+    found = len(data.train.labels) + len(data.test.labels)
+    assert 0 < coats
+    assert found == len(labels) + coats
+
+
 @pytest.mark.parametrize(
     "names", [("Train", "Test"), ("Training", "Testing"), ("TRAIN", "Validation")]
 )
@@ -385,12 +398,29 @@ def test_other_names_of_parquet_files(names, packaged, tmp_path, said):
     assert "(more.parquet not read)" in said()[0]
 
 
-@pytest.mark.parametrize("names", [("test", "val"), ("mnist-train", "mnist-test")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test", "val"),
+        ("mnist-train", "mnist-test"),
+        ("fashionTrain", "fashionTest"),
+        ("all", "testset"),
+        ("all", "VALSET2"),
+    ],
+)
 def test_parquet_files_of_a_test_set_alone(names, packaged, tmp_path):
     for name in names:
         write_parquet(tmp_path / f"{name}.parquet", *packaged[1])
-    with pytest.raises(UserError, match=r"test.parquet, but no train\*.parquet"):
+    wanted = r"(?i)(test|set2?).parquet, but no train\*.parquet"
+    with pytest.raises(UserError, match=wanted):
         load_dataset("parquet", folder=tmp_path)
+
+
+def test_parquet_files_whose_words_only_resemble_a_split(packaged, tmp_path):
+    for name in ("latest", "values", "contestants"):
+        write_parquet(tmp_path / f"{name}.parquet", *packaged[1])
+    data = read_dataset("parquet", folder=tmp_path)
+    assert len(data.train.labels) + len(data.test.labels) == 3 * len(packaged[1][1])
 
 
 @pytest.mark.parametrize("other", ["train-1", "test"])
@@ -466,5 +496,10 @@ def test_faults_of_parquet_are_one_line(packaged, tmp_path, monkeypatch, capsys)
     empty = {"img": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}
     pq.write_table(pa.table(empty), path)
     assert "train.parquet holds 0 rows" in refused()
+    text = pa.StringArray.from_buffers(
+        2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"\xe9a")
+    )
+    pq.write_table(pa.table({"img": [b"x"] * 2, "label": text}), path)
+    assert f"{path} cannot be read ('utf-8' codec" in refused()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'hsee-jax[parquet]'" in refused()

@@ -110,6 +110,8 @@ def test_nothing_or_at_least_one_sample_is_held_out():
     assert (len(kept), len(held)) == (11, 1)
     kept, held = hold_out(12, 0.0, seed=0)
     assert (len(kept), len(held)) == (12, 0)
+    with pytest.raises(UserError, match="validation_share: 0.99 holds out all 12 tra"):
+        hold_out(12, 0.99, seed=0)
     config = override(Config(), **TINY, cuts=("1",))
     experiment = build(config, data=(train, train))
     assert experiment.validation is None

@@ -265,15 +265,23 @@ def test_patience_is_a_time(seconds, tmp_path, capsys):
 
 
 def test_who_joins_says_who_it_is_once(tmp_path, capsys):
-    words = ["join", "127.0.0.1:1", "--state", str(tmp_path)]
-    assert main(words) == 2
-    assert main([*words, "--client", "0", "--keys", str(tmp_path)]) == 2
+    call = ["join", "127.0.0.1:1", "--state", str(tmp_path)]
+    assert main(call) == 2
+    assert main([*call, "--client", "0", "--keys", str(tmp_path)]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "client: missing; allowed is --client ID, or --keys FOLDER" in first
     assert "client: is not allowed with --keys, whose certificate names" in second
     place = ["--client", "0", "--data", str(tmp_path / "none.npz")]
-    assert main([*words, *place]) == 2
+    assert main([*call, *place]) == 2
     assert ": data: " in (line := capsys.readouterr().err) and "No such file" in line
+    for arrays, words in (
+        ({"x": np.ones(3), "y": 3}, "holds a single value; allowed"),
+        ({"a": np.ones(3)}, "holds a; allowed are the arrays `x` and `y`"),
+    ):
+        np.savez(tmp_path / "own.npz", **arrays)
+        own = ["--client", "0", "--data", str(tmp_path / "own.npz")]
+        assert main([*call, *own]) == 2
+        assert f"data: {tmp_path / 'own.npz'} {words}" in capsys.readouterr().err
 
 
 def flags(**options):

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hsee_jax.deployment.service import Service
 
 _LOCAL = "127.0.0.1:0"
+# Flags of how the images of the run are dealt to its clients.
+_DEALING = ("partition", "partition_seed", "validation_share", "max_train_samples")
 _COMMON = ("resume", "overwrite", "samples")  # of the command and of `serve`
 
 
@@ -120,12 +122,12 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a flag is missing, or is not allowed.
     """
+    from hsee_jax.data import PARTITIONS
     from hsee_jax.deployment.types import FEATURE_BOUND, PATIENT
 
+    _refuse_beside(given, "local", ("listen", "keys", "samples"))
+    _refuse_beside(given, "samples", (*_DEALING, *PARTITIONS.options()))
     if "local" in given:
-        for name in ("listen", "keys", "samples"):
-            if name in given:
-                raise UserError(f"{name}: is not allowed together with --local")
         count = given["local"]
         if given.get("num_clients", count) != count:
             raise UserError(
@@ -146,6 +148,13 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
         "bound": bound.checked(given.get("feature_bound", bound.default)),
         "patience": PATIENT._replace(**patience),
     }
+
+
+def _refuse_beside(given: dict[str, Any], flag: str, names: Iterable[str]) -> None:
+    """Refuse flags that would have no effect beside another."""
+    for name in names:
+        if flag in given and name in given:
+            raise UserError(f"{name}: is not allowed together with --{flag}")
 
 
 def _folder(out: Path | None) -> contextlib.AbstractContextManager[Path]:

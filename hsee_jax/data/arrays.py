@@ -191,7 +191,17 @@ def _fitting(raw: Raw, info: DatasetInfo, classes: Classes) -> Dataset:
     ):
         if found != allowed:
             raise raw.place.refusal(f"samples of {found}", f"allowed are {allowed}")
-    labels = read_labels(raw.labels, len(samples), raw.place)
+    labels, count = (
+        read_labels(raw.labels, len(samples), raw.place),
+        len(classes.values),
+    )
+    if labels.num_classes is not None and (
+        labels.num_classes != count or not classes.natural
+    ):
+        of = f"of {count} columns" if classes.natural else "labels as in training"
+        raise raw.place.refusal(
+            f"one-hot rows of {labels.num_classes} columns", f"allowed are {of}"
+        )
     return Dataset(samples, numbers_of(labels, classes, raw.place))
 
 

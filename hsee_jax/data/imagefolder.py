@@ -6,7 +6,6 @@ capitals too. The folder of a class may have folders in it. `read` passes over f
 other types, and names that begin with ``.`` or ``__``.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -120,15 +119,23 @@ def _folders(folder: Path) -> Sequence[Path]:
     )
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its folders, except hidden names."""
+def _walk(folder: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files in a folder and its folders, except hidden names.
 
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for place, names, files in os.walk(folder, onerror=refuse):
-        names[:] = [name for name in names if not name.startswith(_HIDDEN)]
-        yield from (Path(place, f) for f in files if not f.startswith(_HIDDEN))
+    Args:
+      folder: may be a link, as may the folders in it.
+      around: the real paths of the folders around it; a link to one of them is empty.
+    """
+    here = folder.resolve()
+    if here in around:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith(_HIDDEN):
+            continue
+        if path.is_dir():
+            yield from _walk(path, (*around, here))
+        else:
+            yield path
 
 
 def _files(folder: Path) -> list[_File]:
@@ -137,7 +144,7 @@ def _files(folder: Path) -> list[_File]:
     for place in _folders(folder):
         own = [
             _File(path, place.name)
-            for path in sorted(_walk(place))
+            for path in sorted(_walk(place, (folder.resolve(),)))
             if path.suffix.lower() in TYPES
         ]
         if not own:

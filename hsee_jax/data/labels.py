@@ -113,11 +113,10 @@ def classes_of(labels: Labels, place: Place, rule: str) -> Classes:
         return Classes(values, natural)
     number, value = next((k, v) for k, v in enumerate(values) if k != v)
     gap = "" if value < 0 else f", but not {number}"
-    how = "`--labels remap`" if place.field == "data_dir" else 'labels="remap"'
     raise UserError(
         f"labels: {place.name} holds the label {value}{gap}; allowed are 0..K-1 "
-        f"without gaps; {how} maps its {len(values)} labels to 0..{len(values) - 1} in "
-        "ascending order"
+        f'without gaps; remap (`--labels remap`, or labels="remap" in Python) maps its '
+        f"{len(values)} labels to 0..{len(values) - 1} in ascending order"
     )
 
 

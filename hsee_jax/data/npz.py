@@ -129,7 +129,7 @@ def read_split(path: Path, field: str = "data_dir") -> Raw:
             if file.read(2) not in (b"PK", b"\x93N"):  # an archive, or a .npy file
                 raise ValueError("it is not an npz file")
             file.seek(0)
-            return _pair(np.load(file, allow_pickle=False), path)
+            return _pair(np.load(file, allow_pickle=False), Place(str(path), field))
     except UserError:
         raise
     except OSError as error:
@@ -144,13 +144,19 @@ def read_split(path: Path, field: str = "data_dir") -> Raw:
         )
 
 
-def _pair(content: Any, path: Path) -> Raw:
-    """Take samples and labels from what NumPy found in a file."""
+def _pair(content: Any, place: Place) -> Raw:
+    """Take samples and labels from what NumPy found in a file.
+
+    Raises:
+      UserError: they are missing, or no arrays of several values.
+    """
     if isinstance(content, np.ndarray):
         raise ValueError("it holds one array without a name, as a .npy file does")
     with content as arrays:
         for names in _NAMES:
             if all(name in arrays for name in names):
                 samples, labels = (arrays[name] for name in names)
-                return Raw(samples, labels, Place(str(path)))
-        raise Place(str(path)).refusal(", ".join(arrays) or "nothing", _ALLOWED)
+                if samples.ndim == 0 or labels.ndim == 0:
+                    raise place.refusal("a single value", _ALLOWED)
+                return Raw(samples, labels, place)
+        raise place.refusal(", ".join(arrays) or "nothing", _ALLOWED)

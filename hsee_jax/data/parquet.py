@@ -114,13 +114,19 @@ def _split_files(place: Path, files: Sequence[Path]) -> tuple[list[Path], list[P
     if train:
         return train, starting("test") or starting("val") or starting("dev")
     for path in files:
-        if not set(re.split("[^a-z]+", path.stem.lower())).isdisjoint(TEST_NAMES):
+        if _says_test(path.stem):
             raise Place(str(place)).refusal(
                 f"{path.name}, but no train*.parquet",
                 "allowed are train*.parquet and test*.parquet, or files whose names "
                 "say nothing of a split",
             )
     return list(files), []
+
+
+def _says_test(name: str) -> bool:
+    """Return whether a word of a name means a test set, as in fashionTest or testset."""
+    words = re.findall("[A-Z]*[a-z]+|[A-Z]+", name)
+    return any(word.lower().removesuffix("set") in TEST_NAMES for word in words)
 
 
 def _joined(labels: Sequence[npt.NDArray[Any]], place: Path) -> npt.NDArray[Any]:
@@ -150,13 +156,16 @@ def _table(files: Sequence[Path], label_column: str | None) -> _Table:
             schema = pq.read_schema(path)
             image, label = _columns(schema, label_column, path)
             table = pq.read_table(path, columns=[image, label])
-        except (OSError, pa.ArrowException) as error:
+            rows, own = table[image].to_pylist(), table[label].to_pylist()
+        except UserError:
+            raise
+        except (OSError, ValueError, pa.ArrowException) as error:  # also: not UTF-8
             reason = " ".join(str(error).split())
             raise UserError(
                 f"data_dir: {path} cannot be read ({reason}); allowed is a whole "
                 "Parquet file"
             ) from error
-        for row, value in enumerate(table[image].to_pylist()):
+        for row, value in enumerate(rows):
             content = value.get("bytes") if isinstance(value, dict) else value
             if content is None:
                 raise Place(str(path)).refusal(
@@ -169,7 +178,7 @@ def _table(files: Sequence[Path], label_column: str | None) -> _Table:
                 "allowed is a label in every row",
             )
         if table.num_rows:
-            labels.append(np.array(table[label].to_pylist()))
+            labels.append(np.array(own))
     if not labels:
         raise Place(str(files[0])).refusal("0 rows", "allowed are one or more")
     return _Table(pictures, _joined(labels, files[0].parent))

@@ -114,12 +114,20 @@ def hold_out(count: int, share: float, *, seed: int) -> tuple[Indices, Indices]:
     Returns:
       The ascending indices of the samples for the clients, and of the held-out samples:
       at least one unless the share is 0.
+
+    Raises:
+      UserError: no sample is left for the clients.
     """
     rng = np.random.default_rng((seed, _HELD_OUT))
     held = np.zeros(count, np.bool_)
     if share > 0:
         held[rng.permutation(count)[: max(1, round(share * count))]] = True
     kept, out = np.flatnonzero(~held), np.flatnonzero(held)
+    if len(kept) == 0:
+        raise UserError(
+            f"validation_share: {share} holds out all {count} training samples; "
+            "allowed is less"
+        )
     return kept.astype(np.int32), out.astype(np.int32)
 
 

@@ -74,7 +74,7 @@ def _crop(key: Key, images: Array, *, flip: bool) -> Array:
         name = "crop_flip" if flip else "crop"
         raise UserError(
             f"augment: {name} is not allowed for samples of {list(images.shape[1:])}; "
-            "it takes images [H, W, C]; allowed is --augment none"
+            "it takes images [H, W, C]; allowed are none and noise"
         )
     batch, height, width, _ = images.shape
     crop_key, flip_key = jax.random.split(key)

@@ -126,13 +126,15 @@ def read_samples(path: Path, card: Mapping[str, Any]) -> Samples:
             inputs, labels = file["x"], file["y"]
     except Exception as error:  # NumPy raises many types
         raise Failure(f"data: {path} cannot be read as x and y: {error}") from error
+    if labels.ndim != 1:
+        raise Failure(f"data: y has the shape {list(labels.shape)}; allowed is [M]")
     shape, dtype = tuple(card["input"]["shape"]), card["input"]["dtype"]
     if inputs.shape != (len(labels), *shape) or inputs.dtype != dtype:
         raise Failure(
             f"data: x is {inputs.dtype}{list(inputs.shape)}; allowed is "
             f"{dtype}[{len(labels)}, {', '.join(map(str, shape))}]"
         )
-    whole = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) > 0
+    whole = labels.dtype.kind in "iu" and len(labels) > 0
     if not whole or labels.min() < 0 or labels.max() >= card["classes"]:
         raise Failure(f"data: y are not labels in 0..{card['classes'] - 1}")
     return Samples(inputs, labels.astype(np.int32))

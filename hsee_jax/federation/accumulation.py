@@ -75,14 +75,17 @@ def accumulate(
     leaves = [jnp.split(leaf, parts) for leaf in jax.tree.leaves(batch)]
     for rows in zip(*leaves, strict=True):
         passed = run(branch, Batch(*rows))
-        some = passed.metrics.count > 0  # padding alone leaves everything as it is
+        # Padding alone leaves everything as it is; its own BatchNorm is not finite.
+        some = passed.metrics.count > 0
         share = passed.metrics.count.astype(jnp.float32) / total
         layers = parts_of(branch)
         old = tuple(layer.batch_stats for layer in layers)
         stats = select(some, passed.stats, old)
         zeros = jax.tree.map(jnp.zeros_like, passed.grads)
         scaled = jax.tree.map(lambda g, s=share: g * s, passed.grads)
-        results.append(passed._replace(grads=select(some, scaled, zeros)))
+        features = jnp.where(some, passed.features, 0)
+        grads = select(some, scaled, zeros)
+        results.append(passed._replace(grads=grads, features=features))
         pairs = zip(layers, stats, strict=True)
         branch = with_parts(branch, tuple(p.replace(batch_stats=s) for p, s in pairs))
     return Passed(
