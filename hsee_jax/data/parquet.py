@@ -124,7 +124,7 @@ def _split_files(place: Path, files: Sequence[Path]) -> tuple[list[Path], list[P
 
 
 def _says_test(name: str) -> bool:
-    """Return whether a word of a name means a test set, as in fashionTest or testset."""
+    """Return whether a word of a name is that of a test set: fashionTest, testset."""
     words = re.findall("[A-Z]*[a-z]+|[A-Z]+", name)
     return any(word.lower().removesuffix("set") in TEST_NAMES for word in words)
 
