@@ -208,6 +208,7 @@ def test_errors_name_field_value_and_what_is_allowed(changes, words):
         {"run": {"plugin": ["no_such_module"]}},
         {"run": {"plugin": "tiny"}},
         {"model": {"depth_of_field": 2}},
+        {"optim": {"optimizer": "adamw", "momentum": 0.5}},  # which adamw does not read
         {"optim": {"learning_rate": "fast"}},
         {"run": {"rounds": 1.5}},
         {"run": {"rounds": True}},

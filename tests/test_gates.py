@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +117,53 @@ def test_a_gated_block_multiplies_closed_channels_by_zero(name, strides, layer):
     assert_same(stats, variables["batch_stats"])
     dense, _ = stage.apply(variables, rows, MASK, train=False)
     assert np.abs(dense - found).max() > 0.1
+
+
+def test_gates_of_an_own_layer_whose_convolutions_have_biases():
+    """Closed channels are read as 0; the bias behind them stays as it is."""
+
+    class Own(nn.Module):
+        inner: tuple[int, ...] = (3,)
+
+        @nn.compact
+        def __call__(self, x, mask, *, train):
+            x = nn.Conv(self.inner[0], (1, 1), name="a")(x)
+            x = nn.relu(
+                hs.nn.Norm("batch", jnp.float32, name="n")(x, mask, train=train)
+            )
+            return nn.Conv(2, (1, 1), name="b")(x)
+
+    places = (hs.nn.Between("a", "n", "b"),)
+    stage = hs.nn.gated_from_linen(Own(), places)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 2)), jnp.float32)
+    variables = stage.init(jax.random.key(0), x)
+    params = variables["params"]
+    params["b"]["bias"] = jnp.array([0.5, -0.25])
+    params["gates"]["a"]["logits"] = jnp.array([-1.0, 1.0, -1.0])
+    kernel = params["b"]["kernel"]
+    expected, _ = hs.nn.from_linen(Own()).apply(
+        {
+            "params": {
+                **{name: params[name] for name in ("a", "n")},
+                "b": {**params["b"], "kernel": kernel.at[..., [0, 2], :].set(0)},
+            },
+            "batch_stats": {"n": variables["batch_stats"]["n"]},
+        },
+        x,
+        MASK,
+        train=False,
+    )
+    found, _ = stage.gates.apply(variables, x, MASK, train=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    gated, dense = stage.gates.products(
+        variables, jax.ShapeDtypeStruct((1, 4, 4, 2), x.dtype)
+    )
+    assert (gated, dense) == (pytest.approx(16 * (2 + 2)), 16 * (6 + 6))
+    narrow, weights = stage.gates.narrow(jax.device_get(variables))
+    assert weights["params"]["b"]["kernel"].shape == (1, 1, 1, 2)
+    np.testing.assert_allclose(
+        narrow.apply(weights, x, MASK, train=False)[0], expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("closed", [False, True])

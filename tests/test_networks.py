@@ -5,7 +5,9 @@
 
 import json
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -15,6 +17,7 @@ from hsee_jax import cli
 from hsee_jax.core import UserError
 from hsee_jax.nn import NETWORKS, layer_inputs
 from hsee_jax.nn.mobilenet import InvertedResidual
+from hsee_jax.nn.normalization import Norm
 from hsee_jax.systems import layer_costs
 
 # Sizes for a short training that leaves chance behind, as far as a network reads them.
@@ -265,6 +268,44 @@ def test_shapes_of_features():
 def test_what_is_refused(words, message, capsys):
     assert cli.main(["info", *words.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet18", {"norm": "bn"}, "norm: bn is unknown"),
+        ("resnet18", {"stem": "5x5"}, "stem: 5x5 is unknown"),
+        ("mobilenet_v2", {"exit_head": "conv"}, "exit_head: conv is unknown"),
+        ("vit", {"patch_size": 0}, "patch_size: 0 is not allowed"),
+    ],
+)
+def test_a_name_that_is_unknown_builds_no_other_network(name, options, message):
+    with pytest.raises(UserError, match=message):
+        network(name, (32, 32, 3), **options)
+    assert network("resnet18", (32, 32, 3), dtype=jnp.bfloat16)
+
+
+def test_an_unknown_normalisation_is_refused():
+    norm = Norm("none", jnp.float32)
+    with pytest.raises(UserError, match="norm: none is unknown"):
+        norm.init(jax.random.key(0), jnp.ones((2, 4)), jnp.ones(2, bool), train=True)
+
+
+def test_a_layer_with_dropout_is_refused():
+    """Each batch of a step is drawn, and nothing in the layers."""
+
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, *, train):
+            return nn.Dropout(0.1, deterministic=not train)(x)
+
+    stage = hs.nn.from_linen(Dropping())
+    x, mask = jnp.ones((2, 4)), jnp.ones(2, bool)
+    variables = stage.init(jax.random.key(0), x)
+    outputs, _ = stage.apply(variables, x, mask, train=False)
+    np.testing.assert_array_equal(outputs, x)
+    with pytest.raises(UserError, match="network: Dropping draws at random in train"):
+        stage.apply(variables, x, mask, train=True)
 
 
 def test_an_even_window_is_refused():

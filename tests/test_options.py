@@ -1,9 +1,14 @@
 """Options and registries: types, rules, entries and who reads an option."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 
+import hsee_jax
 from hsee_jax.config import Config, override
 from hsee_jax.core import (
     Option,
@@ -109,11 +114,18 @@ def test_options_are_read_from_annotations():
     with pytest.raises(TypeError, match="table: .* cannot be an option"):
         read_options(wrong, ["table"])
 
+    def either(*, size: int | float | None = None, sizes: tuple[int, ...] = [3, 3]):  # noqa: B006
+        """Take two types, and a list."""
+
+    with pytest.raises(TypeError, match="size: .* cannot be an option"):
+        read_options(either, ["size"])
+    assert read_options(either, ["sizes"])["sizes"].default == (3, 3)
+
 
 @pytest.fixture
 def registry():
     """Of two entries, which share an option."""
-    registry = Registry("shape")
+    registry = Registry("shape", context=("units",))
 
     @registry.register
     def circle(size, *, units, radius: int = 1, colour: str = "red"):
@@ -170,10 +182,84 @@ def test_what_cannot_be_registered(registry):
     def of_many(size, *, colour: tuple[str, ...] = ()):
         """Take several."""
 
+    def without_units(size, *, units="m"):
+        """Make an option of what is given."""
+
+    def with_more(size, *, units, more):
+        """Ask for what nothing gives."""
+
+    for make, message in (
+        (without_units, "units of without_units needs no default"),
+        (with_more, "more of with_more needs a default"),
+    ):
+        with pytest.raises(ValueError, match=f"shape: {message}"):
+            registry.register(make)
     for make, other in ((of_text, "radius"), (of_many, "colour")):
         with pytest.raises(ValueError, match=f"{other} as another type than circle"):
             registry.register(make)
     assert list(registry) == ["circle", "square"]
+
+
+def test_the_same_function_may_change_the_type_of_its_option(registry):
+    """As the cell of a notebook does, but not where another entry reads the option."""
+
+    def triangle(size, *, units, pull: int = 1, **more):
+        """Pull."""
+
+    registry.register(triangle)
+    triangle.__annotations__["pull"] = float
+    registry.register(triangle)
+    assert registry["triangle"].options["pull"].kind is float
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_a_script_may_be_its_own_plugin(how, tmp_path):
+    """Also in the processes that it starts, which run it again under another name."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").touch()
+    place = (
+        tmp_path / "own" / "shapes.py" if how == "module" else tmp_path / "shapes.py"
+    )
+    name = "own.shapes" if how == "module" else "shapes"
+    place.write_text(OWN_PLUGIN.format(name=name))
+    shelf = "from hsee_jax.core.registry import Registry\nshapes = Registry('shape')\n"
+    (tmp_path / "shelf.py").write_text(shelf)
+    words = ["-m", name] if how == "module" else [str(place)]
+    package = str(Path(hsee_jax.__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == ["1", "1"]
+
+
+OWN_PLUGIN = """
+import importlib
+import multiprocessing
+
+import shelf
+
+
+@shelf.shapes.register
+def circle():
+    pass
+
+
+def again():
+    importlib.import_module("{name}")
+    print(len(shelf.shapes), flush=True)
+
+
+if __name__ == "__main__":
+    again()
+    process = multiprocessing.get_context("spawn").Process(target=again)
+    process.start()
+    process.join()
+"""
 
 
 def test_a_choice_may_be_registered_later(registry):

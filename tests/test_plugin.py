@@ -231,6 +231,10 @@ def clash_net(*, num_classes, input_shape, init: int = 1):
     [
         ("--plugin no_net", "plugin: no_net cannot be imported (ModuleNotFoundError"),
         (
+            "--plugin ended_net",
+            "plugin: ended_net cannot be imported (SystemExit: 0)",
+        ),
+        (
             "--plugin bad_net",
             "plugin: bad_net cannot be imported (RuntimeError: no way)",
         ),
@@ -265,6 +269,7 @@ def clash_net(*, num_classes, input_shape, init: int = 1):
 @pytest.mark.parametrize("command", ["train", "info"])
 def test_a_mistake_is_one_line(command, words, message, place, monkeypatch, capsys):
     (place / "bad_net.py").write_text('raise RuntimeError("no\\nway")\n')
+    (place / "ended_net.py").write_text("import sys\nsys.exit(0)\n")
     (place / "clash_net.py").write_text(CLASH)
     monkeypatch.setattr(NETWORKS, "_entries", dict(NETWORKS._entries))
     monkeypatch.delitem(sys.modules, "clash_net", raising=False)

@@ -419,6 +419,41 @@ def test_other_files_and_networks_are_refused(file_of, tmp_path):
         load_pretrained(perceptron, file_of("vit"))
 
 
+def test_an_own_network_of_series_reads_names_of_its_own():
+    """A kernel [W, I, O] lies in the file as [O, I, W]; the head has other names."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, *, train):
+            return nn.Conv(4, (3,), name="conv")(x)
+
+    class Last(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, *, train):
+            return nn.Dense(2, name="dense")(x.mean(1))
+
+    names = {"conv": "first", "dense": "last"}
+    head = hs.nn.from_linen(Last())
+    model = hs.Model(
+        stages=(hs.nn.from_linen(Block()),),
+        exit_heads=(head,),
+        final_head=head,
+        layer_names=("conv",),
+        input_shape=(8, 3),
+        weight_names=(lambda part: names,),
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"first.weight": (4, 3, 3), "first.bias": (4,)}
+    shapes |= {"last.weight": (2, 4), "last.bias": (2,)}
+    tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    loaded = init_network(with_weights(model, tensors), jax.random.key(0))
+    kernel = loaded.layers[0]["params"]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors["first.weight"].transpose(2, 1, 0))
+    with pytest.raises(UserError, match="no name for dense/bias in other libraries"):
+        nameless = model._replace(weight_names=(lambda part: {"conv": "first"},))
+        with_weights(nameless, tensors)
+
+
 def test_weights_of_a_file_and_gates_exclude_each_other(file_of):
     """Gates added to a loaded network would start from other weights."""
     model, path = network("resnet18", RESNET), file_of("resnet18")

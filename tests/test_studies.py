@@ -141,6 +141,22 @@ def test_rows_are_crossed_with_the_grid(write):
     assert study.rows[2].config.clients.cuts == ("1",)
 
 
+def test_what_is_given_holds_for_every_network_that_reads_it(write):
+    """A width of 16 also where 32 is the default; what is not read has no effect."""
+    path = write(
+        'preset = "demo"\n[options]\nwidth = 16\nexit_head = "bn_linear"\n'
+        '[rows.a]\nmomentum = 0.5\n[rows.b]\noptimizer = "adamw"\n'
+        '[grid]\nnetwork = ["resnet18", "mobilenet_v2", "mlp"]\n'
+    )
+    found = {row.name: row.config for row in studies.load(path).rows}
+    widths = {name: one.model.options.get("width") for name, one in found.items()}
+    assert [*widths.values()] == [16, 16, None] * 2
+    heads = {one.model.options.get("exit_head") for one in found.values()}
+    assert heads == {"bn_linear", None}
+    assert found["a,network=mlp"].optim.options["momentum"] == 0.5
+    assert "momentum" not in found["b,network=mlp"].optim.options
+
+
 def test_points_of_the_grid_can_be_skipped(write):
     text = GRID.replace(
         "[grid]", 'skip = [{strategy = "sequential", learning_rate = 0.05}]\n[grid]'
@@ -215,10 +231,12 @@ def test_an_extended_file_may_name_a_configuration_with_plugins(
     (tmp_path / "common" / "base.json").write_text(json.dumps(values))
     write('config = "base.json"\n', name="common/rows.toml")
     path = write(
-        'extends = "common/rows.toml"\n[rows.a]\noptimizer = "late"\nlateness = 3\n'
+        'extends = "common/rows.toml"\n[options]\nplugin = ["tiny"]\n'
+        '[rows.a]\noptimizer = "late"\nlateness = 3\n'
     )
     (row,) = studies.load(path).rows
     assert row.config.optim.options["lateness"] == 3
+    assert row.config.run.plugin == ("late_plugin", "tiny")
 
 
 def test_files_are_relative_to_the_study(write, tmp_path):

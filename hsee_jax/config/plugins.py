@@ -18,15 +18,16 @@ def load_plugins(names: Iterable[str]) -> None:
     Raises:
       PluginError: a module is not there, or it cannot be imported.
     """
+    folder = os.getcwd()
     for name in names:
-        sys.path.insert(0, os.getcwd())
+        sys.path.insert(0, folder)
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script may end with sys.exit
             reason = " ".join(str(error).split())
             raise PluginError(
                 f"plugin: {name} cannot be imported ({type(error).__name__}: {reason})"
                 "; allowed is a module on Python's path or in the current folder"
             ) from error
         finally:
-            sys.path.pop(0)
+            sys.path.remove(folder)  # the module may have put others before it

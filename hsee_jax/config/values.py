@@ -41,7 +41,7 @@ def override(config: Config, **changes: Any) -> Config:
       UserError: a change names an unknown option, has a value that is not allowed,
         or would have no effect.
     """
-    load_plugins(changes.get("plugin", ()))
+    load_plugins(SECTIONS["run"].fields()["plugin"].checked(changes.get("plugin", ())))
     known = options()
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -97,8 +97,9 @@ def to_json(config: Config) -> str:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Make a configuration from values in the form of `to_json`; some may be missing.
 
-    Files of version 0.1 hold the options of all entries; there, options that the named
-    entries do not read are checked and dropped.
+    Files of version 0.1, which have ``init`` among the clients and no network, hold the
+    options of all entries; there, options that the named entries do not read are
+    checked and dropped.
 
     Raises:
       UserError: an unknown section or option, a value that is not allowed, or an option
@@ -109,10 +110,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
             raise unknown("section", section, SECTIONS)
         if not isinstance(content, Mapping):
             raise UserError(f"{section}: {content} is not an object of fields")
+    clients = values.get("clients", {})
+    strict = "init" not in clients or "network" in values.get("model", {})
     values = _migrated(values)
     plugins = SECTIONS["run"].fields()["plugin"]
     load_plugins(plugins.checked(values.get("run", {}).get("plugin", ())))
-    strict = "network" in values.get("model", {})  # version 0.1 had one network
     sections = {
         name: _section(name, content, strict=strict) for name, content in values.items()
     }

@@ -168,7 +168,7 @@ def _read(name: str, hint: Any, default: Any) -> Option:
     many = typing.get_origin(kind) is tuple
     if many:
         kind = typing.get_args(kind)[0]
-    if kind not in (str, int, float, bool):
+    if kind not in (str, int, float, bool) or (union and len(parts) != 1 + optional):
         raise TypeError(
             f"{name}: {hint} cannot be an option; allowed are str, int, float, bool, "
             "a tuple of them, or None beside them"
@@ -176,7 +176,7 @@ def _read(name: str, hint: Any, default: Any) -> Option:
     return Option(
         name,
         kind,
-        default,
+        tuple(default) if many else default,
         help=next((extra for extra in extras if isinstance(extra, str)), ""),
         rules=tuple(extra for extra in extras if isinstance(extra, Rule)),
         names=next((e.names for e in extras if isinstance(e, Choices)), ()),

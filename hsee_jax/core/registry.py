@@ -17,6 +17,7 @@ from hsee_jax.core.options import Option, read_options
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+_MAIN = ("__main__", "__mp_main__")
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -31,14 +32,17 @@ class Entry(NamedTuple, Generic[T]):
 class Registry(Mapping[str, Entry[T]]):
     """Named factories of one kind; iterating gives their names."""
 
-    def __init__(self, kind: str, *, with_options: bool = True) -> None:
+    def __init__(
+        self, kind: str, *, with_options: bool = True, context: tuple[str, ...] = ()
+    ) -> None:
         """Start empty.
 
         Args:
           kind: the option that names an entry, such as ``"network"``.
           with_options: whether entries may have options.
+          context: the keywords that every factory takes beside its options.
         """
-        self.kind, self._with_options = kind, with_options
+        self.kind, self._with_options, self._context = kind, with_options, context
         self._entries: dict[str, Entry[T]] = {}
 
     @overload
@@ -58,7 +62,8 @@ class Registry(Mapping[str, Entry[T]]):
 
         Raises:
           ValueError: another function has this name, an option has another type in
-            another entry, or the registry allows no options and the factory has some.
+            another entry or no default, a keyword of the context has one, or the
+            registry allows no options and the factory has some.
           TypeError: an annotation is not a type that an option can have.
         """
         if make is None:
@@ -126,21 +131,27 @@ class Registry(Mapping[str, Entry[T]]):
         if known is not None and _identity(known.make) != _identity(make):
             raise ValueError(f"{self.kind}: {name} is registered already")
         keywords = [
-            parameter.name
+            parameter
             for parameter in inspect.signature(make).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY
-            and parameter.default is not parameter.empty
         ]
-        options = read_options(make, keywords)
+        for own in keywords:
+            if (own.default is own.empty) != (own.name in self._context):
+                needs = "no default" if own.name in self._context else "a default"
+                raise ValueError(f"{self.kind}: {own.name} of {name} needs {needs}")
+        names = [own.name for own in keywords if own.name not in self._context]
+        options = read_options(make, names)
         if options and not self._with_options:
             raise ValueError(f"{self.kind}: {name} has options, and nothing reads them")
         for option in options.values():
-            first = self.options().get(option.name, option)
-            if (first.kind, first.many) != (option.kind, option.many):
-                raise ValueError(
-                    f"{self.kind}: {name} reads {option.name} as another type than "
-                    f"{self.readers(option.name)[0]}"
-                )
+            for other in self.readers(option.name):
+                first = self._entries[other].options[option.name]
+                same = (first.kind, first.many) == (option.kind, option.many)
+                if not same and other != name:
+                    raise ValueError(
+                        f"{self.kind}: {name} reads {option.name} as another type than "
+                        f"{other}"
+                    )
         lines = (make.__doc__ or "").strip().splitlines()
         self._entries[name] = Entry(name, make, options, summary or "".join(lines[:1]))
         return make
@@ -149,10 +160,15 @@ class Registry(Mapping[str, Entry[T]]):
 def _identity(make: Callable[..., Any]) -> tuple[str, str]:
     """Return where a function is defined, which stays the same if it runs again.
 
-    A script that is also a plugin runs as ``__main__``, and is imported by its name.
+    A script that is also a plugin runs as ``__main__``, or in the processes that it
+    starts as ``__mp_main__``, and is imported by its name.
     """
     module = make.__module__
     script = getattr(sys.modules.get(module), "__file__", None)
-    if module == "__main__" and script is not None:
-        module = Path(script).stem
+    if module in _MAIN:
+        spec = getattr(sys.modules.get(module), "__spec__", None)  # of python -m
+        if spec is not None:
+            module = spec.name
+        elif script is not None:
+            module = Path(script).stem
     return module, make.__qualname__

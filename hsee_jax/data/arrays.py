@@ -191,10 +191,8 @@ def _fitting(raw: Raw, info: DatasetInfo, classes: Classes) -> Dataset:
     ):
         if found != allowed:
             raise raw.place.refusal(f"samples of {found}", f"allowed are {allowed}")
-    labels, count = (
-        read_labels(raw.labels, len(samples), raw.place),
-        len(classes.values),
-    )
+    labels = read_labels(raw.labels, len(samples), raw.place)
+    count = len(classes.values)
     if labels.num_classes is not None and (
         labels.num_classes != count or not classes.natural
     ):

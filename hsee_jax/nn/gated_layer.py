@@ -119,11 +119,17 @@ def _gated(
     own = _dense(variables)
     params = {**own["params"], **variables["params"][_NORMS]}
     for place, gates in zip(between, opened, strict=True):
-        params[place.after] = jax.tree.map(
-            lambda kernel, gates=gates: kernel * _rows(gates, kernel),
+        params[place.after] = jax.tree.map_with_path(
+            lambda path, leaf, gates=gates: (
+                leaf * _rows(gates, leaf) if _is_kernel(path) else leaf
+            ),
             params[place.after],
         )
     return {"params": params, "batch_stats": {**variables["batch_stats"][_NORMS]}}
+
+
+def _is_kernel(path: Sequence[Any]) -> bool:
+    return path[-1].key == "kernel"
 
 
 def _rows(gates: Array, kernel: Array) -> Array:
@@ -152,8 +158,10 @@ def _products(
         for name in (place.before, place.after):
             shares[name] = shares.get(name, jnp.float32(1.0)) * jnp.mean(gates)
     gated, dense = jnp.float32(0.0), 0
-    for name, outputs in found["intermediates"].items():
-        (kernel,), (output,) = map(jax.tree.leaves, (own["params"][name], outputs))
+    for name, outputs in found.get("intermediates", {}).items():
+        leaves = jax.tree.leaves_with_path(own["params"][name])
+        (kernel,) = (leaf for path, leaf in leaves if _is_kernel(path))
+        (output,) = jax.tree.leaves(outputs)
         count = kernel.size * int(np.prod(output.shape[1:-1]))
         gated, dense = gated + count * shares.get(name, 1.0), dense + count
     return gated, dense
@@ -183,4 +191,9 @@ def _narrow(
 
 
 def _taken(tree: PyTree, kept: Any, axis: int) -> Mapping[str, PyTree]:
-    return jax.tree.map(lambda leaf: np.take(leaf, kept, axis), tree)
+    """Take channels of an axis, which counts from the end; a bias has only the last."""
+
+    def take(leaf: Array) -> Any:
+        return np.take(leaf, kept, axis) if leaf.ndim >= -axis else leaf
+
+    return jax.tree.map(take, tree)

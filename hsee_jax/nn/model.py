@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.errors import InvalidRngError
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Key, PyTree, Stage, Variables
 
 # Takes the name of a layer, or "head", and returns for each of its modules the name in
@@ -59,9 +61,15 @@ def from_linen(module: Any) -> Stage:
             return module.apply(variables, inputs, mask, train=False), variables[
                 "batch_stats"
             ]
-        outputs, updated = module.apply(
-            variables, inputs, mask, train=True, mutable=["batch_stats"]
-        )
+        try:
+            outputs, updated = module.apply(
+                variables, inputs, mask, train=True, mutable=["batch_stats"]
+            )
+        except InvalidRngError as error:
+            raise UserError(
+                f"network: {type(module).__name__} draws at random in training, as "
+                "dropout does; allowed are layers that draw nothing"
+            ) from error
         return outputs, updated.get("batch_stats", {})
 
     return Stage(init, apply)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.errors import unknown
 from hsee_jax.core.trees import expand_like
 from hsee_jax.core.types import Array
 
@@ -31,6 +32,8 @@ class Norm(nn.Module):
         if self.kind == "batch":
             norm = _BatchNorm(self.dtype, self.epsilon, name="bn")
             return norm(x, mask, train=train)
+        if self.kind != "group":
+            raise unknown("norm", self.kind, ("batch", "group"))
         return nn.GroupNorm(
             num_groups_of(x.shape[-1]),
             epsilon=self.epsilon,

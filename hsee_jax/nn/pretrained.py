@@ -91,8 +91,10 @@ def with_weights(model: Model, tensors: Tensors, source: str = "the weights") ->
     given = [
         {path: place.read(tensors) for path, place in part.items()} for part in places
     ]
-    classes = given[-1]["params/linear/bias"].size
-    own = shapes[-1]["params/linear/bias"].size
+    last = "params/linear/bias"  # of the heads of this package
+    classes, own = (
+        part[-1][last].size if last in part[-1] else None for part in (given, shapes)
+    )
     if classes != own:
         _log.info(
             "%s has %d classes, the data have %d: the linear layer of the final head "
@@ -161,7 +163,12 @@ def _places_of(modules: Mapping[str, str], leaves: dict[str, Any]) -> dict[str, 
         module, _, kind = inner.rpartition("/")
         axes = None
         if kind == "kernel":
-            axes = (2, 3, 1, 0) if len(leaf.shape) == 4 else (1, 0)
+            axes = (*range(2, len(leaf.shape)), 1, 0)
+        if inner not in modules and (module not in modules or kind not in _LEAVES):
+            raise UserError(
+                f"pretrained: the network has no name for {inner} in other libraries; "
+                "allowed is a name for each of its modules"
+            )
         name = modules.get(inner) or f"{modules[module]}.{_LEAVES[kind]}"
         places[path] = Place(name, axes)
     return places

@@ -1,17 +1,19 @@
 """The networks that can be trained by name."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.options import read_options
 from hsee_jax.core.registry import Registry
 from hsee_jax.nn.model import Model, layer_inputs
 
 F = TypeVar("F", bound=Callable[..., Model])
 
 # Factories take ``num_classes`` and ``input_shape``, ``(H, W, C)`` for images.
-NETWORKS: Registry[Model] = Registry("network")
+NETWORKS: Registry[Model] = Registry("network", context=("num_classes", "input_shape"))
 register = NETWORKS.register
 
 
@@ -41,6 +43,11 @@ def tables_only(make: F) -> F:
 
 
 def _only(make: F, kind: str, letters: str, rank: int) -> F:
+    keywords = inspect.signature(make).parameters
+    # The others may also be given as what they name: a dtype, and a convolution.
+    names = keywords.keys() - {"num_classes", "input_shape", "dtype", "conv"}
+    known = read_options(make, names)
+
     @functools.wraps(make)
     def checked(
         *, num_classes: int, input_shape: tuple[int, ...], **options: Any
@@ -53,6 +60,9 @@ def _only(make: F, kind: str, letters: str, rank: int) -> F:
                 f"{list(input_shape)}; it takes {kind} {letters}; allowed are "
                 f"{', '.join(fitting)}"
             )
+        for name, option in known.items():
+            if name in options:
+                option.checked(options[name])
         return make(num_classes=num_classes, input_shape=input_shape, **options)
 
     checked.input_rank = rank  # type: ignore[attr-defined]

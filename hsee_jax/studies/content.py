@@ -4,6 +4,7 @@ import contextlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +146,11 @@ def _options(path: Path, table: str, values: Mapping[str, Any]) -> dict[str, Any
                 raise UserError(f"{name}: is not allowed here; seeds gives the seeds")
             if name not in known:
                 raise unknown("option", name, (n for n in known if n not in SEEDS))
-        found = {name: known[name][1].checked(v) for name, v in values.items()}
+        # Only their types: each reader of an option has rules of its own.
+        found = {
+            name: replace(known[name][1], rules=(), names=()).checked(v)
+            for name, v in values.items()
+        }
     for name in {"data_dir", "pretrained"} & found.keys():
         with within(path, table):
             place = expand_home(found[name], name)

@@ -9,15 +9,15 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hsee_jax.config.presets import preset
 from hsee_jax.config.schema import Config
-from hsee_jax.config.values import override, settings
+from hsee_jax.config.values import SECTIONS, override, settings
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import text_of
+from hsee_jax.core.options import Option, text_of
 from hsee_jax.runs.folder import load_config
 from hsee_jax.studies.content import Content, read_content, within
 from hsee_jax.studies.study import Row, Study
@@ -35,8 +35,12 @@ def load(path: str | os.PathLike[str]) -> Study:
     path = Path(path)
     content = read_content(path)
     start = _start(path, content)
+    given = content.options
+    if "plugin" in given:  # the start needs its own as well
+        both = (*start.run.plugin, *given["plugin"])
+        given = {**given, "plugin": tuple(dict.fromkeys(both))}
     with within(path, "[options]"):
-        start = override(start, **content.options)
+        start = override(start, **given)
     rows = tuple(_rows(path, content, start))
     check_rows(str(path), rows)
     return Study(
@@ -73,13 +77,43 @@ def _rows(path: Path, content: Content, start: Config) -> Iterator[Row]:
     points = _points(path, content)
     for name, (shows, own) in (content.rows or {"": ("", {})}).items():
         with within(path, f"[rows.{name}]"):
-            config = override(start, **own)
+            config = _override(start, own, content.options)
         for point in points:
             parts = [f"{key}={_text(value)}" for key, value in point.items()]
             whole = ",".join([name, *parts] if name else parts)
             with within(path, f"[grid], {whole}"):
-                crossed = override(config, **point)
+                crossed = _override(config, point, {**content.options, **own})
             yield Row(whole, crossed, shows, table=name)
+
+
+def _override(
+    config: Config, changes: Mapping[str, Any], before: Mapping[str, Any]
+) -> Config:
+    """Override a configuration, and keep what was given before.
+
+    Args:
+      config: where ``before`` was given.
+      changes: they may name other entries, such as another network. An option that
+        these read with another default or other rules would start at its default.
+      before: what the entries do not read or do not allow has no effect.
+    """
+    config = override(config, **changes)
+    sections = [getattr(config, name) for name in SECTIONS]
+    read = {n: o for section in sections for n, o in section.active().items()}
+    kept = {
+        name: value
+        for name, value in before.items()
+        if name in read and name not in changes and _allows(read[name], value)
+    }
+    return override(config, **kept)
+
+
+def _allows(option: Option, value: Any) -> bool:
+    try:
+        option.checked(value)
+    except UserError:
+        return False
+    return True
 
 
 def _points(path: Path, content: Content) -> list[dict[str, Any]]:
