@@ -21,7 +21,13 @@ from hsee_jax.federation.branch import (
 from hsee_jax.federation.fused import joint_step
 from hsee_jax.federation.step import branch_step
 from hsee_jax.inference.gate import make_gate
-from hsee_jax.link import CODECS, sample_bytes
+from hsee_jax.link import (
+    CODECS,
+    carry_bytes,
+    pack_bytes,
+    sample_bytes,
+    unpack_bytes,
+)
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.model import init_network
 from hsee_jax.systems.traffic import nbytes
@@ -255,3 +261,20 @@ def test_the_bytes_of_a_message_are_those_of_its_arrays(link, dtype):
     width = jnp.dtype(dtype).itemsize
     each = {"full": 24 * width, "float16": 48, "int8": 24 + 8, "topk": 6 * (width + 2)}
     assert size == 6 * each[link]
+
+
+@pytest.mark.parametrize("rows", [3, 131_100])
+@pytest.mark.parametrize("size", [1, 255, 32_767, 16_388, 2**31 // 131_100 * 7])
+def test_bytes_of_many_large_rows_do_not_overflow(rows, size):
+    """In a step of many rows, and in a round of as many steps."""
+    up, down = jnp.full(rows, size, jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+    packed = pack_bytes(up, down)
+    expected = [rows * size, rows * (rows - 1) // 2]
+    assert unpack_bytes(packed).tolist() == expected
+    step = pack_bytes(jnp.array([size]), jnp.array([size]))
+
+    def add(total, _):
+        return carry_bytes(total + step), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros_like(step), length=rows)
+    assert unpack_bytes(total).tolist() == [rows * size] * 2

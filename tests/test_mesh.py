@@ -38,6 +38,7 @@ STRATEGIES = {
     "splitfed_v1": (splitfed_v1, {}),
     "fedavg": (fedavg, {}),
     "vicreg": (vicreg, {}),
+    "vicreg-epoch": (vicreg, {"turn": "epoch"}),
 }
 CUTS_OF = {"splitfed_v1": ALIKE, "fedavg": LAST}
 NOISE = PIPELINE._replace(augment=AUGMENTATIONS.make("noise"))
@@ -80,7 +81,7 @@ def check_devices(name, participation, counts, axis="vmap"):
     shards, few = tiny_shards(SIZES), participation < 1
     federation = tiny_federation(CUTS_OF.get(name, CUTS))
     given = {"participation": participation}
-    if name == "vicreg":
+    if name.startswith("vicreg"):
         given["pipeline"] = NOISE  # so that the two copies of a sample differ
     strategy = make(federation, **options)
     state, log = train(strategy, federation, shards, axis="loop", **given)

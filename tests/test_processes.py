@@ -47,22 +47,51 @@ def words(**flags):
 
 def start(tmp_path, request, count, **flags):
     """Starts the processes of a run, with two fake devices each, and waits."""
+    code = CODE.format(tests=str(request.path.parent))
+    place = f"localhost:{free_port()}"
+    common = words(**FLAGS, **flags, coordinator=place, num_processes=count)
+    command = [sys.executable, "-c", code, "train", "demo", *common]
+    return ended([*command, *words(process_id=index)] for index in range(count))
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    code = CODE.format(tests=str(request.path.parent))
-    common = words(**FLAGS, **flags, coordinator=f"localhost:{port}")
-    command = [sys.executable, "-c", code, "train", "demo", *common]
+        return free.getsockname()[1]
+
+
+def ended(commands):
+    """Starts processes at once, and waits for what they print and their status."""
     started = [
         subprocess.Popen(
-            [*command, *words(num_processes=count, process_id=index)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for index in range(count)
+        for command in commands
     ]
     return [(*process.communicate(timeout=240), process.wait()) for process in started]
+
+
+ASKED = """
+import sys
+sys.path.insert(0, {tests!r})
+from hsee_jax.parallel import join
+port, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+join("localhost:" + port, 2, index)
+import hsee_jax as hs
+config = hs.override(hs.preset("demo"), **{flags!r}, rounds=3)
+asked = []
+
+def stop():
+    asked.append(None)
+    return index == 1 and len(asked) > 1
+
+try:
+    hs.train(config, folder, stop=stop)
+except hs.core.Stopped as stopped:
+    print("stopped", stopped.rounds, stopped.steps)
+from pathlib import Path
+print("latest", sorted(path.name for path in Path(folder, "checkpoints").iterdir())[-1])
+"""
 
 
 def lines_of(folder):
@@ -102,6 +131,23 @@ def test_two_processes_equal_one(tmp_path, request, monkeypatch, strategy):
         for name, value in other["train"].items():
             np.testing.assert_allclose(one["train"][name], value, rtol=1e-3)
     assert len(alone.scores.clients) == len(summary["clients"]) == 5
+
+
+@pytest.mark.slow
+def test_processes_stop_together_though_one_is_asked_to(tmp_path, request, monkeypatch):
+    """And all find the checkpoint whole, which only the first one names."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    tests, port = str(request.path.parent), str(free_port())
+    code = ASKED.format(tests=tests, flags=FLAGS)
+    command = [sys.executable, "-c", code, port]
+    results = ended([*command, str(i), str(tmp_path / "run")] for i in range(2))
+    for out, error, status in results:
+        assert status == 0, error
+        lines = [line.split() for line in out.splitlines()]
+        ((_, rounds, steps),) = (words for words in lines if words[:1] == ["stopped"])
+        place = rounds if steps == "0" else f"{rounds}-{steps}"
+        assert ["latest", place] in lines
+        assert int(rounds) < 3
 
 
 def test_all_processes_refuse_a_folder_that_is_taken(tmp_path, request):

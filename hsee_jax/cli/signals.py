@@ -51,13 +51,8 @@ class StopSignals:
         self._stack.close()
 
     def __call__(self) -> bool:
-        """Return whether any process got a signal; every process must call this."""
-        from hsee_jax.parallel.processes import largest
-
-        number = largest(self.received)
-        if number:  # else a signal that comes meanwhile would be overwritten
-            self.received = self.received or number
-        return number > 0
+        """Return whether this process got a signal."""
+        return self.received > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

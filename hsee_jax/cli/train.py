@@ -59,7 +59,7 @@ def train(words: Sequence[str]) -> int | None:
         except Stopped as stopped:
             line = f"hsee: {stopped}; --resume --out {folder} continues it"
             print(line, file=sys.stderr)
-            return 128 + signals.received
+            return 128 + processes.largest(signals.received)
     if is_first:
         print_figures(summary.rounds, summary.scores, folder, as_json=False)
     return None

@@ -103,8 +103,7 @@ class HostStore:
         some = state.rows.replace(clients=copies(state.rows.clients))
         if not self._shared:
             some = some.replace(servers=copies(state.rows.servers))
-        if self._mesh is not None:
-            some = to_devices(some, self._mesh, self._layout)
+        some = to_devices(some, self._mesh, self._layout)
         if state.means:
             since = tuple(s[r] for s, r in zip(state.since, rows, strict=True))
             some = self._receive(some, state.means, since)

@@ -26,7 +26,8 @@ def place_data(
     """Put on each device the samples that its process needs.
 
     With one process these are all samples; with several, the samples of the clients in
-    the process's own slots.
+    the process's own slots, or all samples where the strategy has no `step` for all
+    clients at once.
 
     Returns:
       The samples, and each client's shard: indices in the samples, or with several

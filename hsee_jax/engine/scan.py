@@ -39,6 +39,7 @@ from hsee_jax.federation.state import (
     take_member,
 )
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.link.codecs import carry_bytes
 from hsee_jax.parallel.mesh import (
     CLIENTS,
     SAME,
@@ -173,7 +174,7 @@ def _all_at_once(
         state, metrics = strategy.step(
             carry.state, batches, inputs.order[t], inputs.learning_rates[t]
         )
-        totals = jax.tree.map(jnp.add, carry.totals, metrics)
+        totals = tuple(map(_added, carry.totals, metrics))
         due = due_after(strategy, "steps", number + 1)
         carry = Carry(state, carry.means, totals)
         return _average_if(strategy, due, carry, inputs.groups)
@@ -198,7 +199,9 @@ def _one_turn(
             jnp.concatenate([g.indices[t] for g in inputs.groups])[n],
             jnp.concatenate([g.mask[t] for g in inputs.groups])[n],
         )
-        batch = constrain(batch, mesh, PartitionSpec(CLIENTS))
+        # The key of a second copy of the samples has no rows to spread.
+        rows = constrain(batch._replace(key=None), mesh, PartitionSpec(CLIENTS))
+        batch = rows._replace(key=batch.key)
         turns = [_on_group(strategy, g) for g in range(len(sizes))]
         group_of, member_of = map(jnp.asarray, positions(sizes))
         state, metrics = jax.lax.switch(
@@ -212,7 +215,7 @@ def _one_turn(
         by_slot = jax.tree.map(
             lambda a: jnp.zeros((sum(sizes), *a.shape), a.dtype).at[n].set(a), metrics
         )
-        totals = jax.tree.map(jnp.add, carry.totals, split_stacks(by_slot, sizes))
+        totals = tuple(map(_added, carry.totals, split_stacks(by_slot, sizes)))
         steps, turns_left = jnp.divmod(k + 1, num_turns)
         due = due_after(strategy, "steps", inputs.first + steps)
         due = due if due is False else due & (turns_left == 0)
@@ -220,6 +223,12 @@ def _one_turn(
         return _average_if(strategy, due, carry, inputs.groups)
 
     return step
+
+
+def _added(totals: ExitMetrics, metrics: ExitMetrics) -> ExitMetrics:
+    """Add the figures of a step to those of the steps before."""
+    added = jax.tree.map(jnp.add, totals, metrics)
+    return added._replace(link=carry_bytes(added.link))
 
 
 def _on_group(strategy: Strategy, g: int) -> Callable:

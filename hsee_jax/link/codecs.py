@@ -213,17 +213,25 @@ def pack_bytes(up: Array, down: Array) -> Array:
     """Pack the bytes of a step so that sums over its rows and a round do not overflow.
 
     Args:
-      up: ``int32 [B]``, bytes of each row from the client; B is at most 32,768.
+      up: ``int32 [B]``, bytes of each row from the client; B is at most 2^23.
       down: ``int32 [B]``, bytes of each row to the client.
 
     Returns:
-      ``int32 [2, 2]``: up and down, each as a high and a low part. Up to 32,768 of them
-      can be added, to less than 2^46 bytes.
+      ``int32 [2, 2]``: up and down, each as a high and a low part, in all less than
+      2^46 bytes. Up to 65,538 of them can be added before `carry_bytes`.
     """
     rows = jnp.stack([up, down])
-    low = jnp.sum(rows & _LOW, axis=-1)
-    high = jnp.sum(rows >> _LOW_BITS, axis=-1) + (low >> _LOW_BITS)
-    return jnp.stack([high, low & _LOW], axis=-1)
+    lowest = jnp.sum(rows & 0xFF, axis=-1)
+    middle = jnp.sum((rows & _LOW) >> 8, axis=-1) + (lowest >> 8)
+    high = jnp.sum(rows >> _LOW_BITS, axis=-1) + (middle >> _LOW_BITS - 8)
+    low = ((middle & _LOW >> 8) << 8) + (lowest & 0xFF)
+    return jnp.stack([high, low], axis=-1)
+
+
+def carry_bytes(packed: Array) -> Array:
+    """Return a sum of `pack_bytes` with a low part as small as that of one of them."""
+    high, low = packed[..., 0], packed[..., 1]
+    return jnp.stack([high + (low >> _LOW_BITS), low & _LOW], axis=-1)
 
 
 def unpack_bytes(packed: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from hsee_jax.core.files import replace_file, sync_to_disk, writing
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.federation.state import RunState
-from hsee_jax.parallel.processes import is_first
+from hsee_jax.parallel.processes import in_first
 from hsee_jax.runs.checkpoint import Checkpoint, Writer
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.json_text import dumps
@@ -69,21 +70,19 @@ class MetricsLog(Callback):
 
     def on_round(self, record: RoundRecord, moment: Moment) -> None:
         """Append a line to ``metrics.jsonl``."""
-        if is_first():
-            path = self._folder / "metrics.jsonl"
-            with (
-                writing(path, hint=_RESUME),
-                path.open("a", encoding="utf-8") as file,
-            ):
-                file.write(dumps(record.to_json(), lines=True))
-                file.flush()
-                sync_to_disk(path)
+        in_first(partial(self._append, dumps(record.to_json(), lines=True)))
 
     def on_end(self, summary: Summary) -> None:
         """Write ``summary.json``."""
-        if is_first():
-            path = self._folder / "summary.json"
-            replace_file(path, dumps(summary.to_json()), hint=_RESUME)
+        path, text = self._folder / "summary.json", dumps(summary.to_json())
+        in_first(lambda: replace_file(path, text, hint=_RESUME))
+
+    def _append(self, line: str) -> None:
+        path = self._folder / "metrics.jsonl"
+        with writing(path, hint=_RESUME), path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            sync_to_disk(path)
 
 
 class Checkpoints(Callback):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.core.files import sync_to_disk, sync_tree
 from hsee_jax.core.types import PyTree
 from hsee_jax.parallel.processes import in_first, is_first
@@ -189,7 +189,8 @@ class Writer:
         traceback: TracebackType | None,
     ) -> None:
         """Wait for the last checkpoint."""
-        self.seal()
+        # After an error the other processes may be elsewhere; a stop they share.
+        self._seal(together=kind is None or issubclass(kind, Stopped))
 
     def save(
         self,
@@ -226,23 +227,34 @@ class Writer:
 
     def seal(self) -> None:
         """Wait for the checkpoint that is being written, and give it its name."""
+        self._seal(together=True)
+
+    def _seal(self, *, together: bool) -> None:
+        """Finish a checkpoint, and let the other processes wait for it."""
         if self._unsealed is None:
             return
         (folder, notes, response), self._unsealed = self._unsealed, None
         try:
             response.result()
-            if is_first():
-                (folder / NOTES).write_text(
-                    json.dumps(notes, indent=2), encoding="utf-8"
-                )
-                digests = json.dumps(compute_digests(folder), indent=2)
-                (folder / DIGESTS).write_text(digests, encoding="utf-8")
-                sync_tree(folder)
-                final = folder.with_name(folder.name.removesuffix(UNFINISHED))
-                remove(final)
-                folder.replace(final)
-                sync_to_disk(final.parent)
-                self._forget()
+        except Exception as error:
+            raise self._unwritten(folder, error) from error
+        if together:
+            in_first(partial(self._finish, folder, notes))
+        elif is_first():
+            self._finish(folder, notes)
+
+    def _finish(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        """Write what belongs to a checkpoint, and give its folder its name."""
+        try:
+            (folder / NOTES).write_text(json.dumps(notes, indent=2), encoding="utf-8")
+            digests = json.dumps(compute_digests(folder), indent=2)
+            (folder / DIGESTS).write_text(digests, encoding="utf-8")
+            sync_tree(folder)
+            final = folder.with_name(folder.name.removesuffix(UNFINISHED))
+            remove(final)
+            folder.replace(final)
+            sync_to_disk(final.parent)
+            self._forget()
         except Exception as error:
             raise self._unwritten(folder, error) from error
 

@@ -39,7 +39,8 @@ def convolution_of(
         conv = "grouped"
     elif conv == "auto":
         backend = backend_of(mesh)
-        here = backend == backend_of(None)
+        # All processes of a run need one program; the file is one of this machine.
+        here = backend == backend_of(None) and jax.process_count() == 1
         forms = tuple(read_forms().items()) if here else ()
         conv = FormTable(forms, auto_form(backend)) if forms else auto_form(backend)
     return {"conv": conv}

@@ -24,7 +24,7 @@ from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.federation.ridge import RIDGE
-from hsee_jax.parallel.processes import in_first
+from hsee_jax.parallel.processes import in_first, largest
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.clock import with_clock
@@ -148,7 +148,13 @@ def train_built(
         everything = (MetricsLog(folder), *callbacks, checkpoints)
         for callback in everything:
             stack.enter_context(callback)
-        loop = _Loop(phases, start, everything, stop, begin - start.wall_seconds)
+        loop = _Loop(
+            phases,
+            start,
+            everything,
+            lambda: largest(int(stop())) > 0,  # the processes stop together
+            begin - start.wall_seconds,
+        )
         return loop.run()
 
 
