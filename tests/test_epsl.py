@@ -14,7 +14,7 @@ from hsee_jax.algorithms import sequential, splitfed_v2
 from hsee_jax.core import Batch, UserError
 from hsee_jax.federation import Federation
 from hsee_jax.federation.state import RunState
-from hsee_jax.link import unpack_bytes
+from hsee_jax.link import topk, unpack_bytes
 
 RATE = np.float32(0.3)
 TOGETHER = {"turn": "together"}
@@ -159,6 +159,14 @@ def test_identical_clients_may_share_all_gradients():
         for share in (0.0, 1.0)
     ]
     assert_same(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shared_gradient_is_refused_where_links_differ():
+    codec = topk(keep_share=0.1, link_rates=(1.0, 2.0))
+    federation = federation_of({0: 1, 1: 1})._replace(codec=codec)
+    splitfed_v2(federation, **TOGETHER)
+    with pytest.raises(UserError, match="gradient_share: 0.5 is not allowed where lin"):
+        splitfed_v2(federation, **TOGETHER, gradient_share=0.5)
 
 
 def test_the_shared_gradient_of_a_linear_server_is_the_mean_by_hand():

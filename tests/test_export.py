@@ -221,6 +221,23 @@ def test_the_command_exports(run, monkeypatch, capsys):
     assert caches[0]["checkpoint"] == "best"
 
 
+def test_an_export_that_cannot_be_written_keeps_the_card_before(run, monkeypatch):
+    """The card describes the other files, so it is replaced last."""
+    out = run.parent / "again"
+    assert cli.main(["export", str(run), "--client", "1", "--out", str(out)]) == 0
+    before, written = (out / "card.json").read_bytes(), []
+
+    def replace(path, content, *rest):
+        written.append(path.name)
+        if path.name == "card.json":
+            raise UserError("out: full")
+
+    monkeypatch.setattr("hsee_jax.deployment.export.replace_file", replace)
+    assert cli.main(["export", str(run), "--client", "2", "--out", str(out)]) == 2
+    assert len(written) > 2 and written[-1] == "card.json"
+    assert (out / "card.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

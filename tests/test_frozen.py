@@ -84,6 +84,17 @@ def test_its_scores_are_those_of_an_exit():
     np.testing.assert_allclose(frozen.exit_scores(logits, labels), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("package", ["onnxruntime", "grpc"])
+def test_a_package_that_is_missing_is_one_line(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = "a package is missing; pip install numpy onnxruntime grpcio"
+    with pytest.raises(frozen.Failure, match=message):
+        if package == "grpc":
+            frozen.connect("localhost:1", None, 0, 1.0)
+        else:
+            frozen.Segment(tmp_path)
+
+
 def test_samples_that_the_segment_does_not_take_are_refused(tmp_path):
     card = {"input": {"shape": [2, 2, 1], "dtype": "uint8"}, "classes": 3}
     path, x = tmp_path / "data.npz", np.zeros((2, 2, 2, 1), np.uint8)

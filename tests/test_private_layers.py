@@ -1,6 +1,7 @@
 """Devices that keep their layers: the same run, and no layer on the wire."""
 
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ import hsee_jax as hs
 from hsee_jax.cli import main
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.core.errors import UserError
+from hsee_jax.deployment.box import Box
 from hsee_jax.deployment.bundle import check_detached
 from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.device import Device
-from hsee_jax.deployment.forms import Kind, Layers
+from hsee_jax.deployment.forms import Kind, Layers, client_shapes
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Closed, Refusal, pack
 from hsee_jax.deployment.remote_evaluation import RemoteEvaluation, unanswered
@@ -145,6 +147,17 @@ def test_a_device_exports_its_client(runs, tmp_path, capsys):
     for words in (["--client", "1"], ["--checkpoint", "best"], ["--width", "gated"]):
         assert main(["export", str(state), *words]) == 2
         assert "not allowed for the folder of a device" in capsys.readouterr().err
+    # A device that is never drawn keeps its first layers at the end.
+    never = tmp_path / "never"
+    shutil.copytree(state, never)
+    box = Box(never)
+    part = build_participant(json.loads(box.about()))
+    kept = box.load(client_shapes(part.strategy)[0], box.rounds()[-1])
+    for number in box.rounds():
+        (never / f"state-{number}").unlink()
+    box.save(kept._replace(round=0, since=0))
+    assert main(["export", str(never), "--out", str(tmp_path / "none")]) == 2
+    assert "holds no trained layers yet" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -297,6 +297,10 @@ def test_a_refitted_run_goes_on_with_the_exits_that_wait(tmp_path):
     assert again["link"] == summary["link"]
     assert {one["cut"] for one in again["link"]["cuts"]} == {2, 3}
     runs.refit(folder, data=DATA)
+    shares = [
+        (place / "partition.json").read_text() for place in (folder, folder / "refit")
+    ]
+    assert shares[0] == shares[1]  # with the cuts of round 1
     runs.train(config, folder / "refit", resume=True, data=DATA)
     assert int(runs.reopen(folder / "refit", data=DATA)[1].round) == 4
 

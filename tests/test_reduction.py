@@ -45,6 +45,11 @@ def test_a_share_leaves_out_what_fractions_say(count):
         assert num_trimmed(hundredths / 100, count) == exact.__floor__()
 
 
+@pytest.mark.parametrize("holders", range(6))
+def test_somebody_is_left_of_any_share(holders):
+    assert 2 * num_trimmed(0.49999999, holders) < max(holders, 1)
+
+
 def noise(strategy):
     """A state of noise, in which counts are 0."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from hsee_jax import cli, restore
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
+from hsee_jax.data import write_npz
 from hsee_jax.federation import forward, gram, merge, solve
 from hsee_jax.federation.last_layer import find_last, last_inputs
 from hsee_jax.federation.ridge import RIDGE, TARGET
@@ -289,6 +290,40 @@ def test_the_new_folder_says_what_the_run_began_from(run, tmp_path):
     refit(folder)
     assert read_config(folder / "refit").model.pretrained == weights
     assert read_history(folder / "refit").settings["pretrained"] == weights
+
+
+def test_a_fit_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = sorted(path.name for path in folder.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hsee_jax.runs.checkpoint.compute_digests", full)
+        with pytest.raises(UserError, match="No space left .*; nothing is kept"):
+            refit(folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    refit(folder)
+    assert (folder / "refit" / "refit.json").is_file()
+
+
+def test_the_folder_of_the_data_is_kept_whole(tmp_path, monkeypatch):
+    """A run and its fit may be opened from anywhere."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 10
+    write_npz(tmp_path / "own", (x, y, x[:20], y[:20]))
+    config = override(
+        preset("demo"),
+        **TINY | {"num_clients": 2, "cuts": ("1",), "rounds": 1, "dataset": "npz"},
+        data_dir=str(tmp_path / "own"),
+    )
+    train(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    refit("run", data_dir="own")
+    kept = read_config(tmp_path / "run" / "refit").data.data_dir
+    assert kept == str((tmp_path / "own").resolve())
 
 
 def test_exits_are_fitted_in_training(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Run folders: resuming, restoring, diverging."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from hsee_jax.data.partition import Share, hold_out
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.inference.study import study
 from hsee_jax.optim import SCHEDULES
+from hsee_jax.runs.checkpoint_folder import find_places
 from hsee_jax.runs.data import build_data
 from hsee_jax.runs.folder import check_partition, read_config
 
@@ -125,6 +127,21 @@ def test_samples_of_the_clients_themselves_are_named(tmp_path):
     check_partition(tmp_path, [share._replace(cut=2) for share in own])
     with pytest.raises(UserError, match="samples: .* needs --samples 4 9"):
         check_partition(tmp_path, own[:1])
+    for damaged in ("null", "{}", "[1]"):
+        (tmp_path / "partition.json").write_text(damaged)
+        with pytest.raises(UserError, match="partition.json is damaged"):
+            check_partition(tmp_path, own)
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_refused(
+    tmp_path, monkeypatch
+):
+    def closed(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(UserError, match="run: .* cannot be read: Permission denied"):
+        find_places(tmp_path)
 
 
 def test_the_same_dataset_in_another_order_is_refused(tmp_path):

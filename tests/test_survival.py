@@ -287,6 +287,12 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     shutil.rmtree(killed / "checkpoints")
     (killed / "checkpoints" / "1.tmp" / "state").mkdir(parents=True)
     (killed / "metrics.jsonl").write_text('{"round": 1, "sec')
+    (killed / "refit").mkdir()
+    for name in ("summary.json", "refit"):
+        with pytest.raises(UserError, match=f"no checkpoint any more, but {name}; all"):
+            runs.train(config, killed, resume=True)
+        assert (killed / name).exists()
+        (killed / name).unlink() if name == "summary.json" else (killed / name).rmdir()
     runs.train(config, killed, resume=True)
     assert "begins anew" in caplog.text
     assert_same_run(tmp_path / "whole", killed)

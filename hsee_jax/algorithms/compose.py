@@ -35,6 +35,11 @@ from hsee_jax.optim.optimizers import Optimizer, alone, counts_steps, with_merge
 def compose(federation: Federation, properties: Properties) -> Strategy:
     """Make a strategy; for its errors see `Properties`."""
     properties.check()
+    if properties.gradient_share and federation.codec.init_client is not None:
+        raise UserError(
+            f"gradient_share: {properties.gradient_share} is not allowed where links "
+            "differ, as all clients of a cut get the same rows; allowed is 0"
+        )
     if not properties.period:
         properties = properties._replace(average="none")
     shared, boundary = properties.shared, properties.boundary

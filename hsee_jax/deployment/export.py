@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError, unknown
-from hsee_jax.core.files import writing
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.deployment import frozen
@@ -116,13 +116,13 @@ def export_device(
     place = Path(state) / "export" if out is None else Path(out)
     _check(place)
     part = build_participant(json.loads(box.about()), plugins)
-    if not box.rounds():
+    like, rounds = client_shapes(part.strategy)[0], box.rounds()
+    kept = box.load(like, rounds[-1]) if rounds else None
+    if kept is None or kept.round == kept.since == 0:  # drawn, and never trained
         raise UserError(
-            f"state: {state} holds no layers yet; allowed is the folder of a device "
-            "that has trained a round"
+            f"state: {state} holds no trained layers yet; allowed is the folder of a "
+            "device that has trained a round"
         )
-    like = client_shapes(part.strategy)[0]
-    kept = box.load(like, box.rounds()[-1])
     trained = Trained(
         part.client,
         part.config,
@@ -266,9 +266,11 @@ def _known(path: Path, rounds: int, i: int) -> Figures:
 
 
 def _write(files: dict[str, bytes], folder: Path) -> None:
+    """Write an export; its card, which describes the others, comes last."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(files, key=_CARD.__eq__):
+        replace_file(folder / name, files[name])
+    with writing(folder):
         for name in {ONNX, FROZEN} - files.keys():
             (folder / name).unlink(missing_ok=True)  # of an earlier export
-        for name, content in files.items():
-            (folder / name).write_bytes(content)

@@ -22,6 +22,7 @@ _VERSION = 1  # of the protocol
 _TRAIN, _END, _EVALUATE = 1, 2, 3  # what a server asks for; it may also say: wait
 _BATCHES = 1  # the stream of the draws of batches, see `hsee_jax.engine.plan`
 _CALL_S, _PAUSE_S = 60.0, 2.0
+_NEEDS = "a package is missing; pip install numpy onnxruntime grpcio"
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _DTYPES: dict[str, Any] = {
     "U8": np.dtype(np.uint8),
@@ -80,10 +81,12 @@ class Segment:
         """Read ``segment.onnx`` and ``card.json``.
 
         Raises:
-          Failure: one of them is missing or not valid.
+          Failure: one of them is missing or not valid, or onnxruntime is missing.
         """
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise Failure(f"segment: {_NEEDS}") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         try:
@@ -232,10 +235,13 @@ def connect(
     """Return a function that calls a server, and calls again if it was away.
 
     Raises:
-      Failure: the address or the keys are not allowed, or a call has failed for good.
+      Failure: the address or the keys are not allowed, a call has failed for good, or
+        grpcio is missing.
     """
-    import grpc
-
+    try:
+        import grpc
+    except ImportError as error:
+        raise Failure(f"server: {_NEEDS}") from error
     if (keys is None) == (client is None):
         raise Failure("client: is needed without --keys, and not allowed with it")
     options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]

@@ -157,8 +157,9 @@ def check_trimmed(share: float, holders: int, who: str) -> None:
 
 
 def num_trimmed(share: float, holders: int) -> int:
-    """Return how many holders a trimmed mean leaves out at each end."""
-    return int(round(share * holders, 6))  # 0.29 of 100 are 29, and not 28.99...
+    """Return how many holders a trimmed mean leaves out at each end; some are left."""
+    rounded = int(round(share * holders, 6))  # 0.29 of 100 are 29, and not 28.99...
+    return min(rounded, max(holders - 1, 0) // 2)
 
 
 def _median(ordered: Array, count: Array) -> Array:

@@ -163,7 +163,12 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, after: Checkpoint | None = None
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        after: Checkpoint | None = None,
+        hint: str = "--resume continues from the last one",
     ) -> None:
         """Choose a folder.
 
@@ -172,9 +177,11 @@ class Writer:
           keep: the number of latest checkpoints to keep, in addition to the best.
           after: the latest checkpoint that `find` found; later checkpoints are damaged,
             and are renamed.
+          hint: what the error says of a checkpoint that cannot be written.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._folder, self._keep, self._after = folder, keep, after
+        self._hint = hint
         self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
 
     def __enter__(self) -> "Writer":
@@ -287,7 +294,7 @@ class Writer:
         shutil.rmtree(folder, ignore_errors=True)  # make room on a full disk
         return UserError(
             f"out: a checkpoint cannot be written to {self._folder}: {_reason(error)}; "
-            "--resume continues from the last one"
+            f"{self._hint}"
         )
 
 

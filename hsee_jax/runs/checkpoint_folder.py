@@ -21,7 +21,10 @@ def find_places(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def _in(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"run: {folder} cannot be read: {error.strerror}") from error
 
 
 def read_score(folder: Path) -> float:

@@ -210,9 +210,14 @@ def check_partition(folder: Path, shares: Sequence[Share]) -> None:
         stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # it is lost, and `train` writes it anew
+    if not isinstance(stored, list) or not all(isinstance(o, dict) for o in stored):
+        raise UserError(
+            f"run: {folder / 'partition.json'} is damaged; allowed are shares, or no "
+            "such file"
+        )
     found = [share._asdict() | {"cut": 0} for share in shares]
     same = [one | {"cut": 0} for one in stored] == found
-    own = [str(one["samples"]) for one in stored if one.get("indices") == []]
+    own = [str(one.get("samples")) for one in stored if one.get("indices") == []]
     if own and not same:
         raise UserError(
             f"samples: the clients of {folder} have samples of their own, which are "

@@ -1,12 +1,15 @@
 """Fit the exits of a run exactly, and write the result as a new run."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.files import replace_file
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.engine.refit import ExitFit
 from hsee_jax.federation.ridge import RIDGE
@@ -84,8 +87,7 @@ def refit(
     out = folder / "refit" if out is None else Path(out)
     check_name(out)
     check_writable(out)
-    if out.exists():
-        raise UserError(f"out: {out} exists already; allowed is a new folder")
+    _check_new(out)
     phases, origin = reopen_phases(folder, which, data_dir=data_dir, data=data)
     experiment = phases.at(origin.number)
     stored = load(origin, experiment.store.checkpoint_shapes())
@@ -100,18 +102,40 @@ def refit(
     records = (*records[:-1], *(_refitted(last, found) for last in records[-1:]))
     pretrained = read_config(folder).model.pretrained  # `reopen_phases` has left it out
     config = override(experiment.config, pretrained=pretrained)
-    with sole_writer(out):
+    manifest = phases.at(1).manifest  # it has the cuts of the first round
+    with _whole(out) as part:
         start = Start(state, records)
-        prepare_folder(out, experiment._replace(config=config), start)
+        first = experiment._replace(config=config, manifest=manifest)
+        prepare_folder(part, first, start)
         notes = {"score": found.after.mean_server_accuracy}
-        with Writer(out / "checkpoints", keep=1) as writer:
+        with Writer(part / "checkpoints", keep=1, hint="nothing is kept") as writer:
             checkpoint = experiment.store.to_checkpoint(state)
             writer.save(int(state.round), 0, checkpoint, notes, shelf)
-        replace_file(out / "refit.json", dumps(found.to_json()))
+        replace_file(part / "refit.json", dumps(found.to_json()))
         if len(records) == experiment.cadence.rounds:
             summary = summarize(results, records, experiment.bytes_by_cut())
-            replace_file(out / "summary.json", dumps(summary.to_json()))
+            replace_file(part / "summary.json", dumps(summary.to_json()))
     return found
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """Yield a folder that gets the name ``out`` when it is whole; remove it else."""
+    part = out.with_name(f"{out.name}.tmp")
+    with sole_writer(part):
+        try:
+            yield part
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    _check_new(out)
+    with writing(out):
+        part.replace(out)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"out: {out} exists already; allowed is a new folder")
 
 
 def _refitted(record: RoundRecord, found: Refit) -> RoundRecord:

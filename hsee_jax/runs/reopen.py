@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hsee_jax.config.values import override
+from hsee_jax.core.paths import expand_home
 from hsee_jax.core.types import Dataset
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
@@ -62,7 +63,8 @@ def reopen_phases(
     config = override(read_config(folder), pretrained=None)  # weights are stored
     check_layers(config)
     if data_dir is not None:
-        config = override(config, data_dir=data_dir)
+        place = expand_home(data_dir, "data_dir").resolve()
+        config = override(config, data_dir=str(place))
     source = data_source(config.data, data)
     check_info(folder, source.info, own_field(config.data))
     checkpoint = checkpoint_of(folder, which)

@@ -75,6 +75,7 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     checkpoint = _latest(folder, journal)
     experiment = phases.at(1)
     if checkpoint is None:
+        _check_begins(folder)
         _log.warning("%s has no checkpoint; the run begins anew", folder)
         return Start(experiment.init(), joined=True)
     rounds = experiment.cadence.rounds
@@ -107,6 +108,20 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
     begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
     return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def _check_begins(folder: Path) -> None:
+    """Refuse to begin anew where a checkpoint has been, as it would remove the rest.
+
+    Raises:
+      UserError: the folder holds what only a finished checkpoint can be made into.
+    """
+    for name in ("summary.json", "refit", "gate", "export", "interactions"):
+        if (folder / name).exists():
+            raise UserError(
+                f"run: {folder} has no checkpoint any more, but {name}; allowed is "
+                "--overwrite, which removes it and begins anew"
+            )
 
 
 def _latest(folder: Path, journal: str | None) -> Checkpoint | None:
