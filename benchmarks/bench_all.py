@@ -11,6 +11,8 @@ for some minutes use experiments/accelerator.py, which calls this script.
 
 import argparse
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,13 +52,15 @@ def default_backend() -> str:
 def run(arguments: list[str], *, seconds: float) -> str:
     """Run a script of this folder, and return how it ended."""
     script, *rest = arguments
-    try:
-        done = subprocess.run(
-            [sys.executable, str(HERE / script), *rest], timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"took more than {seconds:.0f} s"
-    return "done" if done.returncode == 0 else f"failed, status {done.returncode}"
+    command = [sys.executable, str(HERE / script), *rest]
+    with subprocess.Popen(command, start_new_session=True) as part:
+        try:
+            status = part.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # With the processes it has started, which would disturb the next parts.
+            os.killpg(part.pid, signal.SIGKILL)
+            return f"took more than {seconds:.0f} s"
+    return "done" if status == 0 else f"failed, status {status}"
 
 
 def main() -> None:

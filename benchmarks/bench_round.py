@@ -161,6 +161,8 @@ def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.
         if baseline is not None:
             found, differences[strategy] = _pytorch_calls(runner, size, compile_mode)
             calls |= {f"{name} {strategy}": call for name, call in found.items()}
+        else:
+            runner()  # compiles, as the round that PyTorch is compared with does
     before = bench.work()
     timings = bench.time_in_turns(calls, repeats=size.repeats, warmups=size.warmups)
     elsewhere = bench.cores_elsewhere(before)

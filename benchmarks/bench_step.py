@@ -4,7 +4,8 @@ Shows: the seconds that XLA's operations take in a step, by what they are for:
 convolutions (their products and their changes of layout), normalisation, activations
 with shortcuts, the heads, and the rest with the optimizer and the checks for finite
 values; and how many operations there are. Two cores work at once, so the sum over the
-operations can exceed the time of the step.
+operations can exceed the time of the step; it falls short of it by the operations that
+XLA adds without a place in the program, such as copies, and by the time between all.
 Expected: convolutions take most of a step at width 64, and less at width 8.
 Cost: about 3 minutes on two CPU cores.
 Command: python benchmarks/bench_step.py

@@ -13,6 +13,8 @@ from hsee_jax.deployment.protocol import digest
 from hsee_jax.deployment.reception import serve
 from hsee_jax.runs.material import shares
 
+LONGEST_S = 300  # of a run in the tests; without an end a fault would wait for ever
+
 # A run of three rounds, as flags; a client has ten samples, in batches of 4, 4 and 2.
 SMALL = dict(
     network="mlp",
@@ -70,11 +72,15 @@ class Network:
     def serve(self, config=None, **options):
         """Serve the run until it ends, or is killed; it may go on in another way."""
         self._config = config or self._config
-        run, stop = self._folder / "run", lambda: bool(self.failures)
+        run, end = self._folder / "run", time.monotonic() + LONGEST_S
+
+        def stop():
+            return bool(self.failures) or time.monotonic() > end
+
         try:
             summary = serve(self._config, run, self._doors, stop=stop, **options)
         except Stopped:
-            raise self.failures[0] from None
+            raise (self.failures or [TimeoutError("the run does not end")])[0] from None
         self.ended = True
         return summary
 

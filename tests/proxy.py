@@ -26,13 +26,15 @@ class Proxy:
       down: bytes that it has passed on to clients.
       accepted: connections that it has forwarded.
       refused: connections that it has cut at once.
+      disturbed: chunks that it has changed or thrown away, and connections that it has
+        cut in the middle.
       delay: seconds that each chunk of at most 64 KiB waits on its way.
       change: what to pass on instead of a chunk: (chunk) -> some chunks.
     """
 
     def __init__(self, target: int, *, delay: float = 0.0):
         """Listen on a free port, and forward to another."""
-        self.up = self.down = self.accepted = self.refused = 0
+        self.up = self.down = self.accepted = self.refused = self.disturbed = 0
         self.delay, self.change = delay, lambda chunk: [chunk]
         self._target = target
         self._mode = "pass"  # or "drop", "refuse"
@@ -54,6 +56,11 @@ class Proxy:
 
     def cut(self):
         """Cut all connections, in the middle of what they carry."""
+        with self._lock:
+            self.disturbed += len(self._ends)
+        self._reset()
+
+    def _reset(self):
         with self._lock:
             for end in self._ends:
                 _end(end, reset=True)
@@ -86,7 +93,8 @@ class Proxy:
 
     def close(self):
         """Stop listening, cut all connections, and wait for the threads."""
-        self.refuse()
+        self._mode = "refuse"
+        self._reset()
         _end(self._listener)
         for thread in self._threads:  # the first starts others until it ends
             thread.join()
@@ -135,9 +143,11 @@ class Proxy:
         with contextlib.suppress(OSError):
             while chunk := source.recv(_CHUNK):
                 time.sleep(self.delay)
-                if self._mode == "drop" or source in self._forgotten:
-                    continue
-                for part in self.change(chunk):
+                lost = self._mode == "drop" or source in self._forgotten
+                parts = [] if lost else self.change(chunk)
+                with self._lock:
+                    self.disturbed += parts != [chunk]
+                for part in parts:
                     sink.sendall(part)
                     with self._lock:
                         setattr(self, way, getattr(self, way) + len(part))

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from client_devices import small_run
+from client_devices import LONGEST_S, small_run
 
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError
@@ -56,11 +56,11 @@ class Devices:
 
 
 def serve_by(ask, folder, config=CONFIG, **options):
-    courier = Courier(ask)
+    courier, end = Courier(ask), time.monotonic() + LONGEST_S
 
     def stop():
         courier.check()
-        return False
+        return time.monotonic() > end
 
     options = dict(stop=stop, check=check_detached) | options
     return serve(config, folder, courier.doors, **options)

@@ -154,9 +154,8 @@ def test_a_round_is_that_of_its_participants(fleet, case):
         boundary=changes.get("boundary", "detached"),
         gradient_share=changes.get("gradient_share", 0.0),
     )
-    assert len(
-        {len(experiment.plan(n).ids[experiment.plan(n).active]) for n in range(3)}
-    )
+    taking_part = [experiment.plan(n).active.sum() for n in range(3)]
+    assert min(taking_part) < 4
     for number in range(3):
         plan = experiment.plan(number)
         here = sorted(plan.ids[plan.active].tolist())

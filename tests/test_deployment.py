@@ -5,7 +5,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from client_devices import serve_in_process
+from client_devices import Network, serve_in_process
 from tiny import TINY
 
 import hsee_jax as hs
@@ -13,6 +13,7 @@ from hsee_jax.cli import main
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import ExitMetrics, Metrics
 from hsee_jax.deployment.server import over_network
+from hsee_jax.deployment.types import PATIENT
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.participant import build_participant
@@ -127,11 +128,48 @@ def test_a_joint_boundary_equals_the_simulation_up_to_rounding(changes, tmp_path
     [
         (dict(strategy="fedavg", cuts=("3",)), "strategy: fedavg is not allowed"),
         (dict(strategy="averaging", period_unit="steps"), "period_unit: steps"),
+        (dict(recuts=("2:1",)), "recuts: not allowed with clients on a network"),
+        (dict(pretrained="w.safetensors"), "pretrained: not allowed with clients on"),
+        (dict(refit_exits_every=1), "refit_exits_every: not allowed with clients on"),
+        (dict(link="topk"), "link: topk is not allowed with clients on a network"),
+        (dict(partition="views"), "partition: views is not allowed with clients on"),
     ],
 )
 def test_what_devices_cannot_do_is_refused(changes, error):
     with pytest.raises(UserError, match=error):
         build_served(hs.override(SMALL, **changes))
+
+
+def test_flags_of_the_server_reach_it(monkeypatch, tmp_path):
+    """Its patience, the bound of features, and the samples of the clients."""
+    found = {}
+
+    def serve(config, folder, doors, **options):
+        found.update(options, config=config)
+        raise UserError("run: enough")
+
+    monkeypatch.setattr("hsee_jax.deployment.reception.serve", serve)
+    words = "serve --listen localhost:0 --num-clients 2 --cuts 1 --samples 4 9"
+    limits = "--min-clients 2 --max-refusals 7 --feature-bound 9.5 --deadline 3"
+    assert main([*words.split(), *limits.split(), "--out", str(tmp_path / "x")]) == 2
+    assert found["samples"] == [4, 9]
+    assert found["bound"] == 9.5
+    assert (found["patience"].min_clients, found["patience"].max_refusals) == (2, 7)
+    assert found["config"].clients.deadline == 3.0
+    assert main(["serve", "--listen", "localhost:0", "--feature-bound", "-1"]) == 2
+
+
+def test_a_deadline_of_the_configuration_leaves_an_absent_client_out(tmp_path):
+    """The server does not wait for it for ever, and the other trains on."""
+    config = hs.override(SMALL, deadline=1.0)
+    network = Network(config, tmp_path)
+    network.start(0)
+    network.start(1)
+    summary = network.serve(patience=PATIENT._replace(min_clients=2))
+    network.join()
+    assert summary.missed_rounds == config.run.rounds
+    records = read_records(tmp_path / "run")
+    assert all(record.missed == [2] for record in records)
 
 
 def test_a_momentum_of_averages_needs_all_averages(tmp_path):

@@ -230,6 +230,7 @@ def test_bytes_may_be_disturbed(act, keys, simulated, tmp_path, caplog, monkeypa
     config = small_run()
     network = GrpcNetwork(config, tmp_path, keys, act)
     network.serve()
+    assert network.proxy.disturbed > 0 or network.proxy.delay > 0
     assert_undisturbed(tmp_path / "run", simulated(config), caplog)
 
 

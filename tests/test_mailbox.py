@@ -47,7 +47,7 @@ def test_a_client_that_is_late_is_absent_in_the_round():
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_client_is_not_late_because_the_server_waited_for_another(waits):
     """Client 0 is off. Client 1 needs half of the deadline, but for its waiting."""
-    steps, asked = 8, 0.4
+    steps, asked = 8, 1.5
     mailbox = mailbox_of(0, 1, 2, steps=steps, deadline_s=asked)
 
     def device(i):

@@ -143,6 +143,26 @@ def test_a_dead_link_says_nothing(proxy):
     assert_works(proxy)
 
 
+def test_it_changes_bytes_and_counts_what_it_changed(proxy):
+    with connect(proxy) as connection:
+        ask(connection)
+        assert proxy.disturbed == 0
+        proxy.change = lambda chunk: [chunk.upper()]
+        assert ask(connection) == 2 * b"HELLO"
+        assert proxy.disturbed == 2 - 1  # the answer is in capitals already
+
+
+def test_it_forgets_the_connections_that_are_there(proxy):
+    with connect(proxy) as connection:
+        ask(connection)
+        proxy.forget()
+        connection.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            ask(connection)
+        assert proxy.disturbed == 1
+        assert_works(proxy)
+
+
 def test_without_a_server_it_refuses(server):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]

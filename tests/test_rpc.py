@@ -385,6 +385,7 @@ def test_a_signal_ends_server_and_devices(number, tmp_path):
         )
         metrics = out / "metrics.jsonl"
         while not metrics.exists() or not metrics.read_text():
+            assert server.poll() is None
             time.sleep(0.1)
         server.send_signal(number)
         assert server.wait(60) == 128 + number

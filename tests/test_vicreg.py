@@ -20,6 +20,7 @@ from tiny import (
     tiny_model,
     tiny_shards,
 )
+from torch_networks import import_torch
 
 import hsee_jax as hs
 from hsee_jax import cli
@@ -92,7 +93,7 @@ def test_the_loss_is_that_of_the_real_rows(padding):
 
 @pytest.mark.slow
 def test_the_loss_and_its_gradient_are_those_of_torch():
-    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    torch = import_torch()
     pair = [torch.tensor(copy, requires_grad=True) for copy in copies_of(9, 6, seed=1)]
     total = 25 * torch.nn.functional.mse_loss(*pair)
     for copy in pair:
