@@ -37,6 +37,8 @@ HEADLINE_ROWS = (
     "averaging-mixed",
     "local-mixed",
 )
+# Training images of the studies that are scored on the 3,000 behind them.
+HELD_OUT = {"cifar10-w16-recipe": 30_000, "why-averaging": 12_000}
 INTRODUCTION = """\
 <!-- `python experiments/tables.py` writes this page; do not edit it. -->
 # Accuracy
@@ -64,18 +66,25 @@ def accuracy() -> str:
     parts.append(studies.row_list(found[SHARED][0]))
     for name, (study, results) in found.items():
         if results:
-            command = f"hsee sweep experiments/{name}/study.toml"
-            parts += [
-                f"## {study.title}",
-                studies.page(study, results),
-                f"Command: `{command} --out experiments/{name}`",
-            ]
+            parts += [f"## {study.title}", studies.page(study, results), _command(name)]
     missing = {name: study for name, (study, results) in found.items() if not results}
     if missing:
         parts.append("## Not run")
         parts.append("No machine has run these studies yet:")
         parts.append(_missing(missing))
     return "\n\n".join(parts) + "\n"
+
+
+def _command(name: str) -> str:
+    """Return what trains the runs of a study, with the samples held out before."""
+    sweep = f"hsee sweep experiments/{name}/study.toml --out experiments/{name}"
+    if name not in HELD_OUT:
+        return f"Command: `{sweep}`"
+    hold_out = f"hold_out.py cifar10 --train {HELD_OUT[name]} --held-out 3000"
+    return (
+        f"Commands: `python experiments/{hold_out} --out OUT`, then "
+        f"`{sweep} --data-dir OUT`"
+    )
 
 
 def _missing(found: dict[str, studies.Study]) -> str:
