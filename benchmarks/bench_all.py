@@ -56,10 +56,12 @@ def run(arguments: list[str], *, seconds: float) -> str:
     with subprocess.Popen(command, start_new_session=True) as part:
         try:
             status = part.wait(seconds)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             # With the processes it has started, which would disturb the next parts.
             os.killpg(part.pid, signal.SIGKILL)
-            return f"took more than {seconds:.0f} s"
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"took more than {seconds:.0f} s"
+            raise
     return "done" if status == 0 else f"failed, status {status}"
 
 

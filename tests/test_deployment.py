@@ -140,7 +140,7 @@ def test_what_devices_cannot_do_is_refused(changes, error):
         build_served(hs.override(SMALL, **changes))
 
 
-def test_flags_of_the_server_reach_it(monkeypatch, tmp_path):
+def test_flags_of_the_server_reach_it(monkeypatch, tmp_path, capsys):
     """Its patience, the bound of features, and the samples of the clients."""
     found = {}
 
@@ -156,7 +156,9 @@ def test_flags_of_the_server_reach_it(monkeypatch, tmp_path):
     assert found["bound"] == 9.5
     assert (found["patience"].min_clients, found["patience"].max_refusals) == (2, 7)
     assert found["config"].clients.deadline == 3.0
+    capsys.readouterr()
     assert main(["serve", "--listen", "localhost:0", "--feature-bound", "-1"]) == 2
+    assert "feature_bound: -1.0 is not allowed" in capsys.readouterr().err
 
 
 def test_a_deadline_of_the_configuration_leaves_an_absent_client_out(tmp_path):

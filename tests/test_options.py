@@ -121,6 +121,11 @@ def test_options_are_read_from_annotations():
         read_options(either, ["size"])
     assert read_options(either, ["sizes"])["sizes"].default == (3, 3)
 
+    def perhaps(*, sizes: tuple[int, ...] | None = None):
+        """Take several, or none."""
+
+    assert read_options(perhaps, ["sizes"])["sizes"].default is None
+
 
 @pytest.fixture
 def registry():

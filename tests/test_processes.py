@@ -113,10 +113,8 @@ def test_two_processes_equal_one(tmp_path, request, monkeypatch, strategy):
         assert status == 0, error
     assert "round 2/2" in results[0][1]
     assert "client" in results[0][0]
-    lines = results[1][0].splitlines()
-    # Gloo's threads print too, into each other's lines
-    ours = (line for line in lines if not line.startswith("[Gloo]"))
-    assert [line for line in ours if line and "peer ranks" not in line] == []
+    for said in results[1][:2]:  # Gloo's threads print, and into each other's lines
+        assert "client" not in said and "round" not in said
 
     summary = json.loads((two / "summary.json").read_text())
     assert summary["device"] == "4 x cpu"

@@ -478,7 +478,16 @@ def test_a_run_of_other_settings_is_replaced_only_if_asked(
     with pytest.raises(hsee_jax.UserError, match="another rounds; .*--overwrite"):
         studies.train_run(longer, tmp_path)
     studies.train_run(longer, tmp_path, overwrite=True)
-    assert calls == [(False, False), (True, False), (False, True)]
+    studies.train_run(one, tmp_path, overwrite=True)  # without any checkpoint
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    studies.train_run(one, tmp_path, overwrite=True)
+    assert calls == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
 
 
 def test_a_run_that_diverges_is_a_result(write, tmp_path, monkeypatch):

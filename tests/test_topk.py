@@ -73,6 +73,7 @@ def test_a_faster_link_keeps_more():
         assert sizes.tolist() == [6 * n for n in kept[-1]]
     assert kept == [[n] * 3 for n in (2, 6, 4, 20, 2)]
     assert codec.init(SAMPLE).kept == 2
+    assert topk(keep_share=0.1, link_rates=(3.0, 3.0)).init_client is None
 
 
 def test_feedback_makes_good_what_was_missed():

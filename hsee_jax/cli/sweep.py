@@ -88,8 +88,7 @@ def _train(
             out,
             jobs=given.jobs,
             overwrite=given.overwrite,
-            # Only look at the number: a call would start the devices of this process.
-            stop=lambda: signals.received > 0 or time.monotonic() > end,
+            stop=lambda: signals() or time.monotonic() > end,
             setup=partial(_set_up, chosen),
             on_end=_tell,
         )

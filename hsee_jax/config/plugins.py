@@ -1,5 +1,6 @@
 """Plugins: a user's modules, imported so that what they register can be named."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -18,8 +19,8 @@ def load_plugins(names: Iterable[str]) -> None:
     Raises:
       PluginError: a module is not there, or it cannot be imported.
     """
-    folder = os.getcwd()
     for name in names:
+        folder = os.getcwd()
         sys.path.insert(0, folder)
         try:
             importlib.import_module(name)
@@ -30,4 +31,5 @@ def load_plugins(names: Iterable[str]) -> None:
                 "; allowed is a module on Python's path or in the current folder"
             ) from error
         finally:
-            sys.path.remove(folder)  # the module may have put others before it
+            with contextlib.suppress(ValueError):  # the module may have changed it
+                sys.path.remove(folder)

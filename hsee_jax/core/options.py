@@ -176,7 +176,7 @@ def _read(name: str, hint: Any, default: Any) -> Option:
     return Option(
         name,
         kind,
-        tuple(default) if many else default,
+        tuple(default) if isinstance(default, list) else default,
         help=next((extra for extra in extras if isinstance(extra, str)), ""),
         rules=tuple(extra for extra in extras if isinstance(extra, Rule)),
         names=next((e.names for e in extras if isinstance(e, Choices)), ()),

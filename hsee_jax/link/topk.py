@@ -108,7 +108,7 @@ def _codec(shares: Sequence[float], *, feedback: bool) -> Codec:
         encode=encode,
         decode=_dense,
         nbytes=_nbytes,
-        init_client=init_client if len(shares) > 1 else None,
+        init_client=init_client if len(set(shares)) > 1 else None,
         for_evaluation=for_evaluation if feedback else None,
     )
 

@@ -43,10 +43,11 @@ def tables_only(make: F) -> F:
 
 
 def _only(make: F, kind: str, letters: str, rank: int) -> F:
-    keywords = inspect.signature(make).parameters
-    # The others may also be given as what they name: a dtype, and a convolution.
-    names = keywords.keys() - {"num_classes", "input_shape", "dtype", "conv"}
-    known = read_options(make, names)
+    keywords = inspect.signature(make).parameters.values()
+    options = [own for own in keywords if own.kind is own.KEYWORD_ONLY]
+    names = [own.name for own in options if own.default is not own.empty]
+    # These may also be given as what they name.
+    known = read_options(make, [n for n in names if n not in ("dtype", "conv")])
 
     @functools.wraps(make)
     def checked(

@@ -21,7 +21,7 @@ import jax
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.core.files import sync_to_disk, sync_tree
 from hsee_jax.core.types import PyTree
-from hsee_jax.parallel.processes import in_first, is_first
+from hsee_jax.parallel.processes import in_first, is_first, largest
 from hsee_jax.runs.checkpoint_folder import (
     DIGESTS,
     NOTES,
@@ -241,10 +241,15 @@ class Writer:
         if self._unsealed is None:
             return
         (folder, notes, response), self._unsealed = self._unsealed, None
+        failure = None
         try:
             response.result()
         except Exception as error:
-            raise self._unwritten(folder, error) from error
+            failure = error
+        if together and largest(int(failure is not None)) and failure is None:
+            failure = OSError("another process says why")
+        if failure is not None:
+            raise self._unwritten(folder, failure) from failure
         if together:
             in_first(partial(self._finish, folder, notes))
         elif is_first():

@@ -20,7 +20,6 @@ from hsee_jax.runs.folder import (
     check_partition,
     check_writable,
     read_config,
-    sole_writer,
 )
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
@@ -121,16 +120,17 @@ def refit(
 @contextlib.contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Yield a folder that gets the name ``out`` when it is whole; remove it else."""
-    part = out.with_name(f"{out.name}.tmp")
-    with sole_writer(part):
-        try:
-            yield part
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-    _check_new(out)
+    part = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # nobody else's
     with writing(out):
-        part.replace(out)
+        part.mkdir(parents=True)
+    try:
+        yield part
+        _check_new(out)
+        with writing(out):
+            part.replace(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _check_new(out: Path) -> None:

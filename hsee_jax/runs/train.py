@@ -152,7 +152,7 @@ def train_built(
             phases,
             start,
             everything,
-            lambda: largest(int(stop())) > 0,  # the processes stop together
+            lambda: largest(int(bool(stop()))) > 0,  # the processes stop together
             begin - start.wall_seconds,
         )
         return loop.run()

@@ -6,6 +6,7 @@ from pathlib import Path
 from hsee_jax.config.values import settings
 from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.parallel.cores import cores
+from hsee_jax.runs.checkpoint_folder import find_places
 from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.train import train
 from hsee_jax.studies.results import Result
@@ -26,7 +27,7 @@ def train_run(
     Args:
       run: the run.
       folder: the folder of the run.
-      overwrite: replace a run with other settings in the folder.
+      overwrite: replace a run with other settings, or without a checkpoint.
       stop: see `hsee_jax.train`.
 
     Raises:
@@ -37,13 +38,16 @@ def train_run(
     changed = changes(run, folder)
     if changed and not overwrite:
         raise refusal(run, folder, changed)
+    anew = bool(changed)
+    if changed == () and overwrite:  # nothing to go on from, but perhaps a summary
+        anew = not find_places(folder / "checkpoints")
     summary, diverged = None, ""
     try:
         summary = train(
             run.config,
             folder,
-            resume=changed == (),
-            overwrite=bool(changed),
+            resume=changed == () and not anew,
+            overwrite=anew,
             stop=stop,
         )
     except DivergenceError as error:
