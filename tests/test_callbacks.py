@@ -13,7 +13,7 @@ from hsee_jax.core import files
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.federation import RunState
-from hsee_jax.runs import callbacks, checkpoint
+from hsee_jax.runs import callbacks, checkpoint_writer
 from hsee_jax.runs.checkpoint import find
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
@@ -240,7 +240,7 @@ def test_a_round_is_on_the_disk_before_the_next(tmp_path, monkeypatch):
         synced.append(path.name)
         real(path)
 
-    for module in (files, callbacks, checkpoint):
+    for module in (files, callbacks, checkpoint_writer):
         monkeypatch.setattr(module, "sync_to_disk", noted)
     train(
         override(CONFIG, rounds=1, eval_every=1, checkpoint_every=1), tmp_path / "run"

@@ -15,7 +15,8 @@ from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.engine.host_store import HostStore
 from hsee_jax.federation.crossing import encode
 from hsee_jax.link import Codec, pack_bytes, unpack_bytes
-from hsee_jax.runs.checkpoint import Writer, find, load
+from hsee_jax.runs.checkpoint import find, load
+from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.systems.traffic import round_bytes, traffic_of
 
 MODEL = tiny_model((DenseLayer(8), DenseLayer(5)))  # compiles fast

@@ -168,7 +168,7 @@ def test_spread_is_lognormal_around_the_entry(tmp_path):
         ),
         (
             f"devices = [{{{OWN}, measured = {{batch_size = 1, parts = ['a']}}}}]",
-            r"measured.forward_s: \[\] is not allowed; allowed is a list of 1 seconds",
+            r"measured.forward_s: \[\] is not allowed; allowed is a list of 1 numbers",
         ),
     ],
 )
@@ -184,6 +184,8 @@ def test_errors_name_file_entry_field_and_value(tmp_path, text, error):
     ("text", "error"),
     [
         ("device,number\nesp32,3", "column: number is unknown"),
+        ("device,link,link\nesp32,wifi,lte", "column: link is not allowed twice"),
+        ("device,link_spread\nesp32,1000", "line 2: link_spread: 1000.0 is not allow"),
         ("device,count\nesp32,many", "line 2: count: .*many.* allowed is an int"),
         ("device\nesp32,3", "line 2: 2 values for 1 columns"),
         ("device\nesp33", "line 2: device: esp33 is unknown"),

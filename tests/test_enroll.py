@@ -219,6 +219,12 @@ def test_renewal_keeps_the_ca_and_the_hosts(tmp_path, capsys):
         x509.SubjectAlternativeName
     )
     assert [str(name.value) for name in names.value] == hosts
+    enroll(keys, clients=3)
+    before = contents(keys)
+    enroll(keys, clients=1, renew=True)  # replaces those of more clients, too
+    after = contents(keys)
+    key = keys / "client-2" / "key.pem"
+    assert before.keys() == after.keys() and before[key] != after[key]
 
 
 def test_a_certificate_names_its_subject_and_purpose(keys):

@@ -168,7 +168,7 @@ def test_each_library_has_one_home():
             "nn.sian",
             "nn.vit",
         },
-        "orbax": {"runs.checkpoint"},
+        "orbax": {"runs.checkpoint", "runs.checkpoint_writer"},
         "safetensors": {"deployment.export", "deployment.protocol", "nn.pretrained"},
         "matplotlib": {
             "report.agreement",

@@ -140,6 +140,8 @@ def test_the_command_shows_who_hosts_whom(tmp_path, capsys):
         (["exact"], "pairs: 3 clients do not form pairs; allowed are even numbers"),
         (["fold"], "pairs: fold is unknown"),
         (["exact", "--max-joules", "3"], "max_joules: has no effect with pairs"),
+        (["exact", "--strategy", "averaging"], "strategy: has no effect with pairs"),
+        (["exact", "--micro-batches", "2"], "micro_batches: has no effect with pairs"),
     ):
         assert cli.main([*flags, "--pairs", *words]) == 2
         line = capsys.readouterr().err

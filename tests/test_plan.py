@@ -327,7 +327,7 @@ def test_flags_reach_the_planner(fleet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hsee_jax.cli.plan.plan_cuts", plan_cuts)
     limits = "--max-memory 1e6 --max-seconds 2 --max-joules 3 --max-bytes 4".split()
     rest = "--max-server-memory 5 --min-cut layer2 --minimize energy".split()
-    server = "--server-workers 6 --bandwidth 7e3".split()
+    server = "--strategy averaging --server-workers 6 --bandwidth 7e3".split()
     assert plan(fleet, tmp_path, *limits, *rest, *server) == 2
     problem, minimize, found = seen
     assert minimize == "joules"
@@ -382,6 +382,10 @@ def test_cuts_auto_are_those_of_the_plan(fleet, tmp_path, runs):
         (["--minimize", "tiem"], "minimize: tiem is unknown (did you mean time?)"),
         (["--cuts", "1"], "cuts: is not allowed; the plan says it"),
         (["--server-workers", "0"], "server_workers: 0 is not allowed; allowed is 1"),
+        (
+            ["--server-workers", "2", "--strategy", "sequential"],
+            "server_workers: 2 has no effect with sequential",
+        ),
         (["--bandwidth", "-1"], "bandwidth: -1.0 is not allowed; allowed is more"),
         (["--recuts", "2:1"], "recuts: is not allowed; a plan is for the cuts of one"),
         (["--micro-batches", "3"], "micro_batches: 3 is not allowed; allowed are"),

@@ -1,5 +1,6 @@
 """The times of layers and steps on this machine, and the file that they go to."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from tiny import DenseLayer, tiny_federation, tiny_model
 
 from hsee_jax import cli
-from hsee_jax.core import Stage
+from hsee_jax.core import Stage, UserError
 from hsee_jax.nn import NETWORKS
 from hsee_jax.systems import cut_seconds, layer_costs, read_devices
 from hsee_jax.systems.profile import profile, time_call
@@ -98,6 +99,13 @@ def test_the_file_is_a_device(tmp_path, capsys):
     seconds = cut_seconds(costs, device, 8)
     both = seconds.client_forward + seconds.client_backward
     np.testing.assert_allclose(both, 2 * np.array(device.measured.client_step_s))
+    larger = tuple(cost._replace(flops=2 * cost.flops) for cost in costs)
+    with pytest.raises(
+        UserError, match="MFLOPs a sample; this one takes .* without th"
+    ):
+        cut_seconds(larger, device, 8)
+    older = dataclasses.replace(device.measured, flops=())  # of version 0.2
+    cut_seconds(larger, dataclasses.replace(device, measured=older), 8)
 
     assert cli.main(words) == 2
     assert f"out: {out} exists; allowed is a new file" in capsys.readouterr().err

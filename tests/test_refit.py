@@ -301,7 +301,7 @@ def test_a_fit_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hsee_jax.runs.checkpoint.compute_digests", full)
+        patch.setattr("hsee_jax.runs.checkpoint_writer.compute_digests", full)
         with pytest.raises(UserError, match="No space left .*; nothing is kept"):
             refit(folder)
     assert sorted(path.name for path in folder.iterdir()) == before

@@ -1,6 +1,7 @@
 """Cuts planned again every few rounds: slower devices, and batteries that run down."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +184,11 @@ def test_the_configuration_keeps_the_schedule(fleet):
     assert found.absences == ("1:1-6",)
     found = plan_now(override(config, absences=("0:1-3",)), fleet("1e9"), 6).clients
     assert found.absences == ("0:1-3",) and found.recuts == ()
+    with pytest.raises(UserError, match="availability: is not allowed with replan_ev"):
+        plan_now(config, fleet("1e9"), 3, Path("times.csv"))
+    with pytest.raises(UserError, match="deadline: is not allowed with replan_every"):
+        plan_now(override(config, deadline=4.0), fleet("1e9"), 3)
+    plan_now(override(config, deadline=4.0), fleet("1e9"))
 
 
 def test_the_same_command_plans_the_same_for_a_run_that_goes_on(fleet, tmp_path):

@@ -28,7 +28,8 @@ from hsee_jax.config.values import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.engine.plan import Absence, missing
 from hsee_jax.runs import start
-from hsee_jax.runs.checkpoint import Writer, find
+from hsee_jax.runs.checkpoint import find
+from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.folder import locked, read_config
 
 SMALL = override(

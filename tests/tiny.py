@@ -21,7 +21,7 @@ from hsee_jax.runs.build import (
     build_strategy,
 )
 from hsee_jax.runs.callbacks import Callback
-from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.data import build_info
 
 CLASSES = 3

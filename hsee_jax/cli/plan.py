@@ -31,7 +31,7 @@ from hsee_jax.systems.comparison import Row, compare, other_choices
 from hsee_jax.systems.device_file import read_devices
 from hsee_jax.systems.pairing import RULES
 from hsee_jax.systems.planner import Limits, plan_cuts
-from hsee_jax.systems.problem import Problem
+from hsee_jax.systems.problem import Problem, replica_bytes
 
 _MINIMIZE = {"time": "seconds", "energy": "joules", "bytes": "bytes"}
 _NUMBERS = {
@@ -93,6 +93,12 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
         course.boundary,
         course.distill,
     )
+    alone = "compare" not in given and not replica_bytes(problem, limits.min_cut)
+    if alone and given.get("server_workers", 1) > 1:
+        raise UserError(
+            f"server_workers: {given['server_workers']} has no effect with {strategy}, "
+            "whose server has no replicas; allowed is 1"
+        )
     answer = plan_cuts(problem, quantity, limits)
     document = {
         "strategy": strategy,

@@ -1,6 +1,7 @@
 """The cuts of a plan, for ``hsee train``: read from a file, or planned at once."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,20 +105,35 @@ def _without_plan(config: Config, given: dict[str, Any], *, goes_on: bool) -> Co
     return config
 
 
-def plan_now(config: Config, devices: Path, every: int | None = None) -> Config:
+def plan_now(
+    config: Config,
+    devices: Path,
+    every: int | None = None,
+    availability: Path | None = None,
+) -> Config:
     """Return a configuration with the fastest cuts for a file of devices.
 
     Args:
       config: the run's configuration.
       devices: the file of devices.
       every: the rounds after which the cuts are planned again; None for never.
+      availability: the file of the times at which devices are available.
 
     Raises:
-      UserError: a value is not allowed, or a device fits no cut.
+      UserError: a value is not allowed, or a device fits no cut; or a battery would pay
+        for rounds that its client may miss.
     """
     fleet = read_devices(devices, seed=config.run.partition_seed)
     check_no_clusters(fleet)
     if every is not None:
+        missed = {"availability": availability, "deadline": config.clients.deadline}
+        for name, given in missed.items():
+            battery = any(math.isfinite(one.battery_joules) for one in fleet.clients)
+            if battery and given is not None:
+                raise UserError(
+                    f"{name}: is not allowed with replan_every and a battery, which "
+                    "would pay for rounds that its device misses"
+                )
         if every < 1:
             raise UserError(
                 f"replan_every: {every} is not allowed; allowed is 1 or more"

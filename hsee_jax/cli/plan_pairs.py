@@ -12,6 +12,8 @@ from hsee_jax.runs.planning import Planning, problem_of
 from hsee_jax.systems.pairing import RULES, plan_pairs
 
 _NO_EFFECT = (
+    "strategy",
+    "micro_batches",
     "minimize",
     "max_joules",
     "max_seconds",

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from hsee_jax.systems.profile import Profile, profile
 from hsee_jax.systems.workload import BACKWARD_FLOPS
 
 _HEAD = """\
-# Written by `hsee profile`. The measured seconds win over the FLOP/s, which count for
-# no other network. Not measured, so say it here: the link, and, for energy,
-# busy_watts, sending_watts, receiving_watts and idle_watts.
+# Written by `hsee profile`. The table measured wins over the FLOP/s; remove it for
+# another network, and the FLOP/s count. Not measured, so say it here: the link, and,
+# for energy, busy_watts, sending_watts, receiving_watts and idle_watts.
 """
 
 
@@ -93,6 +94,7 @@ def _entry(name: str, times: Profile, costs: Sequence[LayerCost]) -> str:
         f"within {times.spread():.1%} of their median",
     }
     lines = [_HEAD, "[[devices]]", *_toml(entry), "", "[devices.measured]"]
+    measured = replace(measured, flops=tuple(cost.flops for cost in costs))
     return "\n".join([*lines, *_toml(vars(measured)), ""])
 
 

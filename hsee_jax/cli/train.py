@@ -36,7 +36,8 @@ def train(words: Sequence[str]) -> int | None:
     processes.check_devices()
     use_cache(given)
     if given.get("cuts") == AUTO:
-        config = plan_now(config, given["devices"], given.get("replan_every"))
+        own = (given.get(name) for name in ("replan_every", "availability"))
+        config = plan_now(config, given["devices"], *own)
     is_first = processes.is_first()
     if is_first:
         show_log()

@@ -8,6 +8,7 @@ The command line, the check of a configuration and the reference are made from t
 annotations.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -123,7 +124,8 @@ class Option:
         elif isinstance(value, _KINDS[self.kind]) and (
             self.kind is bool or not isinstance(value, bool)
         ):
-            return self.kind(value)
+            with contextlib.suppress(OverflowError):  # an int beyond all floats
+                return self.kind(value)
         what = self.kind.__name__
         article = "a list of" if self.many else "an" if what == "int" else "a"
         raise self.refusal(json.dumps(value, default=str), f"{article} {what}")

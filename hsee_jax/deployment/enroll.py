@@ -68,6 +68,9 @@ def enroll(
         authority = _authority(place)
         _check_days(authority.certificate, days)
         subjects = ["server", *(f"client-{i}" for i in range(clients))]
+        if renew:  # those of more clients, too
+            older = sorted(path.name for path in place.glob("client-*"))
+            subjects += [name for name in older if name not in subjects]
         todo = [name for name in subjects if renew or not (place / name).exists()]
         for subject in todo:
             own = names if subject == "server" else ()

@@ -22,7 +22,6 @@ _VERSION = 1  # of the protocol
 _TRAIN, _END, _EVALUATE = 1, 2, 3  # what a server asks for; it may also say: wait
 _BATCHES = 1  # the stream of the draws of batches, see `hsee_jax.engine.plan`
 _CALL_S, _PAUSE_S = 60.0, 2.0
-_NEEDS = "a package is missing; pip install numpy onnxruntime grpcio"
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _DTYPES: dict[str, Any] = {
     "U8": np.dtype(np.uint8),
@@ -81,12 +80,10 @@ class Segment:
         """Read ``segment.onnx`` and ``card.json``.
 
         Raises:
-          Failure: one of them is missing or not valid, or onnxruntime is missing.
+          Failure: one of them is missing or not valid.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise Failure(f"segment: {_NEEDS}") from error
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         try:
@@ -126,18 +123,16 @@ def read_samples(path: Path, card: Mapping[str, Any]) -> Samples:
     """
     try:
         with path.open("rb") as content, np.load(content) as file:
-            inputs, labels = file["x"], file["y"]
+            inputs, labels = file["x"], np.atleast_1d(file["y"])
     except Exception as error:  # NumPy raises many types
         raise Failure(f"data: {path} cannot be read as x and y: {error}") from error
-    if labels.ndim != 1:
-        raise Failure(f"data: y has the shape {list(labels.shape)}; allowed is [M]")
     shape, dtype = tuple(card["input"]["shape"]), card["input"]["dtype"]
     if inputs.shape != (len(labels), *shape) or inputs.dtype != dtype:
         raise Failure(
             f"data: x is {inputs.dtype}{list(inputs.shape)}; allowed is "
             f"{dtype}[{len(labels)}, {', '.join(map(str, shape))}]"
         )
-    whole = labels.dtype.kind in "iu" and len(labels) > 0
+    whole = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) > 0
     if not whole or labels.min() < 0 or labels.max() >= card["classes"]:
         raise Failure(f"data: y are not labels in 0..{card['classes'] - 1}")
     return Samples(inputs, labels.astype(np.int32))
@@ -235,13 +230,10 @@ def connect(
     """Return a function that calls a server, and calls again if it was away.
 
     Raises:
-      Failure: the address or the keys are not allowed, a call has failed for good, or
-        grpcio is missing.
+      Failure: the address or the keys are not allowed, or a call has failed for good.
     """
-    try:
-        import grpc
-    except ImportError as error:
-        raise Failure(f"server: {_NEEDS}") from error
+    import grpc
+
     if (keys is None) == (client is None):
         raise Failure("client: is needed without --keys, and not allowed with it")
     options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
@@ -295,7 +287,7 @@ def main(words: list[str] | None = None) -> int:
         samples = read_samples(given.data, segment.card)
         call = connect(given.server, given.keys, given.client, given.patience)
         FrozenDevice(segment, samples, call).run()
-    except Failure as failure:
+    except (Failure, ImportError) as failure:
         print(f"frozen: {failure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

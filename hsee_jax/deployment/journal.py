@@ -28,7 +28,7 @@ from hsee_jax.deployment.protocol import (
 )
 from hsee_jax.federation.state import Means
 from hsee_jax.runs.callbacks import Callback, Moment
-from hsee_jax.runs.checkpoint import Writer
+from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord
 

@@ -127,8 +127,8 @@ _WORDS = {
     JOULES: (
         "accuracy-joules",
         "The accuracy over the energy that the devices of the clients have used since "
-        "the start, the server's not included. At one height, the curve farthest to "
-        "the left needs the least.",
+        "the start. The server's is not included, but for `centralized`, which has no "
+        "other device. At one height, the curve farthest to the left needs the least.",
     ),
     BYTES: (
         "accuracy-bytes",

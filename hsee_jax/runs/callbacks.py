@@ -11,7 +11,8 @@ from hsee_jax.core.files import replace_file, sync_to_disk, writing
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.federation.state import RunState
 from hsee_jax.parallel.processes import in_first
-from hsee_jax.runs.checkpoint import Checkpoint, Writer
+from hsee_jax.runs.checkpoint import Checkpoint
+from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import RoundRecord, Summary

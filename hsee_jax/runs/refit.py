@@ -13,7 +13,8 @@ from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.engine.refit import ExitFit
 from hsee_jax.federation.ridge import RIDGE
-from hsee_jax.runs.checkpoint import Writer, load, load_shelf
+from hsee_jax.runs.checkpoint import load, load_shelf
+from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.data import OwnData
 from hsee_jax.runs.folder import (
     check_name,

@@ -140,6 +140,8 @@ def _csv(text: str) -> _Content:
     for name in names:
         if name not in entry_fields():
             raise unknown("column", name, entry_fields())
+        if names.count(name) > 1:
+            raise UserError(f"column: {name} is not allowed twice; allowed is once")
     return _Content([_row(names, *row) for row in rows[1:]], {})
 
 

@@ -52,10 +52,10 @@ class Entry:
         float,
         "standard deviation of the logarithm of the computing speed over the devices "
         "of the entry, whose own speed is the median",
-        at_least(0),
+        between(0, 10),
     ] = 0.0
     link_spread: Annotated[
-        float, "as compute_spread, for both rates of the link", at_least(0)
+        float, "as compute_spread, for both rates of the link", between(0, 10)
     ] = 0.0
     name: Annotated[str | None, "name in tables; by default that of device"] = None
     forward_flops_per_s: Annotated[
@@ -79,7 +79,9 @@ class Entry:
     )
     idle_watts: Annotated[float | None, "draw while it waits", at_least(0)] = None
     battery_joules: Annotated[
-        float | None, "energy at the start of a run; by default unlimited", positive
+        float | None,
+        "energy at the start of a run, for --replan-every; by default unlimited",
+        positive,
     ] = None
     change_round: Annotated[
         int | None, "round of a run from which the device changes", at_least(2)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hsee_jax.core.errors import UserError
@@ -24,13 +24,17 @@ class Measured:
     # is one program, so it wins over the sum of its parts.
     client_step_s: tuple[float, ...] = ()
     server_step_s: tuple[float, ...] = ()
+    # FLOPs of the forward pass of a sample in each part, 2 L + 1, which tell networks
+    # with equal parts apart; none in files of version 0.2.
+    flops: tuple[float, ...] = ()
 
     def scaled(self, factor: float) -> "Measured":
         """Return the seconds of a device that takes ``factor`` times as long."""
-        series = (
-            tuple(factor * second for second in getattr(self, name)) for name in _SERIES
-        )
-        return Measured(self.batch_size, self.parts, *series)
+        series: dict[str, Any] = {
+            name: tuple(factor * second for second in getattr(self, name))
+            for name in _SERIES
+        }
+        return replace(self, **series)
 
 
 _SERIES = ("forward_s", "backward_s", "client_step_s", "server_step_s")
@@ -47,7 +51,7 @@ def read_measured(table: Any) -> Measured:
     """
     if not isinstance(table, Mapping):
         raise UserError(f"measured: {table} is not allowed; allowed is a table")
-    allowed = ("batch_size", "parts", *_SERIES)
+    allowed = ("batch_size", "parts", *_SERIES, "flops")
     for name in table:
         if name not in allowed:
             raise UserError(
@@ -65,23 +69,22 @@ def read_measured(table: Any) -> Measured:
         raise _refusal("parts", parts, "an odd number of names: layers, exits, head")
     count = len(parts)
     cuts = count // 2
+    sizes = (count,), (count,), (0, cuts), (0, cuts), (0, count)
     series = [
-        _seconds(name, table.get(name, []), size)
-        for name, size in zip(
-            _SERIES, ((count,), (count,), (0, cuts), (0, cuts)), strict=True
-        )
+        _numbers(name, table.get(name, []), size)
+        for name, size in zip((*_SERIES, "flops"), sizes, strict=True)
     ]
     return Measured(batch_size, tuple(parts), *series)
 
 
-def _seconds(name: str, values: Any, sizes: Sequence[int]) -> tuple[float, ...]:
+def _numbers(name: str, values: Any, sizes: Sequence[int]) -> tuple[float, ...]:
     if (
         not _is_list(values, int | float)
         or len(values) not in sizes
         or not all(0 <= value < math.inf for value in values)
     ):
         count = " or ".join(map(str, sizes))
-        raise _refusal(name, values, f"a list of {count} seconds, each 0 or more")
+        raise _refusal(name, values, f"a list of {count} numbers, each 0 or more")
     return tuple(map(float, values))
 
 

@@ -88,7 +88,15 @@ def part_seconds(
         raise UserError(
             f"measured: {device.name} was measured with the parts "
             f"{', '.join(measured.parts)}; allowed are those of this network, "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}, or an entry without the table measured"
+        )
+    flops = np.array([cost.flops for cost in costs], float)
+    if measured.flops and not np.allclose(measured.flops, flops, rtol=0.05):
+        raise UserError(
+            f"measured: {device.name} was measured with a network of these parts and "
+            f"{sum(measured.flops) / 1e6:,.1f} MFLOPs a sample; this one takes "
+            f"{flops.sum() / 1e6:,.1f}; allowed is the same network, or an entry "
+            "without the table measured"
         )
     scale = batch_size / measured.batch_size
     return (
