@@ -25,6 +25,7 @@ from hsee_jax.deployment.fleet import TURN, WHO, Fleet, Reply
 from hsee_jax.deployment.reception import serve
 from hsee_jax.deployment.roster import Place, Roster
 from hsee_jax.deployment.settings import NodeSettings, ServerSettings, read_settings
+from hsee_jax.nn import NETWORKS
 from hsee_jax.runs.flat import config_from_flat
 from hsee_jax.runs.material import shares
 
@@ -294,6 +295,28 @@ def test_flat_values_describe_a_configuration():
 def test_errors_in_flat_values_name_the_option(flat, error):
     with pytest.raises(UserError, match=error):
         config_from_flat(flat)
+
+
+def test_each_reader_of_an_option_has_its_own_rules(monkeypatch, tmp_path):
+    """In flat values and in a study: 0 layers are too few for the MLP alone."""
+    monkeypatch.setattr(NETWORKS, "_entries", dict(NETWORKS.items()))
+
+    @NETWORKS.register
+    def own_depth(*, num_classes, input_shape, depth: int = 2):
+        """Count from 0."""
+
+    flat = {"network": "own_depth", "depth": 0}
+    assert config_from_flat(flat).model.options["depth"] == 0
+    with pytest.raises(UserError, match="depth: 0 is not allowed; allowed is 1 or mor"):
+        config_from_flat(flat | {"network": "mlp"})
+    text = 'preset = "demo"\n[grid]\nnetwork = ["{}"]\ndepth = [0, 3]\n'
+    path = tmp_path / "study.toml"
+    path.write_text(text.format("own_depth"))
+    depths = [row.config.model.options["depth"] for row in hs.studies.load(path).rows]
+    assert depths == [0, 3]
+    path.write_text(text.format("mlp"))
+    with pytest.raises(UserError, match="grid.*depth: 0 is not allowed; allowed is 1"):
+        hs.studies.load(path)
 
 
 def test_settings_are_typed():

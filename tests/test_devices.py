@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 import tomllib
 from importlib import resources
 
@@ -409,5 +410,7 @@ def test_a_federation_is_timed_within_a_second():
     cuts = rng.integers(1, 4, 1000).tolist()
     server = find_device("gpu-server")
     work = workload(costs, traffic, cuts, devices, server, batch_size=8, steps=20)
-    time = round_time(work, Schedule(shared=True))
-    assert time.seconds > 0 and len(time.binds) == 1000
+    begin = time.process_time()
+    found = round_time(work, Schedule(shared=True))
+    assert time.process_time() - begin < 1
+    assert found.seconds > 0 and len(found.binds) == 1000

@@ -1,6 +1,7 @@
 """Options as flat values of numbers and text, for files that hold no lists."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hsee_jax.config import Config, load_plugins, options, override, preset
@@ -30,7 +31,9 @@ def config_from_flat(values: Mapping[str, Any]) -> Config:
         if name != _BASE:
             if name not in known:
                 raise unknown("option", name, (_BASE, *known))
-            changes[name] = flat_value(known[name][1], value)
+            # Only its type: each reader of an option has rules of its own.
+            option = replace(known[name][1], rules=(), names=())
+            changes[name] = flat_value(option, value)
     if "data_dir" in changes:
         folder = expand_home(changes["data_dir"], "data_dir")
         changes["data_dir"] = str(folder.resolve())
