@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from hsee_jax.runs.records import RoundRecord, TrainFigures
 from hsee_jax.systems.traffic import Bytes
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+REAL = Path(
+    os.environ.get("HSEE_TFDS_DIR", EXPERIMENTS.parents[1] / "shared/data/tfds")
+)
 sys.path.insert(0, str(EXPERIMENTS))
 
 import accelerator  # noqa: E402
@@ -229,24 +233,36 @@ def test_one_command_measures_speed_first_and_then_trains(monkeypatch):
 
 def test_the_committed_clock_is_that_of_the_devices(tmp_path, monkeypatch):
     """Of two rows that deal whatever the labels, in a copy of the study."""
+    monkeypatch.setattr(clock, "labels", lambda *_: np.arange(50_000) % 10)
+    check_clock(tmp_path, monkeypatch, "sequential-clients-mixed", "fedavg")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="no prepared CIFAR-10 at HSEE_TFDS_DIR")
+def test_the_committed_clock_deals_the_real_labels(tmp_path, monkeypatch):
+    words = "--data-dir", str(REAL)
+    check_clock(tmp_path, monkeypatch, "sequential-clients-dirichlet", words=words)
+
+
+def check_clock(tmp_path, monkeypatch, *names, words=()):
+    """The script gives what is committed of some rows."""
     study = tmp_path / "cifar10-w16"
     shutil.copytree(EXPERIMENTS / study.name, study)
     shutil.copy(EXPERIMENTS / "rows.toml", tmp_path)
     committed = json.loads((study / clock.FILE).read_text(encoding="utf-8"))
     whole = studies.load(study / "study.toml")
     assert list(committed) == [row.name for row in whole.rows]
-    names = ("sequential-clients-mixed", "fedavg")
     rows = tuple(row for row in whole.rows if row.name in names)
     part = dataclasses.replace(whole, rows=rows)
     monkeypatch.setattr(clock.studies, "load", lambda _: part)
-    monkeypatch.setattr(clock, "labels", lambda *_: np.arange(50_000) % 10)
-    monkeypatch.setattr(sys, "argv", ["clock.py", str(study)])
+    monkeypatch.setattr(sys, "argv", ["clock.py", str(study), *words])
     clock.main()
     found = json.loads((study / clock.FILE).read_text(encoding="utf-8"))
     assert set(found) == set(names)
     for name in names:
         for figure in committed[name]:
-            assert found[name][figure] == pytest.approx(committed[name][figure])
+            expected = pytest.approx(committed[name][figure], rel=1e-9)
+            assert found[name][figure] == expected
 
 
 def test_the_committed_clock_is_of_the_shares_that_were_trained():

@@ -126,9 +126,9 @@ def plan_now(
     fleet = read_devices(devices, seed=config.run.partition_seed)
     check_no_clusters(fleet)
     if every is not None:
-        missed = {"availability": availability, "deadline": config.clients.deadline}
-        for name, given in missed.items():
-            battery = any(math.isfinite(one.battery_joules) for one in fleet.clients)
+        battery = any(math.isfinite(one.battery_joules) for one in fleet.clients)
+        misses = {"availability": availability, "deadline": config.clients.deadline}
+        for name, given in misses.items():
             if battery and given is not None:
                 raise UserError(
                     f"{name}: is not allowed with replan_every and a battery, which "

@@ -114,17 +114,17 @@ class Option:
         return UserError(f"{self.name}: {value} is not allowed; allowed is {allowed}")
 
     def _typed(self, value: Any) -> Any:
-        if self.many:
-            kinds = (*_KINDS[self.kind], numbers.Integral)  # 3 is the cut "3"
-            if isinstance(value, list | tuple) and not any(
-                isinstance(entry, bool) or not isinstance(entry, kinds)
-                for entry in value
+        with contextlib.suppress(OverflowError):  # an int beyond all floats
+            if self.many:
+                kinds = (*_KINDS[self.kind], numbers.Integral)  # 3 is the cut "3"
+                if isinstance(value, list | tuple) and not any(
+                    isinstance(entry, bool) or not isinstance(entry, kinds)
+                    for entry in value
+                ):
+                    return tuple(self.kind(entry) for entry in value)
+            elif isinstance(value, _KINDS[self.kind]) and (
+                self.kind is bool or not isinstance(value, bool)
             ):
-                return tuple(self.kind(entry) for entry in value)
-        elif isinstance(value, _KINDS[self.kind]) and (
-            self.kind is bool or not isinstance(value, bool)
-        ):
-            with contextlib.suppress(OverflowError):  # an int beyond all floats
                 return self.kind(value)
         what = self.kind.__name__
         article = "a list of" if self.many else "an" if what == "int" else "a"

@@ -269,7 +269,8 @@ def _write(files: dict[str, bytes], folder: Path) -> None:
     """Write an export; its card, which describes the others, comes last."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted(files, key=_CARD.__eq__):
+    others = [name for name in files if name != _CARD]
+    for name in (*others, _CARD):
         replace_file(folder / name, files[name])
     with writing(folder):
         for name in {ONNX, FROZEN} - files.keys():

@@ -110,6 +110,11 @@ def largest(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
+def in_any(happened: bool) -> bool:
+    """Return whether it happened in any process; every process must call this."""
+    return largest(int(happened)) > 0
+
+
 def in_first(act: Callable[[], None]) -> None:
     """Call ``act`` in the first process, and let the other processes wait for it.
 

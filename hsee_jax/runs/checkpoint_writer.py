@@ -14,7 +14,7 @@ import jax
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.core.files import sync_to_disk, sync_tree
 from hsee_jax.core.types import PyTree
-from hsee_jax.parallel.processes import in_first, is_first, largest
+from hsee_jax.parallel.processes import in_any, in_first, is_first
 from hsee_jax.runs.checkpoint import SHELF, Checkpoint, reason_of
 from hsee_jax.runs.checkpoint_folder import (
     DIGESTS,
@@ -121,7 +121,7 @@ class Writer:
             response.result()
         except Exception as error:
             failure = error
-        if together and largest(int(failure is not None)) and failure is None:
+        if together and in_any(failure is not None) and failure is None:
             failure = OSError("another process says why")
         if failure is not None:
             raise self._unwritten(folder, failure) from failure

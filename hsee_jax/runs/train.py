@@ -24,7 +24,7 @@ from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.federation.ridge import RIDGE
-from hsee_jax.parallel.processes import in_first, largest
+from hsee_jax.parallel.processes import in_any, in_first
 from hsee_jax.runs.build import build
 from hsee_jax.runs.callbacks import Callback, Checkpoints, MetricsLog, Moment
 from hsee_jax.runs.clock import with_clock
@@ -152,7 +152,7 @@ def train_built(
             phases,
             start,
             everything,
-            lambda: largest(int(bool(stop()))) > 0,  # the processes stop together
+            lambda: in_any(bool(stop())),  # the processes stop together
             begin - start.wall_seconds,
         )
         return loop.run()
