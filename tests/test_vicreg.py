@@ -30,7 +30,7 @@ from hsee_jax.core import Batch, Dataset, UserError
 from hsee_jax.core.types import NO_LABEL
 from hsee_jax.data import AUGMENTATIONS, labelled
 from hsee_jax.engine.refit import Samples, refit_exits
-from hsee_jax.federation import detached_unlabelled_step, forward, unlabelled_step
+from hsee_jax.federation import detached_step, forward, unlabelled_step
 from hsee_jax.link import unpack_bytes
 from hsee_jax.nn import masked_vicreg
 from hsee_jax.runs import reopen
@@ -149,8 +149,8 @@ def pair():
     server = state.servers[0].replace(layers=state.servers[0].layers[1:])
     specs = FEDERATION.specs(1)
     step = jax.jit(
-        lambda batch: detached_unlabelled_step(
-            *specs, client, server, batch, (RATE, RATE)
+        lambda batch: detached_step(
+            *specs, client, server, batch, (RATE, RATE), train=unlabelled_step
         )
     )
     return client, server, step

@@ -13,13 +13,12 @@ from hsee_jax.algorithms.steps import (
     Rates,
     ServeFn,
     ServerParts,
-    TrainFn,
     clients_then_server,
     in_parallel,
     make_turn,
     serve_in_turn,
     server_parts,
-    train_on_labels,
+    train_fn,
 )
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, Key
@@ -27,7 +26,6 @@ from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, init_clients, init_servers
 from hsee_jax.federation.strategy import Halves, InitStateFn, StepFn, Strategy, TurnFn
-from hsee_jax.federation.unlabelled import unlabelled_step
 from hsee_jax.nn.model import init_network
 from hsee_jax.optim.optimizers import Optimizer, alone, counts_steps, with_merge
 
@@ -91,23 +89,18 @@ def _turn_and_step(
     federation: Federation, parts: ServerParts, properties: Properties
 ) -> tuple[TurnFn | None, StepFn | None]:
     """Return the turn of a client, the step of all clients, or both."""
-    boundary, exit_gradient = properties.boundary, properties.exit_gradient
-    distill, rates = properties.distill, Rates(properties.server_lr_scale)
-    copies, target = properties.copies, properties.width_target
-    turn = make_turn(
-        federation, parts, rates, boundary, exit_gradient, distill, copies, target
-    )
-    unlabelled = partial(unlabelled_step, width_target=target)
-    train: TrainFn = train_on_labels if copies == 1 else unlabelled
+    boundary, rates = properties.boundary, Rates(properties.server_lr_scale)
+    turn, train = make_turn(federation, parts, properties), train_fn(properties)
     if not properties.shared:
         return turn, in_parallel(federation, turn)
     if properties.turn == "together":
         if boundary == "detached":
             serve: ServeFn = partial(serve_together, federation)
             return None, clients_then_server(federation, rates, serve, train)
-        share = properties.gradient_share
-        return None, joint_together(federation, rates.of, exit_gradient, share)
-    if properties.turn == "batch" and boundary == "detached" and not distill:
+        shares = properties.exit_gradient, properties.gradient_share
+        return None, joint_together(federation, rates, *shares)
+    at_once = boundary == "detached" and not properties.distill
+    if properties.turn == "batch" and at_once:
         serve = partial(serve_in_turn, federation, parts)
         return turn, clients_then_server(federation, rates, serve, train)
     return turn, None  # turns wait for each other
@@ -123,15 +116,7 @@ def _halves(
     alone = properties.boundary == "none" or properties.turn == "together"
     if alone or properties.copies > 1:
         return None
-    return make_halves(
-        federation,
-        parts,
-        Rates(properties.server_lr_scale),
-        joint=properties.boundary == "joint",
-        exit_gradient=properties.exit_gradient,
-        distill=properties.distill,
-        means=averages.client_means,
-    )
+    return make_halves(federation, parts, properties, averages.client_means)
 
 
 def _optimizers(

@@ -38,6 +38,7 @@ from hsee_jax.algorithms.rows import (
     rows_of,
     without,
 )
+from hsee_jax.algorithms.steps import Rates
 from hsee_jax.core.trees import add_trees, select
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, BranchSpec, parts_of, with_parts
@@ -81,7 +82,7 @@ def serve_together(
 
 def joint_together(
     federation: Federation,
-    rates: Callable[[Array], tuple[Array, Array]],
+    rates: Rates,
     exit_gradient: float,
     gradient_share: float = 0.0,
     serve: ServeRowsFn | None = None,
@@ -90,7 +91,7 @@ def joint_together(
 
     Args:
       federation: who trains what.
-      rates: turns the learning rate of a step into the rates of client and server.
+      rates: the learning rates of client and server.
       exit_gradient: see `hsee_jax.federation.joint_step`.
       gradient_share: phi, the share of a batch whose rows share their gradient.
       serve: the server's step; None for the step of EPSL.
@@ -105,7 +106,7 @@ def joint_together(
         learning_rate: Array,
     ) -> tuple[RunState, tuple[ExitMetrics, ...]]:
         del order
-        of_client, of_server = rates(learning_rate)
+        of_client, of_server = rates.of(learning_rate)
         sent = [
             over_members(
                 federation, partial(_send, spec, exit_gradient), (0, 0), states=1

@@ -151,7 +151,7 @@ def _step(
 ) -> StepFn:
     """Make the step of all clients, and of the server on all that they send."""
     if boundary == "joint":
-        return joint_together(federation, rates.of, exit_gradient, serve=serve)
+        return joint_together(federation, rates, exit_gradient, serve=serve)
 
     def serve_all(
         server: Branch,

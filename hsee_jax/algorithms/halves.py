@@ -10,6 +10,7 @@ link as it is, so a codec with a form of its own for gradients is not allowed.
 from collections.abc import Callable
 from functools import partial
 
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.algorithms.steps import Rates, ServerParts
 from hsee_jax.core.types import Array, Batch, Metrics
 from hsee_jax.federation.branch import Branch
@@ -28,11 +29,7 @@ from hsee_jax.federation.strategy import Halves, Reply, Sent, Served
 def make_halves(
     federation: Federation,
     parts: ServerParts,
-    rates: Rates,
-    *,
-    joint: bool,
-    exit_gradient: float,
-    distill: float,
+    properties: Properties,
     means: Callable[[int], tuple[str, ...]],
 ) -> Halves:
     """Make the halves of a turn.
@@ -40,16 +37,13 @@ def make_halves(
     Args:
       federation: who trains what.
       parts: the layers of a server that belong to a group.
-      rates: the learning rates of client and server.
-      joint: whether the gradient of the features goes back to the client.
-      exit_gradient: see `hsee_jax.federation.joint_step`.
-      distill: see `hsee_jax.federation.joint_step`.
+      properties: of the algorithm; the boundary is detached or joint.
       means: the names of the means that the clients of a group receive.
     """
-    waits = joint or distill > 0
-    forward = partial(
-        client_forward, exit_gradient=exit_gradient if joint else 1.0, distill=distill
-    )
+    joint, distill = properties.boundary == "joint", properties.distill
+    waits, rates = joint or distill > 0, Rates(properties.server_lr_scale)
+    share = properties.exit_gradient if joint else 1.0
+    forward = partial(client_forward, exit_gradient=share, distill=distill)
 
     def send(client: Branch, batch: Batch, learning_rate: Array, *, group: int) -> Sent:
         spec, rate = federation.specs(group)[0], rates.of(learning_rate)[0]

@@ -8,16 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from hsee_jax.algorithms.properties import Properties
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
-from hsee_jax.federation.branch import Branch, BranchSpec
+from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.crossing import decode, encode, message_bytes
 from hsee_jax.federation.federation import Federation
-from hsee_jax.federation.fused import detached_step, joint_step
+from hsee_jax.federation.fused import (
+    TrainFn,
+    detached_step,
+    joint_step,
+    train_on_labels,
+)
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.state import RunState, positions, split_stacks, take_member
-from hsee_jax.federation.step import branch_step, server_step
+from hsee_jax.federation.step import server_step
 from hsee_jax.federation.strategy import StepFn, TurnFn
-from hsee_jax.federation.unlabelled import detached_unlabelled_step
+from hsee_jax.federation.unlabelled import unlabelled_step
 from hsee_jax.parallel.mesh import CLIENTS, SAME, constrain
 
 
@@ -59,26 +65,23 @@ def server_parts(federation: Federation, *, shared: bool) -> ServerParts:
     return ServerParts(take, put)
 
 
-def make_turn(
-    federation: Federation,
-    parts: ServerParts,
-    rates: Rates,
-    boundary: str,
-    exit_gradient: float,
-    distill: float,
-    copies: int,
-    width_target: float | None,
-) -> TurnFn:
-    """Make the turn of one client and its server.
+def train_fn(properties: Properties) -> TrainFn:
+    """Return the step of a client that does not wait for the server."""
+    if properties.copies == 1:
+        return train_on_labels
+    return partial(unlabelled_step, width_target=properties.width_target)
 
-    `hsee_jax.algorithms.properties.Properties` explains all arguments from ``boundary``
-    on.
-    """
-    step_both: Callable = partial(detached_step, distill=distill)
-    if boundary != "detached":
-        step_both = partial(joint_step, exit_gradient=exit_gradient, distill=distill)
-    elif copies > 1:
-        step_both = partial(detached_unlabelled_step, width_target=width_target)
+
+def make_turn(
+    federation: Federation, parts: ServerParts, properties: Properties
+) -> TurnFn:
+    """Make the turn of one client and its server."""
+    boundary, rates = properties.boundary, Rates(properties.server_lr_scale)
+    if boundary == "detached":
+        step_both: Callable = partial(detached_step, train=train_fn(properties))
+    else:
+        step_both = partial(joint_step, exit_gradient=properties.exit_gradient)
+    step_both = partial(step_both, distill=properties.distill)
 
     def turn(
         client: Branch,
@@ -134,19 +137,6 @@ ServeFn = Callable[
     [Branch, tuple[Batch, ...], Array, tuple[Array, Array]],
     tuple[Branch, tuple[Metrics, ...]],
 ]
-
-
-# A client's spec, state, batch and learning rate -> the client, the batch of features
-# that it sends, and the metrics of its exit.
-TrainFn = Callable[[BranchSpec, Branch, Batch, Array], tuple[Branch, Batch, Metrics]]
-
-
-def train_on_labels(
-    spec: BranchSpec, client: Branch, batch: Batch, learning_rate: Array
-) -> tuple[Branch, Batch, Metrics]:
-    """Step a client on the cross-entropy of its exit; it sends all rows."""
-    client, features, metrics = branch_step(spec, client, batch, learning_rate)
-    return client, batch._replace(inputs=features), metrics
 
 
 def clients_then_server(

@@ -30,7 +30,12 @@ from hsee_jax.federation.federation import (
     clients_of,
     group_clients,
 )
-from hsee_jax.federation.fused import detached_step, joint_step
+from hsee_jax.federation.fused import (
+    TrainFn,
+    detached_step,
+    joint_step,
+    train_on_labels,
+)
 from hsee_jax.federation.junction import Junction, concat_junction, mean_junction
 from hsee_jax.federation.members import over_members
 from hsee_jax.federation.recut import Exits, recut
@@ -54,7 +59,7 @@ from hsee_jax.federation.strategy import (
     Strategy,
     server_of,
 )
-from hsee_jax.federation.unlabelled import detached_unlabelled_step, unlabelled_step
+from hsee_jax.federation.unlabelled import unlabelled_step
 
 __all__ = [
     "EXITS",
@@ -81,6 +86,7 @@ __all__ = [
     "ServerStep",
     "Strategy",
     "Sums",
+    "TrainFn",
     "branch_step",
     "client_backward",
     "client_forward",
@@ -90,7 +96,6 @@ __all__ = [
     "decode",
     "decode_gradient",
     "detached_step",
-    "detached_unlabelled_step",
     "encode",
     "encode_for_evaluation",
     "encode_gradient",
@@ -113,5 +118,6 @@ __all__ = [
     "server_spec",
     "server_step",
     "solve",
+    "train_on_labels",
     "unlabelled_step",
 ]

@@ -1,6 +1,8 @@
 """A step of a client and of its server in one program, for a simulation."""
 
-from hsee_jax.core.types import Array, Batch, ExitMetrics
+from collections.abc import Callable
+
+from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics
 from hsee_jax.federation.branch import Branch, BranchSpec
 from hsee_jax.federation.crossing import (
     decode,
@@ -16,6 +18,29 @@ from hsee_jax.federation.step import (
     server_step,
 )
 
+# A client's spec, state, batch and learning rate -> the client, the batch of features
+# that it sends, and the metrics of its exit.
+TrainFn = Callable[[BranchSpec, Branch, Batch, Array], tuple[Branch, Batch, Metrics]]
+
+
+def train_on_labels(
+    spec: BranchSpec, client: Branch, batch: Batch, learning_rate: Array
+) -> tuple[Branch, Batch, Metrics]:
+    """Take a client's `branch_step`, and send the features of all rows.
+
+    Args:
+      spec: what the client computes.
+      client: its state.
+      batch: its data, ``[B, ...]``.
+      learning_rate: ``float32 []``.
+
+    Returns:
+      The new state, the batch with detached features as inputs, and the metrics of the
+      exit before the update.
+    """
+    client, features, metrics = branch_step(spec, client, batch, learning_rate)
+    return client, batch._replace(inputs=features), metrics
+
 
 def detached_step(
     client_spec: BranchSpec,
@@ -25,6 +50,7 @@ def detached_step(
     batch: Batch,
     learning_rates: tuple[Array, Array],
     *,
+    train: TrainFn = train_on_labels,
     distill: float = 0.0,
 ) -> tuple[Branch, Branch, ExitMetrics]:
     """Take one step of a client and of its server; no gradient crosses the cut.
@@ -36,11 +62,14 @@ def detached_step(
       server: layers cut+1..L and the final head.
       batch: the client's data.
       learning_rates: of the client and of the server, ``float32 []`` each.
+      train: the client's step where it does not wait for the server, such as
+        `unlabelled_step`; it says which rows go on to the server.
       distill: the temperature of the server's logits, from which the exit learns; with
         0 it does not, and the client does not wait for the server.
 
     Returns:
-      The new client, the new server, and the metrics of both before their updates.
+      The new client, the new server, and the metrics of both before their updates, on
+      the rows that went on.
     """
     if distill:
         return _answered_step(
@@ -54,13 +83,11 @@ def detached_step(
             exit_gradient=1.0,
             distill=distill,
         )
-    client, features, exit_metrics = branch_step(
-        client_spec, client, batch, learning_rates[0]
-    )
-    message, client = encode(client_spec, client, features, batch.mask)
-    decoded = batch._replace(inputs=decode(server_spec, message))
+    client, rows, exit_metrics = train(client_spec, client, batch, learning_rates[0])
+    message, client = encode(client_spec, client, rows.inputs, rows.mask)
+    decoded = rows._replace(inputs=decode(server_spec, message))
     served = server_step(server_spec, server, decoded, learning_rates[1])
-    link = message_bytes(client_spec, message, batch.mask)
+    link = message_bytes(client_spec, message, rows.mask)
     return client, served.server, ExitMetrics(exit_metrics, served.metrics, link)
 
 

@@ -21,7 +21,6 @@ from hsee_jax.core.types import (
     NO_LABEL,
     Array,
     Batch,
-    ExitMetrics,
     Key,
     Metrics,
     PyTree,
@@ -34,8 +33,7 @@ from hsee_jax.federation.branch import (
     variables_of,
     with_params,
 )
-from hsee_jax.federation.crossing import decode, encode, message_bytes
-from hsee_jax.federation.step import server_step, take_step
+from hsee_jax.federation.step import take_step
 from hsee_jax.nn.gates import flops_share, gates_of, width_loss
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.nn.vicreg import masked_vicreg
@@ -121,41 +119,6 @@ def unlabelled_step(
         Batch(jax.lax.stop_gradient(passed.features), batch.labels, labelled),
         metrics._replace(loss_sum=loss_sum),
     )
-
-
-def detached_unlabelled_step(
-    client_spec: BranchSpec,
-    server_spec: BranchSpec,
-    client: Branch,
-    server: Branch,
-    batch: Batch,
-    learning_rates: tuple[Array, Array],
-    *,
-    width_target: float | None = None,
-) -> tuple[Branch, Branch, ExitMetrics]:
-    """Take one step like `detached_step`; the client takes its `unlabelled_step`.
-
-    Args:
-      client_spec: what the client computes.
-      server_spec: what its server computes.
-      client: layers 1..cut and the exit head.
-      server: layers cut+1..L and the final head.
-      batch: the client's data, inputs ``[B, 2, ...]``.
-      learning_rates: of the client and of the server, ``float32 []`` each.
-      width_target: see `unlabelled_step`.
-
-    Returns:
-      The new client, the new server, and the metrics of both on the rows with labels,
-      before their updates.
-    """
-    client, rows, exit_metrics = unlabelled_step(
-        client_spec, client, batch, learning_rates[0], width_target=width_target
-    )
-    message, client = encode(client_spec, client, rows.inputs, rows.mask)
-    decoded = rows._replace(inputs=decode(server_spec, message))
-    served = server_step(server_spec, server, decoded, learning_rates[1])
-    link = message_bytes(client_spec, message, rows.mask)
-    return client, served.server, ExitMetrics(exit_metrics, served.metrics, link)
 
 
 def _as_one_batch(spec: BranchSpec, client: Branch, batch: Batch) -> _Passed:
