@@ -27,10 +27,10 @@ is the median of several timed calls; the lowest and the highest follow in brack
 Compilation and warm-up do not count. Figures that are compared were timed in turns in
 one process, so that a noisy machine disturbs both alike. On CPU nothing else ran during
 the rounds against PyTorch whose column `idle` says yes; other work may have slowed the
-other CPU figures. Those rounds and the start of the demo were timed since the loop
-takes several turns at once (`--loop-threads`); all other CPU figures of training are of
-one turn at a time. Single convolutions, the parts of a step and the device clock, too,
-were timed since `winograd` takes a few images at once.
+other CPU figures. Those rounds and the start of the demo were timed after the loop
+had learnt to take several turns at once (`--loop-threads`); all other CPU figures of
+training are of one turn at a time. Single convolutions, the parts of a step and the
+device clock were timed after `winograd` had learnt to take a few images at once.
 """
 
 Result = dict[str, Any]

@@ -29,7 +29,7 @@ _NOUNS = {1: "rows", 2: "series", 3: "images"}  # by the rank of a sample
 
 
 def dataset_info(name: str, *, folder: Folder = None, **options: Any) -> DatasetInfo:
-    """Return what is known of a dataset; the user's own data are read for this.
+    """Return the shape, classes and normalisation of a dataset; own data are read.
 
     Args:
       name: a key of `DATASETS`.

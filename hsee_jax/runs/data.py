@@ -25,7 +25,7 @@ Splits = tuple[Dataset, Dataset]  # training and test set, on the host
 
 
 class DataSource(NamedTuple):
-    """What is known of data, and how they are read."""
+    """A dataset: its properties, and a function that reads its samples."""
 
     info: DatasetInfo
     read: Callable[[], Splits]
