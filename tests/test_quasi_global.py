@@ -232,9 +232,38 @@ def test_under_fedavg_the_buffers_follow_the_means():
                 assert max(abs(leaf).max() for leaf in jax.tree.leaves(found)) > 1e-2
 
 
+def test_a_buffer_diverges_where_periods_differ():
+    """Steps by hand, with a gradient of 1: two clients, of which one has less to do.
+
+    The right momentum is 1 / (1 - 0.9) = 10 for everyone.
+    """
+
+    def largest(periods, rounds=200):
+        params = {"w": jnp.zeros(())}
+        optimizer = qgm(weight_decay=0.0)
+        states, x = [optimizer.init(params) for _ in range(2)], [params, params]
+        for counts in periods * rounds:
+            for i, count in enumerate(counts):
+                for _ in range(count):
+                    moves, states[i] = optimizer.update(
+                        {"w": jnp.ones(())}, states[i], x[i], learning_rate=1.0
+                    )
+                    x[i] = jax.tree.map(jnp.add, x[i], moves)
+            mean = jax.tree.map(lambda a, b: (a + b) / 2, *x)
+            states = [
+                optimizer.merge.merge(own, mean, state)
+                for own, state in zip(x, states, strict=True)
+            ]
+            x = [mean, mean]
+        return max(float(state.momentum["w"]) for state in states)
+
+    assert largest([(3, 3)]) == pytest.approx(10, rel=0.2)
+    assert largest([(4, 2)]) < 20  # unequal, but always so
+    assert largest([(4, 4), (4, 1)]) > 100  # a last period that is short
+
+
 @pytest.mark.parametrize("period", [(2, "rounds"), (1, "steps")])
-def test_absent_clients_need_an_average_every_round(period):
-    """Of several averages the host keeps the last alone for those who are absent."""
+def test_all_clients_train_as_much_between_two_averages(period):
     number, unit = period
     config = override(
         preset("demo"),
@@ -244,10 +273,18 @@ def test_absent_clients_need_an_average_every_round(period):
         period=number,
         period_unit=unit,
     )
-    build(override(config, dropout=0.1))
-    build(override(config, period=1, period_unit="rounds", participation=0.5))
-    with pytest.raises(UserError, match=f"period: {number} {unit} is not allowed with"):
-        build(override(config, participation=0.5))
+    build(config)
+    for absent in (
+        {"participation": 0.5},
+        {"dropout": 0.1},
+        {"absences": ("0:1-1",)},
+        {"partition": "quantity", "batch_size": 4}
+        if unit == "steps"
+        else {"dropout": 0.5},
+    ):
+        build(override(config, period=1, period_unit="rounds", **absent))
+        with pytest.raises(UserError, match=f"period: {number} {unit} is not allowed"):
+            build(override(config, **absent))
 
 
 def test_its_rule_cannot_be_replaced():

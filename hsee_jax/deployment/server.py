@@ -94,19 +94,18 @@ def over_network(
 def _check_averages(experiment: Experiment) -> None:
     """Refuse an optimizer that needs each average where devices may miss one.
 
-    A device gets the latest average alone when it takes part again.
+    A device gets the latest average alone when it takes part again, and the replica of
+    a late one has trained on a part of its round.
 
     Raises:
-      UserError: the momentum of the layers of clients comes from their averages.
+      UserError: the momentum comes from the averages.
     """
-    strategy, federation = experiment.strategy, experiment.federation
-    assert strategy.halves is not None
-    averaged = any(map(strategy.halves.means, range(len(federation.groups))))
-    if averaged and as_optimizer(federation.optimizer).follows_averages:
+    follows = as_optimizer(experiment.federation.optimizer).follows_averages
+    if experiment.strategy.period and follows:
         raise UserError(
             f"optimizer: {experiment.config.optim.optimizer} is not allowed with "
             "clients on a network that may miss rounds, as its momentum comes from "
-            "every average of their layers; allowed are others"
+            "every average; allowed are others"
         )
 
 

@@ -38,7 +38,7 @@ from hsee_jax.nn.pretrained import load_pretrained
 from hsee_jax.optim.optimizers import OPTIMIZERS, Optimizer
 from hsee_jax.optim.schedules import make_schedule
 from hsee_jax.parallel.mesh import SAME, backend_of, make_mesh, to_devices
-from hsee_jax.runs.attendance import checked_attendance
+from hsee_jax.runs.attendance import check_equal_periods, checked_attendance
 from hsee_jax.runs.compilers import make_compilers
 from hsee_jax.runs.cut_schedule import schedule_of
 from hsee_jax.runs.data import OwnData, config_for, data_source
@@ -153,10 +153,10 @@ def assemble(
     pipeline, federation = build_pipeline(config, info), _start(config, info, mesh)
     strategy = build_strategy(config, federation)
     cadence = _cadence(config, federation)
-    attendance = checked_attendance(config, federation, strategy)
+    attendance = checked_attendance(config, federation)
     parts, shares, test, train, held = material(federation.groups, strategy)
     key, shards = augment_key(config), dict(enumerate(parts))
-    batch_size = _batch_size(config, strategy, parts)
+    batch_size = _batch_size(config, federation, strategy, parts)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = make_store(config, federation, strategy)
     placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
@@ -222,12 +222,22 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
     return schedule
 
 
-def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
-    """Return the samples in a step, no more than the largest share has."""
+def _batch_size(
+    config: Config,
+    federation: Federation,
+    strategy: Strategy,
+    parts: Sequence[Indices],
+) -> int:
+    """Return the samples in a step, no more than the largest share has.
+
+    Raises:
+      UserError: the steps do not go with ``micro_batches`` or with the optimizer.
+    """
     batch_size = min(config.run.batch_size, max(map(len, parts)))
     check_micro_batches(
         config.run.micro_batches, batch_size, strategy.boundary, strategy.distill
     )
+    check_equal_periods(config, federation, strategy, parts, batch_size)
     return batch_size
 
 

@@ -1,6 +1,6 @@
 """A run that is ready to start: its parts and its methods."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import flatten
-from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset, ExitMetrics, Key
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.partition import Share
@@ -17,20 +16,15 @@ from hsee_jax.engine.compilation import check_finite
 from hsee_jax.engine.evaluation import ClientResult, EvaluateFn
 from hsee_jax.engine.likeness import References
 from hsee_jax.engine.placement import Shards
-from hsee_jax.engine.plan import (
-    Absence,
-    RoundPlan,
-    missing,
-    participants,
-    plan_round,
-)
+from hsee_jax.engine.plan import RoundPlan, plan_round
 from hsee_jax.engine.refit import ExitFit, Samples, refit_exits
 from hsee_jax.engine.round import RoundFn, RoundProgress
 from hsee_jax.engine.store import Store
-from hsee_jax.federation.federation import Federation, Group, clients_of
+from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.nn.model import Model
+from hsee_jax.runs.attendance import Attendance
 from hsee_jax.runs.compilers import Compilers
 from hsee_jax.runs.equipment import Equipment
 from hsee_jax.systems.clock import RoundClock
@@ -42,53 +36,6 @@ from hsee_jax.systems.traffic import (
     bytes_by_cut,
     round_bytes,
 )
-
-
-class Attendance(NamedTuple):
-    """The rules for which clients take part in a round."""
-
-    participation: float  # share of the clients drawn for each round
-    dropout: float  # probability that a client misses a round
-    absences: tuple[Absence, ...]
-    seed: int
-
-    def drawn(self, groups: Sequence[Group], number: int) -> set[int]:
-        """Return the clients that are drawn for a round; rounds count from 0."""
-        return participants(
-            groups, participation=self.participation, seed=self.seed, number=number
-        )
-
-    def missing(self, groups: Sequence[Group], number: int) -> set[int]:
-        """Return the clients that miss a round; rounds count from 0."""
-        return missing(
-            [client.id for client in clients_of(groups)],
-            dropout=self.dropout,
-            absences=self.absences,
-            seed=self.seed,
-            number=number,
-        )
-
-    def present(self, groups: Sequence[Group], number: int) -> set[int]:
-        """Return the clients that take part in a round; rounds count from 0."""
-        return self.drawn(groups, number) - self.missing(groups, number)
-
-    def check(self, groups: Sequence[Group], rounds: int) -> None:
-        """Refuse a run with a round in which no client takes part.
-
-        Raises:
-          UserError: a round has no client.
-        """
-        if self.dropout == 0 and not self.absences:
-            return
-        for number in range(rounds):
-            if not self.present(groups, number):
-                left = f"no client is left in round {number + 1}"
-                if self.dropout == 0:
-                    raise UserError(f"absences: not allowed as they are; {left}")
-                raise UserError(
-                    f"dropout: {self.dropout} is not allowed with these absences and "
-                    f"seeds; {left}"
-                )
 
 
 class Cadence(NamedTuple):
