@@ -46,16 +46,10 @@ def elastic(
         servers = jax.tree.map(mix, state.servers, averaged.servers)
         return averaged.replace(servers=servers)
 
-    def aggregate(
-        state: RunState, weights: tuple[Array, ...]
-    ) -> tuple[RunState, Means]:
-        averaged, means = plain.aggregate(state, weights)
-        return between_both(state, averaged), means
-
     def receive(state: RunState, means: Means, since: tuple[Array, ...]) -> RunState:
         return between_both(state, plain.receive(state, means, since))
 
-    return plain._replace(aggregate=aggregate, receive=receive)
+    return plain._replace(receive=receive)
 
 
 def main(words: Sequence[str] | None = None) -> None:

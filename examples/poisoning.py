@@ -57,9 +57,7 @@ def poisoned(
                 clients[g] = _scale(clients[g], member, factor)
         return state.replace(clients=tuple(clients))
 
-    def poisoned_mean(
-        state: RunState, weights: tuple[Array, ...]
-    ) -> tuple[RunState, Means]:
+    def poisoned_mean(state: RunState, weights: tuple[Array, ...]) -> Means:
         return plain.aggregate(poison(state), weights)
 
     return plain._replace(aggregate=poisoned_mean)

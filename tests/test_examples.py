@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from tiny import TINY, tiny_federation, write_run
 import hsee_jax as hs
 from hsee_jax import cli
 from hsee_jax.algorithms import ALGORITHMS
+from hsee_jax.federation import average_layers
 from hsee_jax.inference import Target
 from hsee_jax.nn import NETWORKS
 from hsee_jax.runs import read_history
@@ -153,11 +155,11 @@ def test_a_server_goes_a_part_of_the_way(demo):
         lambda a: a + rng.normal(size=a.shape).astype(a.dtype) if a.ndim else a,
         jax.jit(plain.init)(jax.random.key(0)),
     )
-    averaged, means = jax.jit(plain.aggregate)(state, weights)
+    averaged, means = jax.jit(partial(average_layers, plain))(state, weights)
     since = tuple(jnp.zeros(w.shape, jnp.int32) for w in weights)
     for pull in (0.0, 0.25, 1.0):
         strategy = elastic(federation, pull=pull)
-        found, found_means = jax.jit(strategy.aggregate)(state, weights)
+        found, found_means = jax.jit(partial(average_layers, strategy))(state, weights)
         received = jax.jit(strategy.receive)(state, means, since)
         assert_same(found_means, means)
         assert_same(found.clients, state.clients)
@@ -190,7 +192,7 @@ def test_one_client_sends_poisoned_layers():
         jax.eval_shape(strategy.init, jax.random.key(0)),
     )
     weights = (jnp.ones(2), jnp.ones(1))
-    after, _ = jax.jit(strategy.aggregate)(state, weights)
+    after, _ = jax.jit(partial(average_layers, strategy))(state, weights)
     first, second = state.clients
 
     def kernel(layer):

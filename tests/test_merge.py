@@ -1,5 +1,6 @@
 """Optimizers of optax, and what averaging does to their state, against NumPy."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from tiny import DenseLayer, tiny_data, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import averaging
 from hsee_jax.core import Batch
+from hsee_jax.federation import average_layers
 from hsee_jax.federation.branch import client_spec, init_client
 from hsee_jax.federation.step import branch_step
 from hsee_jax.nn import init_network, masked_cross_entropy
@@ -224,7 +226,7 @@ def test_the_rule_goes_on_from_the_state_that_it_made():
     by_group = tuple(
         jnp.asarray([weights[i] for i in group.ids]) for group in federation.groups
     )
-    aggregate = jax.jit(strategy.aggregate)
+    means_of = jax.jit(partial(average_layers, strategy))
     for _ in range(2):
         state = state.replace(
             servers=jax.tree.map(
@@ -233,7 +235,7 @@ def test_the_rule_goes_on_from_the_state_that_it_made():
             )
         )
         before = branches(federation, strategy, state)
-        state, _ = aggregate(state, by_group)
+        state, _ = means_of(state, by_group)
         after = branches(federation, strategy, state)
         check_means(before, after, weights, momentum_by_hand)
 

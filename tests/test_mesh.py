@@ -16,6 +16,7 @@ from hsee_jax.algorithms.properties import Properties
 from hsee_jax.data import AUGMENTATIONS
 from hsee_jax.engine.evaluation import make_evaluation
 from hsee_jax.engine.host_store import HostStore
+from hsee_jax.federation import average_layers
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_in_a_round_may_be_made_twice():
     strategy = averaging(federation, period=1, period_unit="steps")
     store, ids = HostStore(federation, strategy, (2,)), np.arange(2, dtype=np.int32)
     state = store.init(jax.random.key(0))
-    some, means = strategy.aggregate(store.take(state, ids), (jnp.ones(2),))
+    some, means = average_layers(strategy, store.take(state, ids), (jnp.ones(2),))
     (servers,) = some.servers
     trained = jax.tree.map(lambda leaf: leaf + 1, servers.head.params)
     head = servers.head.replace(params=trained)
@@ -191,7 +192,7 @@ def test_those_of_a_round_go_to_their_devices_alone():
     strategy, ids = averaging(federation), np.arange(4, dtype=np.int32)
     store = HostStore(federation, strategy, (4,))
     state = store.init(jax.random.key(0))
-    some, means = strategy.aggregate(store.take(state, ids), (jnp.ones(4),))
+    some, means = average_layers(strategy, store.take(state, ids), (jnp.ones(4),))
     state = store.put(state, ids, some, means)
     seen, receive = [store._init(jax.random.key(0), (ids,))], store._receive
     store._receive = lambda some, *more: seen.append(some) or receive(some, *more)

@@ -19,7 +19,7 @@ from hsee_jax import cli
 from hsee_jax.algorithms import ALGORITHMS, averaging, fedavg, splitfed_v1, splitfed_v2
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
-from hsee_jax.federation import REDUCERS
+from hsee_jax.federation import REDUCERS, average_layers
 from hsee_jax.federation.reduction import num_trimmed
 from hsee_jax.parallel.mesh import CLIENTS, SAME, SPREAD, on_devices
 from hsee_jax.runs.build import build_federation, build_strategy
@@ -70,7 +70,7 @@ def aggregate(strategy, federation, weight_of, poison=None):
     )
     state = state if poison is None else poison(state)
     before = branches(federation, strategy, state)
-    after, _ = jax.jit(strategy.aggregate)(state, weights)
+    after, _ = jax.jit(partial(average_layers, strategy))(state, weights)
     return before, branches(federation, strategy, after)
 
 

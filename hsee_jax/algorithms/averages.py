@@ -7,7 +7,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.aggregation import layer_mean, message, receive
@@ -46,16 +45,18 @@ class Averages:
     together: bool  # whether a client holds the server's layers too
     spread: bool  # whether the stacks are spread over the federation's mesh
 
-    def aggregate(
-        self, state: RunState, weights: tuple[Array, ...]
-    ) -> tuple[RunState, Means]:
-        """Average by weights ``float32 [S]`` a group, and give the means to slots."""
+    def aggregate(self, state: RunState, weights: tuple[Array, ...]) -> Means:
+        """Compute the mean of each averaged layer by weights ``float32 [S]`` a group.
+
+        Returns:
+          The means by the name of the layer.
+        """
         if not self.holders:
-            return state, {}
+            return {}
         servers = SAME if self.shared else SPREAD
         specs = RunState(SAME, SPREAD, servers)  # type: ignore[arg-type]
         mesh = self.federation.mesh if self.spread else None
-        run = on_devices(self._on_device, mesh, (specs, SPREAD), (specs, SAME))
+        run = on_devices(self._on_device, mesh, (specs, SPREAD), SAME)
         return run(state, weights)
 
     def receive(
@@ -104,11 +105,9 @@ class Averages:
             for group in range(len(self.federation.groups))
         )
 
-    def _on_device(
-        self, state: RunState, weights: tuple[Array, ...]
-    ) -> tuple[RunState, Means]:
+    def _on_device(self, state: RunState, weights: tuple[Array, ...]) -> Means:
         layers = _layers_of(state)
-        means = {
+        return {
             name: layer_mean(
                 [layers[side, g][i] for side, g, i in places],
                 [weights[g] for _, g, _ in places],
@@ -119,8 +118,6 @@ class Averages:
             )
             for name, places in self.holders.items()
         }
-        since = tuple(jnp.broadcast_to(state.round, w.shape) for w in weights)
-        return self.receive(state, means, since), means
 
 
 def find_holders(federation: Federation, average: str) -> dict[str, list[Place]]:

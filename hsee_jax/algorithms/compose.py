@@ -25,9 +25,21 @@ from hsee_jax.core.types import Array, Key
 from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, init_clients, init_servers
-from hsee_jax.federation.strategy import Halves, InitStateFn, StepFn, Strategy, TurnFn
+from hsee_jax.federation.strategy import (
+    HalvedTurn,
+    InitStateFn,
+    StepFn,
+    Strategy,
+    TurnFn,
+)
 from hsee_jax.nn.model import init_network
-from hsee_jax.optim.optimizers import Optimizer, alone, counts_steps, with_merge
+from hsee_jax.optim.optimizers import (
+    Optimizer,
+    OptimizerLike,
+    alone,
+    counts_steps,
+    with_merge,
+)
 
 
 def compose(federation: Federation, properties: Properties) -> Strategy:
@@ -61,7 +73,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     )
     return Strategy(
         init=_init_fn(federation, shared=shared, init=properties.init),
-        turn=turn,
+        turn=_with_halves(turn, federation, parts, properties, averages),
         step=step,
         aggregate=averages.aggregate,
         receive=averages.receive,
@@ -77,7 +89,6 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         distill=properties.distill,
         weights=properties.weights,
         one_network=properties.makes_one_network(len(federation.groups)),
-        halves=_halves(federation, parts, properties, averages),
         turn_kinds=tuple(
             (group.cut, federation.groups[0].cut if shared else None)
             for group in federation.groups
@@ -106,29 +117,31 @@ def _turn_and_step(
     return turn, None  # turns wait for each other
 
 
-def _halves(
+def _with_halves(
+    turn: TurnFn | None,
     federation: Federation,
     parts: ServerParts,
     properties: Properties,
     averages: Averages,
-) -> Halves | None:
-    """Return the halves of a turn; None where no turn can cross a network."""
-    alone = properties.boundary == "none" or properties.turn == "together"
-    if alone or properties.copies > 1:
-        return None
-    return make_halves(federation, parts, properties, averages.client_means)
+) -> TurnFn | None:
+    """Return a turn, with its halves if it can cross a network."""
+    if turn is None or properties.boundary == "none" or properties.copies > 1:
+        return turn
+    halves = make_halves(federation, parts, properties, averages.client_means)
+    return HalvedTurn(turn, halves)
 
 
 def _optimizers(
     federation: Federation, properties: Properties
 ) -> tuple[Optimizer, Optimizer]:
     """Return the optimizers of clients and of servers."""
-    own = with_merge(federation.optimizer, properties.optimizer_state)
-    clients, servers = (
-        own if properties.average in (side, "all_holders") else alone(own)
-        for side in ("clients", "servers")
-    )
-    return clients, servers
+
+    def of(side: str, optimizer: OptimizerLike) -> Optimizer:
+        own = with_merge(optimizer, properties.optimizer_state)
+        return own if properties.average in (side, "all_holders") else alone(own)
+
+    of_servers = federation.server_optimizer or federation.optimizer
+    return of("clients", federation.optimizer), of("servers", of_servers)
 
 
 def _check_counts(federation: Federation, optimizer_state: str) -> None:

@@ -41,7 +41,14 @@ from hsee_jax.algorithms.rows import (
 from hsee_jax.algorithms.steps import Rates
 from hsee_jax.core.trees import add_trees, select
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Metrics, PyTree
-from hsee_jax.federation.branch import Branch, BranchSpec, parts_of, with_parts
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    params_of,
+    parts_of,
+    with_params,
+    with_parts,
+)
 from hsee_jax.federation.crossing import (
     decode_gradient,
     encode,
@@ -198,7 +205,7 @@ def _serve(
     batches = list(map(without, decoded, fine))
     server = constrain(server, mesh, SAME)
     run = _runner(federation, server, [batch.mask for batch in batches])
-    at = tuple(part.params for part in parts_of(server)), [b.inputs for b in batches]
+    at = params_of(server), [b.inputs for b in batches]
     (_, logits), pullback, (stats, seen) = jax.vjp(partial(run, 0), *at, has_aux=True)
     slopes, metrics = jax.grad(_mean_loss, has_aux=True)(logits, batches)
     if shared_rows:
@@ -242,10 +249,7 @@ def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Calla
     cuts = [group.cut - federation.groups[0].cut for group in federation.groups]
 
     def run(k: int, params: tuple[PyTree, ...], features: list[Array]) -> tuple:
-        parts = tuple(
-            part.replace(params=own)
-            for part, own in zip(parts_of(server), params, strict=True)
-        )
+        parts = parts_of(with_params(server, params))
         rows = [rows_of(x, mask, k) for x, mask in zip(features, masks, strict=True)]
         last, *aux = forward_rows(spec, parts, dict(zip(cuts, rows, strict=True)))
         own = by_client(last.own, [mask[:, k:] for mask in masks])

@@ -44,7 +44,7 @@ from hsee_jax.federation.branch import (
     Branch,
     LayerState,
     forward,
-    parts_of,
+    params_of,
     with_params,
 )
 from hsee_jax.federation.federation import Federation
@@ -98,7 +98,10 @@ def fpl(
         ),
     )
     # Nothing is averaged, so each optimizer works by itself.
-    federation = federation._replace(optimizer=alone(federation.optimizer))
+    federation = federation._replace(
+        optimizer=alone(federation.optimizer),
+        server_optimizer=alone(federation.server_optimizer or federation.optimizer),
+    )
     merged = _junction(federation, junction)
     serve = partial(_serve, federation, merged)
     step = _step(federation, serve, Rates(server_lr_scale), boundary, exit_gradient)
@@ -197,7 +200,7 @@ def _serve(
         count = jnp.maximum(jnp.sum(metrics.count), 1).astype(jnp.float32)
         return jnp.sum(metrics.loss_sum) / count, (stats, metrics)
 
-    at = tuple(part.params for part in parts_of(server)), views.inputs
+    at = params_of(server), views.inputs
     slopes, (stats, metrics) = jax.grad(mean_loss, (0, 1), has_aux=True)(*at)
     grads, gradient = slopes
     total = jax.tree.map(jnp.sum, metrics)

@@ -113,7 +113,7 @@ def mean_shapes(federation: Federation, strategy: Strategy) -> Means:
     weights = tuple(
         jax.ShapeDtypeStruct((len(g.ids),), np.float32) for g in federation.groups
     )
-    return jax.eval_shape(strategy.aggregate, state, weights)[1]
+    return jax.eval_shape(strategy.aggregate, state, weights)
 
 
 def message_of(federation: Federation, group: int) -> Message:

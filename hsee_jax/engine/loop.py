@@ -16,7 +16,7 @@ from hsee_jax.engine.round import (
     RoundFn,
     RoundProgress,
     all_finite,
-    check_indices,
+    check_plan,
     due_after,
     nothing_done,
 )
@@ -46,10 +46,15 @@ def make_loop_round(
     run = loop_round(strategy, start)
 
     def check_and_run(
-        state: RunState, data: Dataset, plan: RoundPlan, *rest: Any, **named: Any
+        state: RunState,
+        data: Dataset,
+        plan: RoundPlan,
+        learning_rates: Floats,
+        *rest: Any,
+        **named: Any,
     ) -> tuple[RunState, Means, RoundProgress]:
-        check_indices(plan, len(data.labels))
-        return run(state, data, plan, *rest, **named)
+        check_plan(plan, len(data.labels), learning_rates)
+        return run(state, data, plan, learning_rates, *rest, **named)
 
     return check_and_run
 
@@ -61,9 +66,10 @@ def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
       strategy: the algorithm.
       begin: makes the steps of a round.
     """
-    aggregate: Callable = jax.jit(strategy.aggregate, donate_argnums=0)
-    if strategy.halves is not None:
-        aggregate = _in_two_programs(strategy)
+    # In one program XLA may compute a mean twice, and round it differently; devices,
+    # and clients that come later, get the means that are returned.
+    aggregate = jax.jit(strategy.aggregate)
+    receive = jax.jit(strategy.receive, donate_argnums=0)
     newer = jax.jit(newest)
 
     def run(
@@ -90,7 +96,9 @@ def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
             log.clear()
             counted = np.where(all_finite(totals), weights, np.float32(0))
             counted[list(steps.late())] = 0
-            state, new = aggregate(state, split_stacks(counted, sizes))
+            new = aggregate(state, split_stacks(counted, sizes))
+            now = np.full(len(counted), state.round, np.int32)
+            state = receive(state, new, split_stacks(now, sizes))
             means = newer(means, new) if means else new
             return state
 
@@ -109,23 +117,6 @@ def loop_round(strategy: Strategy, begin: Begin) -> RoundFn:
         return state, means, RoundProgress(done, finished, totals, steps.late())
 
     return run
-
-
-def _in_two_programs(strategy: Strategy) -> Callable[..., tuple[RunState, Means]]:
-    """Compile an average so that all holders get the bits of the means it returns.
-
-    In one program XLA may compute a mean twice, and round it differently; devices, and
-    clients that come later, get the means that are returned.
-    """
-    compute = jax.jit(lambda state, weights: strategy.aggregate(state, weights)[1])
-    receive = jax.jit(strategy.receive, donate_argnums=0)
-
-    def aggregate(state: RunState, weights: Any) -> tuple[RunState, Means]:
-        means, number = compute(state, weights), np.int32(state.round)
-        since = tuple(np.full(len(own), number, np.int32) for own in weights)
-        return receive(state, means, since), means
-
-    return aggregate
 
 
 def _added(totals: ExitMetrics, log: Log) -> ExitMetrics:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.types import Dataset
+from hsee_jax.data.partition import Indices
 from hsee_jax.engine.plan import EMPTY, take_seats
 from hsee_jax.engine.round import data_layout
 from hsee_jax.federation.federation import Federation
@@ -38,14 +39,24 @@ def place_data(
         return to_devices(train, mesh, SAME), shards
     if jax.process_count() == 1:
         return place_blocks(train, mesh), shards
-    blocks: dict[int, list[int]] = {p: [] for p in range(jax.process_count())}
     homes = [p for count in slots for p in process_of_slots(mesh, count)]
     ids = take_seats(federation.groups, slots, set())
-    moved: Shards = {}
+    clients: dict[int, list[int]] = {p: [] for p in range(jax.process_count())}
     for i, process in zip(ids.tolist(), homes, strict=True):
         if i != EMPTY:
-            first = len(blocks[process])
-            moved[i] = np.arange(first, first + len(shards[i]), dtype=np.int32)
-            blocks[process].extend(shards[i])
-    own = np.resize(blocks[jax.process_index()] or [0], max(map(len, blocks.values())))
+            clients[process].append(i)
+    # Clients may share samples, as views of the same events do.
+    blocks = {p: _union([shards[i] for i in own]) for p, own in clients.items()}
+    moved = {
+        i: np.searchsorted(blocks[p], shards[i]).astype(np.int32)
+        for p, own in clients.items()
+        for i in own
+    }
+    longest = max(map(len, blocks.values()))
+    own = np.resize(blocks[jax.process_index()], longest)
     return place_blocks(Dataset(*(a[own] for a in train)), mesh), moved
+
+
+def _union(shards: Sequence[Indices]) -> Indices:
+    """Return the samples of some clients, each once; one sample if there are none."""
+    return np.unique(np.concatenate(shards)) if shards else np.zeros(1, np.int32)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.algorithms.options import TURNS
+from hsee_jax.core.errors import unknown
 from hsee_jax.federation.federation import Group, clients_of
 
 _PARTICIPATION, _BATCHES, _TURNS, _DROPOUT = range(4)
@@ -229,6 +231,8 @@ def turn_order(
     Returns:
       ``int64 [T, A]``.
     """
+    if turn not in TURNS:
+        raise unknown("turn", turn, TURNS)
     turns = np.array([_rng(seed, _TURNS, int(i), number).random(steps) for i in ids])
     if turn == "epoch":
         turns[:] = turns[:, :1]

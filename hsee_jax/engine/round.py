@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hsee_jax.core.errors import unknown
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
@@ -28,9 +29,14 @@ def client_axis(choice: str, backend: str) -> str:
     Args:
       choice: one of them, or ``"auto"``.
       backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``, see `hsee_jax.parallel.backend_of`.
+
+    Raises:
+      UserError: there is no such choice.
     """
-    if choice != "auto":
+    if choice in CLIENT_AXES:
         return choice
+    if choice != "auto":
+        raise unknown("client_axis", choice, ("auto", *CLIENT_AXES))
     one_cpu = backend == "cpu" and jax.process_count() == 1
     return "loop" if one_cpu else "vmap"
 
@@ -110,8 +116,12 @@ def data_layout(strategy: Strategy) -> PartitionSpec:
     return SAME if strategy.step is None else SPREAD
 
 
-def check_indices(plan: RoundPlan, samples: int) -> None:
-    """Refuse indices beyond the samples, which JAX would clamp to the last sample."""
+def check_plan(plan: RoundPlan, samples: int, learning_rates: Floats) -> None:
+    """Refuse a plan whose samples or rates are not there; JAX would take the last."""
+    if len(learning_rates) != len(plan.order):
+        raise ValueError(
+            f"{len(learning_rates)} learning rates for {len(plan.order)} steps"
+        )
     if plan.indices.max() >= samples:
         raise ValueError(
             f"the plan asks for sample {plan.indices.max()}, and a device has "
@@ -174,7 +184,7 @@ def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]
     def no_means(state: RunState, weights: tuple[Array, ...]) -> Means:
         return jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(strategy.aggregate, state, weights)[1],
+            jax.eval_shape(strategy.aggregate, state, weights),
         )
 
     return no_means

@@ -18,7 +18,7 @@ from hsee_jax.engine.round import (
     RoundFn,
     RoundProgress,
     all_finite,
-    check_indices,
+    check_plan,
     client_batch,
     data_layout,
     due_after,
@@ -38,7 +38,7 @@ from hsee_jax.federation.state import (
     stack_sizes,
     take_member,
 )
-from hsee_jax.federation.strategy import Strategy
+from hsee_jax.federation.strategy import Strategy, average_layers
 from hsee_jax.link.codecs import carry_bytes
 from hsee_jax.parallel.mesh import (
     CLIENTS,
@@ -73,7 +73,7 @@ def make_scan_round(
         begun: RoundProgress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> tuple[RunState, Means, RoundProgress]:
-        check_indices(plan, len(data.labels) // blocks)
+        check_plan(plan, len(data.labels) // blocks, learning_rates)
         num_steps = len(plan.order)
         progress = begun or nothing_done(plan)
         done = progress.steps
@@ -148,7 +148,7 @@ def _average_if(
             jnp.where(all_finite(own), group.weights, 0.0)
             for own, group in zip(carry.totals, groups, strict=True)
         )
-        state, means = strategy.aggregate(carry.state, weights)
+        state, means = average_layers(strategy, carry.state, weights)
         return Carry(state, newest(carry.means, means), carry.totals)
 
     if due is False:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from hsee_jax.core.types import Array, Batch, Dataset, Metrics
+from hsee_jax.core.types import Array, Batch, Dataset, Metrics, PyTree
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import count_agreement
 from hsee_jax.engine.likeness import (
@@ -237,39 +237,30 @@ def make_map(score: ScoreFn, strategy: Strategy, mesh: Mesh | None) -> ScoresFn:
     A device scores the first of its clients, and those that are not like it.
     """
 
-    @partial(jax.jit, static_argnames="group")
-    def clients_map(
+    def on_device(
+        group: int,
         stacks: tuple[Branch, ...],
         shared: tuple[Branch, ...],
         data: Dataset,
         rows: Rows,
         slots: tuple[Array, Array],
-        *,
-        group: int,
     ) -> BothMetrics:
-        def on_device(
-            stacks: tuple[Branch, ...],
-            shared: tuple[Branch, ...],
-            data: Dataset,
-            rows: Rows,
-            slots: tuple[Array, Array],
-        ) -> BothMetrics:
-            taken, views = slots
+        taken, views = slots
 
-            def client(member: tuple[tuple[Branch, ...], Array]) -> BothMetrics:
-                own, who = member
-                pair = _pair(strategy, own, shared, group)
-                return jax.lax.map(
-                    lambda row: score(pair, data, who, *row, group=group), rows
-                )
+        def client(member: tuple[tuple[Branch, ...], Array]) -> BothMetrics:
+            own, who = member
+            pair = _pair(strategy, own, shared, group)
+            return jax.lax.map(
+                lambda row: score(pair, data, who, *row, group=group), rows
+            )
 
-            weights = (weights_of(stacks), views)
-            return map_unlike(client, (stacks, views), weights, taken)
+        weights = (weights_of(stacks), views)
+        return map_unlike(client, (stacks, views), weights, taken)
 
+    @partial(jax.jit, static_argnames="group")
+    def clients_map(*given: PyTree, group: int) -> BothMetrics:
         specs = (SPREAD, SAME, SAME, SAME, SPREAD)
-        return on_devices(on_device, mesh, specs, SPREAD)(
-            stacks, shared, data, rows, slots
-        )
+        return on_devices(partial(on_device, group), mesh, specs, SPREAD)(*given)
 
     def clients(task: Task) -> list[BothMetrics | None]:
         shared = task.state.servers if strategy.shared else ()

@@ -52,11 +52,13 @@ from hsee_jax.federation.step import (
     server_step,
 )
 from hsee_jax.federation.strategy import (
+    HalvedTurn,
     Halves,
     Reply,
     Sent,
     Served,
     Strategy,
+    average_layers,
     server_of,
 )
 from hsee_jax.federation.unlabelled import unlabelled_step
@@ -72,6 +74,7 @@ __all__ = [
     "Federation",
     "ForwardPass",
     "Group",
+    "HalvedTurn",
     "Halves",
     "Junction",
     "LayerMean",
@@ -87,6 +90,7 @@ __all__ = [
     "Strategy",
     "Sums",
     "TrainFn",
+    "average_layers",
     "branch_step",
     "client_backward",
     "client_forward",

@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from hsee_jax.core.errors import unknown
 from hsee_jax.core.trees import select
 from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.branch import LayerState
 from hsee_jax.federation.reduction import ReduceFn, weight_sum, weighted_mean
 from hsee_jax.optim.optimizers import OptimizerLike, as_optimizer
+
+_BATCH_NORMS = ("average", "keep_local")
 
 
 class LayerMean(struct.PyTreeNode):
@@ -88,6 +91,9 @@ def receive(
       batch_norm: with ``"average"`` BatchNorm is averaged like the rest; with
         ``"keep_local"`` each holder keeps its own parameters, statistics and optimizer
         state of BatchNorm (FedBN, Li et al., ICLR 2021).
+
+    Raises:
+      UserError: ``batch_norm`` is neither.
     """
     later = mean.round > since
     common = common_leaves(layer, optimizer, batch_norm)
@@ -140,6 +146,8 @@ def common_leaves(
     layer: LayerState, optimizer: OptimizerLike, batch_norm: str
 ) -> LayerState:
     """Mark the leaves that a mean may change; the others are the holder's own."""
+    if batch_norm not in _BATCH_NORMS:
+        raise unknown("batch_norm", batch_norm, _BATCH_NORMS)
     keep = batch_norm == "keep_local"
     params = jax.tree.map(
         lambda is_norm: not (keep and is_norm), batch_norm_params(layer)

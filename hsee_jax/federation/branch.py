@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from hsee_jax.core.errors import unknown
 from hsee_jax.core.types import Array, PyTree, Stage, Variables
 from hsee_jax.link.codecs import FULL, Codec
 from hsee_jax.nn.model import Model, Network, layer_inputs
@@ -76,7 +77,13 @@ def client_spec(
 
 
 def early_exits(cut: int, exits: str) -> int:
-    """Return how many exits a client has before its last; ``exits`` is of `EXITS`."""
+    """Return how many exits a client has before its last; ``exits`` is of `EXITS`.
+
+    Raises:
+      UserError: it is not.
+    """
+    if exits not in EXITS:
+        raise unknown("exits", exits, EXITS)
     return cut - 1 if exits == "all" else 0
 
 
@@ -137,6 +144,11 @@ def with_parts(branch: Branch, parts: tuple[LayerState, ...]) -> Branch:
     return branch.replace(
         layers=tuple(parts[:count]), exits=tuple(parts[count:-1]), head=parts[-1]
     )
+
+
+def params_of(branch: Branch) -> tuple[PyTree, ...]:
+    """Return the parameters of each of `parts_of`."""
+    return tuple(part.params for part in parts_of(branch))
 
 
 def with_params(branch: Branch, params: tuple[PyTree, ...]) -> Branch:

@@ -41,6 +41,7 @@ from hsee_jax.federation.branch import (
     BranchSpec,
     LayerState,
     forward_exits,
+    params_of,
     parts_of,
     with_params,
     with_parts,
@@ -102,7 +103,7 @@ def client_forward(
         loss, seen = _loss(spec, with_params(client, params), batch, exit_gradient)
         return (loss, seen.features, seen.logits if distill else None), seen
 
-    (_, *outputs), pullback, seen = jax.vjp(run, _params(client), has_aux=True)
+    (_, *outputs), pullback, seen = jax.vjp(run, params_of(client), has_aux=True)
     features, logits = jax.lax.stop_gradient(tuple(outputs))
     return ForwardPass(features, logits, batch.mask, seen.metrics, seen.stats, pullback)
 
@@ -169,7 +170,7 @@ def server_step(
 
     arguments = (0, 1) if joint else (0,)
     (grads, *rest), seen = jax.grad(loss_fn, arguments, has_aux=True)(
-        _params(server), batch.inputs
+        params_of(server), batch.inputs
     )
     server, metrics = take_step(
         spec, server, grads, seen.stats, learning_rate, seen.metrics
@@ -201,16 +202,12 @@ def branch_step(
         def loss_fn(params: tuple[PyTree, ...]) -> tuple[Array, _Seen]:
             return _loss(spec, with_params(branch, params), batch)
 
-        grads, seen = jax.grad(loss_fn, has_aux=True)(_params(branch))
+        grads, seen = jax.grad(loss_fn, has_aux=True)(params_of(branch))
         return Passed(grads, seen.features, seen.stats, seen.metrics)
 
     grads, features, stats, metrics = accumulate(run, branch, batch, spec.micro_batches)
     branch, metrics = take_step(spec, branch, grads, stats, learning_rate, metrics)
     return branch, jax.lax.stop_gradient(features), metrics
-
-
-def _params(branch: Branch) -> tuple[PyTree, ...]:
-    return tuple(part.params for part in parts_of(branch))
 
 
 def _loss(

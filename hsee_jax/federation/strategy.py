@@ -1,9 +1,11 @@
 """The type of a training algorithm: pure functions over the state of a federation."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Key, Metrics, PyTree
 from hsee_jax.federation.branch import Branch
@@ -111,6 +113,26 @@ class Halves(NamedTuple):
     means: Callable[[int], tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class HalvedTurn:
+    """A turn that a client and a server in processes of their own can take, too."""
+
+    whole: TurnFn
+    halves: Halves  # their composition is the whole turn
+
+    def __call__(
+        self,
+        client: Branch,
+        server: Branch,
+        batch: Batch,
+        learning_rate: Array,
+        *,
+        group: int,
+    ) -> tuple[Branch, Branch, ExitMetrics]:
+        """Take the whole turn, see `TurnFn`."""
+        return self.whole(client, server, batch, learning_rate, group=group)
+
+
 class Strategy(NamedTuple):
     """An algorithm, as pure functions over `RunState`.
 
@@ -118,10 +140,10 @@ class Strategy(NamedTuple):
     """
 
     init: InitStateFn
-    turn: TurnFn | None
+    turn: TurnFn | None  # a `HalvedTurn` if it can cross a network
     step: StepFn | None
-    # Average by weights float32 [S] a group, and give the means to all slots.
-    aggregate: Callable[[RunState, tuple[Array, ...]], tuple[RunState, Means]]
+    # Compute the means of layers by weights float32 [S] a group.
+    aggregate: Callable[[RunState, tuple[Array, ...]], Means]
     # Give means to slots, from the rounds of their states, int32 [S] a group.
     receive: Callable[[RunState, Means, tuple[Array, ...]], RunState]
     # Return the arrays that each client sends for a mean, leaves [S, ...] a group.
@@ -143,9 +165,6 @@ class Strategy(NamedTuple):
     copies: int = 1
     # Whether an average gives the same network to all clients and their servers.
     one_network: bool = False
-    # For clients and server in processes of their own; None if nothing can cross a
-    # network between them.
-    halves: Halves | None = None
     # Where the clients see one event each in its own way: how the shared server reads
     # them together. All clients then take the same samples in a step.
     junction: Junction | None = None
@@ -154,9 +173,29 @@ class Strategy(NamedTuple):
     turn_kinds: tuple[Hashable, ...] = ()
 
     @property
+    def halves(self) -> Halves | None:
+        """Return the halves of the turn; None if it cannot cross a network."""
+        return self.turn.halves if isinstance(self.turn, HalvedTurn) else None
+
+    @property
     def waits(self) -> bool:
         """Return whether clients wait for the server's reply to each batch."""
         return self.boundary == "joint" or self.distill > 0
+
+
+def average_layers(
+    strategy: Strategy, state: RunState, weights: tuple[Array, ...]
+) -> tuple[RunState, Means]:
+    """Compute the means of a round, and give them to all slots.
+
+    Args:
+      strategy: the algorithm.
+      state: of all clients and servers.
+      weights: of the clients in a mean, ``float32 [S]`` for each group.
+    """
+    means = strategy.aggregate(state, weights)
+    since = tuple(jnp.broadcast_to(state.round, own.shape) for own in weights)
+    return strategy.receive(state, means, since), means
 
 
 def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> Branch:

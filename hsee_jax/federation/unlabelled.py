@@ -29,7 +29,7 @@ from hsee_jax.federation.branch import (
     Branch,
     BranchSpec,
     forward,
-    parts_of,
+    params_of,
     variables_of,
     with_params,
 )
@@ -107,8 +107,7 @@ def unlabelled_step(
         own = sum(losses[1:], losses[0]) / len(losses)
         return passed.loss + own, (passed, metrics[0])
 
-    params = tuple(part.params for part in parts_of(client))
-    grads, (passed, metrics) = jax.grad(loss_fn, has_aux=True)(params)
+    grads, (passed, metrics) = jax.grad(loss_fn, has_aux=True)(params_of(client))
     rows = Metrics(passed.loss, jnp.int32(0), jnp.sum(batch.mask, dtype=jnp.int32))
     moved, taken = take_step(spec, client, grads, passed.stats, learning_rate, rows)
     some = jnp.any(labelled)

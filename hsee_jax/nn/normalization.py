@@ -18,8 +18,8 @@ class Norm(nn.Module):
     """Normalisation of ``[B, ..., C]``, with statistics in float32.
 
     ``"batch"`` is BatchNorm over the real rows. ``"group"`` is GroupNorm (Wu and He,
-    ECCV 2018) with 32 groups, or with fewer where each would have fewer than two
-    channels or where 32 does not divide the channels.
+    ECCV 2018) with 32 groups, or with the largest smaller power of two that divides
+    the channels and half the channels.
     """
 
     kind: str

@@ -19,6 +19,7 @@ from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy, server_of
 from hsee_jax.nn.model import Model
+from hsee_jax.optim.optimizers import alone
 from hsee_jax.runs.build import build_federation, build_model, build_strategy
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
 from hsee_jax.runs.cut_schedule import config_in_round
@@ -49,8 +50,12 @@ class Restored(NamedTuple):
         )
 
     def specs(self, i: int) -> tuple[BranchSpec, BranchSpec]:
-        """Return the specs of client i and of the server behind it."""
-        return self.federation.specs(seat(self.federation, i)[0])
+        """Return the specs of client i and of the server behind it.
+
+        Their optimizer trains one of them by itself, without averages.
+        """
+        own = self.federation._replace(optimizer=alone(self.federation.optimizer))
+        return own.specs(seat(own, i)[0])
 
     def client(self, i: int) -> Branch:
         """Return the layers of client i and its exit head.
