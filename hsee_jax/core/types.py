@@ -4,7 +4,9 @@ Shapes are written in brackets, ``float32 [B, C]``, with the letters
 
 * ``B`` batch, ``H W C`` image height, width and channels,
 * ``K`` classes, ``N`` clients, ``G`` clients of one cut, ``T`` steps in a round,
-* ``S`` slots of a stack of clients, ``A`` turns in a step, ``D`` devices.
+* ``S`` slots of a stack of clients, ``A`` turns in a step, ``D`` devices,
+* ``M`` samples, ``F`` features, ``L`` layers, ``E`` exits,
+* ``R`` rows of several batches.
 """
 
 from collections.abc import Callable, Mapping

@@ -53,9 +53,9 @@ def from_arrays(
     """Make an entry of `DATASETS` from a function that returns arrays.
 
     Args:
-      load: reads the folder of ``--data-dir``; see `convert` for what the arrays may
-        hold.
-      labels: see `convert`.
+      load: reads the folder of ``--data-dir``, and returns ``(x, y, x_test, y_test)``.
+      labels: what to do with integers that are not 0..K-1 without gaps: ``"refuse"``
+        them, or ``"remap"`` them to 0..K-1 in ascending order.
       is_there: whether a folder holds the dataset.
     """
 

@@ -95,8 +95,10 @@ def read_arrays(
     """Convert arrays of a program to a dataset, and log what was done.
 
     Args:
-      arrays: ``(x, y, x_test, y_test)``, see `hsee_jax.data.arrays`.
-      labels: see `convert`.
+      arrays: ``(x, y, x_test, y_test)``, with samples ``[M, ...]``, which the page on
+        own data lists, and labels ``[M]`` or one-hot ``[M, K]``.
+      labels: what to do with integers that are not 0..K-1 without gaps: ``"refuse"``
+        them, or ``"remap"`` them to 0..K-1 in ascending order.
       limits: see `read_dataset`.
 
     Returns:

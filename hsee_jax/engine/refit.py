@@ -79,7 +79,7 @@ def refit_exits(
       The state, and the exits that were fitted, by ascending cut.
 
     Raises:
-      UserError: see `check_exits`.
+      UserError: an exit does not end in a linear layer, or clients have several.
     """
     check_exits(federation)
     clients = to_host(state.clients)

@@ -117,7 +117,8 @@ class Gate(NamedTuple):
         Args:
           client: layers 1..cut and their exits.
           server: layers cut+1..L and the final head.
-          inputs: ``float32 [B, ...]``, at most a whole batch, see `make_gate`.
+          inputs: normalised, ``float32 [B, ...]``, at most a whole batch, see
+            `make_gate` and `hsee_jax.data.normalize`.
           threshold: the earliest exit with an uncertainty below it answers. With 0
             all samples go to the server; above the criterion's largest value only the
             samples with exit logits that are not finite go there.

@@ -65,14 +65,16 @@ class Stem(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: ``[B, H, W, C] -> [B, H/s, W/s, features]``.
 
-    The shortcut is the identity, or a 1x1 convolution where the shape changes.
+    The shortcut is the identity, or a 1x1 convolution where the shape changes. Like all
+    modules of this package it is called with ``x`` and a mask ``bool [B]`` that is
+    false on padding, and with ``train``, which chooses the statistics of BatchNorm.
     """
 
-    features: int
-    stride: int
-    dtype: jnp.dtype
-    conv: str
-    norm: str = "batch"
+    features: int  # channels of the output
+    stride: int  # s
+    dtype: jnp.dtype  # of the computation; parameters are float32
+    conv: str  # the form of the convolutions, such as "grouped" or "auto"
+    norm: str = "batch"  # or "group"
     inner: tuple[int, ...] | None = None  # channels between; None for ``features``
 
     @nn.compact
