@@ -188,8 +188,10 @@ def test_a_momentum_of_averages_needs_all_averages(tmp_path):
             over_network(experiment, None, None, seldom=False)
     with pytest.raises(UserError, match="may miss rounds"):
         over_network(build_served(qgm), None, None, seldom=True)
-    servers = hs.override(qgm, average="servers", dropout=0.1)
-    over_network(build_served(servers), None, None, seldom=True)
+    servers = build_served(hs.override(qgm, average="servers", dropout=0.1))
+    over_network(servers, None, None, seldom=False)
+    with pytest.raises(UserError, match="may be late"):
+        over_network(servers, None, None, seldom=True)
 
 
 def test_a_late_client_counts_on_neither_side():

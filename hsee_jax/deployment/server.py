@@ -54,11 +54,11 @@ def over_network(
     strategy = experiment.strategy
     assert strategy.halves is not None
     serve = serve_program(strategy.halves)
-    attendance = experiment.attendance
+    attendance, late = experiment.attendance, seldom
     seldom |= attendance.participation < 1 or attendance.dropout > 0
     seldom |= bool(attendance.absences)
     if seldom:
-        _check_averages(experiment)
+        _check_averages(experiment, late=late)
     private = experiment.config.clients.keep_layers_private
     take_turns = loop_round(strategy, partial(RemoteTurns, experiment, mailbox, serve))
 
@@ -91,21 +91,29 @@ def over_network(
     return experiment._replace(round_fn=run, evaluate_fn=evaluate)
 
 
-def _check_averages(experiment: Experiment) -> None:
+def _check_averages(experiment: Experiment, *, late: bool) -> None:
     """Refuse an optimizer that needs each average where devices may miss one.
 
     A device gets the latest average alone when it takes part again, and the replica of
     a late one has trained on a part of its round.
 
+    Args:
+      experiment: the run.
+      late: whether devices may be late.
+
     Raises:
-      UserError: the momentum comes from the averages.
+      UserError: the momentum comes from the averages, and clients get them or may be
+        late.
     """
-    follows = as_optimizer(experiment.federation.optimizer).follows_averages
-    if experiment.strategy.period and follows:
+    strategy, federation = experiment.strategy, experiment.federation
+    assert strategy.halves is not None
+    by_clients = any(map(strategy.halves.means, range(len(federation.groups))))
+    follows = as_optimizer(federation.optimizer).follows_averages
+    if follows and strategy.period and (by_clients or late):
         raise UserError(
             f"optimizer: {experiment.config.optim.optimizer} is not allowed with "
-            "clients on a network that may miss rounds, as its momentum comes from "
-            "every average; allowed are others"
+            "clients on a network that may miss rounds or may be late, as its momentum "
+            "comes from every average; allowed are others"
         )
 
 
