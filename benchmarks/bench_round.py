@@ -320,15 +320,12 @@ def _pytorch_calls(
 def flops_per_image(experiment: Experiment) -> float:
     """Return the FLOPs of training on an image: three forward passes, mean of clients.
 
-    Forward FLOPs are XLA's count for the direct convolution on the CPU, where no
-    library call hides them, whatever form is timed. The count includes the gradient of
-    the images, which no layer needs, because it is small.
+    Forward FLOPs are XLA's count for the direct convolution, whatever form is timed.
+    The count includes the gradient of the images, which no layer needs, because it is
+    small.
     """
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = build_model(
-            override(experiment.config, dtype="float32", conv="grouped")
-        )
-        costs = [cost.flops for cost in layer_costs(model)]
+    model = build_model(override(experiment.config, dtype="float32", conv="grouped"))
+    costs = [cost.flops for cost in layer_costs(model)]
     depth = len(model.stages)
     layers, exits, final = costs[:depth], costs[depth:-1], costs[-1]
     groups = experiment.federation.groups

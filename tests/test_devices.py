@@ -297,6 +297,38 @@ def test_a_workload_is_costs_over_devices():
     assert work.weights_down_s[0] == pytest.approx(0.5 + size / 1e4)
 
 
+def test_flops_are_counted_on_the_cpu_whatever_device_is_the_default(monkeypatch):
+    """A library of a GPU computes convolutions that XLA then does not count."""
+    count, used = jax.stages.Compiled.cost_analysis, set()
+
+    def counting(compiled):
+        used.update(compiled.runtime_executable().local_devices())
+        return count(compiled)
+
+    monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", counting)
+    model = tiny_model(input_shape=(28, 28, 1))
+    with jax.default_device(jax.devices()[3]):
+        costs = layer_costs(model)
+    assert used == {jax.local_devices(backend="cpu")[0]}
+    assert all(cost.flops > 0 for cost in costs)
+    for analysis in (None, {"flops": -1.0}):
+        monkeypatch.setattr(
+            jax.stages.Compiled, "cost_analysis", lambda _, found=analysis: found
+        )
+        with pytest.raises(RuntimeError, match="XLA counts no FLOPs"):
+            layer_costs(model)
+
+
+def test_flops_without_a_cpu_are_refused(monkeypatch):
+    def nowhere(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", nowhere)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS: cuda .* is cuda,cpu$"):
+        layer_costs(tiny_model(input_shape=(28, 28, 1)))
+
+
 def test_a_shared_gradient_saves_the_server_and_not_the_link():
     """Of 10 rows 5 are shared, by 2 clients at cut 1, and by 3 behind cut 3."""
     federation = tiny_federation({0: 1})

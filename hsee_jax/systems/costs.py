@@ -1,10 +1,12 @@
 """The costs of each layer: parameters, and FLOPs and bytes of a sample."""
 
+import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array, PyTree, Stage, Variables
 from hsee_jax.nn.model import Model, layer_inputs
 
@@ -23,13 +25,16 @@ class LayerCost(NamedTuple):
 def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
     """Return the costs of a sample in the L layers, L exit heads and the final head.
 
-    FLOPs come from the cost analysis of each compiled program, so they depend on the
-    backend at hand.
+    FLOPs come from the cost analysis of programs that are compiled for the CPU, on
+    every machine: elsewhere a library may compute what XLA then does not count.
 
     Args:
       model: the network.
       exits: see `hsee_jax.federation.Federation`; with ``"all"``, the cost of an exit
         is the sum over all exits up to it, which a client with this cut has.
+
+    Raises:
+      UserError: JAX_PLATFORMS leaves out the CPU.
     """
     shapes = layer_inputs(model)
     stages = [*model.stages, *model.exit_heads, model.final_head]
@@ -67,6 +72,9 @@ def part_cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int,
     Args:
       stage: the layer or the head.
       shape: shape and dtype of its input, ``[1, ...]``.
+
+    Raises:
+      UserError: JAX_PLATFORMS leaves out the CPU.
     """
     variables = jax.eval_shape(stage.init, jax.random.key(0), shape)
     mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
@@ -74,15 +82,39 @@ def part_cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int,
     def run(variables: Variables, inputs: Array, mask: Array) -> Array:
         return stage.apply(variables, inputs, mask, train=False)[0]
 
-    compiled = jax.jit(run).lower(variables, shape, mask).compile()
-    analysis = compiled.cost_analysis() or {}
+    with jax.default_device(_cpu()):
+        compiled = jax.jit(run).lower(variables, shape, mask).compile()
     output = jax.eval_shape(run, variables, shape, mask)
     return (
         sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        int(analysis.get("flops", 0)),
+        _flops(compiled),
         output.size * output.dtype.itemsize,
         _pullback_bytes(stage, shape, 2) - _pullback_bytes(stage, shape, 1),
     )
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", jax.default_backend())
+        raise UserError(
+            f"JAX_PLATFORMS: {platforms} is not allowed where FLOPs are counted, for "
+            f"which XLA compiles for the CPU; allowed is {platforms},cpu"
+        ) from error
+
+
+def _flops(compiled: jax.stages.Compiled) -> int:
+    """Return the FLOPs of a program; one without any, such as a reshape, has no entry.
+
+    Raises:
+      RuntimeError: XLA does not count them.
+    """
+    analysis = compiled.cost_analysis()
+    flops = -1 if analysis is None else int(analysis.get("flops", 0))
+    if flops < 0:
+        raise RuntimeError(f"XLA counts no FLOPs in its analysis {analysis}")
+    return flops
 
 
 def _pullback_bytes(stage: Stage, shape: jax.ShapeDtypeStruct, batch_size: int) -> int:
