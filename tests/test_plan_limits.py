@@ -62,13 +62,17 @@ def every_choice(problem):
 
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
-def test_a_server_with_the_memory_of_a_plan_can_have_one(seed):
+def test_the_plan_is_the_fastest_that_fits_the_memory_of_the_server(seed):
     """Batches count as far as workers take them, at the cuts that are chosen."""
     problem = draw_problem(seed, AVERAGING)
+    costs = cut_costs(problem, np.ones((len(problem.devices), LAYERS), bool))
     choices = [evaluate_cuts(problem, cuts) for cuts in every_choice(problem)]
     limit = choices[seed % len(choices)].totals().server_bytes
     plan = plan_cuts(problem, limits=Limits(server_bytes=limit))
     assert plan.totals().server_bytes <= limit * (1 + 1e-6)
+    fitting = [one for one in choices if one.totals().server_bytes <= limit]
+    best = min(totals(costs, one.cuts).seconds for one in fitting)
+    assert plan.bound_s == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("averages", [(), (2,), (4,), (1, 2, 3), (1, 4, 5, 6)])

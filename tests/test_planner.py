@@ -55,6 +55,7 @@ def draw_costs(seed, **fields):
         "up_bytes": values(clients, layers)[kind],
         "down_bytes": values(clients, layers)[kind],
         "server_bytes": values(clients, layers)[kind],
+        "activation_bytes": values(clients, layers)[kind],
         "allowed": allowed[kind],
         "workers": int(rng.integers(1, 4)),
     }
@@ -79,12 +80,14 @@ def test_totals_by_hand():
         idle_watts=np.array([0.5, 1.0]),
         up_bytes=np.array([[6.0, 0.0], [0.0, 9.0]]),
         down_bytes=np.array([[1.0, 0.0], [0.0, 2.0]]),
-        server_bytes=np.array([[7.0, 0.0], [0.0, 8.0]]),
+        server_bytes=np.array([[5.0, 0.0], [0.0, 4.0]]),
+        activation_bytes=np.array([[2.0, 0.0], [0.0, 3.0]]),
         allowed=np.ones((2, 2), bool),
     )
     cuts = np.array([1, 2])
-    assert totals(costs, cuts) == (6.0, 30 + 1.5 * 6, 18.0, 15.0)
-    assert totals(costs._replace(workers=2), cuts).seconds == 5.0
+    assert totals(costs, cuts) == (6.0, 30 + 1.5 * 6, 18.0, 9.0 + 3.0)
+    by_two = totals(costs._replace(workers=2), cuts)
+    assert (by_two.seconds, by_two.server_bytes) == (5.0, 9.0 + 5.0)
     assert totals(costs._replace(uplink_bytes_per_s=2.0), cuts).seconds == 7.5
     assert totals(costs._replace(lockstep=True), cuts).seconds == 5 + 6
 
@@ -166,6 +169,7 @@ def test_an_impossible_limit_names_the_nearest_that_is_possible():
         up_bytes=np.zeros((1, 2)),
         down_bytes=np.zeros((1, 2)),
         server_bytes=np.array([[5.0, 6.0]]),
+        activation_bytes=np.zeros((1, 2)),
         allowed=np.ones((1, 2), bool),
     )
     with pytest.raises(UserError) as refusal:

@@ -6,14 +6,21 @@ program for a hundred devices of three kinds as small as one for three. The solv
 HiGHS, in `scipy.optimize.milp`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints, rows_of
+from hsee_jax.systems.quantities import (
+    Bools,
+    CutCosts,
+    Floats,
+    Ints,
+    rows_of,
+    totals,
+)
 
 _GAP = 1e-9  # relative, of the solver
 _SOLVED, _INFEASIBLE = 0, 2  # of the status
@@ -58,6 +65,31 @@ def cheapest(
     Raises:
       RuntimeError: the solver failed.
     """
+    needs_memory = "server_bytes" in (minimize, *limits)
+    programs = _linear_in_memory(costs) if needs_memory else [costs]
+    found = [_solve(one, minimize, limits) for one in programs]
+    return min(
+        (cuts for cuts in found if cuts is not None),
+        key=lambda cuts: getattr(totals(costs, cuts), minimize),
+        default=None,
+    )
+
+
+def _linear_in_memory(costs: CutCosts) -> Iterator[CutCosts]:
+    """Yield costs whose sum of `server_bytes` is all of the server's memory, or more.
+
+    The W largest batches together are the least, over all levels, of W times the level
+    and of what each batch exceeds it by. The sizes of the batches are levels enough.
+    """
+    count, most = len(costs.allowed), costs.activation_bytes
+    levels = [0.0] if costs.workers >= count else np.unique(most[costs.allowed])
+    for level in levels:
+        batches = np.maximum(most - level, 0.0) + costs.workers * level / count
+        yield costs._replace(server_bytes=costs.server_bytes + batches)
+
+
+def _solve(costs: CutCosts, minimize: str, limits: Mapping[str, float]) -> Ints | None:
+    """Return the cuts with the least total, where `server_bytes` simply add up."""
     kinds = _kinds(costs)
     program = _program(costs, kinds)
     scales = {name: np.abs(row).max() or 1.0 for name, row in program.totals.items()}

@@ -123,7 +123,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     schedule = problem.schedule
     lockstep = schedule.boundary == "joint" and schedule.turn == "together"
     phases = np.zeros((4 if lockstep else 1, *shape))
-    server, joules, up, down, memory = np.zeros((5, *shape))
+    server, joules, up, down, memory, batches = np.zeros((6, *shape))
     idle = watts(problem.devices, "idle")
     means = len(schedule.averages)
     for cut in problem.traffic:
@@ -140,6 +140,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         up[:, c] = steps * work.up_bytes + weights
         down[:, c] = steps * work.down_bytes + weights
         memory[:, c] = replica_bytes(problem, cut)
+        batches[:, c] = replica_bytes(problem, cut, workers=1) - memory[:, c]
         activities = {
             "busy": steps * (work.forward_s + work.backward_s),
             "sending": steps * work.up_s + means * work.weights_up_s,
@@ -156,6 +157,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         up_bytes=up,
         down_bytes=down,
         server_bytes=memory,
+        activation_bytes=batches,
         allowed=allowed,
         lockstep=lockstep,
         workers=1 if schedule.shared else problem.workers,
@@ -163,10 +165,10 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     )
 
 
-def replica_bytes(problem: Problem, cut: int) -> int:
-    """Return the bytes of one client's replica, without activations.
+def replica_bytes(problem: Problem, cut: int, *, workers: int = 0) -> int:
+    """Return the bytes of one client's replica; 0 where the server holds no replicas.
 
-    The result is 0 where the server holds no replicas.
+    Without a worker there are no activations.
     """
     if problem.schedule.shared or problem.schedule.boundary == "none":
         return 0
@@ -176,5 +178,5 @@ def replica_bytes(problem: Problem, cut: int) -> int:
         batch_size=problem.batch_size,
         slots=problem.slots,
         shared=False,
-        workers=0,
+        workers=workers,
     )

@@ -27,7 +27,9 @@ class CutCosts(NamedTuple):
     idle_watts: Floats  # [N]
     up_bytes: Floats  # [N, L]
     down_bytes: Floats  # [N, L]
-    server_bytes: Floats  # [N, L]: memory of the server that the client adds
+    server_bytes: Floats  # [N, L]: memory of the client's replica at the server
+    # Beside it, [N, L]: of the client's batch; the server holds one for each worker.
+    activation_bytes: Floats
     allowed: Bools  # [N, L]: the cuts that each client may take, at least one
     lockstep: bool = False
     workers: int = 1  # the server works for this many clients at once
@@ -64,7 +66,8 @@ def totals(costs: CutCosts, cuts: Ints) -> Totals:
     seconds = phases.sum() + server if costs.lockstep else max(*phases, server, uplink)
     joules = pick(costs.active_joules, cuts).sum() + costs.idle_watts.sum() * seconds
     sent = pick(costs.up_bytes + costs.down_bytes, cuts).sum()
-    memory = pick(costs.server_bytes, cuts).sum()
+    batches = np.sort(pick(costs.activation_bytes, cuts))[-costs.workers :]
+    memory = pick(costs.server_bytes, cuts).sum() + batches.sum()
     return Totals(*(float(value) for value in (seconds, joules, sent, memory)))
 
 
@@ -77,6 +80,7 @@ def rows_of(costs: CutCosts) -> Any:
         costs.up_bytes,
         costs.down_bytes,
         costs.server_bytes,
+        costs.activation_bytes,
         costs.allowed,
         costs.idle_watts[:, None],
     ]
