@@ -88,6 +88,24 @@ def test_in_lockstep_no_round_is_faster_than_its_bound(averages, seed):
         assert totals(costs, cuts).seconds <= found * (1 + 1e-9)
 
 
+@settings(max_examples=25, deadline=None)
+@given(SEEDS)
+def test_in_lockstep_a_narrow_uplink_decides(seed):
+    """All bytes at its rate bound the round: behind fast links the plan sends least."""
+    problem = draw_problem(seed, TOGETHER)
+    devices = tuple(Device(d.name, 1e9, 1e9, 1e9, 1e9) for d in problem.devices)
+    narrow = problem._replace(devices=devices, uplink_bytes_per_s=1e4)
+    choices = [evaluate_cuts(narrow, cuts) for cuts in every_choice(narrow)]
+    costs = cut_costs(narrow, np.ones((len(devices), LAYERS), bool))
+    for one in choices:
+        assert totals(costs, one.cuts).seconds <= one.time.seconds * (1 + 1e-9)
+    least = min(one.time.up_bytes.sum() for one in choices)
+    plan = plan_cuts(narrow)
+    assert plan.time.up_bytes.sum() == pytest.approx(least, rel=1e-3)
+    wide = evaluate_cuts(problem._replace(devices=devices), plan.cuts)
+    assert plan.time.seconds > wide.time.seconds
+
+
 def test_in_lockstep_alike_clients_wait_for_nobody():
     """So the bound is the round, with an upload and a download of layers at its end."""
     schedule = TOGETHER._replace(averages=(2, 4))

@@ -89,7 +89,9 @@ def test_totals_by_hand():
     by_two = totals(costs._replace(workers=2), cuts)
     assert (by_two.seconds, by_two.server_bytes) == (5.0, 9.0 + 5.0)
     assert totals(costs._replace(uplink_bytes_per_s=2.0), cuts).seconds == 7.5
-    assert totals(costs._replace(lockstep=True), cuts).seconds == 5 + 6
+    costs = costs._replace(lockstep=True)
+    assert totals(costs, cuts).seconds == 5 + 6
+    assert totals(costs._replace(uplink_bytes_per_s=1.0), cuts).seconds == 15
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +117,7 @@ def test_the_sweep_equals_brute_force_and_the_solver(seed):
 )
 def test_choices_under_limits_equal_brute_force(seed, minimize, lockstep, limited):
     costs, rng = draw_costs(seed, lockstep=lockstep)
-    if not lockstep and rng.random() < 0.5:
+    if rng.random() < 0.5:
         costs = costs._replace(uplink_bytes_per_s=float(rng.exponential(2.0)))
     choices = [value for _, value in every_choice(costs)]
     # A limit between what two choices need, so that rounding decides nothing.

@@ -151,8 +151,8 @@ def _program(costs: CutCosts, kinds: _Kinds) -> _Program:
     uplink = total(costs.up_bytes) / (costs.uplink_bytes_per_s * unit)
     waits = np.zeros_like(seconds)
     waits[2 * cells : -1] = 1.0
-    parts = [waits + server] if costs.lockstep else [waits, server, uplink]
-    ends = sparse.csr_array(np.array(parts) - seconds)
+    parts = [waits + server] if costs.lockstep else [waits, server]
+    ends = sparse.csr_array(np.array([*parts, uplink]) - seconds)
     most = [(allowed * sizes[:, None]).ravel(), allowed.ravel()]
     return _Program(
         totals={

@@ -18,7 +18,8 @@ class CutCosts(NamedTuple):
     The seconds of the round depend on all clients together. A *detached* round
     overlaps everything, and its slowest part decides: the slowest client, the work of
     the server, or the bytes on a shared uplink. In a *lockstep* round all clients wait
-    for the slowest in each of K phases, and the server works between the phases.
+    for the slowest in each of K phases, and the server works between the phases; a
+    shared uplink may take longer than all of that.
     """
 
     phases_s: Floats  # [K, N, L]: each client's own seconds; detached: K = 1
@@ -63,7 +64,8 @@ def totals(costs: CutCosts, cuts: Ints) -> Totals:
     phases = pick(costs.phases_s, cuts).max(axis=-1)
     server = pick(costs.server_s, cuts).sum() / costs.workers
     uplink = pick(costs.up_bytes, cuts).sum() / costs.uplink_bytes_per_s
-    seconds = phases.sum() + server if costs.lockstep else max(*phases, server, uplink)
+    parts = [phases.sum() + server] if costs.lockstep else [*phases, server]
+    seconds = max(*parts, uplink)
     joules = pick(costs.active_joules, cuts).sum() + costs.idle_watts.sum() * seconds
     sent = pick(costs.up_bytes + costs.down_bytes, cuts).sum()
     batches = np.sort(pick(costs.activation_bytes, cuts))[-costs.workers :]
