@@ -106,6 +106,22 @@ def test_in_lockstep_a_narrow_uplink_decides(seed):
     assert plan.time.seconds > wide.time.seconds
 
 
+@pytest.mark.parametrize("averages", [(), (7, 20)])
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS)
+def test_clients_that_follow_one_another_get_the_fastest_cuts(averages, seed):
+    """Only the first batches and the last replies are not one after the other."""
+    schedule = Schedule(shared=True, boundary="joint", turn="epoch", averages=averages)
+    problem = draw_problem(seed, schedule, weighed=bool(averages))
+    problem = problem._replace(steps=problem.steps + 40)
+    costs = cut_costs(problem, np.ones((len(problem.devices), LAYERS), bool))
+    choices = [evaluate_cuts(problem, cuts) for cuts in every_choice(problem)]
+    for one in choices:
+        assert totals(costs, one.cuts).seconds <= one.time.seconds * (1 + 1e-9)
+    best = min(one.time.seconds for one in choices)
+    assert plan_cuts(problem).time.seconds <= 1.05 * best
+
+
 def test_in_lockstep_alike_clients_wait_for_nobody():
     """So the bound is the round, with an upload and a download of layers at its end."""
     schedule = TOGETHER._replace(averages=(2, 4))

@@ -109,6 +109,22 @@ def lockstep_seconds(work: Work, schedule: Schedule) -> Floats:
     return np.stack(phases) * (steps > 0)
 
 
+def server_seconds(work: Work, schedule: Schedule) -> Floats:
+    """Return the seconds in which the server has time for no other client, ``[N]``.
+
+    Args:
+      work: the work of the clients, arrays ``[N]``.
+      schedule: the round's schedule.
+    """
+    steps, served = work.steps, work.steps * work.server_s
+    if not (schedule.shared and schedule.waits and schedule.turn == "epoch"):
+        return served
+    # A client has its turn in each chunk between two averages, where it goes on alone.
+    chunks = 1 + sum(step < steps for step in schedule.averages)
+    pause = work.down_s + work.backward_s + work.forward_s + work.up_s
+    return served + np.maximum(steps - chunks, 0) * pause
+
+
 def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     """Return the costs of a round for each client at each cut.
 
@@ -136,7 +152,7 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
             phases[:, :, c] = lockstep_seconds(work, schedule)
         else:
             phases[0, :, c] = own_seconds(work, schedule)
-        server[:, c] = steps * work.server_s
+        server[:, c] = server_seconds(work, schedule)
         up[:, c] = steps * work.up_bytes + weights
         down[:, c] = steps * work.down_bytes + weights
         memory[:, c] = replica_bytes(problem, cut)

@@ -23,7 +23,7 @@ class CutCosts(NamedTuple):
     """
 
     phases_s: Floats  # [K, N, L]: each client's own seconds; detached: K = 1
-    server_s: Floats  # [N, L]: the server's work for the client
+    server_s: Floats  # [N, L]: in which the server works or waits for this client
     active_joules: Floats  # [N, L]: of the client, above what it uses when idle
     idle_watts: Floats  # [N]
     up_bytes: Floats  # [N, L]
