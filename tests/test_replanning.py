@@ -1,6 +1,7 @@
 """Cuts planned again every few rounds: slower devices, and batteries that run down."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,26 @@ def test_a_battery_lasts_for_the_rounds_if_any_cut_makes_it(fleet):
         if choice.joules[1] <= battery / 3
     ]
     assert plan.seconds[0] <= 1.1 * min(lasting)  # its bound does not know the queue
+
+
+@pytest.mark.parametrize("idle", [0.1, 2.0])
+def test_the_cut_that_needs_least_counts_the_seconds_of_the_round(idle, fleet):
+    """Cut 1 computes least; where waiting draws much, its long uploads cost more."""
+    problem = problem_for(fleet("1e9"))
+    watts = {"busy_watts": 8.0, "sending_watts": idle, "idle_watts": idle}
+    other, phone = problem.devices
+    phone = replace(phone, up_bytes_per_s=2e4, **watts)
+    problem = problem._replace(devices=(other, phone))
+    first = plan_rounds(problem, rounds=1, every=1).cuts[0, 0]
+    needs = {
+        cut: evaluate_cuts(problem, np.array([first, cut])).joules[1]
+        for cut in problem.traffic
+    }
+    battery = 1.5 * min(needs.values())  # for one of four rounds, at any cut
+    devices = other, replace(phone, battery_joules=battery)
+    plan = plan_rounds(problem._replace(devices=devices), rounds=4, every=4)
+    assert plan.cuts[0, 1] == min(needs, key=needs.get)
+    assert plan.last_round.tolist() == [4, 1]
 
 
 def test_a_plan_counts_the_averages_of_every_round(fleet):

@@ -17,7 +17,7 @@ from hsee_jax.systems.devices import Device
 from hsee_jax.systems.outcome import Plan, evaluate_cuts
 from hsee_jax.systems.planner import Limits, plan_cuts, possible_cuts, require_watts
 from hsee_jax.systems.problem import Problem, cut_costs
-from hsee_jax.systems.quantities import Bools, Floats, Ints, pick
+from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints, totals
 
 
 class RoundsPlan(NamedTuple):
@@ -123,24 +123,39 @@ def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
       problem: the clients' problem.
       most: joules of each client in a round, ``[N]``.
     """
-    plan, allowed = plan_cuts(problem), possible_cuts(problem, Limits())
+    plan = plan_cuts(problem)
     if problem.one_cut or not np.isfinite(most).any():
         return plan.cuts
-    draw = np.where(allowed, cut_costs(problem, allowed).active_joules, np.inf)
+    costs = cut_costs(problem, possible_cuts(problem, Limits()))
     while True:
-        narrower = _without_costly(plan, draw, allowed, most)
-        if (narrower == allowed).all():
+        narrower = _without_costly(plan, costs, most)
+        if (narrower == costs.allowed).all():
             return plan.cuts
-        allowed = narrower
-        plan = plan_cuts(problem, limits=Limits(cuts=allowed))
+        costs = costs._replace(allowed=narrower)
+        plan = plan_cuts(problem, limits=Limits(cuts=narrower))
 
 
-def _without_costly(plan: Plan, draw: Floats, allowed: Bools, most: Floats) -> Bools:
+def _without_costly(plan: Plan, costs: CutCosts, most: Floats) -> Bools:
     """Forbid cuts to clients whose planned cut draws too much: those that draw no less.
 
     A client may always take the cut that draws least.
     """
-    over = plan.joules > most
-    costly = over[:, None] & (draw >= pick(draw, plan.cuts)[:, None])
-    least = draw == draw.min(axis=1, keepdims=True)
-    return allowed & (~costly | least)
+    allowed = costs.allowed.copy()
+    for client in np.flatnonzero(plan.joules > most).tolist():
+        draw = _draw(costs, plan.cuts, client)
+        allowed[client] &= (draw < draw[plan.cuts[client] - 1]) | (draw == draw.min())
+    return allowed
+
+
+def _draw(costs: CutCosts, cuts: Ints, client: int) -> Floats:
+    """Return the joules of a client at each cut if the others keep theirs, ``[L]``.
+
+    They are infinite at a cut that is not allowed.
+    """
+    draw = np.full(costs.allowed.shape[1], np.inf)
+    cuts = cuts.copy()
+    for c in np.flatnonzero(costs.allowed[client]):
+        cuts[client] = c + 1
+        idle = costs.idle_watts[client] * totals(costs, cuts).seconds
+        draw[c] = costs.active_joules[client, c] + idle
+    return draw
