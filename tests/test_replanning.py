@@ -144,6 +144,23 @@ def test_the_cut_that_needs_least_counts_the_seconds_of_the_round(idle, fleet):
     assert plan.last_round.tolist() == [4, 1]
 
 
+def test_the_battery_of_a_single_client_counts(fleet):
+    """With each choice that it has alone, also in an algorithm of one cut for all."""
+    problem = problem_for(fleet("1e9"))
+    alone = problem._replace(
+        devices=problem.devices[1:], steps=problem.steps[1:], one_cut=True
+    )
+    choices = [evaluate_cuts(alone, np.array([cut])) for cut in alone.traffic]
+    fastest = min(choices, key=lambda one: one.time.seconds)
+    least = min(choices, key=lambda one: one.joules[0])
+    battery = 1.01 * 3 * least.joules[0]
+    assert 3 * fastest.joules[0] > battery
+    device = replace(alone.devices[0], battery_joules=battery)
+    plan = plan_rounds(alone._replace(devices=(device,)), rounds=3, every=1)
+    assert plan.last_round.tolist() == [3]
+    assert plan.cuts.tolist() == [least.cuts.tolist()] * 3
+
+
 def test_a_plan_counts_the_averages_of_every_round(fleet):
     """With period 3, rounds 3 and 6 alone average the clients' layers."""
     config = override(CONFIG, average="all_holders", period=3)

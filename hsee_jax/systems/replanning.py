@@ -116,15 +116,16 @@ def _of(problem: Problem, clients: Ints) -> Problem:
 def _lasting_cuts(problem: Problem, most: Floats) -> Ints:
     """Return the fastest cuts with which no client needs more than ``most`` joules.
 
-    A client that needs more with every cut gets the cut that draws least. Where the
-    algorithm needs one cut for all, batteries do not count.
+    A client that needs more with every cut gets the cut that draws least. Where several
+    clients need one cut for all, batteries do not count.
 
     Args:
       problem: the clients' problem.
       most: joules of each client in a round, ``[N]``.
     """
     plan = plan_cuts(problem)
-    if problem.one_cut or not np.isfinite(most).any():
+    shared_cut = problem.one_cut and len(most) > 1
+    if shared_cut or not np.isfinite(most).any():
         return plan.cuts
     costs = cut_costs(problem, possible_cuts(problem, Limits()))
     while True:
