@@ -200,6 +200,37 @@ def test_an_empty_battery_ends_the_part_of_its_client(fleet):
     assert absent.last_round.tolist() == [3, 3]
 
 
+def test_clients_whose_batteries_are_short_leave_one_by_one(fleet):
+    """Without the client that lacks most, the other has energy for its round."""
+    problem = problem_for(fleet("1e9"))._replace(one_cut=True)  # whatever its battery
+    _, phone = problem.devices
+    slow = replace(phone, forward_flops_per_s=1e5, backward_flops_per_s=1e5)
+    problem = problem._replace(devices=(slow, phone))
+    once = {"rounds": 1, "every": 1}
+    together = 1e9 - plan_rounds(problem, **once).battery_joules
+    alone = plan_rounds(problem, **once, present=lambda _: np.array([False, True]))
+    needs = 1e9 - alone.battery_joules[1]
+    assert needs < 0.9 * together[1]  # it waits for the slow one
+    short = (
+        replace(slow, battery_joules=0.5 * together[0]),
+        replace(phone, battery_joules=(needs + together[1]) / 2),
+    )
+    plan = plan_rounds(problem._replace(devices=short), **once)
+    assert plan.last_round.tolist() == [0, 1]
+    assert plan.seconds.tolist() == alone.seconds.tolist()
+
+
+def test_a_round_without_anybody_names_the_absences(fleet):
+    """Also in a fleet without batteries."""
+    absent = override(CONFIG, rounds=6, absences=("0:2-3", "1:2-3"))
+    with pytest.raises(UserError, match="^absences: .* no client is left in round 2"):
+        plan_now(absent, fleet("1e9"), 3)
+    with pytest.raises(UserError, match="^present: no client .* in round 1$"):
+        plan_rounds(
+            problem_for(fleet("1e9")), rounds=2, every=1, present=lambda _: np.zeros(2)
+        )
+
+
 def test_a_run_without_batteries_left_is_refused(fleet):
     problem = problem_for(fleet("1e-3"))
     only = problem._replace(devices=problem.devices[1:], steps=problem.steps[1:])

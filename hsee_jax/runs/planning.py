@@ -183,11 +183,12 @@ def config_with_plans(config: Config, resources: Resources, every: int) -> Confi
       every: the rounds for which a plan holds.
 
     Raises:
-      UserError: see `plan_rounds`.
+      UserError: see `plan_rounds`; or nobody is present in a round.
     """
     problem = problem_of(planning(config, resources))
     count, rounds = len(problem.devices), config.run.rounds
     config = override(config, cuts=("1",), num_clients=count)
+    attendance_of(config).check(_groups(config), rounds)
     plan = plan_rounds(
         problem, rounds=rounds, every=every, present=partial(_present, config)
     )
@@ -203,9 +204,13 @@ def config_with_plans(config: Config, resources: Resources, every: int) -> Confi
 
 def _present(config: Config, number: int) -> Bools:
     """Return which clients take part in a round, ``bool [N]``; rounds count from 1."""
-    groups = (Group(1, tuple(range(config.clients.num_clients))),)
-    who = attendance_of(config).present(groups, number - 1)
-    return np.isin(groups[0].ids, list(who))
+    who = attendance_of(config).present(_groups(config), number - 1)
+    return np.isin(range(config.clients.num_clients), list(who))
+
+
+def _groups(config: Config) -> tuple[Group, ...]:
+    """Return all clients as one group; who takes part does not depend on the cuts."""
+    return (Group(1, tuple(range(config.clients.num_clients))),)
 
 
 def _make(config: Config, federation: Federation) -> Strategy:

@@ -58,7 +58,7 @@ def plan_rounds(
 
     Raises:
       UserError: a device fits no cut, or has a battery and does not know its watts; or
-        no client is left in a round.
+        no client is present in a round, or none is left with energy for it.
     """
     count = len(problem.devices)
     left = np.array([device.battery_joules for device in problem.devices])
@@ -78,24 +78,38 @@ def plan_rounds(
             cuts = cuts.copy()
             cuts[alive] = _lasting_cuts(_of(now, alive), most[alive])
             plans.append(cuts)
-        who = np.flatnonzero(due[number - 1] & (last >= number))
-        while True:
-            if not len(who):
-                raise UserError(
-                    f"devices: no client is left in round {number}, as batteries are "
-                    f"empty; allowed are fewer rounds than {number}, or more "
-                    "battery_joules"
-                )
-            plan = evaluate_cuts(_of(now, who), cuts[who])
-            empty = plan.joules > left[who]
-            if not empty.any():
-                break
-            last[who[empty]] = number - 1
-            who = who[~empty]
+        if not due[number - 1].any():
+            raise UserError(f"present: no client is to take part in round {number}")
+        ready = np.flatnonzero(due[number - 1] & (last >= number))
+        who, plan = _with_energy(now, cuts, ready, left)
+        if plan is None:
+            raise UserError(
+                f"devices: no client is left in round {number}, as batteries are "
+                f"empty; allowed are fewer rounds than {number}, or more "
+                "battery_joules"
+            )
+        last[np.setdiff1d(ready, who)] = number - 1
         finite = np.isfinite(left[who])
         left[who[finite]] -= plan.joules[finite]
         seconds.append(plan.time.seconds)
     return RoundsPlan(starts, np.array(plans), np.array(seconds), left, last)
+
+
+def _with_energy(
+    problem: Problem, cuts: Ints, clients: Ints, left: Floats
+) -> tuple[Ints, Plan | None]:
+    """Return the clients whose batteries hold their round, and the plan of it.
+
+    They leave one by one, first the one that lacks most: the others may need less
+    without it. There is no plan if nobody stays.
+    """
+    while len(clients):
+        plan = evaluate_cuts(_of(problem, clients), cuts[clients])
+        lacks = plan.joules - left[clients]
+        if not (lacks > 0).any():
+            return clients, plan
+        clients = np.delete(clients, np.nanargmax(lacks))
+    return clients, None
 
 
 def _in_round(problem: Problem, number: int) -> Problem:
