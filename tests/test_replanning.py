@@ -220,6 +220,15 @@ def test_clients_whose_batteries_are_short_leave_one_by_one(fleet):
     assert plan.seconds.tolist() == alone.seconds.tolist()
 
 
+def test_clients_without_energy_keep_the_one_cut_of_all(fleet):
+    config = override(CONFIG, rounds=6, strategy="splitfed_v2")
+    found = plan_now(config, fleet("1e-3"), 3)
+    assert found.clients.absences == ("1:1-6",) and found.clients.recuts
+    for cuts in (found.clients.cuts, found.clients.recuts[0].split(":")[1].split(",")):
+        assert len(set(cuts)) == 1
+    assert runs.build(found).config == found
+
+
 def test_a_round_without_anybody_names_the_absences(fleet):
     """Also in a fleet without batteries."""
     absent = override(CONFIG, rounds=6, absences=("0:2-3", "1:2-3"))

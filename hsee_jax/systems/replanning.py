@@ -75,8 +75,10 @@ def plan_rounds(
         if number in starts:
             alive = np.flatnonzero(last >= number)
             most = left / np.maximum(due[number - 1 :].sum(axis=0), 1)
-            cuts = cuts.copy()
-            cuts[alive] = _lasting_cuts(_of(now, alive), most[alive])
+            chosen = _lasting_cuts(_of(now, alive), most[alive])
+            # Where all need the same cut, so do clients that are absent from now on.
+            cuts = np.full(count, chosen[0]) if problem.one_cut else cuts.copy()
+            cuts[alive] = chosen
             plans.append(cuts)
         if not due[number - 1].any():
             raise UserError(f"present: no client is to take part in round {number}")
