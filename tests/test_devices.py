@@ -4,7 +4,9 @@ import functools
 import math
 import time
 import tomllib
+from collections import Counter
 from importlib import resources
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ import pytest
 from tiny import tiny_federation, tiny_model
 
 from hsee_jax.algorithms import averaging, fedavg, sequential
+from hsee_jax.algorithms.epsl import shared_rows_of
+from hsee_jax.algorithms.rows import forward_rows, rows_of
 from hsee_jax.core import Batch, UserError
 from hsee_jax.federation import Client, branch_step, group_clients
 from hsee_jax.federation.branch import init_client
@@ -38,6 +42,7 @@ from hsee_jax.systems import (
     traffic_by_cut,
     workload,
 )
+from hsee_jax.systems.traffic import Bytes, Traffic
 
 THREE_LINES = """
 devices = [
@@ -330,7 +335,7 @@ def test_flops_without_a_cpu_are_refused(monkeypatch):
 
 
 def test_a_shared_gradient_saves_the_server_and_not_the_link():
-    """Of 10 rows 5 are shared, by 2 clients at cut 1, and by 3 behind cut 3."""
+    """Of 10 rows 5 are shared: by 2 clients in layers 2 and 3, by all in the head."""
     federation = tiny_federation({0: 1})
     costs = layer_costs(federation.model)
     joint = functools.partial(sequential, boundary="joint", turn="together")
@@ -341,12 +346,48 @@ def test_a_shared_gradient_saves_the_server_and_not_the_link():
         workload(costs, traffic, (1, 1, 3), devices, server, **given, gradient_share=g)
         for g in (0.0, 0.45)
     )
-    behind = cut_seconds(costs, server, 10)
     saved = plain.server_s - shared.server_s
-    backward = behind.server_backward[[0, 0, 2]]
-    np.testing.assert_allclose(saved, backward * [1 / 4, 1 / 4, 1 / 3], rtol=1e-9)
+    layers, head = (
+        2 * 10 * sum(cost.flops for cost in some) / server.backward_flops_per_s
+        for some in (costs[1:3], costs[-1:])
+    )
+    of_each = [layers / 4 + head / 3, layers / 4 + head / 3, head / 3]
+    np.testing.assert_allclose(saved, of_each, rtol=1e-9)
     assert shared.down_s.tolist() == plain.down_s.tolist()
     assert (shared.down_bytes / plain.down_bytes).tolist() == [0.75, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("cuts", [(1, 1, 3), (1, 2, 2, 3), (2, 2)])
+def test_shared_gradients_take_the_server_as_long_as_rows_pass_its_layers(cuts):
+    """Against the server's own pass over clients that join, of four layers."""
+    passed, first = [], min(cuts)
+
+    def note(variables, inputs, mask, *, train):
+        passed.append(len(inputs))
+        return inputs, {}
+
+    shared_rows = shared_rows_of(0.3, 8)
+    joining = {
+        cut - first: rows_of(jnp.ones((n, 8, 2)), jnp.ones((n, 8), bool), shared_rows)
+        for cut, n in Counter(cuts).items()
+    }
+    parts = [SimpleNamespace(apply=note, params={}, batch_stats={})] * (5 - first)
+    forward_rows(SimpleNamespace(stages=parts[1:], head=parts[0]), parts, joining)
+
+    costs = [LayerCost(str(part), 0, 1, 4) for part in range(9)]
+    server = Device("s", math.inf, 2.0, 1.0, 1.0)  # a second backward for each row
+    work = workload(
+        costs,
+        {cut: Traffic(cut, Bytes(4, 4), 0) for cut in cuts},
+        cuts,
+        [Device("d", 1.0, 1.0, 1.0, 1.0)] * len(cuts),
+        server,
+        batch_size=8,
+        steps=1,
+        boundary="joint",
+        gradient_share=0.3,
+    )
+    assert work.server_s.sum() == pytest.approx(sum(passed))
 
 
 def test_traffic_by_cut_is_that_of_a_mixed_federation():

@@ -7,9 +7,9 @@ images, which the first layer does not need, and leaves out the optimizer's upda
 Where a device has measured seconds, these count instead, in proportion to the batch
 size.
 
-Where clients share gradients, the server's backward pass shares rows among the clients
-up to the same depth. The gradient for all clients of a cut takes its time on each of
-their links, and its bytes are divided among them.
+Where clients share gradients, the server's backward pass shares rows in each layer
+among all clients that have the layer behind their cut. The gradient for all clients of
+a cut takes its time on each of their links, and its bytes are divided among them.
 """
 
 import functools
@@ -189,13 +189,13 @@ def workload(
     costs, counts = tuple(costs), Counter(cuts)
     share_of = functools.partial(gradient_rows, gradient_share, batch_size)
     behind = cut_seconds(costs, server, batch_size)
+    back = _backward_shares(part_seconds(costs, server, batch_size)[1], cuts, share_of)
     rows = []
     for client, (cut, device) in enumerate(zip(cuts, devices, strict=True)):
         own = cut_seconds(costs, device, batch_size)
         forward, backward, *remote = (float(seconds[cut - 1]) for seconds in own)
-        back = share_of(sum(n for other, n in counts.items() if other <= cut))
         served = float(behind.server_forward[cut - 1])
-        served += back * float(behind.server_backward[cut - 1])
+        served += float(back[cut - 1] * behind.server_backward[cut - 1])
         if boundary == "none":
             forward, backward, served = forward + remote[0], backward + remote[1], 0.0
         _, sample, weights, _ = traffic[cut].of(client)
@@ -216,6 +216,27 @@ def workload(
         )
     fields = np.array(rows, float).reshape(len(rows), 10).T
     return Work(np.broadcast_to(np.asarray(steps), len(rows)), *fields).arrays()
+
+
+def _backward_shares(
+    backward: Floats, cuts: Sequence[int], share_of: Callable[[int], float]
+) -> Floats:
+    """Return which part of the server's backward pass counts for a client, ``[L]``.
+
+    Args:
+      backward: the seconds of the server in each part, ``[2 L + 1]``.
+      cuts: the cuts of all clients.
+      share_of: returns the rows for each row of a client, of so many that share them.
+    """
+    count = len(backward) // 2
+    seconds = np.append(backward[:count], backward[-1])  # layers and the final head
+    clients = (np.asarray(cuts)[:, None] <= np.arange(count + 1)).sum(axis=0)
+    shares = np.array([share_of(max(number, 1)) for number in clients.tolist()])
+
+    def behind(values: Floats) -> Floats:
+        return np.cumsum(values[::-1])[::-1][1:]
+
+    return behind(shares * seconds) / np.maximum(behind(seconds), np.finfo(float).tiny)
 
 
 def _transfer(size: float, bytes_per_s: float, device: Device) -> float:
