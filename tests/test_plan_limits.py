@@ -88,6 +88,22 @@ def test_in_lockstep_no_round_is_faster_than_its_bound(averages, seed):
         assert totals(costs, cuts).seconds <= found * (1 + 1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_shared_gradients_send_no_more_than_with_equal_cuts(seed):
+    """A gradient is sent once to all clients of a cut, not to those of other cuts."""
+    problem = draw_problem(seed, TOGETHER)._replace(gradient_share=0.9)
+    shape = len(problem.devices), LAYERS
+    cuts = np.random.default_rng(seed).random(shape) < 0.5
+    cuts[:, 0] = True
+    plan = plan_cuts(problem, "bytes", Limits(cuts=cuts))
+    for cut in 1 + np.flatnonzero(cuts.all(axis=0)):
+        equal = evaluate_cuts(problem, np.full(len(cuts), cut)).totals().bytes
+        assert plan.totals().bytes <= equal
+        limits = Limits(cuts=cuts, bytes=equal)
+        assert plan_cuts(problem, "seconds", limits).totals().bytes <= equal * 1.000001
+
+
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
 def test_in_lockstep_a_narrow_uplink_decides(seed):

@@ -1,7 +1,8 @@
 """The planner: the cut of each device, and the round that follows from it.
 
 The choice is exact for a bound of the round's seconds (see `CutCosts`); the seconds of
-the plan are those of `round_time`, which follows every batch.
+the plan are those of `round_time`, which follows every batch. Where clients share
+gradients, the costs are those of equal cuts, a bound as well.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +63,22 @@ def plan_cuts(
       UserError: no choice keeps to the limits, or energy is asked for and a device does
         not know its watts.
     """
-    limits = limits or Limits()
+    problems = [problem]
+    if problem.gradient_share:  # which the choice takes as if all cuts were equal
+        problems.append(problem._replace(one_cut=True))
+    plans, refusals = [], []
+    for one in problems:
+        try:
+            plans.append(_plan(one, minimize, limits or Limits()))
+        except UserError as refusal:
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
+    return min(plans, key=lambda plan: getattr(plan.totals(), minimize))
+
+
+def _plan(problem: Problem, minimize: str, limits: Limits) -> Plan:
+    """Return the first of the `_candidates` that keeps to the limits."""
     most = limits.totals()
     if "joules" in (minimize, *most):
         require_watts(problem.devices)
