@@ -3,7 +3,7 @@
 Every part is a compiled program, called until it is warm. A forward pass is timed by
 itself, then both passes with the optimizer's update; their difference is the backward
 pass. Whole steps of a client and of a server are timed at every cut as well: they are
-one program each, and what a round consists of.
+one program each, and what a round with a detached boundary consists of.
 """
 
 import logging
