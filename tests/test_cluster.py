@@ -1,5 +1,6 @@
 """Clients made of several devices: their pipelines, and the plan that shows them."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsee_jax import cli
-from hsee_jax.systems import LayerCost, make_device, read_devices
+from hsee_jax.systems import Device, LayerCost, make_device, read_devices
 from hsee_jax.systems.cluster import best_pipelines, cluster_device
 from hsee_jax.systems.workload import cut_seconds
 
@@ -104,6 +105,25 @@ def test_a_cluster_takes_the_seconds_of_its_pipelines(tmp_path):
                 assert both == pytest.approx(pipeline.seconds)
     alone = cut_seconds(costs, room.devices[0], 6)
     np.testing.assert_allclose(found.client_forward, alone.client_forward)
+
+
+def test_the_energy_of_a_cluster_bounds_what_its_devices_do():
+    """Radios draw most: one device computes, the other gets its features by radio."""
+    watts = {"sending_watts": 0.6, "receiving_watts": 0.3, "idle_watts": 0.1}
+    cam, hub = (Device(n, 1e3, 1e3, 10, 10, **watts, busy_watts=0.2) for n in "ab")
+    costs = tuple(LayerCost(str(i), 1, 10, 80, 80) for i in range(7))
+    pipelines = best_pipelines(costs, (cam, hub), batch_size=1, slots=1)
+    one = cluster_device("room", costs, pipelines, batch_size=1)
+    step = pipelines.by_cut[1]
+    assert step.ends == (1, 2) and step.micro_batches == 1
+    radio = 2 * 80 / 10  # features, and gradients
+    compute = step.seconds - radio
+    assert compute < 0.01 * radio
+    used = (0.6 + 0.3) * radio + (0.2 + 0.1) * compute
+    assert used <= one.busy_watts * step.seconds <= 2 * used
+    unknown = dataclasses.replace(cam, busy_watts=math.nan)
+    pipelines = best_pipelines(costs, (unknown, hub), batch_size=1, slots=1)
+    assert math.isnan(cluster_device("r", costs, pipelines, batch_size=1).busy_watts)
 
 
 def test_the_plan_shows_the_layers_of_each_device(tmp_path, capsys):

@@ -81,7 +81,8 @@ def cluster_device(
     """Return the device that takes as long as the best pipeline of a cluster.
 
     It has the link of the last device, and draws what all devices draw together. Its
-    energy is an upper bound, because it counts all devices as computing at once.
+    energy is an upper bound if a device does one thing at a time, because it counts
+    what draws most in each, transfers within the cluster included.
 
     Args:
       name: the cluster's name.
@@ -102,7 +103,7 @@ def cluster_device(
         up_bytes_per_s=last.up_bytes_per_s,
         down_bytes_per_s=last.down_bytes_per_s,
         message_overhead_s=last.message_overhead_s,
-        busy_watts=sum(device.busy_watts for device in devices),
+        busy_watts=sum(_most_watts(device) for device in devices),
         sending_watts=last.sending_watts + others,
         receiving_watts=last.receiving_watts + others,
         idle_watts=sum(idle),
@@ -114,6 +115,11 @@ def cluster_device(
             client_step_s=steps,
         ),
     )
+
+
+def _most_watts(device: Device) -> float:
+    """Return what a device draws at most; NaN if its busy watts are not known."""
+    return max(device.busy_watts, device.sending_watts, device.receiving_watts)
 
 
 def _fits(
