@@ -15,6 +15,7 @@ from hsee_jax.cli.plan import _sample_bytes
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
 from hsee_jax.report.gantt import draw_round
+from hsee_jax.runs.build import build
 from hsee_jax.runs.planning import Resources, planning, problem_of
 from hsee_jax.systems import Schedule, Work, read_devices, round_time
 from hsee_jax.systems.comparison import compare, other_choices
@@ -414,3 +415,14 @@ def test_the_partition_needs_data_only_for_labels(fleet):
     assert planning(config, resources).samples.tolist() == [10_000] * 5
     with pytest.raises(UserError, match="cifar10"):
         planning(override(config, partition="dirichlet"), resources)
+
+
+@pytest.mark.parametrize("dealt", ["quantity", "dirichlet"])
+def test_the_samples_of_a_plan_are_those_of_the_run(dealt, fleet):
+    """Also without the labels that the sizes of the shares ignore."""
+    config = override(
+        preset("demo"), **TINY, partition=dealt, validation_share=0.2, num_clients=5
+    )
+    config = override(config, max_train_samples=90, labelled_share=0.5, cuts=("1",))
+    found = planning(config, Resources(read_devices(fleet))).samples
+    assert found.tolist() == [share.samples for share in build(config).manifest]

@@ -13,6 +13,7 @@ from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import (
     PARTITIONS,
     Indices,
+    Labels,
     Share,
     hold_out,
     labelled,
@@ -48,8 +49,8 @@ def deal(
     A strategy that takes two copies of a sample gets all samples, but labels only for
     the labelled share and for what is held out. Any other gets only the labelled share.
     """
-    parts, held = _deal_all(config, train)
-    known = _with_labels(config, parts)
+    parts, held = deal_labels(config, train.labels)
+    known = with_labels(config, parts)
     if copies > 1:
         _check_apart(config, parts)
         kept = np.concatenate([*known, held])
@@ -72,19 +73,18 @@ def _check_apart(config: Config, parts: Sequence[Indices]) -> None:
         )
 
 
-def _with_labels(config: Config, parts: Sequence[Indices]) -> list[Indices]:
+def with_labels(config: Config, parts: Sequence[Indices]) -> list[Indices]:
     """Return the samples of each client that have labels."""
     share, seed = config.data.labelled_share, config.run.partition_seed
     return list(labelled(parts, share, seed=seed))
 
 
-def _deal_all(config: Config, train: Dataset) -> tuple[list[Indices], Indices]:
+def deal_labels(config: Config, labels: Labels) -> tuple[list[Indices], Indices]:
     """Deal the training samples to the clients; return what was held out, too."""
     seed = config.run.partition_seed
-    count, share = len(train.labels), config.data.validation_share
-    kept, held = hold_out(count, share, seed=seed)
+    kept, held = hold_out(len(labels), config.data.validation_share, seed=seed)
     deal = PARTITIONS.make(config.data.partition, options=config.data.options)
-    parts = partition(train.labels[kept], config.clients.num_clients, deal, seed=seed)
+    parts = partition(labels[kept], config.clients.num_clients, deal, seed=seed)
     return [kept[part] for part in parts], held
 
 
@@ -112,5 +112,5 @@ def shares(config: Config) -> list[Dataset]:
       UserError: the data are missing, or not valid.
     """
     train, _ = data_source(config.data).read()
-    parts = _with_labels(config, _deal_all(config, train)[0])
+    parts = with_labels(config, deal_labels(config, train.labels)[0])
     return [Dataset(*(np.asarray(a)[part] for a in train)) for part in parts]

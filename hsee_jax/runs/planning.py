@@ -10,7 +10,6 @@ from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.info import TRAIN_SAMPLES, DatasetInfo
-from hsee_jax.data.partition import PARTITIONS, hold_out, labelled, partition
 from hsee_jax.federation.federation import Client, Federation, Group, group_clients
 from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.federation.strategy import Strategy
@@ -18,6 +17,7 @@ from hsee_jax.runs.attendance import attendance_of
 from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.cut_schedule import with_schedule
 from hsee_jax.runs.data import build_data, build_info
+from hsee_jax.runs.material import deal_labels, with_labels
 from hsee_jax.runs.unlabelled import check_one_copy
 from hsee_jax.systems.cluster import Pipelines, best_pipelines, cluster_device
 from hsee_jax.systems.costs import LayerCost, layer_costs
@@ -257,14 +257,11 @@ def _needs_one_cut(config: Config, federation: Federation, cuts: list[int]) -> b
 
 def _samples(config: Config) -> Ints:
     """Return the training samples of each client, ``int64 [N]``."""
-    data, seed = config.data, config.run.partition_seed
+    data = config.data
     count = TRAIN_SAMPLES.get(data.dataset)
     if data.partition in _WITHOUT_LABELS and count is not None:
         labels = np.zeros(min(count, data.max_train_samples or count), np.int32)
     else:
         labels = build_data(dataclasses.replace(data, max_test_samples=1))[0].labels
-    kept, _ = hold_out(len(labels), data.validation_share, seed=seed)
-    deal = PARTITIONS.make(data.partition, options=data.options)
-    parts = partition(labels[kept], config.clients.num_clients, deal, seed=seed)
-    known = labelled(parts, data.labelled_share, seed=seed)
-    return np.array([len(part) for part in known])
+    parts, _ = deal_labels(config, labels)
+    return np.array([len(part) for part in with_labels(config, parts)])
