@@ -132,6 +132,18 @@ def test_errors_come_before_the_measurement(
     assert error in capsys.readouterr().err
 
 
+def test_flops_that_cannot_be_counted_come_before_the_measurement(
+    tmp_path, monkeypatch, capsys
+):
+    def nowhere(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", nowhere)
+    assert cli.main([*WORDS, "--out", str(tmp_path / "me.toml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hsee: JAX_PLATFORMS: ") and error.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_the_benchmark_writes_what_it_found(tmp_path):
     import bench_timing

@@ -53,8 +53,8 @@ def profile_machine(words: Sequence[str]) -> None:
     show_log()
     info = build_info(config.data)
     federation = build_federation(config, info)
-    times = profile(federation, batch_size, repeats=repeats)
     costs = layer_costs(build_model(config, info, plain=True))
+    times = profile(federation, batch_size, repeats=repeats)
     replace_file(out, _entry(given.get("name", "this-machine"), times, costs))
     _print(times, out)
 
