@@ -36,12 +36,9 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
     Raises:
       UserError: JAX_PLATFORMS leaves out the CPU.
     """
-    shapes = layer_inputs(model)
-    stages = [*model.stages, *model.exit_heads, model.final_head]
-    inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
     known: dict[tuple[Stage, Any], tuple[int, int, int, int]] = {}
     costs = []
-    for name, stage, shape in zip(part_names(model), stages, inputs, strict=True):
+    for name, stage, shape in model_parts(model):
         place = (stage, (shape.shape, shape.dtype))
         if place not in known:
             known[place] = part_cost(stage, shape)
@@ -60,10 +57,18 @@ def _with_all_exits(costs: list[LayerCost]) -> tuple[LayerCost, ...]:
     return tuple(costs)
 
 
-def part_names(model: Model) -> tuple[str, ...]:
-    """Return the names of the L layers, L exit heads and the final head."""
+def model_parts(model: Model) -> list[tuple[str, Stage, jax.ShapeDtypeStruct]]:
+    """Return the L layers, L exit heads and the final head of a network.
+
+    Returns:
+      For each its name, its stage, and the shape of its input, ``[1, ...]``.
+    """
+    shapes = layer_inputs(model)
     exits = (f"exit after {name}" for name in model.layer_names)
-    return *model.layer_names, *exits, "final head"
+    names = [*model.layer_names, *exits, "final head"]
+    stages = [*model.stages, *model.exit_heads, model.final_head]
+    inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
+    return list(zip(names, stages, inputs, strict=True))
 
 
 def part_cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int, int]:

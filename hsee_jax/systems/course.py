@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hsee_jax.systems.intervals import busy_before
+from hsee_jax.systems.quantities import Floats
 from hsee_jax.systems.serving import Desk, Log, by_workers, in_turns, together
-from hsee_jax.systems.work import Floats, Part, Schedule, Work
+from hsee_jax.systems.work import Part, Schedule, Work
 
 # For each step, the positions of the clients in the order of their turns.
 Order = Sequence[Sequence[int]]

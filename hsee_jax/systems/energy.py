@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hsee_jax.systems.devices import Device
+from hsee_jax.systems.quantities import Floats
 from hsee_jax.systems.timing import RoundTime
-from hsee_jax.systems.work import Floats
 
 
 def joules(time: RoundTime, devices: Sequence[Device]) -> Floats:

@@ -24,7 +24,7 @@ from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.step import branch_step, server_step
 from hsee_jax.nn.model import init_network, layer_inputs
 from hsee_jax.optim.optimizers import OptimizerLike, as_optimizer
-from hsee_jax.systems.costs import part_names
+from hsee_jax.systems.costs import model_parts
 from hsee_jax.systems.measured import Measured
 
 _log = logging.getLogger(__name__)
@@ -104,27 +104,23 @@ def profile(federation: Federation, batch_size: int, *, repeats: int = 5) -> Pro
       batch_size: samples in a batch.
       repeats: timed calls of each program; medians count.
     """
-    model = federation.model
-    shapes = layer_inputs(model)
-    stages = [*model.stages, *model.exit_heads, model.final_head]
-    inputs = [*shapes[:-1], *shapes[1:], shapes[-1]]
-    names = part_names(model)
     known: dict[Any, tuple[Timing, Timing]] = {}
-    times = []
-    for number, (stage, shape) in enumerate(zip(stages, inputs, strict=True)):
+    names, times = [], []
+    for number, (name, stage, shape) in enumerate(model_parts(federation.model)):
+        names.append(name)
         place = stage, shape.shape, shape.dtype, number == 0
         if place not in known:
-            _log.info("compiling and timing %s", names[number])
+            _log.info("compiling and timing %s", name)
             data = _noise(shape, batch_size)
             known[place] = _time_part(
                 stage, federation.optimizer, data, repeats, first=number == 0
             )
         times.append(known[place])
     forward, both = zip(*times, strict=True)
-    cuts = range(1, len(model.stages) + 1)
+    cuts = range(1, len(federation.model.stages) + 1)
     steps = [_time_steps(federation, cut, batch_size, repeats) for cut in cuts]
     client, server = zip(*steps, strict=True)
-    return Profile(batch_size, names, forward, both, client, server)
+    return Profile(batch_size, tuple(names), forward, both, client, server)
 
 
 def _noise(shape: jax.ShapeDtypeStruct, batch_size: int) -> Array:

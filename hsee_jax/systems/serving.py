@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from hsee_jax.systems.quantities import Floats
 
 
 class Log(NamedTuple):

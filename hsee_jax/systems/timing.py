@@ -22,10 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hsee_jax.algorithms.options import TURNS
 from hsee_jax.systems.course import Course, Order, Setting, run
 from hsee_jax.systems.intervals import Span, union_s
+from hsee_jax.systems.quantities import Floats
 from hsee_jax.systems.serving import Log
-from hsee_jax.systems.work import TURNS, Floats, Schedule, Work, parts_of_round
+from hsee_jax.systems.work import Schedule, Work, parts_of_round
 
 
 class Shares(NamedTuple):

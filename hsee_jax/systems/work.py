@@ -4,13 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from hsee_jax.engine.round import due_after
 from hsee_jax.federation.strategy import Strategy
-
-Floats = npt.NDArray[np.float64]
-TURNS = ("batch", "epoch", "together")
 
 
 class Work(NamedTuple):

@@ -25,8 +25,9 @@ from hsee_jax.federation.federation import Client, Federation, Group, group_clie
 from hsee_jax.federation.strategy import Strategy
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
+from hsee_jax.systems.quantities import Floats
 from hsee_jax.systems.traffic import Traffic, gradient_rows, traffic_of
-from hsee_jax.systems.work import Floats, Work
+from hsee_jax.systems.work import Work
 
 BACKWARD_FLOPS = 2.0  # of a part's backward pass, relative to its forward pass
 
