@@ -60,13 +60,7 @@ def from_arrays(
     """
 
     def read(folder: Path, limits: Limits) -> Data:
-        try:
-            arrays = four(load(folder), "dataset", f" as the result of {_name(load)}")
-        except OSError as error:
-            raise UserError(
-                f"data_dir: {folder} cannot be read ({error}); allowed is a folder "
-                "with this dataset"
-            ) from error
+        arrays = four(load(folder), "dataset", f" as the result of {_name(load)}")
         data = convert(*raw_of(arrays, str(folder)), labels=labels)
         return limited(data._replace(notes=(f"from {folder}", *data.notes)), limits)
 

@@ -200,8 +200,8 @@ def _one_line(place: Path) -> Iterator[None]:
         if error.errno == errno.ENOMEM:
             raise
         raise UserError(
-            f"data_dir: {place} cannot be read ({error}); allowed is a folder whose "
-            "files you may read"
+            f"data_dir: {place} cannot be read ({error}); allowed is a folder with "
+            "this dataset, whose files you may read"
         ) from error
 
 
