@@ -46,7 +46,7 @@ def test_each_image_is_a_window_of_itself_padded_and_perhaps_flipped():
 
 
 def test_each_client_and_step_has_draws_of_its_own():
-    """Of the same 4 samples; steps count over the run, so that 3 is in a later round."""
+    """Of the same samples; steps count over the run, and 3 may be in a later round."""
     data, rows, mask = tiny_data(4), jnp.arange(4), jnp.ones(4, bool)
 
     def inputs(client, step):

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hsee_jax.config import Config, override
 from hsee_jax.optim import adamw, amsgrad, make_schedule, qgm, sgd
+from hsee_jax.runs.build import build_rates
 
 
 def test_sgd_is_heavy_ball_and_spares_biases():
@@ -60,3 +62,15 @@ def test_warm_up_then_cosine_or_constant(schedule, expected):
     """4 steps up, then (1 + cos(pi k / 4)) / 2 for k = 0..3."""
     rates = make_schedule(schedule, learning_rate=1.0, warmup_steps=4, total_steps=8)
     np.testing.assert_allclose([rates(step) for step in range(8)], expected, rtol=1e-5)
+
+
+def test_the_rates_of_a_run_end_where_the_run_ends():
+    """4 rounds of 10 steps: 5 steps up, then a cosine that the other 35 go down."""
+    config = override(Config(), rounds=4, learning_rate=0.2, warmup_rounds=0.5)
+    rates = build_rates(override(config, schedule="cosine"), 10)
+    assert rates.shape == (4, 10)
+    rise = 0.2 * np.arange(1, 6) / 5
+    fall = 0.1 * (1 + np.cos(np.pi * np.arange(35) / 35))
+    expected = np.concatenate([rise, fall])
+    np.testing.assert_allclose(rates.reshape(-1), expected, rtol=1e-3, atol=1e-7)
+    assert rates[-1, -1] < 0.01 * rates.max()

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY
 
+from hsee_jax.config import preset
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
@@ -55,6 +56,18 @@ def test_kinds_differ_as_they_should():
     assert sizes.max() > 3 * sizes.min()
     even, skewed = shares("dirichlet", alpha=100.0), shares("dirichlet", alpha=0.1)
     assert even.std() < 10 < skewed.std()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_client_gets_as_many_pieces_as_were_asked(count):
+    """A piece is a part of one class: a whole one, half of one, or a fifth."""
+    labels = np.repeat(np.arange(10), 100).astype(np.int32)
+    deal = PARTITIONS.make("classes", options={"classes_per_client": count})
+    shards = partition(labels, 10, deal, seed=0)
+    held = np.array([np.bincount(labels[s], minlength=10) for s in shards])
+    assert (held % (100 // count) == 0).all()
+    assert (held.sum(axis=1) == 100).all()
+    assert (held > 0).sum(axis=1).max() == count
 
 
 def test_more_clients_than_samples():
@@ -123,6 +136,22 @@ def test_nothing_or_at_least_one_sample_is_held_out():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("weights", ["samples", "uniform"])
+def test_a_client_weighs_as_much_as_its_samples_or_as_any_other(weights):
+    config = override(preset("demo"), **TINY, num_clients=4, cuts=("1", "2"))
+    config = override(config, max_train_samples=60, max_test_samples=10)
+    config = override(config, partition="quantity", strategy="sequential")
+    config = override(config, average="clients", weights=weights)
+    experiment = build(config)
+    sizes = [share.samples for share in experiment.manifest]
+    assert len(set(sizes)) > 1
+    expected = sizes if weights == "samples" else [1, 1, 1, 1]
+    assert experiment.client_weights().tolist() == expected
+    plan = experiment.plan(0)
+    by_slot = [expected[i] for i in plan.ids]
+    assert experiment.weights(plan).tolist() == by_slot
+
+
 def draw(groups, shards, number=0, **changes):
     options = {"batch_size": 4, "participation": 1.0, "turn": "batch", "seed": 3}
     return plan_round(groups, shards, **(options | changes), number=number)
@@ -178,6 +207,20 @@ def test_turns_are_drawn_per_step_or_per_round():
     by_batch, by_epoch = draw(groups, shards), draw(groups, shards, turn="epoch")
     assert len({tuple(order) for order in by_batch.order}) > 5
     assert len({tuple(order) for order in by_epoch.order}) == 1
+
+
+@pytest.mark.parametrize("turn", ["batch", "epoch"])
+def test_turns_are_drawn_anew_in_each_round_and_by_the_seed(turn):
+    groups = group_clients(Client(i, 1) for i in range(7))
+    shards = {i: np.arange(12, dtype=np.int32) for i in range(7)}
+
+    def orders(seed):
+        plans = [draw(groups, shards, n, turn=turn, seed=seed) for n in range(4)]
+        return [plan.order.tolist() for plan in plans]
+
+    drawn = orders(3) + orders(4)
+    assert orders(3) + orders(4) == drawn
+    assert len({str(order) for order in drawn}) == 8
 
 
 def test_a_clients_draw_does_not_depend_on_the_others():

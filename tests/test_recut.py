@@ -245,6 +245,29 @@ def test_a_shared_server_takes_the_mean_of_the_layers_it_has_no_copy_of():
     equal(there[1][0].layers[1], before[1][0].layers[1])
 
 
+def test_in_a_run_the_mean_is_by_samples():
+    """Clients 0 and 1 give layer 2 up, of which client 2 is not asked."""
+    config = override(SMALL, strategy="sequential", partition="quantity", rounds=2)
+    config = override(config, cuts=("2", "2", "3"), recuts=("2:1,1,3",))
+    before = build(config, DATA)
+    sizes = [share.samples for share in before.manifest]
+    assert sizes[0] != sizes[1]
+    phases, state = Phases(before), noise(before.strategy, 0)
+    after = phases.at(2)
+    moved, _ = phases.move(before.store.from_checkpoint(state), {}, before, after)
+    moved = after.store.to_checkpoint(moved)
+    own = branches(before.federation, before.strategy, state)
+    now = branches(after.federation, after.strategy, moved)
+    layers = [own[i][0].layers[1] for i in (0, 1)]
+    jax.tree.map(
+        lambda new, *old: np.testing.assert_allclose(
+            new, np.average(old, axis=0, weights=sizes[:2]), rtol=1e-4
+        ),
+        now[0][1].layers[0].params,
+        *(layer.params for layer in layers),
+    )
+
+
 def test_a_schedule_is_a_value():
     schedule = CutSchedule.of({1: (1, 2), 3: [1, 2], 5: (2, 2), 7: (1, 2)})
     assert schedule == CutSchedule((1, 5, 7), ((1, 2), (2, 2), (1, 2)))
