@@ -4,9 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from tiny import TINY
 
 from hsee_jax import cli
+from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
+from hsee_jax.runs.build import build
+from hsee_jax.runs.clock import with_clock
+from hsee_jax.runs.equip import Given, equip
 from hsee_jax.systems import Schedule, Work, make_device, round_time
 from hsee_jax.systems.availability import (
     Period,
@@ -167,6 +172,48 @@ def test_where_the_server_is_slow_as_many_are_in_time_as_fit():
         assert course(more) > deadline or alone[more[-1]] > deadline
         some += len(kept) > 1
     assert some > 10
+
+
+RUN = override(
+    preset("demo"),
+    **TINY,
+    num_clients=2,
+    cuts=("1", "1"),
+    max_train_samples=40,
+    max_test_samples=10,
+    batch_size=8,
+    rounds=3,
+    strategy="sequential",
+)
+DEVICES = """
+[[devices]]
+name = "d"
+count = 2
+forward_flops_per_s = 1e{digit}
+up_bytes_per_s = 1e9
+"""
+
+
+def seconds_of(tmp_path, text, **changes):
+    """The seconds of each round of a run on devices."""
+    config, path = override(RUN, **changes), tmp_path / "fleet.toml"
+    path.write_text(text)
+    equipment = equip(config, Given(path), resume=None)
+    return [one.seconds for one in with_clock(build(config), equipment).clock]
+
+
+def test_a_round_is_that_of_its_devices_and_cuts(tmp_path):
+    """From round 2 on a device computes a tenth as fast; in round 3 cuts change."""
+    changing = "change_round = 2\ncompute_change = 0.1\n"
+    fast, slow = (DEVICES.format(digit=digit) for digit in (6, 5))
+    found = seconds_of(tmp_path, fast + changing, recuts=("3:2,1",))
+    assert found[1] > 5 * found[0] and found[2] > 1.1 * found[1]
+    always = {
+        "fast": seconds_of(tmp_path, fast)[0],
+        "slow": seconds_of(tmp_path, slow)[1],
+        "slow and deep": seconds_of(tmp_path, slow, cuts=("2", "1"))[2],
+    }
+    assert found == pytest.approx(list(always.values()), rel=1e-9)
 
 
 def test_watts_that_are_not_known_are_null():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CLASSES, tiny_data, tiny_model
+from tiny import CLASSES, DenseLayer, tiny_data, tiny_federation, tiny_model
 
 from hsee_jax.federation.branch import (
     client_spec,
@@ -14,8 +14,11 @@ from hsee_jax.federation.branch import (
     init_server,
     server_spec,
 )
+from hsee_jax.federation.junction import concat_junction, mean_junction
 from hsee_jax.inference.gate import CRITERIA, Gate, make_gate
+from hsee_jax.inference.measurement import _sample_costs
 from hsee_jax.nn.model import init_network
+from hsee_jax.systems import layer_costs
 
 MODEL = tiny_model()
 NONE = optax.identity()
@@ -163,6 +166,33 @@ def test_every_sample_is_answered_once():
     for count in (0, 8):
         with pytest.raises(ValueError, match=rf"{count} rows; allowed are 1\.\.7"):
             gate.answer(*parts(1), images(count), 0.5)
+
+
+def test_the_server_is_asked_for_the_views_of_all():
+    """Of 3 clients of cut 1: three messages, and the layer of the two that wait.
+
+    Their exits need not run. What mixes 3 x 8 features into 8 takes two operations a
+    weight.
+    """
+    dense = tiny_model((DenseLayer(8), DenseLayer(5)))
+    federation, layers = tiny_federation({0: 1, 1: 1, 2: 1}, dense), layer_costs(dense)
+    (group,) = federation.groups
+
+    def costs(junction):
+        one, *others = _sample_costs(federation, layers, group, junction)
+        assert others == [one, one]
+        return one
+
+    alone, merged = costs(None), costs(mean_junction())
+    assert alone.feature_bytes == 4 * 8
+    assert alone.server_flops == layers[1].flops + layers[-1].flops
+    more = 2 * layers[0].flops
+    assert merged == alone._replace(
+        feature_bytes=3 * 4 * 8, server_flops=alone.server_flops + more
+    )
+    features = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    mixed = costs(concat_junction(3, features))
+    assert mixed.server_flops == merged.server_flops + 2 * 3 * 8 * 8
 
 
 def test_the_server_is_compiled_once_for_each_size():

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -133,6 +134,9 @@ def test_two_processes_equal_one(tmp_path, request, monkeypatch, strategy):
         assert one["images"] == other["images"]
         for name, value in other["train"].items():
             np.testing.assert_allclose(one["train"][name], value, rtol=1e-3)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-3), one["test"], other["test"]
+        )
     assert len(alone.scores.clients) == len(summary["clients"]) == 5
 
 

@@ -224,6 +224,26 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path):
         runs.train(override(config, learning_rate=0.2), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize(
+    ("rule", "diverged", "named"),
+    [("leave_out", {0, 1, 2}, 0), ("leave_out", {1}, None), ("stop", {1}, 1)],
+)
+def test_test_losses_that_are_not_finite(tmp_path, monkeypatch, rule, diverged, named):
+    """One is left out or ends the run, as the option says; all of them end it."""
+    results = [
+        ClientResult(i, 1, 0.5, 0.5, 2.0, np.nan if i in diverged else 2.0)
+        for i in range(3)
+    ]
+    monkeypatch.setattr(runs.Experiment, "evaluate", lambda *_: results)
+    config = override(SMALL, rounds=1, on_nonfinite=rule)
+    if named is None:
+        assert runs.train(config, tmp_path / "run").rounds == 1
+        return
+    words = f"server loss of client {named} is not finite in round 1"
+    with pytest.raises(DivergenceError, match=words):
+        runs.train(config, tmp_path / "run")
+
+
 def test_a_folder_is_only_replaced_when_told(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")

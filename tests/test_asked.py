@@ -1,0 +1,127 @@
+"""Inference with the criterion, the checkpoint and the client that were asked for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_inference import unsure, without_a_gate
+from tiny import TINY, write_run
+
+import hsee_jax as hs
+from hsee_jax.config import override, preset
+from hsee_jax.data import normalize
+from hsee_jax.inference import find_interactions, predict
+from hsee_jax.inference.study import study
+from hsee_jax.runs import evaluate, restore
+from hsee_jax.runs.build import build
+from hsee_jax.runs.refit import refit
+
+CONFIG = override(
+    preset("demo"),
+    **TINY,
+    num_clients=2,
+    cuts=("1", "2"),
+    max_train_samples=80,
+    max_test_samples=20,
+    validation_share=0.25,
+)
+
+
+def two_checkpoints(folder, config):
+    """The first of two is the better; their weights are unlike."""
+    for rounds in (1, 2):
+        write_run(folder, config, rounds=rounds)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    two_checkpoints(folder, CONFIG)
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A run on a table of 5 columns, whose two clients have samples of their own."""
+    place = tmp_path_factory.mktemp("table")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(70, 5)).astype(np.float32), rng.integers(0, 2, 70)
+    hs.data.write_npz(place, (x[:50], y[:50], x[50:], y[50:]))
+    words = {"dataset": "npz", "data_dir": str(place), "network": "mlp"}
+    config = override(preset("demo"), **words, depth=2, hidden=4, num_clients=2)
+    config = override(config, cuts=("1",), validation_share=0.0)
+    return two_checkpoints(place / "run", config), config
+
+
+def answers(restored, i, images):
+    """The logits of a client's exit and of the server behind it."""
+    mean, std = restored.info.mean, restored.info.std
+    inputs = normalize(jnp.asarray(images), mean, std)
+    branches = restored.client(i), restored.server(i)
+    return without_a_gate(restored.specs(i), branches, inputs)
+
+
+@pytest.mark.parametrize("criterion", ["margin", "confidence"])
+def test_a_study_and_a_prediction_use_the_criterion(run, criterion):
+    images = np.asarray(build(CONFIG).test.images)
+    restored = restore(run)
+    exit_logits, _ = answers(restored, 1, images)
+    doubts = unsure(exit_logits, criterion)
+    found = study(run, criterion=criterion)
+    assert found.setting["criterion"] == criterion
+    np.testing.assert_allclose(found.clients[1].test.uncertainty, doubts, atol=1e-5)
+    middle = np.sort(doubts)[[9, 10]].mean()
+    threshold = {"threshold": float(middle), "criterion": criterion}
+    predicted = predict(restored, 1, images, **threshold)
+    np.testing.assert_array_equal(predicted.exited, doubts < middle)
+    assert predicted.exited.sum() == 10
+
+
+def test_the_best_checkpoint_is_studied_and_refitted(run, tmp_path):
+    """And not the latest, which a study takes by itself."""
+    images = np.asarray(build(CONFIG).test.images)
+    doubts = {
+        which: unsure(answers(restore(run, which), 1, images)[0], "entropy")
+        for which in ("best", "latest")
+    }
+    assert np.abs(doubts["best"] - doubts["latest"]).max() > 0.01
+    for which, rounds in (("best", 1), ("latest", 2)):
+        found = study(run, which=which)
+        assert found.setting["rounds"] == rounds
+        own = found.clients[1].test.uncertainty
+        np.testing.assert_allclose(own, doubts[which], atol=1e-5)
+    fitted = refit(run, tmp_path / "refit", which="best")
+    assert fitted.before == evaluate(run, "best")[1]
+    assert int(restore(tmp_path / "refit").state.round) == 1
+
+
+@pytest.mark.parametrize(("which", "rounds"), [("best", 1), ("latest", 2)])
+def test_interactions_are_those_of_one_client_at_a_checkpoint(
+    table, monkeypatch, which, rounds
+):
+    """Its network, the server behind it, and rows of its own, as baselines too."""
+    folder, config = table
+    asked = []
+
+    def spy(*arguments, **options):
+        asked.append(arguments)
+        return ()
+
+    name = "hsee_jax.inference.interactions.select_interactions"
+    monkeypatch.setattr(name, spy)
+    found = find_interactions(folder, 1, which=which, max_samples=10)
+    ((logits, x, baselines),) = asked
+    assert (found.client, found.rounds, found.samples) == (1, rounds, 10)
+    experiment = build(config)
+    every = np.asarray(experiment.train.images)
+    mean, std = np.array(experiment.info.mean), np.array(experiment.info.std)
+    own = every[experiment.shards[1]].tolist()
+    rows = np.round(x * std + mean, 4).tolist()
+    assert all(row in np.round(own, 4).tolist() for row in rows)
+    assert sorted(baselines.tolist()) == sorted(x.tolist())
+    restored = restore(folder, which)
+    branches = restored.client(1), restored.server(1)
+    _, expected = without_a_gate(restored.specs(1), branches, jnp.asarray(x))
+    expected = expected - expected.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(logits(x), expected, rtol=1e-4, atol=1e-5)
