@@ -62,8 +62,8 @@ def answers(restored, i, images):
     return without_a_gate(restored.specs(i), branches, inputs)
 
 
-@pytest.mark.parametrize("criterion", ["margin", "confidence"])
-def test_a_study_and_a_prediction_use_the_criterion(run, criterion):
+@pytest.mark.parametrize(("criterion", "largest"), [("margin", 1), ("confidence", 0.9)])
+def test_a_study_and_a_prediction_use_the_criterion(run, criterion, largest):
     images = np.asarray(build(CONFIG).test.images)
     restored = restore(run)
     exit_logits, _ = answers(restored, 1, images)
@@ -71,6 +71,7 @@ def test_a_study_and_a_prediction_use_the_criterion(run, criterion):
     found = study(run, criterion=criterion)
     assert found.setting["criterion"] == criterion
     np.testing.assert_allclose(found.clients[1].test.uncertainty, doubts, atol=1e-5)
+    assert found.clients[1].largest_uncertainty == pytest.approx(largest)
     middle = np.sort(doubts)[[9, 10]].mean()
     threshold = {"threshold": float(middle), "criterion": criterion}
     predicted = predict(restored, 1, images, **threshold)

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounds import assert_same, branches, train
+from jax.random import fold_in
+from rounds import KEY, assert_same, branches, train
 from test_strategies import AVERAGING, check_against_reference, reference_run
 from tiny import (
     CLASSES,
@@ -122,6 +123,33 @@ def test_a_period_in_steps_goes_on_from_round_to_round():
             sizes=sizes,
         )
         check_against_reference(reference, federation, form, state)
+
+
+@pytest.mark.parametrize(
+    ("axis", "without"),
+    [("loop", "step"), ("loop", "turn"), ("vmap", "step"), ("vmap", "turn")],
+)
+def test_each_batch_of_a_run_is_augmented_by_a_key_of_its_own(axis, without):
+    """By client and step, which goes on from round to round: 3 steps in each of two."""
+    seen = set()
+
+    def augment(key, images):
+        data = jax.random.key_data(key)
+        jax.debug.callback(lambda own: seen.add(tuple(own.tolist())), data)
+        return images
+
+    dense = tiny_model((DenseLayer(8), DenseLayer(5)))
+    federation = tiny_federation({4: 1, 1: 1}, dense)
+    strategy = averaging(federation)._replace(**{without: None})
+    pipeline, shards = PIPELINE._replace(augment=augment), tiny_shards({4: 12, 1: 9})
+    train(strategy, federation, shards, axis=axis, pipeline=pipeline)
+    jax.effects_barrier()
+    expected = {
+        tuple(jax.random.key_data(fold_in(fold_in(KEY, client), step)).tolist())
+        for client in (1, 4)
+        for step in range(6)
+    }
+    assert len(expected) == 12 and seen == expected
 
 
 def test_auto_is_a_loop_on_cpu():

@@ -49,8 +49,9 @@ def draws(config, fleet):
     values |= {"test_batch_size": 10, "config": json.loads(to_json(config))}
     values["info"] = experiment.info._asdict()
     part = build_participant(values, plugins=("tiny",))
-    keys = experiment.init_key, augment_key(config), part.augment_key
-    init, augment, own_augment = (jax.random.key_data(key).tolist() for key in keys)
+    of_rounds = experiment.compilers.make_round.keywords["key"]
+    keys = experiment.init_key, of_rounds, augment_key(config), part.augment_key
+    init, augment, *others = (jax.random.key_data(key).tolist() for key in keys)
     assert init != augment
     weights = jax.device_get(experiment.init().rows.clients[0].layers[0].params)
     equipment = equip(config, Given(devices=fleet), resume=None)
@@ -58,7 +59,7 @@ def draws(config, fleet):
         "init": str(weights),
         "key": init,
         "augment": augment,
-        "augment of a device": own_augment,
+        "augment of devices": others,
         "participants": [attendance.drawn(groups, n) for n in range(6)],
         "missing": [attendance.missing(groups, n) for n in range(6)],
         "slots": experiment.slots,
@@ -68,7 +69,7 @@ def draws(config, fleet):
     }
 
 
-DATA = "augment", "augment of a device", "participants", "missing", "order of a device"
+DATA = "augment", "augment of devices", "participants", "missing", "order of a device"
 
 
 @pytest.mark.parametrize(
