@@ -275,6 +275,58 @@ def test_of_a_run_and_its_journal_one_is_enough(damaged, left, tmp_path):
         start._latest(tmp_path, "journal")
 
 
+def test_a_kill_a_round_after_a_checkpoint_loses_one_round(
+    tmp_path, monkeypatch, caplog
+):
+    """What the folder holds at the end of round 3 goes on from round 2."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    class Written:  # in its thread before the next step
+        def result(self):
+            pass
+
+        def on_complete(self, tell):
+            tell(None)
+
+    def save_at_once(path, state):
+        ocp.save(path, state)
+        return Written()
+
+    def keep(record):
+        if record.round == 3:
+            shutil.copytree(whole, killed)
+
+    monkeypatch.setattr(ocp, "save_async", save_at_once)
+    runs.train(SMALL, whole, callbacks=[AfterRound(keep)])
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["2"]
+    runs.train(SMALL, killed, resume=True)
+    assert not caplog.messages
+    assert_same_run(whole, killed)
+
+
+def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
+    """A slow disk: it is written during the rounds until the next one, or the end."""
+    save_async, held, seen = ocp.save_async, [], []
+
+    class Slow:  # written for sure only when somebody waits for it
+        def __init__(self, response):
+            self.result = response.result
+
+        def on_complete(self, tell):
+            held.append(tell)
+
+    monkeypatch.setattr(ocp, "save_async", lambda *args: Slow(save_async(*args)))
+    folder = tmp_path / "run" / "checkpoints"
+
+    def look(record):
+        seen.append(sorted(path.name for path in folder.glob("*")))
+
+    config = override(SMALL, rounds=4)
+    runs.train(config, tmp_path / "run", callbacks=[AfterRound(look)])
+    assert seen == [[], [], ["2.tmp"], ["2.tmp"]] and len(held) == 2
+    assert sorted(path.name for path in folder.glob("*")) == ["2", "4"]
+
+
 @pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     """Killed in its first round, or while its folder was made."""

@@ -127,6 +127,10 @@ class Checkpoints(Callback):
         if moment.due:
             self._save(moment)
 
+    def seal_written(self) -> None:
+        """Complete the last checkpoint once its arrays are written."""
+        self._writer.seal_written()
+
     def on_pause(self, moment: Moment) -> None:
         """Write a checkpoint in the middle of a round."""
         self._save(moment)

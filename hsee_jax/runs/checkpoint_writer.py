@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any
 
@@ -58,6 +59,7 @@ class Writer:
         self._folder, self._keep, self._after = folder, keep, after
         self._hint = hint
         self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
+        self._written = Event()  # whether the arrays of the unsealed are on the disk
 
     def __enter__(self) -> "Writer":
         """Remove unfinished checkpoints."""
@@ -105,11 +107,18 @@ class Writer:
             response = ocp.save_async((folder / "state").absolute(), copy)
         except Exception as error:
             raise self._unwritten(folder, error) from error
-        self._unsealed = folder, notes, response
+        written = Event()
+        response.on_complete(lambda _: written.set())
+        self._unsealed, self._written = (folder, notes, response), written
 
     def seal(self) -> None:
         """Wait for the checkpoint that is being written, and give it its name."""
         self._seal(together=True)
+
+    def seal_written(self) -> None:
+        """Give the last checkpoint its name if all processes have written it."""
+        if self._unsealed is not None and not in_any(not self._written.is_set()):
+            self.seal()
 
     def _seal(self, *, together: bool) -> None:
         """Finish a checkpoint, and let the other processes wait for it."""

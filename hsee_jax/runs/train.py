@@ -148,14 +148,13 @@ def train_built(
         everything = (MetricsLog(folder), *callbacks, checkpoints)
         for callback in everything:
             stack.enter_context(callback)
-        loop = _Loop(
-            phases,
-            start,
-            everything,
-            lambda: in_any(bool(stop())),  # the processes stop together
-            begin - start.wall_seconds,
-        )
-        return loop.run()
+
+        def stop_after_step() -> bool:
+            checkpoints.seal_written()
+            return in_any(bool(stop()))  # the processes stop together
+
+        since = begin - start.wall_seconds
+        return _Loop(phases, start, everything, stop_after_step, since).run()
 
 
 class _Loop:
