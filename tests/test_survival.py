@@ -351,6 +351,30 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     assert_same_run(tmp_path / "whole", killed)
 
 
+def test_the_figures_of_a_run_copied_without_checkpoints_stay(tmp_path):
+    """Of three rounds; one of two rounds may have been killed before its first."""
+    whole, copies = tmp_path / "whole", []
+
+    def keep(record):  # what a copy without checkpoints holds
+        kept = shutil.ignore_patterns("checkpoints", ".lock")
+        copies.append(shutil.copytree(whole, tmp_path / str(record.round), ignore=kept))
+        (copies[-1] / "report").mkdir()
+
+    runs.train(SMALL, whole, callbacks=[AfterRound(keep)])
+    _, two, copy = copies
+    before = (copy / "metrics.jsonl").read_text()
+    with pytest.raises(
+        UserError, match=r"no checkpoint any more, but metrics\.jsonl of 3"
+    ):
+        runs.train(override(SMALL, checkpoint_every=5), copy, resume=True)
+    assert (copy / "metrics.jsonl").read_text() == before
+    assert (copy / "report").exists()
+    runs.train(SMALL, copy, overwrite=True)
+    runs.train(SMALL, two, resume=True)
+    assert_same_run(whole, copy)
+    assert_same_run(whole, two)
+
+
 def test_two_processes_do_not_write_one_run(tmp_path):
     """A lock of another open file is that of another process."""
     config, refused = override(SMALL, rounds=2), []

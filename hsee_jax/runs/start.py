@@ -17,10 +17,11 @@ from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.runs.checkpoint import Checkpoint, find, load, load_shelf
+from hsee_jax.runs.checkpoint_folder import UNFINISHED
 from hsee_jax.runs.data import own_field
 from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import check_info, check_partition
+from hsee_jax.runs.folder import check_info, check_partition, read_config
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.phases import Phases
@@ -114,14 +115,25 @@ def _check_begins(folder: Path) -> None:
     """Refuse to begin anew where a checkpoint has been, as it would remove the rest.
 
     Raises:
-      UserError: the folder holds what only a finished checkpoint can be made into.
+      UserError: the folder holds what only a finished checkpoint can be made into, or
+        rounds after a checkpoint and not even one that a kill left unfinished.
     """
-    for name in ("summary.json", "refit", "gate", "export", "interactions"):
-        if (folder / name).exists():
-            raise UserError(
-                f"run: {folder} has no checkpoint any more, but {name}; allowed is "
-                "--overwrite, which removes it and begins anew"
-            )
+    made = ("summary.json", "refit", "gate", "export", "interactions")
+    found = [name for name in made if (folder / name).exists()]
+    rounds, every = _count_lines(folder), read_config(folder).run.checkpoint_every
+    if rounds > every and not any((folder / "checkpoints").glob(f"*{UNFINISHED}")):
+        found.append(f"metrics.jsonl of {rounds} rounds")
+    if found:
+        raise UserError(
+            f"run: {folder} has no checkpoint any more, but {found[0]}; allowed is "
+            "--overwrite, which removes it and begins anew"
+        )
+
+
+def _count_lines(folder: Path) -> int:
+    """Count the rounds in ``metrics.jsonl``, whose last line a kill may cut off."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _latest(folder: Path, journal: str | None) -> Checkpoint | None:
