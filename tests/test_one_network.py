@@ -1,6 +1,9 @@
 """Servers that are one network, and the sentence that says so."""
 
+import json
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,10 +20,12 @@ from hsee_jax.algorithms import (
     splitfed_v1,
     splitfed_v2,
 )
+from hsee_jax.config import to_json
 from hsee_jax.engine import ClientResult, make_evaluation
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.page import write_report
 from hsee_jax.report.tables import EQUAL_SERVERS
+from hsee_jax.runs.data import build_info
 from hsee_jax.runs.one_network import is_one_network
 from hsee_jax.runs.records import Scores
 
@@ -101,3 +106,32 @@ def test_equal_figures_are_not_enough_nor_is_the_strategy(tmp_path):
     assert not is_one_network(tmp_path / "averaging", Scores.of([result(0)]))
     (tmp_path / "averaging" / "data.json").unlink()
     assert not is_one_network(tmp_path / "averaging", equal)
+
+
+ASKED = """
+import sys
+from pathlib import Path
+from hsee_jax.engine import ClientResult
+from hsee_jax.runs.one_network import is_one_network
+from hsee_jax.runs.records import Scores
+scores = Scores.of([ClientResult(i, 1, 0.1, 0.5, 2.0, 1.0) for i in range(2)])
+print(*(is_one_network(Path(folder), scores) for folder in sys.argv[1:]))
+"""
+
+
+def test_no_device_is_opened(tmp_path, monkeypatch):
+    """A report may be made where the run's devices are not, or are at work."""
+    base = override(preset("demo"), num_clients=2, cuts=("2",))
+    folders = []
+    fpl = {"strategy": "fpl", "partition": "views"}
+    for changes in ({"average": "all_holders"}, fpl):
+        config = override(base, **changes)
+        folders.append(tmp_path / config.strategy.strategy)
+        folders[-1].mkdir()
+        (folders[-1] / "config.json").write_text(to_json(config))
+        info = build_info(config.data)._asdict()
+        (folders[-1] / "data.json").write_text(json.dumps(info))
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    command = [sys.executable, "-c", ASKED, *map(str, folders)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("True False\n", 0), result.stderr

@@ -138,6 +138,15 @@ def test_a_cache_that_cannot_be_is_refused(study, capfd):
     assert error.count("compilation_cache: ") == 1
 
 
+def test_devices_that_are_not_there_are_one_line(study, capfd, monkeypatch):
+    """The platforms are those of the process of the run."""
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    assert sweep(study, "--out", "out") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if "seed" in line]
+    begin = "hsee: averaging seed 0: JAX_PLATFORMS: nowhere is not allowed: "
+    assert len(errors) == 1 and errors[0].startswith(begin)
+
+
 def test_a_changed_study_replaces_no_run_unasked(study, capsys):
     run = studies.runs(studies.load(study))[2]
     folder = Path("out/runs") / run.folder

@@ -18,6 +18,7 @@ from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.config import override
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.paths import expand_home
+from hsee_jax.parallel.processes import check_devices
 from hsee_jax.studies.load import check_rows
 
 
@@ -99,8 +100,9 @@ def _train(
 
 
 def _set_up(given: dict[str, Any]) -> None:
-    """Prepare the process of a run."""
+    """Prepare the process of a run; refuse devices that this machine does not have."""
     use_cache(given)
+    check_devices()
     show_log()
 
 

@@ -75,10 +75,10 @@ def tiles(sample_shape: tuple[int, ...], num_clients: int) -> Views:
     grid = np.stack(
         np.meshgrid(*map(_starts, sides, size, counts), indexing="ij"), axis=-1
     )
-    corners = jnp.asarray(grid.reshape(-1, 2), jnp.int32)
+    corners = grid.reshape(-1, 2).astype(np.int32)
 
     def take(images: Array, client: Array) -> Array:
-        top, left = corners[client]
+        top, left = jnp.asarray(corners)[client]
         part = jax.lax.dynamic_slice_in_dim(images, top, size[0], axis=1)
         return jax.lax.dynamic_slice_in_dim(part, left, size[1], axis=2)
 

@@ -33,7 +33,7 @@ def is_one_network(folder: Path, scores: Scores) -> bool:
     try:
         config = read_config(folder)
         config = config_in_round(config, config.run.rounds)
-        federation = build_federation(config, read_info(folder))
+        federation = build_federation(config, read_info(folder), plain=True)
         return build_strategy(config, federation).one_network
     except UserError:
         return False
