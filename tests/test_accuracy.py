@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import TINY
 
 from hsee_jax import cli
+from hsee_jax.cli.expectations import read_experience
 from hsee_jax.config import Config, override, preset, to_json
 from hsee_jax.config import values as config_values
 from hsee_jax.core import UserError
@@ -377,6 +378,31 @@ def plan(places, out, *words):
     flags += ["--batch-size", "8", "--max-train-samples", "60"]
     flags += ["--devices", str(places / "fleet.csv"), "--out", str(out)]
     return cli.main(["plan", "demo", *flags, *words])
+
+
+def test_a_run_and_a_study_on_the_same_own_data_are_alike(known, tmp_path):
+    """A digest tells data apart, wherever they lay."""
+    first, second = "1" * 64, "2" * 64
+    own = override(known.config, dataset="npz", data_dir="/here")
+    run = write_finished(tmp_path / "run", MIXES[0])
+    moved = override(own, data_dir="/moved", cuts=tuple(map(str, MIXES[0])))
+    (run / "config.json").write_text(to_json(moved))
+    info = {"input_shape": [5, 5, 1], "num_classes": 3, "mean": [0], "std": [1]}
+    (run / "data.json").write_text(json.dumps(info | {"digest": first}))
+    for name in (first, second):
+        (tmp_path / name).mkdir()
+        for number, cuts in enumerate(MIXES):
+            options = config_values.settings(override(own, cuts=tuple(map(str, cuts))))
+            summary = Summary(
+                1, scores(cuts), 1.0, 1.0, 0, 0, "", {}, LinkSummary(0, 0, [])
+            )
+            line = Result("row", number, options, 1, summary, digest=name)
+            append_result(tmp_path / name, line)
+    plan = known._replace(config=own)
+    experience = read_experience([run, tmp_path / first], plan)
+    assert len(experience.runs) == 1 + len(MIXES)
+    with pytest.raises(UserError, match="data is 222222222222 in .*one dataset"):
+        read_experience([run, tmp_path / second], plan)
 
 
 def test_a_plan_asks_for_an_accuracy(places, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -463,7 +464,7 @@ def test_a_run_of_other_settings_is_replaced_only_if_asked(
 ):
     calls = []
 
-    def train(config, folder, *, resume, overwrite, stop):
+    def train(config, folder, *, resume, overwrite, data, stop):
         calls.append((resume, overwrite))
         return summary()
 
@@ -530,6 +531,62 @@ def test_a_result_on_other_own_data_does_not_count(write, tmp_path):
     (tmp_path / "config.json").write_text(hsee_jax.config.to_json(one.config))
     with pytest.raises(hsee_jax.UserError, match="another data_dir; .*--overwrite"):
         studies.train_run(moved, tmp_path)
+
+
+def write_samples(folder, *, turned=False):
+    """Write samples as npz, some labels corrected; return the digest of all."""
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        images, labels = tiny.tiny_data(30)
+        labels = labels[::-1] if turned else labels
+        np.savez(folder / f"{split}.npz", images=images, labels=labels)
+    return hsee_jax.data.read_dataset("npz", folder=folder).info.digest
+
+
+def test_results_on_corrected_labels_are_other_results(write, tmp_path):
+    """In the same file: old ones are to do, and no mean is over both."""
+    study = studies.load(write(STUDY, OWN_DATA))
+    runs = studies.runs(study, rows=["averaging"], seeds=[0, 1, 2])
+    before = write_samples(tmp_path / "one")
+    results = [
+        replace(result(run, summary(exits=0.1)), digest=before) for run in runs[:2]
+    ]
+    for one in results:
+        studies.append_result(tmp_path, one)
+    assert studies.read_results(tmp_path) == results
+    assert studies.unfinished(runs, tmp_path) == [runs[2]]
+    assert studies.by_row(study, results) == {"averaging": tuple(results)}
+
+    after = write_samples(tmp_path / "one", turned=True)
+    assert after != before
+    assert studies.unfinished(runs, tmp_path) == list(runs)
+    last = replace(result(runs[2], summary(exits=0.5)), digest=after)
+    studies.append_result(tmp_path, last)
+    assert studies.unfinished(runs, tmp_path) == list(runs[:2])
+    assert studies.by_row(study, [*results, last]) == {"averaging": (last,)}
+    # Results of older versions do not say what data they are on.
+    old = [replace(one, digest=None) for one in results]
+    assert len(studies.by_row(study, [*old, last])["averaging"]) == 3
+
+
+def test_a_run_on_corrected_labels_is_replaced_only_if_asked(write, tmp_path):
+    """A run that was stopped halfway; the sweep says it before it starts any."""
+    study = studies.load(write(STUDY, OWN_DATA))
+    (one,) = studies.runs(study, rows=["averaging"], seeds=[0])
+    folder = tmp_path / "out" / "runs" / one.folder
+    write_samples(tmp_path / "one")
+    with pytest.raises(hsee_jax.Stopped):
+        studies.train_run(one, folder, stop=lambda: True)
+    after = write_samples(tmp_path / "one", turned=True)
+    refused = "another digest of the data; .*--overwrite"
+    with pytest.raises(hsee_jax.UserError, match=refused):
+        studies.train_run(one, folder)
+    with pytest.raises(hsee_jax.UserError, match=refused):
+        studies.perform([one], tmp_path / "out")
+    found = studies.train_run(one, folder, overwrite=True)
+    assert found.digest == after
+    alone = hsee_jax.train(one.config, tmp_path / "alone")
+    assert found.summary.scores == alone.scores
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hsee_jax.config import Config, override
 from hsee_jax.core.errors import UserError
@@ -13,8 +14,9 @@ from hsee_jax.runs.accuracy import (
     learn,
     read_finished,
 )
+from hsee_jax.runs.history import name_data
 from hsee_jax.runs.planning import Planning, problem_of
-from hsee_jax.studies.results import FILE, read_results
+from hsee_jax.studies.results import FILE, Result, read_results
 from hsee_jax.systems.problem import Problem
 
 
@@ -65,7 +67,9 @@ def _read(place: Path) -> list[FinishedRun]:
         return [read_finished(folder)]
     runs = [
         FinishedRun(
-            f"{folder / FILE}, row {result.row}", result.settings, result.summary.scores
+            f"{folder / FILE}, row {result.row}",
+            _options(result),
+            result.summary.scores,
         )
         for result in read_results(folder)
         if result.summary is not None
@@ -76,3 +80,11 @@ def _read(place: Path) -> list[FinishedRun]:
             "more"
         )
     return runs
+
+
+def _options(result: Result) -> dict[str, Any]:
+    """Return the settings of a result, with its data named as in a run's folder."""
+    options = dict(result.settings)
+    if "data_dir" in options:
+        options["data"] = name_data(result.digest, options["data_dir"])
+    return options

@@ -168,7 +168,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace runs in --out whose settings the study has changed since",
+        help="replace runs in --out whose settings or data have changed since",
     )
     parser.add_argument(
         "--list", action="store_true", help="list the runs, and train none"

@@ -60,7 +60,7 @@ def data_source(config: DataConfig, data: OwnData | None = None) -> DataSource:
     if isinstance(data, DataSource):
         return data
     limits = Limits(config.max_train_samples, config.max_test_samples)
-    options, name = _options(config), config.dataset
+    options, name = source_options(config), config.dataset
     form = DATASETS.make(name, options=options)
     if data is not None:
         if form.take is None:
@@ -84,7 +84,8 @@ def own_field(config: DataConfig) -> str:
 
 def build_info(config: DataConfig) -> DatasetInfo:
     """Return what is known of the dataset that a configuration names."""
-    return dataset_info(config.dataset, folder=config.data_dir, **_options(config))
+    options = source_options(config)
+    return dataset_info(config.dataset, folder=config.data_dir, **options)
 
 
 def build_data(config: DataConfig) -> Splits:
@@ -92,7 +93,7 @@ def build_data(config: DataConfig) -> Splits:
     return data_source(config).read()
 
 
-def _options(config: DataConfig) -> dict[str, Any]:
-    """Return the options that the dataset reads."""
+def source_options(config: DataConfig) -> dict[str, Any]:
+    """Return the options that the dataset of a configuration reads."""
     names = DATASETS.entry(config.dataset).options
     return {name: config.options[name] for name in names}

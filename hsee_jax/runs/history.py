@@ -51,9 +51,13 @@ class History(NamedTuple):
         if self.equipment is not None:
             found |= self.equipment.sources
         if is_own_data(self.options):
-            digest = self.digest and self.digest[:_DIGITS]
-            found["data"] = digest or str(self.options.get("data_dir"))
+            found["data"] = name_data(self.digest, self.options.get("data_dir"))
         return found
+
+
+def name_data(digest: str | None, folder: str | None) -> str:
+    """Name the user's own data: the start of their digest, or their folder."""
+    return digest[:_DIGITS] if digest else str(folder)
 
 
 def read_history(folder: Path) -> History:
@@ -88,7 +92,7 @@ def read_history(folder: Path) -> History:
         partition,
         records,
         summary,
-        _digest(folder, options),
+        read_digest(folder) if is_own_data(options) else None,
         stored_equipment(folder),
         _ridge(folder / "refit.json"),
     )
@@ -119,14 +123,12 @@ def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]
     return records
 
 
-def _digest(folder: Path, options: dict[str, Any]) -> str | None:
-    """Return the digest of the user's own data; None without it."""
-    if not is_own_data(options):
-        return None
+def read_digest(folder: Path) -> str | None:
+    """Read the digest of the user's own data in a run; None without it."""
     try:
         return read_info(folder).digest
     except UserError:
-        return None  # it is lost, and `train` writes it anew
+        return None  # `train` writes it anew
 
 
 def _ridge(path: Path) -> float | None:

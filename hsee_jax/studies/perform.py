@@ -16,6 +16,7 @@ from hsee_jax.config.plugins import load_plugins
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.parallel.cores import cores
 from hsee_jax.runs.folder import sole_writer
+from hsee_jax.studies.digests import digests_of
 from hsee_jax.studies.results import (
     Result,
     append_result,
@@ -58,7 +59,7 @@ def perform(
       out: the folder of the study; it gets ``results.jsonl``, and a folder for each
         run in ``runs/``.
       jobs: the number of processes at once, at most one a core.
-      overwrite: replace runs in the folder whose settings have changed since.
+      overwrite: replace runs in the folder whose settings or data have changed since.
       stop: called about ten times a second; true stops the runs at work after their
         step, with a checkpoint, and no other run starts.
       setup: called first in each process; a function at the top level of a module.
@@ -69,8 +70,8 @@ def perform(
 
     Raises:
       UserError: ``jobs`` is not allowed, the folder is that of a run, another process
-        writes to it, or it holds a run with other settings and ``overwrite`` is not
-        set.
+        writes to it, or it holds a run with other settings or on other data and
+        ``overwrite`` is not set.
     """
     available = cores()
     if not 1 <= jobs <= len(available):
@@ -85,8 +86,8 @@ def perform(
         )
     with sole_writer(out):
         todo = unfinished(runs, out)
-        for run in todo:
-            changed = changes(run, _folder(out, run))
+        for run, digest in zip(todo, digests_of(todo), strict=True):
+            changed = changes(run, _folder(out, run), digest)
             if changed and not overwrite:
                 raise refusal(run, _folder(out, run), changed)
         size = len(available) // jobs
@@ -97,7 +98,8 @@ def perform(
 def unfinished(runs: Sequence[Run], out: Path) -> list[Run]:
     """Return the runs without a result in the folder of a study."""
     results = read_results(out)
-    return [run for run in runs if result_of(run, results) is None]
+    pairs = zip(runs, digests_of(runs), strict=True)
+    return [run for run, digest in pairs if result_of(run, results, digest) is None]
 
 
 def _folder(out: Path, run: Run) -> Path:

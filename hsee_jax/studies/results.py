@@ -1,7 +1,7 @@
 """The results of a study: one JSON object a line in ``results.jsonl``.
 
-Lines are only appended. A run counts as finished if a line holds its row, its seed and
-its settings; of several such lines the last counts.
+Lines are only appended. A run counts as finished if a line holds its row, its seed, its
+settings and the digest of its data; of several such lines the last counts.
 """
 
 import json
@@ -33,6 +33,7 @@ class Result:
     cpu_cores: int  # that the run could use
     summary: Summary | None  # None if the run diverged
     diverged: str = ""  # where and how
+    digest: str | None = None  # of the user's own data; older lines lack it
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as values of JSON."""
@@ -41,7 +42,7 @@ class Result:
             "seed": self.seed,
             "settings": dict(self.settings),
             "cpu_cores": self.cpu_cores,
-        }
+        } | ({} if self.digest is None else {"digest": self.digest})
         if self.summary is None:
             return values | {"diverged": self.diverged}
         return values | {"summary": self.summary.to_json()}
@@ -56,7 +57,7 @@ class Result:
         for name, kind in _KINDS.items():
             if type(values[name]) is not kind:
                 raise TypeError(f"{name} is {values[name]!r}")
-        summary = values.get("summary")
+        summary, digest = values.get("summary"), values.get("digest")
         return cls(
             row=values["row"],
             seed=values["seed"],
@@ -64,6 +65,7 @@ class Result:
             cpu_cores=values["cpu_cores"],
             summary=None if summary is None else Summary.from_json(summary),
             diverged="" if summary else str(values["diverged"]),
+            digest=None if digest is None else str(digest),
         )
 
 
@@ -121,11 +123,20 @@ def _complete(content: bytes) -> bytes:
     return content + b"\n"
 
 
-def result_of(run: Run, results: Sequence[Result]) -> Result | None:
-    """Return the last result of a run, or None if no line holds its settings."""
+def result_of(
+    run: Run, results: Sequence[Result], digest: str | None = None
+) -> Result | None:
+    """Return the last result of a run, or None if no line holds its settings.
+
+    Args:
+      run: the run.
+      results: the results of its study.
+      digest: of its data; a result on other data does not count. None if not known.
+    """
     wanted, defaults = settings(run.config), _defaults(run.config)
     for result in reversed(results):
-        if (result.row, result.seed) == (run.row, run.seed):
+        same_data = digest is None or result.digest in (None, digest)
+        if same_data and (result.row, result.seed) == (run.row, run.seed):
             # An option that is newer than the result had its default.
             known = defaults | dict(result.settings)
             if all(known.get(name) == value for name, value in wanted.items()):
@@ -141,11 +152,23 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 
 def by_row(study: Study, results: Sequence[Result]) -> dict[str, tuple[Result, ...]]:
-    """Return the results of each row that has any, by seed, in the study's order."""
+    """Return the results of each row that has any, by seed, in the study's order.
+
+    Of results on several states of the user's own data, those like the last count.
+    """
     found = {}
     for row in study.rows:
         seeds = sorted({result.seed for result in results if result.row == row.name})
         if seeds:
             own = runs(study, rows=[row.name], seeds=seeds)
-            found[row.name] = tuple(filter(None, (result_of(r, results) for r in own)))
+            found[row.name] = _on_one_dataset(own, results)
     return {name: own for name, own in found.items() if own}
+
+
+def _on_one_dataset(
+    own: Sequence[Run], results: Sequence[Result]
+) -> tuple[Result, ...]:
+    """Return the results of the runs of a row on the data of the last of them."""
+    found = {id(result) for run in own if (result := result_of(run, results))}
+    digest = next((r.digest for r in reversed(results) if id(r) in found), None)
+    return tuple(filter(None, (result_of(run, results, digest) for run in own)))

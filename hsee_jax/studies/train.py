@@ -7,7 +7,9 @@ from hsee_jax.config.values import settings
 from hsee_jax.core.errors import DivergenceError, UserError
 from hsee_jax.parallel.cores import cores
 from hsee_jax.runs.checkpoint_folder import find_places
+from hsee_jax.runs.data import data_source
 from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.history import read_digest
 from hsee_jax.runs.train import train
 from hsee_jax.studies.results import Result
 from hsee_jax.studies.study import Run
@@ -35,7 +37,10 @@ def train_run(
         and ``overwrite`` is not set.
       Stopped: ``stop`` returned true.
     """
-    changed = changes(run, folder)
+    changed, source = changes(run, folder), None
+    if changed == ():
+        source = data_source(run.config.data)
+        changed = changes(run, folder, source.info.digest)
     if changed and not overwrite:
         raise refusal(run, folder, changed)
     anew = bool(changed)
@@ -48,29 +53,46 @@ def train_run(
             folder,
             resume=changed == () and not anew,
             overwrite=anew,
+            data=source,
             stop=stop,
         )
     except DivergenceError as error:
         diverged = str(error)
     return Result(
-        run.row, run.seed, settings(run.config), len(cores()), summary, diverged
+        run.row,
+        run.seed,
+        settings(run.config),
+        len(cores()),
+        summary,
+        diverged,
+        read_digest(folder),
     )
 
 
-def changes(run: Run, folder: Path) -> tuple[str, ...] | None:
-    """Return the options in which the run in a folder differs; None without a run."""
+def changes(
+    run: Run, folder: Path, digest: str | None = None
+) -> tuple[str, ...] | None:
+    """Return the options in which the run in a folder differs; None without a run.
+
+    Args:
+      run: the run.
+      folder: of the run.
+      digest: of its data now, see `digests_of`; None if not known.
+    """
     if not (folder / "config.json").is_file():
         return None
     ours, theirs = settings(run.config), settings(read_config(folder))
-    return tuple(
+    changed = [
         name
         for name in dict.fromkeys((*ours, *theirs))
         if ours.get(name) != theirs.get(name)
-    )
+    ]
+    other_data = digest is not None and read_digest(folder) not in (None, digest)
+    return (*changed, "digest of the data") if other_data else tuple(changed)
 
 
 def refusal(run: Run, folder: Path, changed: tuple[str, ...]) -> UserError:
-    """Return the error for a folder that holds a run with other settings."""
+    """Return the error for a folder with a run of other settings, or on other data."""
     return UserError(
         f"out: {folder} holds a run of {run.row} with another {', '.join(changed)}; "
         "allowed is another folder, or --overwrite to replace the run"
