@@ -23,6 +23,8 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.inference.client_study import ClientStudy, Target
 from hsee_jax.inference.measurement import measure_clients
 from hsee_jax.runs.reopen import reopen
+from hsee_jax.runs.same_data import check_partition
+from hsee_jax.studies.train import changes, refusal
 
 ON_DEVICE = (0.3, 0.6)  # shares of the samples
 FILE = "answers.jsonl"
@@ -38,17 +40,24 @@ def main() -> None:
     given = parser.parse_args()
     study = studies.load(given.study / "study.toml")
     path = given.study / FILE
-    known = {(one["row"], one["seed"]) for one in read(path)}
+    known = {(one["row"], one["seed"]): one.get("settings") for one in read(path)}
     for run in studies.runs(study, rows=given.rows, seeds=given.seeds):
         folder = given.study / "runs" / run.folder
-        if (run.row, run.seed) in known or not (folder / "summary.json").is_file():
+        if not (folder / "summary.json").is_file():
+            continue
+        settings = studies.settings(run.config)
+        # The first lines do not hold their settings.
+        if known.get((run.row, run.seed), {}) in (None, settings):
             continue
         try:
+            if changed := changes(run, folder):
+                raise refusal(run, folder, changed)
             cuts = by_cut(folder, given.data_dir)
-        except UserError as error:  # a method without exits or servers
+        except UserError as error:  # such as a method without exits or servers
             print(f"{run}: {error}", flush=True)
             continue
-        line = json.dumps({"row": run.row, "seed": run.seed, "cuts": cuts})
+        found = {"row": run.row, "seed": run.seed, "settings": settings, "cuts": cuts}
+        line = json.dumps(found)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
@@ -64,6 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def by_cut(folder: Path, data_dir: str | None) -> dict[str, Any]:
     """Measure the clients of a run; return the figures of each cut."""
     experiment, state = reopen(folder, data_dir=data_dir)
+    check_partition(folder, experiment.manifest)
     clients = list(measure_clients(experiment, state, "entropy", batch_size=1000))
     found = {}
     for cut in sorted({client.cut for client in clients}):

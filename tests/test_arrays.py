@@ -14,7 +14,8 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.data import dataset_info, load_dataset, prepare
 from hsee_jax.data.info import LABELS as LABEL_RULES
 from hsee_jax.runs.build import build, build_model
-from hsee_jax.runs.folder import check_info, read_info
+from hsee_jax.runs.folder import read_info
+from hsee_jax.runs.same_data import check_info
 
 
 def test_arrays_of_a_known_dataset(tmp_path):

@@ -11,9 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import THREE_ROUNDS
 
-from hsee_jax import studies
+from hsee_jax import runs, studies
+from hsee_jax.config import override, to_json
 from hsee_jax.config.schema import DataConfig
+from hsee_jax.core import UserError
 from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.data import build_info, data_source
 from hsee_jax.runs.records import RoundRecord, TrainFigures
@@ -305,3 +308,46 @@ def test_the_interval_of_an_accuracy_is_that_of_a_binomial():
     np.testing.assert_allclose(found["low"], mean - half, atol=0.1 * half)
     np.testing.assert_allclose(found["high"], mean + half, atol=0.1 * half)
     assert answers.accuracy([correct, ~correct])["high"] == 0.5  # every image: one half
+
+
+def test_answers_of_a_row_that_changed_are_measured_again(
+    tmp_path, monkeypatch, capsys
+):
+    """Lines of before they held their settings stay; a run of old settings is told."""
+    text = 'preset = "demo"\n[options]\nrounds = 3\n[rows.a]\n'
+    (tmp_path / "study.toml").write_text(text)
+    (run,) = studies.runs(studies.load(tmp_path / "study.toml"))
+    folder = tmp_path / "runs" / run.folder
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(run.config))
+    (folder / "summary.json").touch()
+    path, measured = tmp_path / answers.FILE, []
+    monkeypatch.setattr(sys, "argv", ["answers.py", str(tmp_path)])
+    monkeypatch.setattr(answers, "by_cut", lambda *args: measured.append(args) or {})
+    path.write_text(json.dumps({"row": "a", "seed": 0, "cuts": {}}) + "\n")
+    answers.main()
+    assert measured == []
+    path.unlink()
+    answers.main()
+    answers.main()
+    assert len(measured) == 1
+    (tmp_path / "study.toml").write_text(text.replace("3", "4"))
+    answers.main()
+    assert len(measured) == 1
+    assert "another rounds" in capsys.readouterr().out
+    config = override(run.config, rounds=4)
+    (folder / "config.json").write_text(to_json(config))
+    answers.main()
+    assert len(measured) == 2
+    assert [one["settings"]["rounds"] for one in answers.read(path)] == [3, 4]
+
+
+def test_answers_to_other_held_out_samples_are_refused(tmp_path):
+    """The same dataset in another form has other samples there."""
+    runs.train(override(THREE_ROUNDS, rounds=1), tmp_path / "run")
+    path = tmp_path / "run" / "partition.json"
+    one, other = json.loads(path.read_text())
+    one["indices"], other["indices"] = other["indices"], one["indices"]
+    path.write_text(json.dumps([one, other]))
+    with pytest.raises(UserError, match="the training samples found now are not those"):
+        answers.by_cut(tmp_path / "run", None)

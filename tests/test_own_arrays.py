@@ -31,7 +31,8 @@ from hsee_jax.federation import forward
 from hsee_jax.inference import study
 from hsee_jax.inference.client_study import Target
 from hsee_jax.runs import evaluate, reopen
-from hsee_jax.runs.folder import check_info, read_info
+from hsee_jax.runs.folder import read_info
+from hsee_jax.runs.same_data import check_info
 
 NUMBERS = np.array([0, 1, 2] * 4)
 

@@ -29,8 +29,8 @@ from hsee_jax.federation.schedule import CutSchedule
 from hsee_jax.nn.model import init_network
 from hsee_jax.report.curves import read_curves
 from hsee_jax.runs.build import build
-from hsee_jax.runs.folder import check_partition
 from hsee_jax.runs.phases import Phases
+from hsee_jax.runs.same_data import check_partition
 
 # Client 1 goes deeper, then comes back; at the end all hold two layers or more.
 SMALL = override(

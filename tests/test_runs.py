@@ -18,7 +18,8 @@ from hsee_jax.inference.study import study
 from hsee_jax.optim import SCHEDULES
 from hsee_jax.runs.checkpoint_folder import find_places
 from hsee_jax.runs.data import build_data
-from hsee_jax.runs.folder import check_partition, read_config
+from hsee_jax.runs.folder import read_config
+from hsee_jax.runs.same_data import check_partition
 
 SMALL = override(
     preset("demo"),
@@ -127,6 +128,7 @@ def test_samples_of_the_clients_themselves_are_named(tmp_path):
     check_partition(tmp_path, [share._replace(cut=2) for share in own])
     with pytest.raises(UserError, match="samples: .* needs --samples 4 9"):
         check_partition(tmp_path, own[:1])
+    check_partition(tmp_path, own[:1], test_only=True)  # their server still evaluates
     for damaged in ("null", "{}", "[1]"):
         (tmp_path / "partition.json").write_text(damaged)
         with pytest.raises(UserError, match="partition.json is damaged"):
@@ -156,7 +158,7 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
             np.savez(path, images=images[order], labels=labels[order])
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
     config = override(SMALL, rounds=1, dataset="mnist", data_dir=one)
-    config = override(config, max_test_samples=60)
+    config = override(config, max_test_samples=None)
     folder = tmp_path / "run"
     summary = runs.train(config, folder)
     before = {path: path.read_bytes() for path in folder.glob("*.json*")}
@@ -170,6 +172,11 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
     assert again.mean_server_accuracy == pytest.approx(
         summary.scores.mean_server_accuracy
     )
+    first = override(config, max_test_samples=20)  # of another form other images
+    runs.train(first, folder, overwrite=True)
+    assert runs.evaluate(folder)[0] == 1
+    with pytest.raises(UserError, match="data_dir: the training samples found now"):
+        runs.evaluate(folder, data_dir=other)
 
 
 def test_a_batch_has_no_more_rows_than_a_shard(tmp_path):

@@ -16,9 +16,9 @@ from hsee_jax.inference.calibration import point_at_accuracy
 from hsee_jax.inference.client_study import ClientStudy, Figures, Target
 from hsee_jax.inference.measurement import measure_clients
 from hsee_jax.runs.data import OwnData
-from hsee_jax.runs.folder import check_partition
 from hsee_jax.runs.records import device_name
 from hsee_jax.runs.reopen import reopen
+from hsee_jax.runs.same_data import check_partition
 
 
 class Study(NamedTuple):

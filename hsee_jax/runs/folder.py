@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from hsee_jax.config.schema import BOOKKEEPING, Config
 from hsee_jax.config.values import flatten, from_dict
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.files import writing
-from hsee_jax.data.info import DatasetInfo, difference
-from hsee_jax.data.partition import Share
+from hsee_jax.data.info import DatasetInfo
 from hsee_jax.parallel.processes import in_first
 
 _log = logging.getLogger(__name__)
@@ -172,63 +171,6 @@ def check_same(config: Config, stored: Config) -> None:
                 f"{name}: {ours.get(name)} is not allowed with --resume; the run has "
                 f"{theirs.get(name)}"
             )
-
-
-def check_info(folder: Path, found: DatasetInfo, field: str = "data_dir") -> None:
-    """Refuse data that are not a run's.
-
-    Args:
-      folder: of the run.
-      found: what is known of the data.
-      field: the option that the data were given with, for errors.
-
-    Raises:
-      UserError: the data are not those of the run.
-    """
-    try:
-        stored = read_info(folder)
-    except UserError:
-        return  # it is lost, and `train` writes it anew
-    name = difference(stored, found)
-    if name is not None:
-        raise UserError(
-            f"{field}: the data found now, of {name} {getattr(found, name)}, are not "
-            f"those of {folder}; allowed is {getattr(stored, name)}"
-        )
-
-
-def check_partition(folder: Path, shares: Sequence[Share]) -> None:
-    """Refuse training samples that are not a run's, judged by their labels.
-
-    The same indices name other images if a dataset is stored in another form. Cuts do
-    not count: a run may have changed them.
-
-    Raises:
-      UserError: the samples are not those of the run.
-    """
-    try:
-        stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # it is lost, and `train` writes it anew
-    if not isinstance(stored, list) or not all(isinstance(o, dict) for o in stored):
-        raise UserError(
-            f"run: {folder / 'partition.json'} is damaged; allowed are shares, or no "
-            "such file"
-        )
-    found = [share._asdict() | {"cut": 0} for share in shares]
-    same = [one | {"cut": 0} for one in stored] == found
-    own = [str(one.get("samples")) for one in stored if one.get("indices") == []]
-    if own and not same:
-        raise UserError(
-            f"samples: the clients of {folder} have samples of their own, which are "
-            f"not here; `hsee serve --resume` needs --samples {' '.join(own)}"
-        )
-    if not same:
-        raise UserError(
-            f"data_dir: the training samples found now are not those of {folder}; "
-            "allowed is the same dataset in the same form, be it prepared by "
-            "tensorflow-datasets, an archive or npz"
-        )
 
 
 @contextlib.contextmanager

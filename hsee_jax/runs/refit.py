@@ -18,7 +18,6 @@ from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.data import OwnData
 from hsee_jax.runs.folder import (
     check_name,
-    check_partition,
     check_writable,
     read_config,
 )
@@ -26,6 +25,7 @@ from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import RoundRecord, Scores, link_of, summarize
 from hsee_jax.runs.reopen import reopen_phases
+from hsee_jax.runs.same_data import check_partition
 from hsee_jax.runs.start import Start, prepare_folder
 from hsee_jax.systems.traffic import Bytes
 

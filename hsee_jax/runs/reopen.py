@@ -15,12 +15,13 @@ from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import OwnData, data_source, own_field
 from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import check_info, check_partition, read_config
+from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.material import deal
 from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.private import check_layers
 from hsee_jax.runs.records import Scores
 from hsee_jax.runs.restore import Restored, checkpoint_of
+from hsee_jax.runs.same_data import check_info, check_partition
 
 
 def reopen(
@@ -83,8 +84,14 @@ def evaluate(
 
     Returns:
       The number of finished rounds, and the scores.
+
+    Raises:
+      UserError: see `reopen`; or the run's test set is a part of the dataset, which is
+        stored in another form now.
     """
     experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
+    if experiment.config.data.max_test_samples is not None:  # the first of this form
+        check_partition(Path(folder), experiment.manifest, test_only=True)
     slots = experiment.store.from_checkpoint(state)
     return int(state.round), Scores.of(experiment.evaluate(slots, experiment.test))
 

@@ -21,11 +21,12 @@ from hsee_jax.runs.checkpoint_folder import UNFINISHED
 from hsee_jax.runs.data import own_field
 from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.folder import check_info, check_partition, read_config
+from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import RoundRecord
+from hsee_jax.runs.same_data import check_info, check_partition
 
 _log = logging.getLogger(__name__)
 
