@@ -16,18 +16,23 @@ import numpy as np
 from hsee_jax.config import override
 from hsee_jax.config.schema import Config
 from hsee_jax.core.types import Dataset
+from hsee_jax.data.datasets import is_there
+from hsee_jax.data.info import KNOWN, PACKAGED
 from hsee_jax.runs.data import data_source
 
 
 def main() -> None:
     """Read the training images, and write both parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dataset", help="the name of a dataset")
+    names = [name for name in KNOWN if name != PACKAGED]  # read from --data-dir/NAME
+    parser.add_argument("dataset", choices=names, help="the name of a dataset")
     parser.add_argument("--data-dir", help="folder with the datasets")
     parser.add_argument("--train", type=int, required=True, help="images to keep")
     parser.add_argument("--held-out", type=int, required=True, help="images behind")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    if is_there(given.dataset, given.out):  # a study might read that form first
+        parser.error(f"{given.out} holds {given.dataset}; allowed is a new folder")
     config = override(Config(), dataset=given.dataset, data_dir=given.data_dir)
     train, _ = data_source(config.data).read()
     if given.train + given.held_out > len(train.labels):

@@ -286,16 +286,38 @@ def test_the_findings_show_the_figures_of_the_study():
     assert findings.PAGE.read_text(encoding="utf-8") == findings.page()
 
 
-def test_held_out_images_are_those_behind_the_kept_ones(tmp_path, monkeypatch):
-    """A copy of the packaged dataset shows which images went where."""
-    train, _ = data_source(DataConfig()).read()
-    words = ["hold_out.py", "fashion_mnist_small", "--train", "7", "--held-out", "3"]
-    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path)])
-    hold_out.main()
-    for name, part in (("train", slice(7)), ("test", slice(7, 10))):
-        found = np.load(tmp_path / "fashion_mnist_small" / f"{name}.npz")
-        np.testing.assert_array_equal(found["images"], train.images[part])
-        np.testing.assert_array_equal(found["labels"], train.labels[part])
+def test_a_study_reads_the_held_out_images_behind_the_kept_ones(
+    tmp_path, monkeypatch, capsys
+):
+    """Of a copy of the packaged dataset; where any form of it lies, none is written."""
+    train, test = data_source(DataConfig()).read()
+    (tmp_path / "mnist").mkdir()
+    for name, part in (("train", train), ("test", test)):
+        path = tmp_path / "mnist" / name
+        np.savez(path, images=part.images[:20], labels=part.labels[:20])
+
+    def hold(dataset, out):
+        words = ["hold_out.py", dataset, "--data-dir", str(tmp_path), "--train", "7"]
+        words += ["--held-out", "3", "--out", str(tmp_path / out)]
+        monkeypatch.setattr(sys, "argv", words)
+        hold_out.main()
+
+    hold("mnist", "out")
+    found = data_source(DataConfig(dataset="mnist", data_dir=str(tmp_path / "out")))
+    for data, part in zip(found.read(), (slice(7), slice(7, 10)), strict=True):
+        np.testing.assert_array_equal(data.images, train.images[part])
+        np.testing.assert_array_equal(data.labels, train.labels[part])
+
+    shutil.copytree(tmp_path / "mnist", tmp_path / "other" / "mnist")
+    for dataset, out, reason in (
+        ("mnist", "other", "other holds mnist; allowed is a new folder"),
+        ("fashion_mnist_small", "new", "invalid choice: 'fashion_mnist_small'"),
+        ("npz", "new", "invalid choice: 'npz'"),
+    ):
+        with pytest.raises(SystemExit):
+            hold(dataset, out)
+        assert reason in capsys.readouterr().err
+    assert len(np.load(tmp_path / "other" / "mnist" / "train.npz")["labels"]) == 20
 
 
 def test_the_interval_of_an_accuracy_is_that_of_a_binomial():
