@@ -575,6 +575,19 @@ def test_runs_on_other_own_data_are_other_curves(tmp_path):
     assert [len(curve.runs) for curve in curves] == [2, 1, 1, 1]
 
 
+def test_folders_outside_of_utf_8_are_shown(tmp_path, monkeypatch, capsys):
+    """As bytes, in each of the files; Python reads such a byte as a surrogate."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        own = {"data_dir": f"/{name}\udcff", "pretrained": "/w\udcfe"}
+        make_run(tmp_path / name, dataset="npz", **own)
+    assert cli.main(["report", "a", "b"]) == 0
+    assert r"data=/a\xff" in capsys.readouterr().out
+    for name in ("report.md", "report.html"):
+        assert r"data=/b\xff" in (tmp_path / "report" / name).read_text()
+    assert r"/w\xfe" in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_runs_on_other_arrays_are_other_curves(tmp_path):
     folders = [
         make_own(tmp_path / f"run{i}", None, str(i) * 64, seed=i) for i in range(2)

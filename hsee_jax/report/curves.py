@@ -131,8 +131,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
     for number, (folder, place) in enumerate(zip(folders, places, strict=True)):
         if place in places[:number]:
             raise UserError(f"run: {folder} is given twice")
-        relative = os.fsencode(place.relative_to(common))
-        run = _read_run(folder, relative.decode("utf-8", "backslashreplace"))
+        run = _read_run(folder, _readable(str(place.relative_to(common))))
         common_key = frozenset(run.settings.items()), max(run.accuracies)
         copies[common_key, run.seeds] += 1
         key = *common_key, copies[common_key, run.seeds]
@@ -178,11 +177,12 @@ def _read_run(folder: Path, name: str) -> Run:
         )
         for number, test in scores.items()
     }
-    last = scores[max(scores)]
+    last, settings = scores[max(scores)], history.settings
+    data_dir = history.options.get("data_dir")
     return Run(
         name,
-        history.settings,
-        history.options.get("data_dir"),
+        {n: _readable(v) if isinstance(v, str) else v for n, v in settings.items()},
+        None if data_dir is None else _readable(data_dir),
         history.seeds,
         history.partition,
         history.records,
@@ -193,6 +193,11 @@ def _read_run(folder: Path, name: str) -> Run:
         sys.modules.keys() >= set(history.options["plugin"])
         and is_one_network(folder, last),
     )
+
+
+def _readable(name: str) -> str:
+    """Return the name of a file as text that can be written, whatever its bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _losses(figures: TrainFigures) -> list[float]:
