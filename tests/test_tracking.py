@@ -182,18 +182,35 @@ def fail_at(number):
     return AfterRound(fail)
 
 
-def test_a_resumed_run_repeats_no_round(names, tmp_path):
+def test_a_resumed_run_repeats_no_round(names, tmp_path, caplog):
     """Killed in the last of three rounds, behind the trackers; a checkpoint has two."""
     folder = tmp_path / "run"
     with pytest.raises(ZeroDivisionError):
         hs.train(CONFIG, folder, callbacks=[*trackers(names, folder), fail_at(3)])
+    caplog.clear()
     before = bookmarks(names, folder)
     assert {bookmark.rounds for bookmark in before} == {3}
     hs.train(CONFIG, folder, resume=True, callbacks=trackers(names, folder))
     for name in names:
         # W&B and MLflow keep what they got first, with the speed of the first try.
         assert_holds_the_log(name, folder, leave_out=["images_per_second"])
+    assert "keeps its figures" not in caplog.text
     assert bookmarks(names, folder) == before
+
+
+def test_kept_figures_of_other_learning_rates_are_told(names, tmp_path, caplog):
+    """W&B and MLflow do not give up rounds that are trained again, with other rates."""
+    folder = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        hs.train(CONFIG, folder, callbacks=[*trackers(names, folder), fail_at(3)])
+    longer = hs.override(CONFIG, rounds=4)
+    hs.train(longer, folder, resume=True, callbacks=trackers(names, folder))
+    told = [line.split()[1] for line in caplog.messages if "keeps its figures" in line]
+    assert told == [name for name in names if name in ("wandb", "mlflow")]
+    assert all("rounds 3 to 3," in m for m in caplog.messages if "keeps" in m)
+    for name in set(names) - set(told):
+        assert_holds_the_log(name, folder)
+    assert {bookmark.planned for bookmark in bookmarks(names, folder)} == {4}
 
 
 def test_trackers_get_the_rounds_that_they_lack(names, tmp_path):

@@ -12,14 +12,16 @@ class Bookmark(NamedTuple):
 
     run_id: str = ""  # the id that the tracker gave to the run
     rounds: int = 0  # number of rounds that the tracker holds, counted from the first
+    planned: int = 0  # rounds of the whole run; 0 in a file of before they were kept
 
 
 def read_bookmark(path: Path) -> Bookmark:
     """Read a bookmark; return an empty one if the file is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Bookmark(str(values["run_id"]), int(values["rounds"]))
-    except (OSError, KeyError, TypeError, ValueError):
+        planned = int(values.get("planned", 0))
+        return Bookmark(str(values["run_id"]), int(values["rounds"]), planned)
+    except (AttributeError, OSError, KeyError, TypeError, ValueError):
         return Bookmark()
 
 

@@ -92,7 +92,16 @@ class Tracker(Callback):
     def _begin(self, experiment: Experiment) -> None:
         records = read_records(self.folder)
         known = read_bookmark(self._path)
-        self._keep(self.open(experiment, known, len(records)))
+        place, planned = self.open(experiment, known, len(records)), known.planned
+        self._keep(place._replace(planned=experiment.cadence.rounds))
+        if place.rounds > len(records) and planned not in (0, self._bookmark.planned):
+            _log.warning(
+                "track: %s keeps its figures of rounds %d to %d, which are trained "
+                "again with other learning rates; metrics.jsonl holds the new ones",
+                self.name,
+                len(records) + 1,
+                place.rounds,
+            )
         for record in records:
             self._hand_over(record)
 
