@@ -7,6 +7,7 @@ import optax
 import pytest
 from tiny import CLASSES, DenseLayer, tiny_data, tiny_federation, tiny_model
 
+from hsee_jax.core import UserError
 from hsee_jax.federation.branch import (
     client_spec,
     forward,
@@ -15,7 +16,8 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.junction import concat_junction, mean_junction
-from hsee_jax.inference.gate import CRITERIA, Gate, make_gate
+from hsee_jax.inference.criteria import CRITERIA
+from hsee_jax.inference.gate import Gate, make_gate
 from hsee_jax.inference.measurement import _sample_costs
 from hsee_jax.nn.model import init_network
 from hsee_jax.systems import layer_costs
@@ -133,6 +135,18 @@ def test_an_uncertainty_that_is_not_finite_is_never_below_a_threshold():
         answers = gate.answer(None, None, np.eye(4, 2, dtype=np.float32), threshold)
         assert answers.exited.tolist() == [True, False, False, False]
         assert answers.predictions.tolist() == [-1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("lowest", [-1e-4, -3.0])
+def test_a_negative_uncertainty_is_refused(lowest):
+    """Such as an energy: at threshold 0 its exits would answer, not the server."""
+    doubts = np.array([[np.inf], [0.5], [lowest]], np.float32)
+    gate = Gate(
+        lambda client, inputs: (inputs, np.zeros((3, 1, 2), np.float32), doubts),
+        lambda server, features, rows: features[rows],
+    )
+    with pytest.raises(UserError, match=r"criterion: .* of -\S+ is not .* 0 or more"):
+        gate.answer(None, None, np.eye(3, 2, dtype=np.float32), 0.0)
 
 
 def test_the_server_can_run_on_a_whole_batch():

@@ -9,7 +9,7 @@ from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
 from hsee_jax.cli.flags import Parser, import_plugins_of
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.inference.client_study import Target
-from hsee_jax.inference.gate import CRITERIA
+from hsee_jax.inference.criteria import CRITERIA
 from hsee_jax.inference.study import study
 from hsee_jax.report import gate as gate_report
 from hsee_jax.runs.folder import check_writable

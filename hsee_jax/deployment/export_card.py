@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.federation.branch import Branch
-from hsee_jax.inference.gate import CRITERIA
+from hsee_jax.inference.criteria import CRITERIA
 from hsee_jax.link.codecs import Codec, sample_bytes_of
 from hsee_jax.nn.model import Model, layer_inputs
 from hsee_jax.systems.costs import layer_costs

@@ -9,7 +9,7 @@ from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.branch import Branch, BranchSpec, forward_exits
-from hsee_jax.inference.gate import CRITERIA
+from hsee_jax.inference.criteria import CRITERIA
 from hsee_jax.nn.model import Model
 
 # Of a client and its samples [b, ...]: logits, uncertainty and features, by name.

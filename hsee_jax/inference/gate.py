@@ -11,25 +11,25 @@ Where several clients see one event, each in its own way, the exit of one of the
 answers if it is sure; if not, the server answers from the views of all.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.registry import Registry
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array
 from hsee_jax.federation.branch import Branch, BranchSpec, forward, forward_exits
 from hsee_jax.federation.crossing import decode, encode_for_evaluation
 from hsee_jax.federation.junction import Junction
+from hsee_jax.inference.criteria import CRITERIA, Criterion
 from hsee_jax.link.codecs import Message
-from hsee_jax.nn.losses import finite_rows, predicted_class, predictive_entropy
+from hsee_jax.nn.losses import finite_rows, predicted_class
 
 _PARTS = 8  # equal parts of a batch; the server runs on one to eight of them
+_ROUNDING = 1e-5  # of an uncertainty of 0
 
 # (client, inputs [B, ...]) -> the message on the device, with at least B rows, and
 # logits [B, E, K] and uncertainty [B, E] of the E exits on the host.
@@ -37,51 +37,6 @@ ClientFn = Callable[[Branch, Array], tuple[Message, npt.NDArray, npt.NDArray]]
 # (server, message, rows int [R]) -> logits [R, K] of these rows, on the host. With a
 # junction the leaves of the message are those of all clients, [N, B, ...].
 ServerFn = Callable[[Branch, Message, npt.NDArray[np.int64]], npt.NDArray]
-
-
-class Criterion(NamedTuple):
-    """A measure of an exit's uncertainty; a lower value means a surer exit."""
-
-    uncertainty: Callable[[Array], Array]  # logits float32 [B, K] -> float32 [B]
-    largest: Callable[[int], float]  # number of classes -> the largest uncertainty
-
-
-# Factories take nothing.
-CRITERIA: Registry[Criterion] = Registry("criterion", with_options=False)
-register = CRITERIA.register
-
-
-@CRITERIA.register(summary="entropy of the softmax, in nats")
-def entropy() -> Criterion:
-    """Measure the entropy of the softmax, in nats: the gate of Hetero-SplitEE."""
-    return Criterion(predictive_entropy, math.log)
-
-
-@CRITERIA.register(summary="1 minus the highest probability")
-def confidence() -> Criterion:
-    """Measure 1 minus the highest probability."""
-    return Criterion(
-        lambda logits: 1.0 - _top_probabilities(logits, 1)[:, 0],
-        lambda classes: 1 - 1 / classes,
-    )
-
-
-@CRITERIA.register(
-    summary="1 minus the lead of the highest probability over the second"
-)
-def margin() -> Criterion:
-    """Measure 1 minus the lead of the highest probability over the second."""
-
-    def uncertainty(logits: Array) -> Array:
-        first, second = _top_probabilities(logits, 2).T
-        return 1.0 - (first - second)
-
-    return Criterion(uncertainty, lambda classes: 1.0)
-
-
-def _top_probabilities(logits: Array, count: int) -> Array:
-    chex.assert_rank(logits, 2)
-    return jax.lax.top_k(jax.nn.softmax(logits), count)[0]
 
 
 class Answers(NamedTuple):
@@ -217,8 +172,17 @@ def _gated(
       uncertainty: ``[B, E]``.
       threshold: see `Gate.answer`.
       answer_rows: the server's logits of some rows.
+
+    Raises:
+      UserError: an uncertainty is negative, so threshold 0 would not send all samples.
     """
-    sure = np.isfinite(uncertainty) & (uncertainty < threshold)
+    finite = np.isfinite(uncertainty)
+    if (finite & (uncertainty < -_ROUNDING)).any():
+        raise UserError(
+            f"criterion: an uncertainty of {uncertainty[finite].min():.3g} is not "
+            "allowed; allowed are criteria with values of 0 or more"
+        )
+    sure = finite & (uncertainty < threshold)
     exited, last = np.any(sure, axis=1), sure.shape[1] - 1
     number = np.where(exited, sure.argmax(axis=1), last)
     (rows,) = np.nonzero(~exited)
