@@ -16,6 +16,7 @@ from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
+from hsee_jax.inference import measurement
 from hsee_jax.inference.calibration import calibration_error, judge
 from hsee_jax.inference.client_study import Target
 from hsee_jax.inference.predict import predict
@@ -96,6 +97,21 @@ def test_a_study_is_what_the_networks_answer(run, study):
     whole = sum(cost.flops for cost in costs[:3]) + costs[5].flops + costs[6].flops
     # behind the last cut there is the final head alone
     assert client["flops"] == pytest.approx(whole - on_device * costs[6].flops)
+
+
+def test_one_batch_of_a_study_is_on_the_device_at_a_time(run, monkeypatch):
+    """Normalized samples take four times the room of stored ones."""
+    normalize, live = measurement.normalize, []
+
+    def counted(*arguments):
+        batches = [a for a in jax.live_arrays() if a.shape == (8, 28, 28, 1)]
+        live.append(sum(a.dtype == np.float32 for a in batches))
+        return normalize(*arguments)
+
+    monkeypatch.setattr(measurement, "normalize", counted)
+    make_study(run, batch_size=8)
+    assert len(live) > 10
+    assert max(live) <= 2  # the one before is given up when the next is there
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0, 9.0])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsee_jax.core.types import Array, Dataset
+from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.branch import early_exits
@@ -27,7 +27,7 @@ from hsee_jax.inference.calibration import (
     point_in_budget,
 )
 from hsee_jax.inference.client_study import TIMED_OFFLOADS, ClientStudy, SampleCosts
-from hsee_jax.inference.gate import CRITERIA
+from hsee_jax.inference.criteria import CRITERIA
 from hsee_jax.link.codecs import sample_bytes_of
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.mesh import to_host
@@ -38,10 +38,22 @@ _REPEATS = 5
 
 
 class _Samples(NamedTuple):
-    """A dataset in the form that the networks take."""
+    """A dataset on the host, and the batches that the networks take."""
 
-    batches: list[Array]  # float32 [B, ...]; the last one may be smaller
+    images: Array  # [M, ...], as they are stored
     labels: Labels  # [M]
+    info: DatasetInfo
+    batch_size: int
+
+    def batches(self) -> Iterator[Array]:
+        """Yield the batches ``float32 [B, ...]``; the last one may be smaller.
+
+        Only one is on the device at a time: normalized, the whole set has four times
+        the bytes of its images.
+        """
+        for start in range(0, len(self.labels), self.batch_size):
+            part = self.images[start : start + self.batch_size]
+            yield normalize(part, self.info.mean, self.info.std)
 
 
 def measure_clients(
@@ -58,7 +70,9 @@ def measure_clients(
     info = experiment.info
     largest = CRITERIA.make(criterion).largest(info.num_classes)
     state, *datasets = to_host((state, experiment.validation, experiment.test))
-    held_out, test = (_samples(data, info, batch_size) for data in datasets)
+    held_out, test = (
+        _Samples(data.images, data.labels, info, batch_size) for data in datasets
+    )
     federation, layers = experiment.federation, experiment.costs()
     for g, group in enumerate(federation.groups):
         strategy, view = experiment.strategy, experiment.pipeline.view
@@ -68,13 +82,6 @@ def measure_clients(
         answer_of = partial(answers_of, gate, federation, strategy, state, view, g)
         costs = _sample_costs(federation, layers, group, strategy.junction)
         yield from _group_studies(answer_of, group, costs, largest, held_out, test)
-
-
-def _samples(data: Dataset, info: DatasetInfo, batch_size: int) -> _Samples:
-    starts = range(0, len(data.labels), batch_size)
-    parts = [data.images[start : start + batch_size] for start in starts]
-    batches = [normalize(part, info.mean, info.std) for part in parts]
-    return _Samples(batches, data.labels)
 
 
 def _mixer_flops(junction: Junction, features: jax.ShapeDtypeStruct, views: int) -> int:
@@ -156,13 +163,13 @@ def _group_studies(
         studies.append(study)
     # If an exit is not finite, no threshold has an offload of 0.
     timed = next((m for m, study in enumerate(studies) if study.finite), 0)
-    seconds = _seconds(answer_of(timed), studies[timed].held_out, test.batches[0])
+    seconds = _seconds(answer_of(timed), studies[timed].held_out, next(test.batches()))
     return [study._replace(seconds=seconds) for study in studies]
 
 
 def _scores(answer: AnswerFn, samples: _Samples) -> Scores:
     """Judge all answers: at threshold 0 the server answers all samples too."""
-    answers = [answer(batch, 0.0) for batch in samples.batches]
+    answers = [answer(batch, 0.0) for batch in samples.batches()]
     logits = np.concatenate([part.logits for part in answers])
     exit_logits = np.concatenate([part.exit_logits for part in answers])
     early_logits = np.concatenate([part.early_logits for part in answers], axis=0)
