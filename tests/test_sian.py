@@ -286,6 +286,7 @@ def test_only_the_samples_of_the_run_are_read(folder, tmp_path, capsys):
     shares = [share._asdict() for share in hs.build(config).manifest]
     (out / "partition.json").write_text(json.dumps(shares))
     assert hs.inference.find_interactions(out).samples == 30
+    assert hs.inference.find_interactions(out, data_dir=folder).samples == 30
     own = [share | {"indices": []} for share in shares]  # on the devices
     (out / "partition.json").write_text(json.dumps(own))
     assert cli.main(["interactions", str(out)]) == 2

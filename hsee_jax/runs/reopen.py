@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
 from hsee_jax.core.paths import expand_home
 from hsee_jax.core.types import Dataset
@@ -12,7 +13,7 @@ from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import Checkpoint, load
 from hsee_jax.runs.clock import with_clock
-from hsee_jax.runs.data import OwnData, data_source, own_field
+from hsee_jax.runs.data import DataSource, OwnData, data_source, own_field
 from hsee_jax.runs.equipment import stored_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import read_config
@@ -63,14 +64,22 @@ def reopen_phases(
     folder = Path(folder)
     config = override(read_config(folder), pretrained=None)  # weights are stored
     check_layers(config)
+    config, source = _with_data(folder, config, data_dir, data)
+    checkpoint = checkpoint_of(folder, which)
+    whole = with_clock(build(config, source), stored_equipment(folder))
+    return Phases(whole), checkpoint
+
+
+def _with_data(
+    folder: Path, config: Config, data_dir: str | None, data: OwnData | None
+) -> tuple[Config, DataSource]:
+    """Find the data of a run; return its configuration with their folder, too."""
     if data_dir is not None:
         place = expand_home(data_dir, "data_dir").resolve()
         config = override(config, data_dir=str(place))
     source = data_source(config.data, data)
     check_info(folder, source.info, own_field(config.data))
-    checkpoint = checkpoint_of(folder, which)
-    whole = with_clock(build(config, source), stored_equipment(folder))
-    return Phases(whole), checkpoint
+    return config, source
 
 
 def evaluate(
@@ -119,11 +128,8 @@ def samples_of(
     Raises:
       UserError: the data are missing, or differ from the data of the run.
     """
-    folder, config = Path(folder), run.config
-    if data_dir is not None:
-        config = override(config, data_dir=data_dir)
-    source = data_source(config.data, data)
-    check_info(folder, source.info, own_field(config.data))
+    folder = Path(folder)
+    config, source = _with_data(folder, run.config, data_dir, data)
     train, test = source.read()
     groups, copies = run.federation.groups, run.strategy.copies
     found = deal(config, source.info, groups, train, test, copies=copies)
