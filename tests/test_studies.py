@@ -407,6 +407,13 @@ def test_a_result_of_other_settings_does_not_count(write, tmp_path):
     assert studies.result_of(longer, found) is None
 
 
+def test_a_mean_is_written_as_in_a_report():
+    """Of thousands, with a separator; the deviation of 1,000 and 3,000 is by n - 1."""
+    assert studies.mean_text([], 3) == "none"
+    assert studies.mean_text([1234.4], 0) == "1,234"
+    assert studies.mean_text([1000.0, 3000.0], 1) == "2,000.0 ± 1,414.2"
+
+
 def test_the_table_has_means_and_deviations(write):
     """Of 0.1, 0.2 and 0.6 the mean is 0.3, the deviation sqrt(0.14 / 2) = 0.265."""
     study = studies.load(write(STUDY, ("seeds = [0, 1]", "seeds = [0, 1, 2]")))

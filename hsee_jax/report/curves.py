@@ -1,6 +1,7 @@
 """Runs as curves: runs that differ only in their seeds are one curve."""
 
 import os
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -106,9 +107,11 @@ def spread(values: Values) -> tuple[Any, Any]:
 
 
 def mean_text(values: Sequence[float] | Values, digits: int) -> str:
-    """Return the mean as text, with the deviation of several values, see `spread`."""
-    mean, deviation = spread(np.array(values))
-    text = f"{mean:,.{digits}f}"
+    """Return mean ± deviation, see `spread`; the mean of one value, or "none"."""
+    if not len(values):
+        return "none"
+    mean = statistics.mean(map(float, values))  # exact: other sums may round a tie down
+    deviation, text = spread(np.array(values))[1], f"{mean:,.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {deviation:,.{digits}f}"
 
 

@@ -1,6 +1,7 @@
 """Studies: rows of options and seeds, trained as a sweep, and their results."""
 
 from hsee_jax.config.values import settings
+from hsee_jax.report.curves import mean_text
 from hsee_jax.studies.load import load
 from hsee_jax.studies.perform import End, perform, unfinished
 from hsee_jax.studies.results import (
@@ -11,7 +12,7 @@ from hsee_jax.studies.results import (
     result_of,
 )
 from hsee_jax.studies.study import Row, Run, Study, runs
-from hsee_jax.studies.table import mean_text, page, row_list, table, write
+from hsee_jax.studies.table import page, row_list, table, write
 from hsee_jax.studies.train import train_run
 
 __all__ = [

@@ -1,10 +1,10 @@
 """The results of a study as a table, as a page, and as files."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.core.files import replace_file, writing
+from hsee_jax.report.curves import mean_text
 from hsee_jax.report.tables import Table, markdown
 from hsee_jax.studies.results import Result, by_row
 from hsee_jax.studies.study import Study
@@ -41,16 +41,6 @@ def table(study: Study, results: Sequence[Result]) -> Table:
 
 def _seed(result: Result) -> str:
     return f"{result.seed} (diverged)" if result.diverged else str(result.seed)
-
-
-def mean_text(values: Sequence[float], digits: int) -> str:
-    """Return mean ± standard deviation, the mean of one value, or "none"."""
-    if not values:
-        return "none"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def page(study: Study, results: Sequence[Result]) -> str:
