@@ -20,6 +20,8 @@ from hsee_jax.runs.checkpoint_folder import find_places
 from hsee_jax.runs.data import build_data
 from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.same_data import check_partition
+from hsee_jax.runs.start import warn_of_period
+from hsee_jax.systems.traffic import averages_in
 
 SMALL = override(
     preset("demo"),
@@ -177,6 +179,34 @@ def test_the_same_dataset_in_another_order_is_refused(tmp_path):
     assert runs.evaluate(folder)[0] == 1
     with pytest.raises(UserError, match="data_dir: the training samples found now"):
         runs.evaluate(folder, data_dir=other)
+
+
+@pytest.mark.parametrize(
+    ("period", "unit", "told"),
+    [
+        (2, "rounds", None),
+        (3, "rounds", "period: 3 rounds are more than the run has (2), so nothing is"),
+        (6, "steps", None),
+        (7, "steps", "period: 7 steps are more than the run has (6), so nothing is"),
+        (0, "rounds", None),  # asks for no average
+    ],
+)
+def test_a_period_longer_than_the_run_is_told(period, unit, told, tmp_path, caplog):
+    """Of 2 rounds of 3 steps; the link shows whether there was an average."""
+    config = override(preset("demo"), **TINY, num_clients=2, cuts=("1", "2"))
+    config = override(config, max_train_samples=40, validation_share=0, batch_size=7)
+    config = override(config, strategy="averaging", average="all_holders", rounds=2)
+    config = override(config, period=period, period_unit=unit)
+    experiment = runs.build(config)
+    assert experiment.learning_rates.shape == (2, 3)
+    warn_of_period(experiment)
+    assert [line[: len(told or "")] for line in caplog.messages] == [told] * bool(told)
+    averages = [averages_in(experiment.strategy, n, 3) for n in (1, 2)]
+    assert (sum(averages) == 0) == (bool(told) or period == 0)
+    if told:
+        caplog.clear()
+        runs.train(config, tmp_path / "run")
+        assert told in caplog.text
 
 
 def test_a_batch_has_no_more_rows_than_a_shard(tmp_path):

@@ -190,6 +190,20 @@ def _progress_from(plan: RoundPlan, checkpoint: Checkpoint) -> RoundProgress:
     return RoundProgress(checkpoint.steps, False, metrics)
 
 
+def warn_of_period(experiment: Experiment) -> None:
+    """Warn if the run ends before its first average."""
+    rounds, steps = experiment.learning_rates.shape  # of the run, and of a round
+    period, unit = experiment.strategy.period, experiment.strategy.period_unit
+    length = rounds * steps if unit == "steps" else rounds
+    if period > length:
+        _log.warning(
+            "period: %d %s are more than the run has (%d), so nothing is averaged",
+            period,
+            unit,
+            length,
+        )
+
+
 def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     """Write the files that a run has at its start, and remove what is out of date.
 

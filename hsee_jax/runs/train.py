@@ -40,7 +40,13 @@ from hsee_jax.runs.records import (
     round_record,
     summarize,
 )
-from hsee_jax.runs.start import Start, midway_notes, prepare_folder, resume_from
+from hsee_jax.runs.start import (
+    Start,
+    midway_notes,
+    prepare_folder,
+    resume_from,
+    warn_of_period,
+)
 
 
 def train(
@@ -145,6 +151,7 @@ def train_built(
         checkpoints = Checkpoints(
             folder, keep=keep, after=start.checkpoint, at_once=journal is not None
         )
+        warn_of_period(experiment)
         everything = (MetricsLog(folder), *callbacks, checkpoints)
         for callback in everything:
             stack.enter_context(callback)
