@@ -8,7 +8,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from client_devices import Killed, Network, simulator, small_run
+from client_devices import (
+    Killed,
+    Network,
+    serve_in_process,
+    simulator,
+    small_run,
+)
 
 import hsee_jax as hs
 from hsee_jax.core.errors import UserError
@@ -138,6 +144,37 @@ def test_a_server_that_lost_its_first_round_knows_its_devices(
     assert_undisturbed(simulated, config, tmp_path)
 
 
+def die_once_all_have_finished(monkeypatch, round_number):
+    """Kill the server when all devices have sent what is due after a round."""
+    finish = Mailbox.finish
+
+    def dies(self, i):
+        finished = finish(self, i)
+        everybody = set(self._finished) == set(self._rows)
+        if self._number == round_number and everybody:
+            monkeypatch.undo()
+            raise Killed
+        return finished
+
+    monkeypatch.setattr(Mailbox, "finish", dies)
+
+
+def test_a_round_is_sent_again_whose_answers_are_large(tmp_path, monkeypatch):
+    """With a joint boundary an answer is a gradient, here of up to 8 kB."""
+    config = small_run(boundary="joint", hidden=512)
+    serve_in_process(config, tmp_path / "undisturbed")
+    network = Network(config, tmp_path)
+    die_once_all_have_finished(monkeypatch, 2)
+    network.start_all()
+    with pytest.raises(Killed):
+        network.serve()
+    network.serve(resume=True)
+    network.join()
+    assert set(network.lives.values()) == {1}
+    state = hs.restore(tmp_path / "undisturbed" / "run").state
+    assert_undisturbed(lambda _: state, config, tmp_path)
+
+
 PRIVATE = dict(strategy="sequential", keep_layers_private=True, eval_every=2)
 
 
@@ -157,17 +194,7 @@ def test_a_server_may_go_on_with_other_bookkeeping(
     """Devices that wait for it learn of other rounds, layers and test batches."""
     first = small_run(**before)
     second, network = hs.override(first, **after), Network(first, tmp_path)
-    finish = Mailbox.finish
-
-    def dies(self, i):
-        """In round 2, when all devices have sent what is due after it."""
-        finished = finish(self, i)
-        if self._number == 2 and i == 1 and set(self._finished) == {0, 1}:
-            monkeypatch.undo()
-            raise Killed
-        return finished
-
-    monkeypatch.setattr(Mailbox, "finish", dies)
+    die_once_all_have_finished(monkeypatch, 2)
     network.start_all()
     with pytest.raises(Killed):
         network.serve()

@@ -205,8 +205,9 @@ class Device:
                 "were not sent"
             )
         if number == self.state.round:
+            reply = with_rows(self._forms.reply, self._part.batch_size)
             for message in box.messages(number):
-                self._answer("push", message)
+                self._answer("push", message, size_limit(reply))
             form = self._forms.metrics
             kept = split(box.finish(number), (), limit=size_limit(form)).tensors
             self._finish(layers, unpack(kept, form))
