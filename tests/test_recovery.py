@@ -3,6 +3,7 @@
 The network, the certificates and the proxy have their own tests.
 """
 
+import itertools
 import time
 
 import jax
@@ -17,7 +18,7 @@ from client_devices import (
 )
 
 import hsee_jax as hs
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.deployment import box, journal
 from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.mailbox import Mailbox
@@ -247,3 +248,11 @@ def test_a_run_that_was_not_served_does_not_go_on_with_devices(tmp_path):
     network = Network(hs.override(config, rounds=2), tmp_path)
     with pytest.raises(UserError, match="holds no devices after round 1"):
         network.serve(resume=True)
+
+
+def test_a_run_that_stopped_within_a_round_does_not_go_on_with_devices(tmp_path):
+    config, steps = small_run(), itertools.count()
+    with pytest.raises(Stopped):
+        hs.train(config, tmp_path / "run", stop=lambda: next(steps) == 1)
+    with pytest.raises(UserError, match="stopped within round 1, which devices"):
+        Network(config, tmp_path).serve(resume=True)

@@ -86,6 +86,11 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
             f"rounds: {rounds} is not allowed with --resume; the run has done "
             f"{checkpoint.rounds}{' and a part' if checkpoint.steps else ''}"
         )
+    if journal is not None and checkpoint.steps:
+        raise UserError(
+            f"run: {folder} stopped within round {checkpoint.number}, which devices "
+            "cannot continue; allowed is `hsee train --resume`"
+        )
     of_journal = journal is not None and (folder / journal) in checkpoint.folder.parents
     if of_journal and rounds == checkpoint.rounds:
         raise UserError(
