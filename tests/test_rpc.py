@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from client_devices import SMALL, Network, small_run
+from proxy import Proxy
 from tiny import write_run
 
 import hsee_jax as hs
@@ -180,6 +181,22 @@ def test_patience_is_not_for_a_server_that_waits_for_others(
         with connected(f"127.0.0.1:{port}") as call:
             assert call("push", b"") == b"done"
         timer.join()
+
+
+@pytest.mark.parametrize("connected", [connect_device, connect_frozen])
+def test_a_message_may_need_longer_than_a_call(connected, echo, monkeypatch):
+    """It takes about a second, and the first try ends after a fifth of one."""
+    for module in (rpc, frozen):
+        monkeypatch.setattr(module, "_CALL_S", 0.2)
+    monkeypatch.setattr(frozen, "_PAUSE_S", 0.05)
+    answers, large = [], bytes(6 << 20)
+    with open_port(echo, "127.0.0.1:0", None) as port, Proxy(port, delay=0.01) as proxy:
+        with connected(f"127.0.0.1:{proxy.port}") as call:
+            ask = lambda: answers.append(call("push", large))  # noqa: E731
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(30)
+            assert answers == [b"push 0 " + large]
 
 
 def test_the_certificate_says_who_calls(echo, tmp_path):

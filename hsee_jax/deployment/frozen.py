@@ -255,14 +255,14 @@ def connect(
 
     def call(method: str, message: bytes) -> bytes:
         function = channel.unary_unary(f"/hsee_jax.Server/{method}")
-        begin = time.monotonic()
+        begin, seconds = time.monotonic(), _CALL_S
         while True:
             try:
-                return function(message, timeout=_CALL_S, metadata=metadata)
+                return function(message, timeout=seconds, metadata=metadata)
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-                begin = time.monotonic()  # it is there, and waits for other clients
+                begin, seconds = time.monotonic(), 2 * seconds  # it waits, or is slow
             elif code not in away:
                 raise Failure(f"server: {address} refuses: {details}")
             elif time.monotonic() - begin > patience_s:

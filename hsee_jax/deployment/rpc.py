@@ -32,7 +32,9 @@ _SERVICE = "hsee_jax.Server"
 _CLIENT = "client-id"  # metadata of a call without certificates
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _ROOM = 1 << 16  # bytes of a message beside its tensors
-_CALL_S = 60.0  # until a call without an answer is repeated; above silence and answer
+# Until a call without an answer is repeated, then twice as long each time, as a message
+# may need longer on a slow link; above silence and answer.
+_CALL_S = 60.0
 _PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before each repetition; the last for all others
 _FAULTS = 3  # errors in the server during a call, before a device gives up
 _GRACE_S = 1.0  # for calls in progress when a server ends
@@ -181,13 +183,16 @@ class _Caller:
 
     def __call__(self, method: str, message: bytes) -> bytes:
         begin, faults, pauses = time.monotonic(), 0, iter(_PAUSES_S)
+        seconds = _CALL_S
         while True:
             try:
-                return self._call(method, message)
+                return self._call(method, message, seconds)
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
             if code == grpc.StatusCode.DEADLINE_EXCEEDED:  # the connection is alive
+                _log.info("%s: no answer for %g s; calls again", method, seconds)
                 begin, pauses = time.monotonic(), iter(_PAUSES_S)
+                seconds *= 2
                 continue
             if code not in _AWAY:
                 faults += 1
@@ -201,12 +206,12 @@ class _Caller:
             _log.info("%s does not answer; calls again", self._address)
             self._sleep(next(pauses, _PAUSES_S[-1]))
 
-    def _call(self, method: str, message: bytes) -> bytes:
+    def _call(self, method: str, message: bytes, seconds: float) -> bytes:
         """Call once; a stop ends it, and the wait for the answer."""
         if self._stop():  # where answers come at once, only here in a round
             raise Stopped(0, 0)
         function = self._channel.unary_unary(f"/{_SERVICE}/{method}")
-        future = function.future(message, timeout=_CALL_S, metadata=self._metadata)
+        future = function.future(message, timeout=seconds, metadata=self._metadata)
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
         while not done.wait(0.2):
