@@ -9,6 +9,7 @@ lists the cases; a test compares its tables with those below.
 
 import contextlib
 import itertools
+import json
 import random
 import threading
 import time
@@ -23,6 +24,7 @@ from page_tables import read_table
 import hsee_jax as hs
 from hsee_jax.deployment import rpc
 from hsee_jax.deployment.enroll import enroll
+from hsee_jax.deployment.forms import Kind
 from hsee_jax.deployment.protocol import pack
 from hsee_jax.runs.history import read_records
 
@@ -151,6 +153,32 @@ def test_messages_with_gradients_may_be_disturbed(post, tmp_path, caplog):
         network.join()
     state = hs.restore(tmp_path / "undisturbed" / "run").state
     assert_undisturbed(tmp_path / "disturbed" / "run", state, caplog)
+
+
+def test_the_server_waits_until_the_last_means_have_arrived(
+    simulated, tmp_path, caplog
+):
+    """They are large, so on a slow link the answer that brings them takes its time."""
+    config, late = small_run(), []
+    network = Network(config, tmp_path)
+
+    def slowly_at_the_end(call):
+        def carry(method, message):
+            answer = call(method, message)
+            fields = json.loads(answer.partition(b"\n")[0])
+            if method == "next" and fields["kind"] == Kind.END and fields["means"]:
+                time.sleep(1)
+                late.append(network.ended)
+            return answer
+
+        return carry
+
+    network.post = slowly_at_the_end
+    network.start_all()
+    network.serve()
+    network.join()
+    assert late == [False, False]
+    assert_undisturbed(tmp_path / "run", simulated(config), caplog)
 
 
 def flip(chunk):

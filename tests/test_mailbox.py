@@ -137,6 +137,23 @@ def test_a_stop_ends_the_farewell():
     assert time.monotonic() - begin < 30
 
 
+def test_devices_are_told_of_the_end_after_a_stop_that_came_too_late():
+    """The last round has ended in spite of it, so devices need not wait for another."""
+    stop = threading.Event()
+    mailbox = mailbox_of(0, stop=stop.is_set)
+    stop.set()
+    mailbox.end(last={0: 1}, means={})
+    told = []
+
+    def call():
+        told.append(mailbox.task(0, lambda: True).kind)
+        mailbox.note_told(0)
+
+    threading.Timer(0.2, call).start()
+    mailbox.wait_told([0], 60)
+    assert told == [Kind.END]
+
+
 def test_a_stop_ends_the_wait():
     stop = threading.Event()
     mailbox = mailbox_of(0, number=7, stop=stop.is_set)
@@ -153,6 +170,7 @@ def test_all_are_told_of_the_end():
     for i, last in ((0, 5), (1, 0)):
         task = mailbox.task(i, lambda: True)
         assert (task.kind, task.last) == (Kind.END, last)
+        mailbox.note_told(i)
     mailbox.wait_told([0, 1], 60)
 
 

@@ -160,6 +160,9 @@ class Device:
             means = tree_from(unpack(data, form), forms.means, "means")
             client = self._programs.receive(state.client, means, np.int32(state.since))
             self.state = DeviceState(client, state.round, fields["means"])
+            if kind == Kind.END:
+                self._box.save(self.state)
+                return self._next()  # so the server knows that its means are here
         return kind, number, layers
 
     def _go_back(self, last: int, *, behind: bool) -> bool:

@@ -26,7 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class Mailbox:
-    """Keeps what arrives in a round; all methods may be called in any thread."""
+    """Keeps what arrives in a round; all methods may be called in any thread.
+
+    Attributes:
+      refusals: of the messages of each client.
+    """
 
     def __init__(self, patience: Patience, stop: Callable[[], bool]) -> None:
         """Start closed.
@@ -37,7 +41,7 @@ class Mailbox:
         """
         self._patience, self._stop = patience, stop
         self._change = threading.Condition()
-        self._refusals = Refusals(patience.max_refusals)
+        self.refusals = Refusals(patience.max_refusals)
         self._last, self._means = dict[int, int](), Means()
         self._away: set[int] = set()  # were late, and have not called since
         self._told: set[int] = set()  # that the run has ended
@@ -136,8 +140,9 @@ class Mailbox:
         """Wait until these clients know that the run has ended."""
         end = time.monotonic() + seconds
         with self._change:
-            awaited = set(clients) - self._refusals.left_out()
-            while not (self._told >= awaited or self._stop()):
+            awaited = set(clients) - self.refusals.left_out()
+            known = self._stop()  # while the last round ended; then only a kill counts
+            while not self._told >= awaited and (known or not self._stop()):
                 if time.monotonic() > end:
                     return
                 self._change.wait(_TICK_S)
@@ -151,13 +156,17 @@ class Mailbox:
             self._away.discard(i)
             while alive() and time.monotonic() < end:
                 if self._ended:
-                    self._told.add(i)
-                    self._change.notify_all()
                     return self._task(i, Kind.END)
                 if self._wanted(i) and not self._done(i):
                     return self._task(i, self._kind)
                 self._change.wait(_TICK_S)
             return self._task(i, Kind.WAIT)
+
+    def note_told(self, i: int) -> None:
+        """Note that a client knows of the end, and has what the server sent with it."""
+        with self._change:
+            self._told.add(i)
+            self._change.notify_all()
 
     def put(
         self,
@@ -229,21 +238,6 @@ class Mailbox:
             self._check_open(i, number)
             return list(self._rows[i]), self._layers
 
-    def refuse(self, i: int, refusal: Refusal) -> None:
-        """Note what was refused of a client."""
-        with self._change:
-            self._refusals.note(i, refusal)
-            self._change.notify_all()
-
-    def check_welcome(self, i: int) -> None:
-        """Refuse a client that is left out.
-
-        Raises:
-          Refusal: the client is left out.
-        """
-        with self._change:
-            self._refusals.check(i)
-
     # Under the lock
 
     def _wanted(self, i: int) -> bool:
@@ -277,7 +271,7 @@ class Mailbox:
         while not ready():
             if i in self._late:
                 return False
-            if i in self._refusals.left_out():
+            if i in self.refusals.left_out():
                 self._be_late(i, "is left out")
             elif self._deadline.passed(i) and self._spare():
                 self._be_late(i, "is late")

@@ -19,7 +19,7 @@ from hsee_jax.runs.records import Summary
 from hsee_jax.runs.served import build_served
 from hsee_jax.runs.train import train_built
 
-_FAREWELL_S = 20.0  # to tell devices that the run has ended
+_FAREWELL_S = 60.0  # for devices to learn of the end, and to receive the last means
 
 # Answers the calls of devices in its ``with`` statement.
 Doors = Callable[[Service], AbstractContextManager[object]]

@@ -120,7 +120,7 @@ class Service:
         Raises:
           Refusal: the message is not allowed; it is counted and logged.
         """
-        self._mailbox.check_welcome(i)
+        self._mailbox.refusals.check(i)
         try:
             if i not in self._forms:
                 raise Refusal(f"client: {i} is not one of this run")
@@ -131,7 +131,7 @@ class Service:
         except Closed:
             return pack({"closed": 1})
         except Refusal as refusal:
-            self._mailbox.refuse(i, refusal)
+            self._mailbox.refusals.note(i, refusal)
             raise
 
     def _join(self, i: int, message: bytes, alive: Alive) -> bytes:
@@ -175,6 +175,8 @@ class Service:
         own: Means = {n: task.means[n] for n in self._forms[i].means if task.means}
         newest = max((int(mean.round) for mean in own.values()), default=0)
         sent = own if newest > fields["since"] else {}
+        if task.kind == Kind.END and not sent:  # with means, it asks once more
+            self._mailbox.note_told(i)
         return pack(
             {
                 "kind": task.kind,
