@@ -68,6 +68,16 @@ def test_a_call_has_bytes_in_and_out_of_any_allowed_size(echo):
                 call("push", bytes(9 << 20))
 
 
+def test_a_compressed_message_is_refused(echo):
+    """Inflated it may be a thousand times as large as what arrives."""
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            push = channel.unary_unary("/hsee_jax.Server/push")
+            with pytest.raises(grpc.RpcError, match="gzip"):
+                push(bytes(999), compression=grpc.Compression.Gzip, timeout=5)
+    assert echo.calls == []
+
+
 @pytest.mark.parametrize("host", ["my..host", f"{'x' * 64}.org"])
 def test_a_host_name_that_cannot_be_is_refused(host, monkeypatch):
     monkeypatch.setattr(rpc, "server_credentials", lambda keys: None)

@@ -68,6 +68,8 @@ def open_port(service: Service, address: str, keys: Path | None) -> Iterator[int
             *_sizes(service.limit() + _ROOM),
             *_keepalive(),
             ("grpc.so_reuseport", 0),
+            # Identity alone: gRPC inflates a message before it looks at the size.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
         ],
     )
     try:
