@@ -25,6 +25,7 @@ from hsee_jax.deployment.enroll import enroll
 from hsee_jax.deployment.protocol import Refusal
 from hsee_jax.deployment.reception import serve
 from hsee_jax.deployment.rpc import check_address, check_port, connect, open_port
+from hsee_jax.runs.folder import sole_writer
 
 
 class Echo:
@@ -421,6 +422,28 @@ def test_a_signal_ends_server_and_devices(number, tmp_path):
     for i in range(2):
         said = (out / "devices" / f"client-{i}" / "log.txt").read_text()
         assert said.endswith("hsee: stopped; the same command goes on\n")
+
+
+@pytest.mark.slow
+def test_local_devices_end_with_a_server_that_is_killed(tmp_path):
+    """So `hsee serve --resume --local` can start them again at once."""
+    words = ["serve", "demo", "--local", "2", *flags(**SMALL | dict(rounds=500))]
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "hsee_jax", *words, "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+        metrics = out / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            assert server.poll() is None
+            time.sleep(0.1)
+        server.kill()
+    for i in range(2):
+        folder, end = out / "devices" / f"client-{i}", time.monotonic() + 20
+        while "ended with the server" not in (folder / "log.txt").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        time.sleep(0.5)
+        with sole_writer(folder / "state", "state"):
+            pass
 
 
 def test_a_local_device_that_dies_ends_the_run(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,12 @@
 """The command ``hsee join``."""
 
+import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hsee_jax.cli.arguments import parser_of
 from hsee_jax.cli.flags import Parser, add_cache, find_plugins, use_cache
@@ -18,6 +22,8 @@ from hsee_jax.runs.folder import sole_writer
 def join(words: Sequence[str]) -> int | None:
     """Take part in a run as a device; return the status of a stop by a signal."""
     given = _parser(words).parse(words)
+    if given.end_with_input:
+        threading.Thread(target=_end_with_input, daemon=True).start()
     use_cache({name: v for name, v in vars(given).items() if v is not None})
     if given.keys is None and given.client is None:
         raise UserError("client: missing; allowed is --client ID, or --keys FOLDER")
@@ -65,6 +71,17 @@ def join(words: Sequence[str]) -> int | None:
     return 128 + signals.received
 
 
+def _end_with_input() -> NoReturn:
+    """End this process with its standard input, a pipe of the process that started it.
+
+    However that process ends, nobody then keeps the folder of the device locked.
+    """
+    while os.read(0, 1024):
+        pass
+    print("hsee: ended with the server", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _parser(words: Sequence[str]) -> Parser:
     find_plugins(words)
     parser = parser_of("join")
@@ -103,6 +120,9 @@ def _parser(words: Sequence[str]) -> Parser:
     )
     parser.add_argument(
         "--plugin", nargs="+", default=(), help="modules that the run may need"
+    )
+    parser.add_argument(  # for `hsee serve --local`
+        "--end-with-input", action="store_true", help=argparse.SUPPRESS
     )
     add_cache(parser)
     return parser

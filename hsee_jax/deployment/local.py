@@ -62,11 +62,11 @@ class LocalDevices:
         write_shard(folder / "data.npz", share)
         command = [sys.executable, "-m", "hsee_jax", "join", f"127.0.0.1:{port}"]
         command += ["--client", str(i), "--data", str(folder / "data.npz")]
-        command += ["--state", str(folder / "state"), *words]
+        command += ["--state", str(folder / "state"), "--end-with-input", *words]
         with self._log(i).open("ab") as log:
             return subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # ends with this process, even by kill -9
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the server, which ends them
@@ -82,3 +82,5 @@ class LocalDevices:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
