@@ -177,6 +177,16 @@ def test_a_client_is_left_out_after_too_many_refusals(call, mailbox, caplog):
         mailbox.take(1, 1)
 
 
+@pytest.mark.parametrize("name", HELLOS)
+def test_who_joins_by_mistake_is_not_left_out(name, call, mailbox):
+    """Such as with another file: a service manager starts the device repeatedly."""
+    for _ in range(9):
+        with pytest.raises(Refusal, match="allowed is"):
+            call("join", 0, HELLOS[name])
+    call("push", 0, push(0, batch()))
+    assert mailbox.take(0, 0) is not None
+
+
 def test_a_round_ends_after_its_batches(call, mailbox):
     assert call("finish", 0, finish()) == pack({"closed": 1})
     for step, rows in enumerate((4, 4, 2)):

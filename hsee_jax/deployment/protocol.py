@@ -33,6 +33,10 @@ class Refusal(Exception):
     """What arrived is not what the protocol allows; the text is one line."""
 
 
+class Mistaken(Refusal):
+    """What arrived is not for this run, as after a mistake of whoever started it."""
+
+
 class Closed(Exception):
     """The round of a message is over, or goes on without the client."""
 

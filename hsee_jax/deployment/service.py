@@ -18,6 +18,7 @@ from hsee_jax.deployment.forms import VERSION, Forms, Kind, forms_of
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import (
     Closed,
+    Mistaken,
     Refusal,
     check_finite,
     check_labels,
@@ -118,7 +119,8 @@ class Service:
           alive: whether it still waits for the answer.
 
         Raises:
-          Refusal: the message is not allowed; it is counted and logged.
+          Refusal: the message is not allowed; it is logged, and counted but for
+            `Mistaken`.
         """
         self._mailbox.refusals.check(i)
         try:
@@ -130,6 +132,9 @@ class Service:
             return self.methods[method](i, message, alive)
         except Closed:
             return pack({"closed": 1})
+        except Mistaken as mistake:
+            _log.warning("client %d: refused: %s", i, mistake)
+            raise
         except Refusal as refusal:
             self._mailbox.refusals.note(i, refusal)
             raise
@@ -141,7 +146,7 @@ class Service:
         for name, allowed in (("version", VERSION), ("samples", self.samples(i))):
             share = name == "samples" and fields[name] == -1 and dealt
             if fields[name] != allowed and not share:
-                raise Refusal(f"{name}: {fields[name]}; allowed is {allowed}")
+                raise Mistaken(f"{name}: {fields[name]}; allowed is {allowed}")
         return json.dumps(self._about(i)).encode()
 
     def _about(self, i: int) -> dict[str, Any]:
