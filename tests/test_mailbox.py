@@ -8,6 +8,7 @@ import pytest
 
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.core.types import Metrics
+from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Closed
@@ -67,6 +68,15 @@ def test_a_client_is_not_late_because_the_server_waited_for_another(waits):
     for thread in threads:
         thread.join(5)
     assert mailbox.close() == [1, 2]
+
+
+def test_a_device_waits_once_however_many_calls_it_has_open():
+    deadline = Deadline(0.3)
+    with deadline.waiting(0), deadline.waiting(0):
+        time.sleep(0.2)
+        assert not deadline.passed(0)
+    time.sleep(0.4)
+    assert deadline.passed(0)
 
 
 def test_a_late_client_is_not_waited_for_until_it_calls():

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 
@@ -21,16 +21,19 @@ class Deadline:
         self._limit_s, self._begin = limit_s, time.monotonic()
         self._waited_s: dict[int, float] = defaultdict(float)
         self._since: dict[int, float] = {}  # when a device began to wait
+        self._calls = Counter[int]()  # in which a device waits now
 
     @contextlib.contextmanager
     def waiting(self, i: int) -> Iterator[None]:
-        """Count the time in a ``with`` statement as that of the server."""
-        begin = self._since[i] = time.monotonic()
+        """Count the time in a ``with`` statement as that of the server, once."""
+        self._since.setdefault(i, time.monotonic())
+        self._calls[i] += 1
         try:
             yield
         finally:
-            self._since.pop(i, None)
-            self._waited_s[i] += time.monotonic() - begin
+            self._calls[i] -= 1
+            if not self._calls[i]:
+                self._waited_s[i] += time.monotonic() - self._since.pop(i)
 
     def passed(self, i: int) -> bool:
         """Return whether device ``i`` has had its time."""
