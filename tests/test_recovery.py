@@ -23,6 +23,7 @@ from hsee_jax.deployment import box, journal
 from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.types import Patience
+from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.history import read_records
 
 
@@ -206,6 +207,35 @@ def test_a_server_may_go_on_with_other_bookkeeping(
     assert set(network.lives.values()) == {2}  # each has joined again
     records = read_records(tmp_path / "run")
     assert [record.missed for record in records] == [[]] * second.run.rounds
+
+
+class DiesInRound(Callback):
+    """Kills a run before the checkpoint of a round."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def on_round(self, record, moment):
+        if record.round == self._number:
+            raise Killed
+
+
+def test_a_round_that_has_other_rates_now_is_trained_again(tmp_path, monkeypatch):
+    """The rates stretch with the rounds, and the round that was open has the new."""
+    first = small_run(checkpoint_every=1)
+    second, network = hs.override(first, rounds=6), Network(first, tmp_path)
+    die_once_all_have_finished(monkeypatch, 2)
+    network.start_all()
+    with pytest.raises(Killed):
+        network.serve()
+    network.serve(second, resume=True)
+    network.join()
+    simulated = tmp_path / "simulated"
+    with pytest.raises(Killed):
+        hs.train(first, simulated, callbacks=[DiesInRound(2)])
+    hs.train(second, simulated, resume=True)
+    state, own = (hs.restore(f).state for f in (simulated, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, own, state)
 
 
 def test_a_client_that_comes_late_was_absent_until_then(

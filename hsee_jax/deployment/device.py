@@ -25,6 +25,7 @@ from hsee_jax.deployment.protocol import (
     Closed,
     Refusal,
     Tensors,
+    digest,
     form_of,
     member,
     named,
@@ -151,7 +152,7 @@ class Device:
         layers = member(Layers, fields, "layers")
         if kind != Kind.END and fields["about"] != self._about:
             raise Changed
-        again = kind == Kind.TRAIN and number == state.round
+        again = kind == Kind.TRAIN and number == state.round and self._stands(number)
         if kind != Kind.WAIT and not again and fields["last"] != state.round:
             behind = kind != Kind.END and number < state.round
             if self._go_back(fields["last"], behind=behind):
@@ -164,6 +165,19 @@ class Device:
                 self._box.save(self.state)
                 return self._next()  # so the server knows that its means are here
         return kind, number, layers
+
+    def _stands(self, number: int) -> bool:
+        """Return whether the last round was trained with the rates that it has now.
+
+        A server that goes on with other ``--rounds`` changes them.
+        """
+        limit = size_limit(self._forms.metrics)
+        kept = split(self._box.finish(number), ("rates",), limit=limit)
+        return kept.fields["rates"] == self._rates(number)
+
+    def _rates(self, number: int) -> int:
+        """Return the `digest` of the learning rates of a round."""
+        return digest({"rates": self._part.learning_rates[number - 1].tolist()})
 
     def _go_back(self, last: int, *, behind: bool) -> bool:
         """Go back to the last round that counts, if the server left out later ones.
@@ -212,7 +226,7 @@ class Device:
             for message in box.messages(number):
                 self._answer("push", message, size_limit(reply))
             form = self._forms.metrics
-            kept = split(box.finish(number), (), limit=size_limit(form)).tensors
+            kept = split(box.finish(number), ("rates",), limit=size_limit(form)).tensors
             self._finish(layers, unpack(kept, form))
             return
 
@@ -232,7 +246,7 @@ class Device:
             exchange,
         )
         tensors = named(metrics, "exit")
-        box.put(number, None, pack({}, tensors))
+        box.put(number, None, pack({"rates": self._rates(number)}, tensors))
         self.state = DeviceState(client, number, self.state.since)
         box.save(self.state)
         box.forget(number)
