@@ -4,6 +4,7 @@ The network, the certificates and the proxy have their own tests.
 """
 
 import itertools
+import sys
 import time
 
 import jax
@@ -18,7 +19,7 @@ from client_devices import (
 )
 
 import hsee_jax as hs
-from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.deployment import box, journal
 from hsee_jax.deployment.deadline import Deadline
 from hsee_jax.deployment.mailbox import Mailbox
@@ -236,6 +237,31 @@ def test_a_round_that_has_other_rates_now_is_trained_again(tmp_path, monkeypatch
     hs.train(second, simulated, resume=True)
     state, own = (hs.restore(f).state for f in (simulated, tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, own, state)
+
+
+def test_a_round_that_diverged_is_sent_again_without_its_means(
+    simulated, tmp_path, monkeypatch
+):
+    """Devices keep the state that they had before them; the resumed run needs it."""
+    config = small_run(depth=3, cuts=("1", "2"), average="all_holders")
+    network = Network(config, tmp_path)
+
+    def diverge(results, stop_at_one, *, number):
+        raise DivergenceError(0, "exit", number)
+
+    train = sys.modules["hsee_jax.runs.train"]
+    monkeypatch.setattr(train, "_check_results", diverge)
+    network.start_all()
+    with pytest.raises(DivergenceError):
+        network.serve(hs.override(config, eval_every=2))
+    monkeypatch.undo()
+    network.ended = True
+    network.join()
+    network.ended = False
+    network.start_all()
+    network.serve(config, resume=True)
+    network.join()
+    assert_undisturbed(simulated, config, tmp_path)
 
 
 def test_a_client_that_comes_late_was_absent_until_then(

@@ -13,6 +13,7 @@ from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.server import over_network
 from hsee_jax.deployment.service import Service
 from hsee_jax.deployment.types import FEATURE_BOUND, PATIENT, Patience
+from hsee_jax.federation.state import Means
 from hsee_jax.runs.callbacks import Callback
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import Summary
@@ -105,7 +106,7 @@ class Reception(Callback):
         """Wait until the devices know of the end, if there is one; close the doors."""
         try:
             if isinstance(error, DivergenceError):
-                self._end()
+                self._end(means={})  # a resumed run trains this round again
             if self._ended:
                 took_part = [i for i, last in self._journal.last.items() if last]
                 self._mailbox.wait_told(took_part, _FAREWELL_S)
@@ -122,8 +123,8 @@ class Reception(Callback):
     def on_end(self, summary: Summary) -> None:
         """Tell devices that the run has ended."""
         self._journal.recall(summary.rounds)
-        self._end()
+        self._end(means=self._journal.means)
 
-    def _end(self) -> None:
+    def _end(self, *, means: Means) -> None:
         self._ended = True
-        self._mailbox.end(last=self._journal.last, means=self._journal.means)
+        self._mailbox.end(last=self._journal.last, means=means)
