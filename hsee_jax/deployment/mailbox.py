@@ -209,12 +209,10 @@ class Mailbox:
         """Put in what a client sends at the end of a round.
 
         Raises:
-          Closed: the round goes on without it.
+          Closed: the round goes on without it, or lacks batches of the client.
         """
         with self._change:
-            self._check_open(i, number)
-            if self._missing(i):
-                raise Closed
+            self._check_whole(i, number)
             self._finished.setdefault(i, finished)
             self._change.notify_all()
 
@@ -233,9 +231,9 @@ class Mailbox:
             return found[step]
 
     def all_rows(self, i: int, number: int) -> tuple[list[int], Layers]:
-        """Return the rows of a client's batches, and the layers that it sends."""
+        """Return the rows of a client's batches, all put in, and the layers to send."""
         with self._change:
-            self._check_open(i, number)
+            self._check_whole(i, number)
             return list(self._rows[i]), self._layers
 
     # Under the lock
@@ -259,6 +257,11 @@ class Mailbox:
 
     def _check_open(self, i: int, number: int, kind: Kind = Kind.TRAIN) -> None:
         if (number, kind) != (self._number, self._kind) or not self._wanted(i):
+            raise Closed
+
+    def _check_whole(self, i: int, number: int) -> None:
+        self._check_open(i, number)
+        if self._missing(i):
             raise Closed
 
     def _pause(self, alive: Callable[[], bool]) -> None:
