@@ -149,6 +149,30 @@ def test_a_client_with_many_calls_does_not_delay_another(echo, monkeypatch):
             thread.join(20)
 
 
+def test_calls_without_a_message_do_not_delay_another(echo):
+    """Client 0 opens 40 calls and sends nothing in them."""
+    over = threading.Event()
+
+    def silence():
+        over.wait(30)
+        yield b""
+
+    with open_port(echo, "127.0.0.1:0", None) as port:
+        place = f"127.0.0.1:{port}"
+        with grpc.insecure_channel(place) as channel:
+            push = channel.stream_unary("/hsee_jax.Server/push")
+            claim = (("client-id", "0"),)
+            calls = [push.future(silence(), metadata=claim) for _ in range(40)]
+            time.sleep(0.5)
+            with connect(place, None, 1, patience_s=5, stop=never) as call:
+                begin = time.monotonic()
+                assert call("push", b"x") == b"push 1 x"
+                assert time.monotonic() - begin < 5
+            over.set()
+            for one in calls:
+                one.cancel()
+
+
 def test_a_device_that_never_waits_stops_before_its_next_call(echo):
     """Every answer comes at once, so no wait for one sees the signal."""
     stopped = threading.Event()

@@ -234,11 +234,14 @@ def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
     lines = Lines()
 
     def method(name: str) -> grpc.RpcMethodHandler:
-        def answer(message: bytes, context: grpc.ServicerContext) -> bytes:
+        def answer(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             try:
                 i = _caller(context, secure)
-                with lines.line(i):
+                with lines.line(i):  # before its one message is here, or never comes
+                    message = next(messages, b"")
                     return service.call(name, i, message, context.is_active)
+            except grpc.RpcError:  # the call has ended before
+                code, details = grpc.StatusCode.CANCELLED, "no message"
             except BusyError:  # the client calls again
                 code, details = grpc.StatusCode.UNAVAILABLE, "too many open calls"
             except PermissionError as error:
@@ -251,7 +254,7 @@ def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
             context.abort(code, details)
             raise AssertionError("abort raises")
 
-        return grpc.unary_unary_rpc_method_handler(answer)
+        return grpc.stream_unary_rpc_method_handler(answer)
 
     return grpc.method_handlers_generic_handler(
         _SERVICE, {name: method(name) for name in service.methods}
