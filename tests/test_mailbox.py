@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -126,6 +127,16 @@ def test_an_answer_is_given_again():
     thread.join(5)
     ask()
     assert answers == [{"gradient": 3}] * 2
+
+
+def test_answers_are_not_kept_after_the_round():
+    mailbox, gradient = mailbox_of(0), np.zeros(3)
+    kept = weakref.ref(gradient)
+    mailbox.answer(0, 0, {"gradient": gradient})
+    del gradient
+    assert kept() is not None
+    mailbox.close()
+    assert kept() is None
 
 
 def test_a_round_that_begins_again_closes_what_is_ahead_of_it():

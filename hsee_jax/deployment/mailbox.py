@@ -126,7 +126,7 @@ class Mailbox:
     def close(self) -> list[int]:
         """Close the round; return the clients that took part in all of it."""
         with self._change:
-            self._open = False
+            self._open, self._answers = False, {}
             return sorted(self._finished.keys() - self._late)
 
     def end(self, *, last: Mapping[int, int], means: Means) -> None:
