@@ -347,7 +347,7 @@ import os, signal, sys
 from hsee_jax.deployment import box
 from hsee_jax.cli import main
 
-write, left = box.write, [int(sys.argv[1])]
+write, left = box._write, [int(sys.argv[1])]
 
 def mortal(path, content, **options):
     write(path, content, **options)
@@ -355,7 +355,7 @@ def mortal(path, content, **options):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-box.write = mortal
+box._write = mortal
 sys.exit(main(sys.argv[2:]))
 """
 
