@@ -141,7 +141,7 @@ class Mailbox:
         end = time.monotonic() + seconds
         with self._change:
             awaited = set(clients) - self.refusals.left_out()
-            known = self._stop()  # while the last round ended; then only a kill counts
+            known = self._stop()  # a stop that came too late to end the run before
             while not self._told >= awaited and (known or not self._stop()):
                 if time.monotonic() > end:
                     return
