@@ -189,6 +189,16 @@ def closed(fleet, tmp_path_factory):
     return folder
 
 
+def test_a_momentum_of_averages_needs_clients_in_every_round(fleet, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,from_s,to_s\n0,0,1\n0,3.5,100\n")
+    config = override(CONFIG, strategy="averaging", optimizer="qgm", period=2)
+    hs.build(config)
+    with pytest.raises(UserError, match="period: 2 rounds .* qgm and availability"):
+        hs.train(config, tmp_path / "run", devices=fleet, availability=trace)
+    assert not (tmp_path / "run").exists()
+
+
 def test_absent_clients_are_those_of_absences(closed, timed, tmp_path):
     """The same run with the absences of rounds that the clock has found."""
     rounds = clocks(closed)

@@ -121,9 +121,11 @@ def test_the_energy_of_a_cluster_bounds_what_its_devices_do():
     assert compute < 0.01 * radio
     used = (0.6 + 0.3) * radio + (0.2 + 0.1) * compute
     assert used <= one.busy_watts * step.seconds <= 2 * used
-    unknown = dataclasses.replace(cam, busy_watts=math.nan)
-    pipelines = best_pipelines(costs, (unknown, hub), batch_size=1, slots=1)
-    assert math.isnan(cluster_device("r", costs, pipelines, batch_size=1).busy_watts)
+    for watts in ("busy_watts", "sending_watts"):
+        unknown = dataclasses.replace(cam, **{watts: math.nan})
+        pipelines = best_pipelines(costs, (unknown, hub), batch_size=1, slots=1)
+        room = cluster_device("r", costs, pipelines, batch_size=1)
+        assert math.isnan(room.busy_watts)
 
 
 def test_the_plan_shows_the_layers_of_each_device(tmp_path, capsys):

@@ -144,6 +144,7 @@ def collectives(monkeypatch):
 def test_clients_talk_only_when_they_are_averaged(collectives):
     assert collectives(averaging, period=0) == set()
     assert collectives(averaging) == {"all-reduce"}
+    assert collectives(averaging, period=2, period_unit="steps") == {"all-reduce"}
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The engine with parts of a researcher's own: what counts, and what is refused."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,17 +15,17 @@ from tiny import (
     tiny_shards,
 )
 
-from hsee_jax.algorithms import averaging, sequential
-from hsee_jax.core import Batch, Dataset, UserError
+from hsee_jax.algorithms import averaging, fpl, sequential
+from hsee_jax.core import Dataset, UserError
 from hsee_jax.engine import client_axis, make_round, placement
 from hsee_jax.engine.plan import plan_round, turn_order
-from hsee_jax.federation.branch import parts_of
+from hsee_jax.federation import receive, server_of
 from hsee_jax.parallel.mesh import make_mesh
 
 
 @pytest.mark.parametrize("axis", ["loop", "vmap"])
 def test_parts_of_ones_own_take_the_place_of_others(axis):
-    """A turn that drops what the server learns, and a mean of ones."""
+    """The turn drops what the server learns, and all means are ones."""
     dense = tiny_model((DenseLayer(8), DenseLayer(5)))
     federation, shards = tiny_federation({0: 1, 1: 2}, dense), tiny_shards({0: 6, 1: 5})
     plain = averaging(federation)
@@ -57,38 +55,20 @@ def test_parts_of_ones_own_take_the_place_of_others(axis):
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(servers))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        averaging,
-        sequential,
-        partial(sequential, turn="together"),
-        partial(sequential, turn="together", boundary="joint"),
-    ],
-)
-def test_servers_may_have_an_optimizer_of_their_own(make):
-    """At half the rate their first step is half as long."""
-    one = tiny_federation({0: 1}, tiny_model((DenseLayer(8), DenseLayer(5))))
-    inputs = jax.random.normal(KEY, (1, 4, *one.model.input_shape))
-    batch = Batch(inputs, jnp.arange(4).reshape(1, 4) % 3, jnp.ones((1, 4), bool))
-    moved = []
+@pytest.mark.parametrize("make", [averaging, sequential, fpl])
+def test_the_optimizer_of_servers_is_that_of_the_clients(make):
+    """The layers of both move between them, and are averaged over both."""
+    federation = tiny_federation({0: 1})._replace(server_optimizer=optax.sgd(0.5))
+    with pytest.raises(UserError, match="server_optimizer: not allowed"):
+        make(federation)
 
-    def weights(state):
-        branches = state.clients[0], state.servers[0]
-        return [[p.params for p in parts_of(branch)] for branch in branches]
 
-    for own in (None, optax.sgd(0.5)):
-        federation = one._replace(optimizer=optax.sgd(1.0), server_optimizer=own)
-        strategy = make(federation)
-        start = jax.jit(strategy.init)(KEY)
-        step = jax.jit(strategy.step)
-        state, _ = step(start, (batch,), jnp.array([0]), jnp.float32(0.1))
-        pairs = zip(weights(state), weights(start), strict=True)
-        moved.append([jax.tree.map(jnp.subtract, new, old) for new, old in pairs])
-    (client, server), (same, half) = moved
-    assert_same(client, same)
-    half = jax.tree.map(lambda leaf: 2 * leaf, half)
-    assert_same(server, half, rtol=1e-4, atol=1e-6)
+def layer_and_mean(federation):
+    """Return the head of a server and its mean."""
+    strategy = averaging(federation)
+    state = jax.jit(strategy.init)(KEY)
+    means = jax.jit(strategy.aggregate)(state, (jnp.ones(1),))
+    return server_of(strategy, state, 0, 0).head, means["final head"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +77,9 @@ def test_servers_may_have_an_optimizer_of_their_own(make):
         (lambda _: client_axis("lopp", "cpu"), "client_axis: lopp is unknown"),
         (lambda own: own._replace(exits="every").specs(0), "exits: every is unknown"),
         (
-            lambda own: averaging(own, batch_norm="local"),
+            lambda own: receive(
+                *layer_and_mean(own), 0, optimizer=own.optimizer, batch_norm="local"
+            ),
             "batch_norm: local is unknown",
         ),
         (
@@ -106,7 +88,7 @@ def test_servers_may_have_an_optimizer_of_their_own(make):
         ),
     ],
 )
-def test_unknown_names_are_refused(call, said):
+def test_functions_refuse_unknown_names(call, said):
     with pytest.raises(UserError, match=said):
         call(tiny_federation({0: 1}))
 

@@ -35,7 +35,6 @@ from hsee_jax.federation.strategy import (
 from hsee_jax.nn.model import init_network
 from hsee_jax.optim.optimizers import (
     Optimizer,
-    OptimizerLike,
     alone,
     counts_steps,
     with_merge,
@@ -134,14 +133,22 @@ def _with_halves(
 def _optimizers(
     federation: Federation, properties: Properties
 ) -> tuple[Optimizer, Optimizer]:
-    """Return the optimizers of clients and of servers."""
+    """Return the optimizers of clients and of servers.
 
-    def of(side: str, optimizer: OptimizerLike) -> Optimizer:
-        own = with_merge(optimizer, properties.optimizer_state)
-        return own if properties.average in (side, "all_holders") else alone(own)
-
-    of_servers = federation.server_optimizer or federation.optimizer
-    return of("clients", federation.optimizer), of("servers", of_servers)
+    Raises:
+      UserError: the servers have one of their own.
+    """
+    if federation.server_optimizer is not None:
+        raise UserError(
+            "server_optimizer: not allowed, as the algorithm derives it from the "
+            "optimizer, which all layers share; allowed is None"
+        )
+    own = with_merge(federation.optimizer, properties.optimizer_state)
+    clients, servers = (
+        own if properties.average in (side, "all_holders") else alone(own)
+        for side in ("clients", "servers")
+    )
+    return clients, servers
 
 
 def _check_counts(federation: Federation, optimizer_state: str) -> None:

@@ -98,10 +98,7 @@ def fpl(
         ),
     )
     # Nothing is averaged, so each optimizer works by itself.
-    federation = federation._replace(
-        optimizer=alone(federation.optimizer),
-        server_optimizer=alone(federation.server_optimizer or federation.optimizer),
-    )
+    federation = federation._replace(optimizer=alone(federation.optimizer))
     merged = _junction(federation, junction)
     serve = partial(_serve, federation, merged)
     step = _step(federation, serve, Rates(server_lr_scale), boundary, exit_gradient)

@@ -117,7 +117,11 @@ def data_layout(strategy: Strategy) -> PartitionSpec:
 
 
 def check_plan(plan: RoundPlan, samples: int, learning_rates: Floats) -> None:
-    """Refuse a plan whose samples or rates are not there; JAX would take the last."""
+    """Refuse a plan whose samples or rates are not there; JAX would take the last.
+
+    Raises:
+      ValueError: an index is beyond the samples, or there is not a rate for each step.
+    """
     if len(learning_rates) != len(plan.order):
         raise ValueError(
             f"{len(learning_rates)} learning rates for {len(plan.order)} steps"

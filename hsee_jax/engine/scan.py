@@ -126,7 +126,7 @@ def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> W
         finished = end == num_steps
         due = due_after(strategy, "rounds", carry.state.round + 1)
         due = due if due is False else due & finished
-        carry = _average_if(strategy, due, carry, groups)
+        carry = _average_if(strategy, mesh, due, carry, groups)
         rounds = carry.state.round + finished.astype(jnp.int32)
         return Carry(
             # Else XLA for GPU gathers all clients on each device at an average.
@@ -139,7 +139,11 @@ def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> W
 
 
 def _average_if(
-    strategy: Strategy, due: Array | bool, carry: Carry, groups: tuple[GroupPlan, ...]
+    strategy: Strategy,
+    mesh: Mesh | None,
+    due: Array | bool,
+    carry: Carry,
+    groups: tuple[GroupPlan, ...],
 ) -> Carry:
     """Average if it is due, without the clients that refused a step."""
 
@@ -149,6 +153,7 @@ def _average_if(
             for own, group in zip(carry.totals, groups, strict=True)
         )
         state, means = average_layers(strategy, carry.state, weights)
+        state = constrain(state, mesh, layout(strategy))
         return Carry(state, newest(carry.means, means), carry.totals)
 
     if due is False:
@@ -177,7 +182,7 @@ def _all_at_once(
         totals = tuple(map(_added, carry.totals, metrics))
         due = due_after(strategy, "steps", number + 1)
         carry = Carry(state, carry.means, totals)
-        return _average_if(strategy, due, carry, inputs.groups)
+        return _average_if(strategy, mesh, due, carry, inputs.groups)
 
     return step
 
@@ -220,7 +225,7 @@ def _one_turn(
         due = due_after(strategy, "steps", inputs.first + steps)
         due = due if due is False else due & (turns_left == 0)
         carry = Carry(state, carry.means, totals)
-        return _average_if(strategy, due, carry, inputs.groups)
+        return _average_if(strategy, mesh, due, carry, inputs.groups)
 
     return step
 

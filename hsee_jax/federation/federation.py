@@ -51,7 +51,8 @@ class Federation(NamedTuple):
     mesh: Mesh | None = None  # the stacks of clients are spread over its devices
     codec: Codec = FULL  # of the links from clients to servers
     micro_batches: int = 1  # in which a client takes a batch, if no gradient returns
-    # Of the servers, with a state of the same form; None for that of the clients.
+    # The servers' optimizer, which algorithms derive: the clients' one for layers that
+    # are averaged, or are not. None for the same.
     server_optimizer: OptimizerLike | None = None
     # Whether a device takes its clients one after another in a step, or all at once.
     one_by_one: bool = False

@@ -114,23 +114,39 @@ def check_equal_periods(
       UserError: an average is not due after every round, and clients may be absent, or
         take unequal numbers of steps between two averages.
     """
-    each_round = strategy.period == 1 and strategy.period_unit == "rounds"
-    follows = as_optimizer(federation.optimizer).follows_averages
-    if not (follows and strategy.period) or each_round:
-        return
     clients = config.clients
-    some = {
+    may_be_absent = {
         "participation": clients.participation < 1,
         "dropout": clients.dropout > 0,
         "absences": bool(clients.absences),
         "deadline": clients.deadline is not None,
     }
-    why = next((name for name, given in some.items() if given), None)
-    if strategy.period_unit == "steps" and why is None:
-        steps = {-(-len(own) // batch_size) for own in parts}
-        if len(steps) > 1:
-            why = f"clients of {min(steps)} to {max(steps)} steps in a round"
-    if why is not None:
+    for name, given in may_be_absent.items():
+        if given:
+            check_each_round(config, federation, strategy, name)
+    steps = {-(-len(own) // batch_size) for own in parts}
+    if strategy.period_unit == "steps" and len(steps) > 1:
+        unequal = f"clients of {min(steps)} to {max(steps)} steps in a round"
+        check_each_round(config, federation, strategy, unequal)
+
+
+def check_each_round(
+    config: Config, federation: Federation, strategy: Strategy, why: str
+) -> None:
+    """Refuse an optimizer that follows the averages if not every round has one.
+
+    Args:
+      config: of the run.
+      federation: its clients and their optimizer.
+      strategy: its algorithm.
+      why: what makes a client train less in some periods than in others.
+
+    Raises:
+      UserError: an average is due, and not after every round.
+    """
+    each_round = strategy.period == 1 and strategy.period_unit == "rounds"
+    follows = as_optimizer(federation.optimizer).follows_averages
+    if follows and strategy.period and not each_round:
         raise UserError(
             f"period: {strategy.period} {strategy.period_unit} is not allowed with "
             f"optimizer {config.optim.optimizer} and {why}, as its momentum diverges "

@@ -155,14 +155,18 @@ def assemble(
     cadence = _cadence(config, federation)
     attendance = checked_attendance(config, federation)
     parts, shares, test, train, held = material(federation.groups, strategy)
-    key, shards = augment_key(config), dict(enumerate(parts))
-    batch_size = _batch_size(config, federation, strategy, parts)
+    shards = dict(enumerate(parts))
+    batch_size = _batch_size(config, strategy, parts)
+    check_equal_periods(config, federation, strategy, parts, batch_size)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = make_store(config, federation, strategy)
     placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
     if train is not None:
         placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    compilers = make_compilers(config.run, pipeline, key, axis, mesh, eval_batch_size)
+    augment = augment_key(config)
+    compilers = make_compilers(
+        config.run, pipeline, augment, axis, mesh, eval_batch_size
+    )
     return Experiment(
         config=config,
         info=info,
@@ -222,22 +226,12 @@ def _schedule(config: Config, federation: Federation) -> CutSchedule:
     return schedule
 
 
-def _batch_size(
-    config: Config,
-    federation: Federation,
-    strategy: Strategy,
-    parts: Sequence[Indices],
-) -> int:
-    """Return the samples in a step, no more than the largest share has.
-
-    Raises:
-      UserError: the steps do not go with ``micro_batches`` or with the optimizer.
-    """
+def _batch_size(config: Config, strategy: Strategy, parts: Sequence[Indices]) -> int:
+    """Return the samples in a step, no more than the largest share has."""
     batch_size = min(config.run.batch_size, max(map(len, parts)))
     check_micro_batches(
         config.run.micro_batches, batch_size, strategy.boundary, strategy.distill
     )
-    check_equal_periods(config, federation, strategy, parts, batch_size)
     return batch_size
 
 

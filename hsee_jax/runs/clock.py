@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine.plan import turn_order
+from hsee_jax.runs.attendance import check_each_round
 from hsee_jax.runs.equipment import Equipment, clock_devices
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.phases import Phases
@@ -30,8 +31,9 @@ def with_clock(experiment: Experiment, equipment: Equipment | None) -> Experimen
 
     Raises:
       UserError: a device was measured with another network, or there is a round in
-        which no client is available and done by the deadline; or the strategy takes
-        two copies of a sample.
+        which no client is available and done by the deadline; the strategy takes two
+        copies of a sample; or clients are available at times, and the optimizer needs
+        them in all rounds between two averages.
     """
     if equipment is None:
         return experiment
@@ -41,6 +43,9 @@ def with_clock(experiment: Experiment, equipment: Equipment | None) -> Experimen
             "views as one; its time is not simulated"
         )
     check_one_copy(experiment.config, experiment.strategy)
+    if equipment.periods:
+        parts = experiment.config, experiment.federation, experiment.strategy
+        check_each_round(*parts, "availability")
     phases, clocks, now_s, rounds = Phases(experiment), {}, 0.0, []
     costs = experiment.costs()  # whatever the cuts and the devices
     for number in range(1, experiment.cadence.rounds + 1):

@@ -85,7 +85,7 @@ def _check_strategy(experiment: Experiment) -> None:
         raise UserError(
             f"strategy: {config.strategy.strategy} is not allowed with these options "
             "and clients on a network; allowed is a strategy whose server takes "
-            "features in turns"
+            "features in turns, with the halves of a turn"
         )
     if experiment.federation.codec.gradient is not None:
         raise UserError(

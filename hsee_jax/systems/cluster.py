@@ -118,8 +118,9 @@ def cluster_device(
 
 
 def _most_watts(device: Device) -> float:
-    """Return what a device draws at most; NaN if its busy watts are not known."""
-    return max(device.busy_watts, device.sending_watts, device.receiving_watts)
+    """Return what a device draws at most; NaN if any of its watts are not known."""
+    watts = device.busy_watts, device.sending_watts, device.receiving_watts
+    return float(np.max(watts))
 
 
 def _fits(

@@ -5,6 +5,7 @@ the plan are those of `round_time`, which follows every batch. Where clients sha
 gradients, the costs are those of equal cuts, a bound as well.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -63,18 +64,20 @@ def plan_cuts(
       UserError: no choice keeps to the limits, or energy is asked for and a device does
         not know its watts.
     """
-    problems = [problem]
-    if problem.gradient_share:  # which the choice takes as if all cuts were equal
-        problems.append(problem._replace(one_cut=True))
-    plans, refusals = [], []
-    for one in problems:
-        try:
-            plans.append(_plan(one, minimize, limits or Limits()))
-        except UserError as refusal:
-            refusals.append(refusal)
-    if not plans:
-        raise refusals[0]
-    return min(plans, key=lambda plan: getattr(plan.totals(), minimize))
+    limits = limits or Limits()
+    if problem.one_cut or not problem.gradient_share:
+        return _plan(problem, minimize, limits)
+    # The choice takes mixed cuts as if they shared gradients as equal ones do, so the
+    # best equal cut may be better, or the only one within the limits.
+    equal = problem._replace(one_cut=True)
+    try:
+        plan = _plan(problem, minimize, limits)
+    except UserError:
+        return _plan(equal, minimize, limits)
+    with contextlib.suppress(UserError):
+        plans = plan, _plan(equal, minimize, limits)
+        return min(plans, key=lambda plan: getattr(plan.totals(), minimize))
+    return plan
 
 
 def _plan(problem: Problem, minimize: str, limits: Limits) -> Plan:
