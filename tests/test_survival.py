@@ -369,7 +369,13 @@ def test_the_figures_of_a_run_copied_without_checkpoints_stay(tmp_path):
         runs.train(override(SMALL, checkpoint_every=5), copy, resume=True)
     assert (copy / "metrics.jsonl").read_text() == before
     assert (copy / "report").exists()
-    runs.train(SMALL, copy, overwrite=True)
+    (copy / "checkpoints").mkdir()  # emptied; the second waits for the first
+    line = before.splitlines(keepends=True)[0]
+    (copy / "metrics.jsonl").write_text(line * 5)
+    with pytest.raises(UserError, match="of 5 rounds; allowed is --overwrite"):
+        runs.train(SMALL, copy, resume=True)
+    (copy / "metrics.jsonl").write_text(line * 4)
+    runs.train(SMALL, copy, resume=True)
     runs.train(SMALL, two, resume=True)
     assert_same_run(whole, copy)
     assert_same_run(whole, two)

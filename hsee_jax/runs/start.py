@@ -17,7 +17,6 @@ from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.runs.checkpoint import Checkpoint, find, load, load_shelf
-from hsee_jax.runs.checkpoint_folder import UNFINISHED
 from hsee_jax.runs.data import own_field
 from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
@@ -122,12 +121,13 @@ def _check_begins(folder: Path) -> None:
 
     Raises:
       UserError: the folder holds what only a finished checkpoint can be made into, or
-        rounds after a checkpoint and not even one that a kill left unfinished.
+        more rounds than a run can train without one.
     """
     made = ("summary.json", "refit", "gate", "export", "interactions")
     found = [name for name in made if (folder / name).exists()]
     rounds, every = _count_lines(folder), read_config(folder).run.checkpoint_every
-    if rounds > every and not any((folder / "checkpoints").glob(f"*{UNFINISHED}")):
+    # A kill or a full disk leaves the folder; each checkpoint waits for the one before.
+    if rounds > (2 * every if (folder / "checkpoints").is_dir() else every):
         found.append(f"metrics.jsonl of {rounds} rounds")
     if found:
         raise UserError(
