@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hsee_jax.cli.arguments import parser_of
 from hsee_jax.cli.flags import Parser
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import no_package
 from hsee_jax.core.paths import expand_home
 
 
@@ -15,9 +15,7 @@ def enroll(words: Sequence[str]) -> None:
     try:
         from hsee_jax.deployment.enroll import enroll as write_keys
     except ImportError as error:
-        raise UserError(
-            "enroll: needs a package; `pip install 'hsee-jax[grpc]'`"
-        ) from error
+        raise no_package("enroll", "grpc") from error
     folders = write_keys(
         expand_home(given.keys, "keys"),
         clients=given.clients,

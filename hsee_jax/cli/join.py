@@ -12,7 +12,7 @@ from hsee_jax.cli.arguments import parser_of
 from hsee_jax.cli.flags import Parser, add_cache, find_plugins, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show_log
-from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.errors import Stopped, UserError, no_package
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.paths import expand_home
 from hsee_jax.parallel.processes import check_devices
@@ -34,9 +34,7 @@ def join(words: Sequence[str]) -> int | None:
     try:
         from hsee_jax.deployment.rpc import connect
     except ImportError as error:
-        raise UserError(
-            "join: needs a package; `pip install 'hsee-jax[grpc]'`"
-        ) from error
+        raise no_package("join", "grpc") from error
     from hsee_jax.deployment.take_part import take_part
 
     patience = Option("patience", float, None, rules=(at_least(0),))

@@ -11,7 +11,7 @@ from hsee_jax.cli.arguments import add_run, config_parser, print_figures
 from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import ProgressBar, show_log
-from hsee_jax.core.errors import Stopped, UserError
+from hsee_jax.core.errors import Stopped, UserError, no_package
 from hsee_jax.core.options import Option, positive
 from hsee_jax.core.paths import expand_home
 from hsee_jax.parallel.processes import check_devices
@@ -36,9 +36,7 @@ def serve(words: Sequence[str]) -> int | None:
     try:
         import grpc  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "serve: needs a package; `pip install 'hsee-jax[grpc]'`"
-        ) from error
+        raise no_package("serve", "grpc") from error
     out, options = given.pop("out", None), _options(given)
     if options["resume"] and out is None:
         raise UserError("out: missing; --resume needs the folder of the run")

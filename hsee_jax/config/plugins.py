@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 
 
 class PluginError(UserError):
@@ -25,7 +25,7 @@ def load_plugins(names: Iterable[str]) -> None:
         try:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a script may end with sys.exit
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise PluginError(
                 f"plugin: {name} cannot be imported ({type(error).__name__}: {reason})"
                 "; allowed is a module on Python's path or in the current folder"

@@ -55,3 +55,18 @@ def unknown(what: str, value: object, allowed: Iterable[str]) -> UserError:
     return UserError(
         f"{what}: {value} is unknown{hint}; allowed are {', '.join(names)}"
     )
+
+
+def no_package(what: str, extra: str) -> UserError:
+    """Return the error for what needs a package that is not installed.
+
+    Args:
+      what: the command or the option.
+      extra: the extra of this package that installs it.
+    """
+    return UserError(f"{what}: needs a package; `pip install 'hsee-jax[{extra}]'`")
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error of another library in one line, or else its type."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.errors import UserError, one_line, unknown
 from hsee_jax.data.info import LABELS
 
 _ALLOWED = "allowed are integers or text [M], or one-hot rows [M, K]"
@@ -50,7 +50,7 @@ def as_array(given: Any, place: Place, allowed: str) -> npt.NDArray[Any]:
     try:
         return np.asarray(given)
     except Exception as error:  # each library raises types of its own
-        kind, reason = type(given).__name__, " ".join(str(error).split())
+        kind, reason = type(given).__name__, one_line(error)
         raise place.refusal(
             f"a value of type {kind} that NumPy cannot read ({reason})", allowed
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 from hsee_jax.core.files import writing
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.arrays import Arrays, Raw, as_known, convert, raw_of
@@ -138,7 +138,7 @@ def read_split(path: Path, field: str = "data_dir") -> Raw:
             error
         )
     except Exception as error:  # readers of archives raise many types
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{field}: {path} cannot be read: {reason}; {_ALLOWED}") from (
             error
         )

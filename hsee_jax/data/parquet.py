@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, no_package, one_line
 from hsee_jax.data.arrays import Raw, convert
 from hsee_jax.data.info import Data
 from hsee_jax.data.labels import Place
@@ -145,10 +145,7 @@ def _table(files: Sequence[Path], label_column: str | None) -> _Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(
-            "dataset: parquet needs pyarrow, which is not installed; allowed after "
-            "pip install 'hsee-jax[parquet]'"
-        ) from error
+        raise no_package("dataset: parquet", "parquet") from error
     pictures: list[Picture] = []
     labels = []
     for path in files:
@@ -160,10 +157,9 @@ def _table(files: Sequence[Path], label_column: str | None) -> _Table:
         except UserError:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:  # also: not UTF-8
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"data_dir: {path} cannot be read ({reason}); allowed is a whole "
-                "Parquet file"
+                f"data_dir: {path} cannot be read ({one_line(error)}); allowed is a "
+                "whole Parquet file"
             ) from error
         for row, value in enumerate(rows):
             content = value.get("bytes") if isinstance(value, dict) else value

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 from hsee_jax.core.options import at_least
 
 ImageSize = Annotated[
@@ -111,7 +111,7 @@ def _pixels(
 
 
 def _unreadable(picture: Picture, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     if isinstance(error, UnidentifiedImageError):
         reason = "its content is neither PNG nor JPEG"
     return UserError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import KNOWN, Source
 
@@ -40,7 +40,7 @@ def find(dataset: str, folder: Path) -> tuple[Source | None, list[str]]:
             form, samples = _format(builder)
         except Exception as error:  # readers of many formats raise many types
             refused.append(
-                f"version {path.name} in {path} cannot be read: {_line(error)}"
+                f"version {path.name} in {path} cannot be read: {one_line(error)}"
             )
         else:
             name = (
@@ -115,13 +115,9 @@ def _one_error(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"data_dir: {folder} cannot be read ({_line(error)}); remove it and "
+            f"data_dir: {folder} cannot be read ({one_line(error)}); remove it and "
             "prepare the dataset again"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _random_access(builder: Any, split: str, limit: int | None) -> Samples:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 from hsee_jax.core.types import Dataset
 from hsee_jax.data import pickles
 from hsee_jax.data.arrays import Raw, as_known
@@ -79,10 +79,9 @@ def _content(path: Path) -> bytes:
 
 
 def _refusal(path: Path, reason: object) -> UserError:
-    line = " ".join(str(reason).split())
     return UserError(
-        f"data_dir: {path} cannot be read ({line}); allowed is the file as torchvision "
-        "unpacks it"
+        f"data_dir: {path} cannot be read ({one_line(reason)}); allowed is the file as "
+        "torchvision unpacks it"
     )
 
 

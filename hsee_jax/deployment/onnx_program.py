@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, no_package
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.deployment.protocol import named
@@ -76,9 +76,7 @@ def _convert(
         try:
             from jax2onnx import to_onnx
         except ImportError as error:
-            raise UserError(
-                "onnx: needs a package; `pip install 'hsee-jax[onnx]'`"
-            ) from error
+            raise no_package("onnx", "onnx") from error
         try:
             model = to_onnx(
                 outputs,

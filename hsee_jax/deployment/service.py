@@ -37,7 +37,6 @@ from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.state import Means
 from hsee_jax.link.codecs import Message
 from hsee_jax.runs.experiment import Experiment
-from hsee_jax.runs.restore import seat
 from hsee_jax.runs.served import describe
 
 _log = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ class Service:
         del alive
         split(message, ())
         _log.info("client %d begins with its first layers", i)
-        g, m = seat(self._experiment.federation, i)
+        g, m = self._experiment.federation.seat(i)
         own = jax.tree.map(lambda leaf: leaf[m], self._first_clients()[g])
         return pack({}, named(own, "client"))
 

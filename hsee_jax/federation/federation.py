@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.federation.branch import BranchSpec, client_spec, server_spec
 from hsee_jax.link.codecs import FULL, Codec
 from hsee_jax.nn.model import Model
@@ -62,6 +63,19 @@ class Federation(NamedTuple):
     def clients(self) -> tuple[Client, ...]:
         """Return the clients, see `clients_of`."""
         return clients_of(self.groups)
+
+    def seat(self, i: int) -> tuple[int, int]:
+        """Return the group of client i, and its place in the group.
+
+        Raises:
+          UserError: there is no such client.
+        """
+        for g, group in enumerate(self.groups):
+            if i in group.ids:
+                return g, group.ids.index(i)
+        raise UserError(
+            f"client: {i} is not in the run; allowed are 0..{len(self.clients) - 1}"
+        )
 
     def with_cuts(self, cuts: Iterable[int]) -> "Federation":
         """Return the same federation of clients 0, 1, ... with these cuts."""

@@ -13,7 +13,7 @@ from hsee_jax.inference.answering import answers_of, gate_of
 from hsee_jax.inference.gate import Answers
 from hsee_jax.runs.model import views_in
 from hsee_jax.runs.private import check_layers
-from hsee_jax.runs.restore import Restored, seat
+from hsee_jax.runs.restore import Restored
 
 _BATCH_SIZE = Option("batch_size", int, 256, rules=(at_least(1),))
 _THRESHOLD = Option(
@@ -53,7 +53,7 @@ def predict(
     samples = _samples(inputs, run.info)
     batch_size = _BATCH_SIZE.checked(batch_size)
     threshold = _THRESHOLD.checked(threshold)
-    place = seat(run.federation, i)
+    place = run.federation.seat(i)
     check_layers(run.config)
     gate = gate_of(
         run.federation,

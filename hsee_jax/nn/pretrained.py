@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 from hsee_jax.core.types import Array, Key, PyTree, Stage, Variables
 from hsee_jax.nn.gates import has_gates
 from hsee_jax.nn.model import Model, layer_inputs
@@ -117,7 +117,7 @@ def _read(path: str | os.PathLike[str]) -> Tensors:
         return load_file(path)
     except Exception as error:  # the reader has errors of its own, and raises others
         raise UserError(
-            f"pretrained: {path} cannot be read ({' '.join(str(error).split())}); "
+            f"pretrained: {path} cannot be read ({one_line(error)}); "
             "allowed is a file of safetensors"
         ) from error
 

@@ -55,7 +55,7 @@ class Restored(NamedTuple):
         Their optimizer trains one of them by itself, without averages.
         """
         own = self.federation._replace(optimizer=alone(self.federation.optimizer))
-        return own.specs(seat(own, i)[0])
+        return own.specs(own.seat(i)[0])
 
     def client(self, i: int) -> Branch:
         """Return the layers of client i and its exit head.
@@ -63,7 +63,7 @@ class Restored(NamedTuple):
         Raises:
           UserError: there is no such client, or it kept them private.
         """
-        group, member = seat(self.federation, i)
+        group, member = self.federation.seat(i)
         check_layers(self.config)
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
@@ -73,7 +73,7 @@ class Restored(NamedTuple):
         With a junction, they read the merged features. A layer that mixes views is not
         among them: it is the first of ``state.servers[0]``.
         """
-        return server_of(self.strategy, self.state, *seat(self.federation, i))
+        return server_of(self.strategy, self.state, *self.federation.seat(i))
 
     def network(self, i: int) -> Branch:
         """Return the layers of client i, the layers behind it, and the final head.
@@ -122,7 +122,7 @@ def restore(
     like = jax.eval_shape(strategy.init, jax.random.key(0))
     if only is not None:
         check_layers(config)
-        like = _of_group(like, seat(federation, only)[0])
+        like = _of_group(like, federation.seat(only)[0])
     elif config.clients.keep_layers_private:
         like = like.replace(clients=jax.tree.map(lambda leaf: ..., like.clients))
     state = load(checkpoint, like)
@@ -162,19 +162,6 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
             "first one (see checkpoint_every)"
         )
     return checkpoint
-
-
-def seat(federation: Federation, i: int) -> tuple[int, int]:
-    """Return the group of a client, and its place in the group.
-
-    Raises:
-      UserError: there is no such client.
-    """
-    for g, group in enumerate(federation.groups):
-        if i in group.ids:
-            return g, group.ids.index(i)
-    count = len(federation.clients)
-    raise UserError(f"client: {i} is not in the run; allowed are 0..{count - 1}")
 
 
 def _of_group(like: RunState, group: int) -> RunState:

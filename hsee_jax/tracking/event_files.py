@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hsee_jax.core.errors import no_package
 from hsee_jax.core.options import text_of
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord, Summary
 from hsee_jax.tracking.bookmark import Bookmark
-from hsee_jax.tracking.registry import no_package, register
+from hsee_jax.tracking.registry import register
 from hsee_jax.tracking.tracker import Tracker
 
 
@@ -28,7 +29,7 @@ def check_library() -> None:
     try:
         import tensorboardX  # noqa: F401
     except ImportError as error:
-        raise no_package("tensorboard") from error
+        raise no_package("tensorboard", "tensorboard") from error
 
 
 class EventWriter:

@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hsee_jax.core.errors import Stopped
+from hsee_jax.core.errors import Stopped, no_package
 from hsee_jax.core.options import text_of
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord, Summary
 from hsee_jax.tracking.bookmark import Bookmark
-from hsee_jax.tracking.registry import no_package, register
+from hsee_jax.tracking.registry import register
 from hsee_jax.tracking.tracker import Tracker
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class MlflowRun(Tracker):
         try:
             import mlflow as library
         except ImportError as error:
-            raise no_package(self.name) from error
+            raise no_package(self.name, self.name) from error
         self._library: Any = library
         self._client: Any = None
         self._run_id = ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from hsee_jax.core.errors import one_line
 from hsee_jax.parallel.processes import is_first
 from hsee_jax.runs.callbacks import Callback, Moment
 from hsee_jax.runs.experiment import Experiment
@@ -126,13 +127,12 @@ class Tracker(Callback):
             act(*arguments)
         except Exception as error:
             self._active = False
-            reason = " ".join(str(error).split())[:200]
             _log.warning(
                 "track: %s failed (%s: %s); training goes on without it, and --resume "
                 "hands over the rounds that it lacks",
                 self.name,
                 type(error).__name__,
-                reason,
+                one_line(error)[:200],
             )
             with contextlib.suppress(Exception):
                 self.close(type(error))

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hsee_jax.core.errors import Stopped
+from hsee_jax.core.errors import Stopped, no_package
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord, Summary
 from hsee_jax.tracking.bookmark import Bookmark
-from hsee_jax.tracking.registry import no_package, register
+from hsee_jax.tracking.registry import register
 from hsee_jax.tracking.tracker import Tracker
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class WandbRun(Tracker):
         try:
             import wandb as library
         except ImportError as error:
-            raise no_package(self.name) from error
+            raise no_package(self.name, self.name) from error
         self._library: Any = library
         self._run: Any = None
 
