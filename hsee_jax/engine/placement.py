@@ -21,19 +21,21 @@ def place_data(
     federation: Federation,
     strategy: Strategy,
     slots: Sequence[int],
-    train: Dataset,
+    train: Dataset | None,
     shards: Shards,
 ) -> tuple[Dataset, Shards]:
     """Put on each device the samples that its process needs.
 
     With one process these are all samples; with several, the samples of the clients in
     the process's own slots, or all samples where the strategy has no `step` for all
-    clients at once.
+    clients at once. There are none where the clients have them.
 
     Returns:
       The samples, and each client's shard: indices in the samples, or with several
       processes in the block of the client's process.
     """
+    if train is None:
+        return Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
     mesh = federation.mesh
     if mesh is None or data_layout(strategy) == SAME:
         return to_devices(train, mesh, SAME), shards

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from hsee_jax.algorithms.registry import ALGORITHMS
 from hsee_jax.config.schema import Config
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.types import Dataset, Key
+from hsee_jax.core.types import Key
 from hsee_jax.data import DatasetInfo
 from hsee_jax.data.partition import Indices
 from hsee_jax.data.pipeline import AUGMENTATIONS, InputPipeline
@@ -155,18 +155,13 @@ def assemble(
     cadence = _cadence(config, federation)
     attendance = checked_attendance(config, federation)
     parts, shares, test, train, held = material(federation.groups, strategy)
-    shards = dict(enumerate(parts))
+    key, shards = augment_key(config), dict(enumerate(parts))
     batch_size = _batch_size(config, strategy, parts)
     check_equal_periods(config, federation, strategy, parts, batch_size)
     eval_batch_size = min(config.run.eval_batch_size, len(test.labels))
     slots, store = make_store(config, federation, strategy)
-    placed, placed_shards = Dataset(np.zeros(0), np.zeros(0, np.int32)), shards
-    if train is not None:
-        placed, placed_shards = place_data(federation, strategy, slots, train, shards)
-    augment = augment_key(config)
-    compilers = make_compilers(
-        config.run, pipeline, augment, axis, mesh, eval_batch_size
-    )
+    placed, placed_shards = place_data(federation, strategy, slots, train, shards)
+    compilers = make_compilers(config.run, pipeline, key, axis, mesh, eval_batch_size)
     return Experiment(
         config=config,
         info=info,

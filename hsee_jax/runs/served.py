@@ -79,8 +79,7 @@ def _check_config(config: Config, samples: Sequence[int]) -> None:
 
 def _check_strategy(experiment: Experiment) -> None:
     """Refuse a strategy that a server on a network cannot follow."""
-    config = experiment.config
-    strategy = experiment.strategy
+    config, strategy = experiment.config, experiment.strategy
     if strategy.halves is None:
         raise UserError(
             f"strategy: {config.strategy.strategy} is not allowed with these options "
