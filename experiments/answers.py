@@ -24,7 +24,7 @@ from hsee_jax.inference.client_study import ClientStudy, Target
 from hsee_jax.inference.measurement import measure_clients
 from hsee_jax.runs.reopen import reopen
 from hsee_jax.runs.same_data import check_partition
-from hsee_jax.studies.train import changes, refusal
+from hsee_jax.studies.train import changes
 
 ON_DEVICE = (0.3, 0.6)  # shares of the samples
 FILE = "answers.jsonl"
@@ -46,12 +46,13 @@ def main() -> None:
         if not (folder / "summary.json").is_file():
             continue
         settings = studies.settings(run.config)
-        # The first lines do not hold their settings.
-        if known.get((run.row, run.seed), {}) in (None, settings):
+        # The first lines do not hold their settings, later ones lack newer options.
+        line = known.get((run.row, run.seed), {"none": None})
+        if line is None or line.items() <= settings.items():
             continue
         try:
             if changed := changes(run, folder):
-                raise refusal(run, folder, changed)
+                raise UserError(f"its run has another {', '.join(changed)}")
             cuts = by_cut(folder, given.data_dir)
         except UserError as error:  # such as a method without exits or servers
             print(f"{run}: {error}", flush=True)

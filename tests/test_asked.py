@@ -96,7 +96,7 @@ def test_the_best_checkpoint_is_studied_and_refitted(run, tmp_path):
 def test_interactions_are_those_of_one_client_at_a_checkpoint(
     table, monkeypatch, which, rounds
 ):
-    """Its network, the server behind it, and rows of its own, as baselines too."""
+    """They read its network, the server behind it, and its own rows and baselines."""
     folder, config = table
     asked = []
 

@@ -149,6 +149,18 @@ def test_a_negative_uncertainty_is_refused(lowest):
         gate.answer(None, None, np.eye(3, 2, dtype=np.float32), 0.0)
 
 
+def test_an_uncertainty_that_rounding_made_negative_is_zero():
+    """At threshold 0 the server answers all the same."""
+    doubts = np.array([[-1e-7], [0.5]], np.float32)
+    gate = Gate(
+        lambda client, inputs: (inputs, np.zeros((2, 1, 2), np.float32), doubts),
+        lambda server, features, rows: features[rows],
+    )
+    answers = gate.answer(None, None, np.eye(2, dtype=np.float32), 0.0)
+    assert not answers.exited.any()
+    np.testing.assert_array_equal(answers.logits, np.eye(2))
+
+
 def test_the_server_can_run_on_a_whole_batch():
     with pytest.raises(ValueError, match=r"sizes: \[4\]; the batch size 7 is missing"):
         make_gate(*specs(1), batch_size=7, sizes=[4])

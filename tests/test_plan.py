@@ -419,7 +419,7 @@ def test_the_partition_needs_data_only_for_labels(fleet):
 
 @pytest.mark.parametrize("dealt", ["quantity", "dirichlet"])
 def test_the_samples_of_a_plan_are_those_of_the_run(dealt, fleet):
-    """Also without the labels that the sizes of the shares ignore."""
+    """They are so without labels, too, where the sizes of shares ignore them."""
     config = override(
         preset("demo"), **TINY, partition=dealt, validation_share=0.2, num_clients=5
     )

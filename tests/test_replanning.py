@@ -145,7 +145,7 @@ def test_the_cut_that_needs_least_counts_the_seconds_of_the_round(idle, fleet):
 
 
 def test_the_battery_of_a_single_client_counts(fleet):
-    """With each choice that it has alone, also in an algorithm of one cut for all."""
+    """Its cut is within each limit that it can meet, in an algorithm of one cut too."""
     problem = problem_for(fleet("1e9"))
     alone = problem._replace(
         devices=problem.devices[1:], steps=problem.steps[1:], one_cut=True
@@ -230,7 +230,7 @@ def test_clients_without_energy_keep_the_one_cut_of_all(fleet):
 
 
 def test_a_round_without_anybody_names_the_absences(fleet):
-    """Also in a fleet without batteries."""
+    """A fleet without batteries is refused as well."""
     absent = override(CONFIG, rounds=6, absences=("0:2-3", "1:2-3"))
     with pytest.raises(UserError, match="^absences: .* no client is left in round 2"):
         plan_now(absent, fleet("1e9"), 3)

@@ -224,7 +224,13 @@ def test_a_message_may_need_longer_than_a_call(connected, echo, monkeypatch):
     for module in (rpc, frozen):
         monkeypatch.setattr(module, "_CALL_S", 0.2)
     monkeypatch.setattr(frozen, "_PAUSE_S", 0.05)
-    answers, large = [], bytes(6 << 20)
+    answers, large, sizes, answer = [], bytes(6 << 20), set(), echo.call
+
+    def counting(name, i, message, alive):
+        sizes.add(len(message))
+        return answer(name, i, message, alive)
+
+    monkeypatch.setattr(echo, "call", counting)
     with open_port(echo, "127.0.0.1:0", None) as port, Proxy(port, delay=0.01) as proxy:
         with connected(f"127.0.0.1:{proxy.port}") as call:
             ask = lambda: answers.append(call("push", large))  # noqa: E731
@@ -232,6 +238,7 @@ def test_a_message_may_need_longer_than_a_call(connected, echo, monkeypatch):
             thread.start()
             thread.join(30)
             assert answers == [b"push 0 " + large]
+    assert sizes == {len(large)}  # a try that was cut off is no message
 
 
 def test_the_certificate_says_who_calls(echo, tmp_path):

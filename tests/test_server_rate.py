@@ -60,7 +60,7 @@ def moves(name, **options):
     [("sequential", TOGETHER), *BOTH, ("fpl", {}), ("vicreg", TOGETHER)],
 )
 def test_a_server_at_half_the_rate_moves_half_as_far(name, options):
-    """And the clients as far as before."""
+    """The clients move as far as before."""
     clients, server = moves(name, **options)
     same, half = moves(name, **options, server_lr_scale=0.5)
     for leaf in jax.tree.leaves((clients, server)):

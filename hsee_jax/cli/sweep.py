@@ -39,16 +39,17 @@ def sweep(words: Sequence[str]) -> int:
         folder = given.study.resolve().parent.name
     out = given.out or Path("runs") / folder
     runs = studies.runs(study, rows=given.rows, seeds=given.seeds)
-    todo = studies.unfinished(runs, out)
+    digests = studies.Digests()
+    todo = studies.unfinished(runs, out, digests)
     if given.list:
         for run in runs:
             print(f"{run}: {'to do' if run in todo else 'done'}")
     print(f"{len(todo)} of {len(runs)} runs are to be done", flush=True)
     if given.list:
         return 0
-    status = _train(runs, out, given, limit)
+    status = _train(runs, out, given, limit, digests)
     results = studies.read_results(out)
-    left = len(studies.unfinished(runs, out))
+    left = len(studies.unfinished(runs, out, digests))
     if left:
         line = (
             f"hsee: {left} of {len(runs)} runs are not done; the same command goes on"
@@ -78,7 +79,11 @@ def _moved(study: studies.Study, folder: Path) -> studies.Study:
 
 
 def _train(
-    runs: Sequence[studies.Run], out: Path, given: argparse.Namespace, limit: float
+    runs: Sequence[studies.Run],
+    out: Path,
+    given: argparse.Namespace,
+    limit: float,
+    digests: studies.Digests,
 ) -> int:
     """Train, and return the exit status."""
     end = time.monotonic() + limit
@@ -92,6 +97,7 @@ def _train(
             stop=lambda: signals() or time.monotonic() > end,
             setup=partial(_set_up, chosen),
             on_end=_tell,
+            digests=digests,
         )
     if signals.received:
         return 128 + signals.received

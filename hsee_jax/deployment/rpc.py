@@ -238,8 +238,10 @@ def _handler(service: Service, secure: bool) -> grpc.GenericRpcHandler:
             try:
                 i = _caller(context, secure)
                 with lines.line(i):  # before its one message is here, or never comes
-                    message = next(messages, b"")
-                    return service.call(name, i, message, context.is_active)
+                    message = next(messages, None)
+                    if message is not None:
+                        return service.call(name, i, message, context.is_active)
+                code, details = grpc.StatusCode.CANCELLED, "no message"
             except grpc.RpcError:  # the call has ended before
                 code, details = grpc.StatusCode.CANCELLED, "no message"
             except BusyError:  # the client calls again

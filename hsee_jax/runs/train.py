@@ -152,16 +152,11 @@ def train_built(
             folder, keep=keep, after=start.checkpoint, at_once=journal is not None
         )
         warn_of_period(experiment)
-        everything = (MetricsLog(folder), *callbacks, checkpoints)
-        for callback in everything:
+        others = (MetricsLog(folder), *callbacks)
+        for callback in (*others, checkpoints):
             stack.enter_context(callback)
-
-        def stop_after_step() -> bool:
-            checkpoints.seal_written()
-            return in_any(bool(stop()))  # the processes stop together
-
         since = begin - start.wall_seconds
-        return _Loop(phases, start, everything, stop_after_step, since).run()
+        return _Loop(phases, start, others, checkpoints, stop, since).run()
 
 
 class _Loop:
@@ -172,11 +167,14 @@ class _Loop:
         phases: Phases,
         start: Start,
         callbacks: Sequence[Callback],
+        checkpoints: Checkpoints,
         stop: Callable[[], bool],
         begin: float,
     ) -> None:
         number = 1 if start.checkpoint is None else start.checkpoint.number
-        self._phases, self._callbacks, self._stop = phases, callbacks, stop
+        self._phases, self._callbacks = phases, (*callbacks, checkpoints)
+        self._checkpoints, self._stop_run = checkpoints, stop
+        self._aside = 0.0  # seconds in a round that are no training
         self._experiment, self._shelf = phases.at(number), start.shelf
         self._state, self._begun, self._before = start.state, start.begun, start.seconds
         self._records = list(start.records)
@@ -200,18 +198,26 @@ class _Loop:
             callback.on_end(summary)
         return summary
 
+    def _stop(self) -> bool:
+        """Name a checkpoint that is written; return whether to stop after a step."""
+        begin = time.perf_counter()
+        self._checkpoints.seal_written()
+        self._aside += time.perf_counter() - begin
+        return in_any(bool(self._stop_run()))  # the processes stop together
+
     def _round(self) -> None:
         """Train a round, or the rest of one.
 
         Raises:
           Stopped: ``stop`` returned true.
         """
-        start, experiment = time.perf_counter(), self._enter(len(self._records) + 1)
+        start, self._aside = time.perf_counter(), 0.0
+        experiment = self._enter(len(self._records) + 1)
         self._state, plan, progress = experiment.run_round(
             self._state, self._begun, self._stop
         )
         jax.block_until_ready(self._state)
-        seconds = self._before + time.perf_counter() - start
+        seconds = self._before + time.perf_counter() - start - self._aside
         if not progress.finished:
             self._pause(plan, progress, seconds)
         self._begun, self._before = None, 0.0

@@ -2,6 +2,7 @@
 
 from hsee_jax.config.values import settings
 from hsee_jax.report.curves import mean_text
+from hsee_jax.studies.digests import Digests
 from hsee_jax.studies.load import load
 from hsee_jax.studies.perform import End, perform, unfinished
 from hsee_jax.studies.results import (
@@ -16,6 +17,7 @@ from hsee_jax.studies.table import page, row_list, table, write
 from hsee_jax.studies.train import train_run
 
 __all__ = [
+    "Digests",
     "End",
     "Result",
     "Row",

@@ -1,31 +1,28 @@
 """The digests of the user's own data, which tell runs on other samples apart."""
 
-from collections.abc import Sequence
-
 from hsee_jax.config.values import flatten, is_own_data
-from hsee_jax.core.errors import UserError
 from hsee_jax.runs.data import data_source, source_options
 from hsee_jax.studies.study import Run
 
 
-def digests_of(runs: Sequence[Run]) -> list[str | None]:
-    """Return the digest of each run's data; read data that runs share once.
+class Digests:
+    """Gives the digest of a run's data; data that runs share are read once."""
 
-    Returns:
-      None for a known dataset, and for data that cannot be read; training says why.
-    """
-    known: dict[str, str | None] = {}
-    keys = [_key(run) for run in runs]
-    for run, key in zip(runs, keys, strict=True):
-        if key not in known:
-            known[key] = _digest(run)
-    return [known[key] for key in keys]
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._known: dict[str, str | None] = {}
 
+    def __call__(self, run: Run) -> str | None:
+        """Return the digest of all samples and labels.
 
-def _key(run: Run) -> str:
-    data = run.config.data
-    limits = data.max_train_samples, data.max_test_samples
-    return repr((data.dataset, data.data_dir, limits, source_options(data)))
+        Returns:
+          None for a known dataset, and for data that cannot be read; training says why.
+        """
+        data = run.config.data
+        key = repr((data.dataset, data.data_dir, source_options(data)))
+        if key not in self._known:
+            self._known[key] = _digest(run)
+        return self._known[key]
 
 
 def _digest(run: Run) -> str | None:
@@ -33,5 +30,5 @@ def _digest(run: Run) -> str | None:
         return None
     try:
         return data_source(run.config.data).info.digest
-    except UserError:
+    except Exception:  # a dataset of a plugin may raise anything
         return None

@@ -16,7 +16,7 @@ from hsee_jax.config.plugins import load_plugins
 from hsee_jax.core.errors import Stopped, UserError
 from hsee_jax.parallel.cores import cores
 from hsee_jax.runs.folder import sole_writer
-from hsee_jax.studies.digests import digests_of
+from hsee_jax.studies.digests import Digests
 from hsee_jax.studies.results import (
     Result,
     append_result,
@@ -47,6 +47,7 @@ def perform(
     stop: Callable[[], bool] = lambda: False,
     setup: Callable[[], None] | None = None,
     on_end: Callable[[End], None] = lambda end: None,
+    digests: Digests | None = None,
 ) -> list[End]:
     """Train the runs that are not finished, several at once, and append their results.
 
@@ -62,8 +63,9 @@ def perform(
       overwrite: replace runs in the folder whose settings or data have changed since.
       stop: called about ten times a second; true stops the runs at work after their
         step, with a checkpoint, and no other run starts.
-      setup: called first in each process; a function at the top level of a module.
+      setup: called in each process behind its plugins; a module's own function.
       on_end: called when a run has ended, after its result is written.
+      digests: of the data of runs, as far as they are known already.
 
     Returns:
       The end of each run that was started. After a run is refused, no other starts.
@@ -85,8 +87,11 @@ def perform(
             f"out: {out} holds a run; allowed is a new folder, or that of a study"
         )
     with sole_writer(out):
-        todo = unfinished(runs, out)
-        for run, digest in zip(todo, digests_of(todo), strict=True):
+        digests = digests or Digests()
+        todo = unfinished(runs, out, digests)
+        for run in todo:
+            begun = (_folder(out, run) / "config.json").is_file()
+            digest = digests(run) if begun else None
             changed = changes(run, _folder(out, run), digest)
             if changed and not overwrite:
                 raise refusal(run, _folder(out, run), changed)
@@ -95,11 +100,25 @@ def perform(
         return _Sweep(todo, out, shares, overwrite, setup, on_end).run(stop)
 
 
-def unfinished(runs: Sequence[Run], out: Path) -> list[Run]:
-    """Return the runs without a result in the folder of a study."""
-    results = read_results(out)
-    pairs = zip(runs, digests_of(runs), strict=True)
-    return [run for run, digest in pairs if result_of(run, results, digest) is None]
+def unfinished(
+    runs: Sequence[Run], out: Path, digests: Digests | None = None
+) -> list[Run]:
+    """Return the runs without a result in the folder of a study.
+
+    Args:
+      runs: of the study.
+      out: its folder.
+      digests: of the data of runs, as far as they are known already.
+    """
+    results, digests = read_results(out), digests or Digests()
+
+    def is_done(run: Run) -> bool:
+        found = result_of(run, results)
+        if found is None or found.digest is None:
+            return found is not None
+        return result_of(run, results, digests(run)) is not None
+
+    return [run for run in runs if not is_done(run)]
 
 
 def _folder(out: Path, run: Run) -> Path:
@@ -219,9 +238,9 @@ def _work(
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, share)
     try:
+        load_plugins(run.config.run.plugin)  # they may still choose devices
         if setup is not None:
             setup()
-        load_plugins(run.config.run.plugin)
         result = train_run(run, folder, overwrite=overwrite, stop=told.poll)
         how: Any = "diverged" if result.diverged else "finished"
         end = End(run, how, result.diverged, result)

@@ -29,12 +29,13 @@ def train_run(
     Args:
       run: the run.
       folder: the folder of the run.
-      overwrite: replace a run with other settings, or without a checkpoint.
+      overwrite: replace a run with other settings, on other data, or without a
+        checkpoint.
       stop: see `hsee_jax.train`.
 
     Raises:
-      UserError: the run is not allowed; or the folder holds a run with other settings,
-        and ``overwrite`` is not set.
+      UserError: the run is not allowed; or the folder holds a run with other settings
+        or on other data, and ``overwrite`` is not set.
       Stopped: ``stop`` returned true.
     """
     changed, source = changes(run, folder), None
@@ -77,7 +78,7 @@ def changes(
     Args:
       run: the run.
       folder: of the run.
-      digest: of its data now, see `digests_of`; None if not known.
+      digest: of its data now, see `Digests`; None if not known.
     """
     if not (folder / "config.json").is_file():
         return None
