@@ -163,10 +163,10 @@ def measure(size: Size, peak: float, *, compile_mode: str | None) -> list[bench.
             calls |= {f"{name} {strategy}": call for name, call in found.items()}
         else:
             runner()  # compiles, as the round that PyTorch is compared with does
+    flops = flops_per_image(_build(size, STRATEGIES[0]))
     before = bench.work()
     timings = bench.time_in_turns(calls, repeats=size.repeats, warmups=size.warmups)
     elsewhere = bench.cores_elsewhere(before)
-    flops = flops_per_image(_build(size, STRATEGIES[0]))
     shared = {
         "GFLOP per image": flops / 1e9,
         "peak TFLOP/s": peak / 1e12,

@@ -40,15 +40,14 @@ def main() -> None:
     given = parser.parse_args()
     study = studies.load(given.study / "study.toml")
     path = given.study / FILE
-    known = {(one["row"], one["seed"]): one.get("settings") for one in read(path)}
+    known = {(one["row"], one["seed"]): one for one in read(path)}
     for run in studies.runs(study, rows=given.rows, seeds=given.seeds):
         folder = given.study / "runs" / run.folder
         if not (folder / "summary.json").is_file():
             continue
         settings = studies.settings(run.config)
-        # The first lines do not hold their settings, later ones lack newer options.
-        line = known.get((run.row, run.seed), {"none": None})
-        if line is None or line.items() <= settings.items():
+        measured = known.get((run.row, run.seed))
+        if measured and is_of(measured, run):
             continue
         try:
             if changed := changes(run, folder):
@@ -62,6 +61,15 @@ def main() -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
+
+
+def is_of(line: dict[str, Any], run: studies.Run) -> bool:
+    """Return whether a line is of a run with these settings; the first have none."""
+    stored = line.get("settings")
+    if stored is None:
+        return True
+    one = studies.Result(run.row, run.seed, stored, 1, None)
+    return studies.result_of(run, [one]) is not None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

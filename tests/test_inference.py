@@ -159,6 +159,7 @@ def test_an_uncertainty_that_rounding_made_negative_is_zero():
     answers = gate.answer(None, None, np.eye(2, dtype=np.float32), 0.0)
     assert not answers.exited.any()
     np.testing.assert_array_equal(answers.logits, np.eye(2))
+    np.testing.assert_array_equal(answers.uncertainty, np.float32([0, 0.5]))
 
 
 def test_the_server_can_run_on_a_whole_batch():

@@ -182,7 +182,8 @@ def _gated(
             f"criterion: an uncertainty of {uncertainty[finite].min():.3g} is not "
             "allowed; allowed are criteria with values of 0 or more"
         )
-    sure = finite & (np.maximum(uncertainty, 0) < threshold)
+    uncertainty = np.maximum(uncertainty, 0)  # of what rounding has made negative
+    sure = finite & (uncertainty < threshold)
     exited, last = np.any(sure, axis=1), sure.shape[1] - 1
     number = np.where(exited, sure.argmax(axis=1), last)
     (rows,) = np.nonzero(~exited)

@@ -174,7 +174,6 @@ class _Loop:
         number = 1 if start.checkpoint is None else start.checkpoint.number
         self._phases, self._callbacks = phases, (*callbacks, checkpoints)
         self._checkpoints, self._stop_run = checkpoints, stop
-        self._aside = 0.0  # seconds in a round that are no training
         self._experiment, self._shelf = phases.at(number), start.shelf
         self._state, self._begun, self._before = start.state, start.begun, start.seconds
         self._records = list(start.records)
@@ -200,9 +199,7 @@ class _Loop:
 
     def _stop(self) -> bool:
         """Name a checkpoint that is written; return whether to stop after a step."""
-        begin = time.perf_counter()
         self._checkpoints.seal_written()
-        self._aside += time.perf_counter() - begin
         return in_any(bool(self._stop_run()))  # the processes stop together
 
     def _round(self) -> None:
@@ -211,13 +208,12 @@ class _Loop:
         Raises:
           Stopped: ``stop`` returned true.
         """
-        start, self._aside = time.perf_counter(), 0.0
-        experiment = self._enter(len(self._records) + 1)
+        start, experiment = time.perf_counter(), self._enter(len(self._records) + 1)
         self._state, plan, progress = experiment.run_round(
             self._state, self._begun, self._stop
         )
         jax.block_until_ready(self._state)
-        seconds = self._before + time.perf_counter() - start - self._aside
+        seconds = self._before + time.perf_counter() - start
         if not progress.finished:
             self._pause(plan, progress, seconds)
         self._begun, self._before = None, 0.0

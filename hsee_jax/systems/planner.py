@@ -73,7 +73,9 @@ def plan_cuts(
     try:
         plan = _plan(problem, minimize, limits)
     except UserError:
-        return _plan(equal, minimize, limits)
+        with contextlib.suppress(UserError):
+            return _plan(equal, minimize, limits)
+        raise
     with contextlib.suppress(UserError):
         plans = plan, _plan(equal, minimize, limits)
         return min(plans, key=lambda plan: getattr(plan.totals(), minimize))
