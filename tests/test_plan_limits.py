@@ -110,7 +110,7 @@ def test_in_lockstep_a_narrow_uplink_decides(seed):
     """All bytes at its rate bound the round: behind fast links the plan sends least."""
     problem = draw_problem(seed, TOGETHER)
     devices = tuple(Device(d.name, 1e9, 1e9, 1e9, 1e9) for d in problem.devices)
-    narrow = problem._replace(devices=devices, uplink_bytes_per_s=1e4)
+    narrow = problem._replace(devices=devices, uplink_bytes_per_s=10.0)
     choices = [evaluate_cuts(narrow, cuts) for cuts in every_choice(narrow)]
     costs = cut_costs(narrow, np.ones((len(devices), LAYERS), bool))
     for one in choices:
