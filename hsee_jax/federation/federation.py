@@ -52,8 +52,8 @@ class Federation(NamedTuple):
     mesh: Mesh | None = None  # the stacks of clients are spread over its devices
     codec: Codec = FULL  # of the links from clients to servers
     micro_batches: int = 1  # in which a client takes a batch, if no gradient returns
-    # The servers' optimizer, which algorithms derive: the clients' one for layers that
-    # are averaged, or are not. None for the same.
+    # Algorithms set it: the same optimizer, in its form for the servers' layers, which
+    # may be averaged where those of the clients are not. Give None.
     server_optimizer: OptimizerLike | None = None
     # Whether a device takes its clients one after another in a step, or all at once.
     one_by_one: bool = False

@@ -80,6 +80,7 @@ class Gate(NamedTuple):
 
         Raises:
           ValueError: there are no inputs, or more than a whole batch.
+          UserError: the criterion gives a negative uncertainty.
         """
         message, of_exits, uncertainty = self.on_client(client, inputs)
         return _gated(
@@ -109,6 +110,7 @@ class Gate(NamedTuple):
 
         Raises:
           ValueError: see `answer`.
+          UserError: see `answer`.
         """
         message, of_exits, uncertainty = self.on_client(clients[asked], views[asked])
 

@@ -46,9 +46,10 @@ def predict(
       The answers to all M samples, on the host.
 
     Raises:
-      UserError: there is no such client or criterion; the clients kept their layers
-        private; the threshold or the batch size is not allowed; or the samples have
-        another shape or type than the run's data, or values that it cannot hold.
+      UserError: there is no such client or criterion, or the criterion gives a
+        negative uncertainty; the clients kept their layers private; the threshold or
+        the batch size is not allowed; or the samples have another shape or type than
+        the run's data, or values that it cannot hold.
     """
     samples = _samples(inputs, run.info)
     batch_size = _BATCH_SIZE.checked(batch_size)

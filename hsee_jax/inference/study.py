@@ -101,9 +101,9 @@ def study(
       batch_size: of the inference; None is the run's `eval_batch_size`.
 
     Raises:
-      UserError: see `reopen`; or there is no such criterion, the batch size is not
-        positive, the run held out no samples, or the training samples are no longer the
-        run's own.
+      UserError: see `reopen`; or there is no such criterion, or it gives a negative
+        uncertainty; the batch size is not positive, the run held out no samples, or the
+        training samples are no longer the run's own.
     """
     if batch_size is not None and batch_size < 1:
         raise UserError(

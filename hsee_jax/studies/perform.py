@@ -63,7 +63,7 @@ def perform(
       overwrite: replace runs in the folder whose settings or data have changed since.
       stop: called about ten times a second; true stops the runs at work after their
         step, with a checkpoint, and no other run starts.
-      setup: called in each process behind its plugins; a module's own function.
+      setup: called in each process once its plugins are there; a module-level function.
       on_end: called when a run has ended, after its result is written.
       digests: of the data of runs, as far as they are known already.
 
