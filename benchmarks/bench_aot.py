@@ -124,10 +124,10 @@ def _collectives(cost: Cost) -> list[bench.Row]:
 def compared(rows: Sequence[bench.Row]) -> list[bench.Row]:
     """Add to each row how it compares with the plain network on its chip, if compiled.
 
-    A cost of 1 means that the chips train as many images in the time as if each image
-    cost what it costs one plain network on one chip. A step cannot take less time than
-    the plain network's FLOPs at the chip's peak. The bytes that XLA counts at the
-    memory's bandwidth are no such bound, as some of them never leave the chip.
+    A cost of 1 means that the chips train as many images in the time, links included,
+    as if each image cost what it costs one plain network on one chip. A step cannot
+    take less time than the plain network's FLOPs at the chip's peak. The bytes that XLA
+    counts at the memory's bandwidth are no such bound, as some never leave the chip.
     """
     plain = {row["chip"]: row for row in rows if row["strategy"] == "plain"}
     return [
@@ -146,9 +146,10 @@ def _comparison(row: bench.Row, plain: bench.Row) -> bench.Row:
     if "GB" in row and row["strategy"] != "sequential" and row["axis"] == "vmap":
         found["bytes ms"] = row["GB"] * 1e9 / chip.bandwidth * 1e3
     if "step ms" in row:
-        found["cost in plain networks"] = row["step ms"] / (share * plain["step ms"])
+        whole = row["step ms"] + row["link ms"]
+        found["cost in plain networks"] = whole / (share * plain["step ms"])
         found["share of peak"] = found["FLOPs ms"] / row["step ms"]
-        found["link share"] = row["link ms"] / (row["step ms"] + row["link ms"])
+        found["link share"] = row["link ms"] / whole
     return found
 
 

@@ -140,8 +140,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=bench.RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
+    results = load(arguments.results)
+    if not results:
+        parser.error(f"{arguments.results} has no results")
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    arguments.page.write_text(render(load(arguments.results)), encoding="utf-8")
+    arguments.page.write_text(render(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

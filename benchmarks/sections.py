@@ -90,11 +90,11 @@ SECTIONS = (
         "PyTorch runs the same algorithm from the same weights, and its losses must "
         "agree before anything is timed. In a size, w is the width of the network, b "
         "the batch size and n the number of clients. A ratio above 1 means that "
-        "hsee_jax is faster. It is the ratio of both medians; the brackets hold the "
-        "lowest and the highest ratio of a single turn, and need not enclose it. Tuned "
-        "rows were timed after `hsee tune`. On a CPU the loop takes several turns at "
-        "once. A machine counts as idle if other processes kept at most 0.5 of its "
-        "cores busy meanwhile.",
+        "hsee_jax is faster than eager PyTorch. It is the ratio of both medians; the "
+        "brackets hold the lowest and the highest ratio of a single turn, and need not "
+        "enclose it. Tuned rows were timed after `hsee tune`. On a CPU the loop takes "
+        "several turns at once. A machine counts as idle if other processes kept at "
+        "most 0.5 of its cores busy meanwhile.",
         (
             Part(
                 "",

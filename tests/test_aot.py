@@ -101,9 +101,10 @@ def test_rows_are_written_at_once_and_compiled_only_once(monkeypatch, tmp_path, 
         calls.append(program.name)
         if len(calls) == 2:
             return None
-        step = 2.0 if program.strategy == "plain" else 9.0
-        figures = {"peak GB": 1.0, "GFLOP": 1.0, "GB": 2.0, "link ms": 1.0}
-        return {"name": program.name, **program._asdict(), **figures, "step ms": step}
+        step, link = (2.0, 0.0) if program.strategy == "plain" else (9.0, 1.0)
+        figures = {"peak GB": 1.0, "GFLOP": 1.0, "GB": 2.0}
+        figures |= {"step ms": step, "link ms": link}
+        return {"name": program.name, **program._asdict(), **figures}
 
     monkeypatch.setattr(bench_aot, "find_spec", lambda name: name == "libtpu" or None)
     monkeypatch.setattr(bench_aot, "compile_apart", compile_apart)
@@ -116,8 +117,8 @@ def test_rows_are_written_at_once_and_compiled_only_once(monkeypatch, tmp_path, 
     assert "not run on" in content["machine"]["device"]
     plain, *rows = content["rows"]
     assert [row["name"] for row in content["rows"]] == names
-    # Three clients on four chips: 9 ms where a plain network takes 3/4 of 2 ms.
-    assert rows[0]["cost in plain networks"] == pytest.approx(6.0)
+    # Three clients on four chips: 10 ms where a plain network takes 3/4 of 2 ms.
+    assert rows[0]["cost in plain networks"] == pytest.approx(20 / 3)
     assert rows[0]["FLOPs ms"] == pytest.approx(0.75e9 / 197e12 * 1e3)
     assert rows[0]["bytes ms"] == pytest.approx(2e9 / 819e9 * 1e3)
     assert rows[0]["link share"] == pytest.approx(0.1)
