@@ -1,10 +1,14 @@
 """The engine with parts of a researcher's own: what counts, and what is refused."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from page_blocks import read_blocks
 from rounds import KEY, assert_same, train
 from tiny import (
     PIPELINE,
@@ -21,6 +25,8 @@ from hsee_jax.engine import client_axis, make_round, placement
 from hsee_jax.engine.plan import plan_round, turn_order
 from hsee_jax.federation import receive, server_of
 from hsee_jax.parallel.mesh import make_mesh
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize("axis", ["loop", "vmap"])
@@ -134,3 +140,23 @@ def test_a_process_places_each_sample_of_its_clients_once(monkeypatch, process):
     for i in ((0, 1), (2, 3))[process]:
         np.testing.assert_array_equal(data.labels[moved[i]], shards[i])
         np.testing.assert_array_equal(data.images[moved[i]], 10 * shards[i])
+
+
+def test_the_turn_of_the_tutorial_sends_every_other_sample():
+    """At half of the bytes; the clients train as in averaging."""
+    page = DOCS / "tutorials/own-algorithm.md"
+    blocks = [block.code for block in read_blocks(page.read_text(encoding="utf-8"))]
+    (code,) = (code for code in blocks if "def thinned" in code)
+    algorithms = SimpleNamespace(averaging=averaging, register=lambda **_: lambda f: f)
+    names = {"jnp": jnp, "hs": SimpleNamespace(algorithms=algorithms)}
+    exec(code, names)
+    federation, shards = tiny_federation({0: 1, 1: 2}), tiny_shards({0: 8, 1: 8})
+    thinned, plain = (
+        train(make(federation), federation, shards, axis="loop", rounds=1)
+        for make in (names["thinned"], averaging)
+    )
+    assert_same(thinned[0].clients, plain[0].clients)
+    ((_, _, half),), ((_, _, whole),) = thinned[1], plain[1]
+    assert_same(half.exit, whole.exit)
+    np.testing.assert_array_equal(2 * half.link, whole.link)
+    np.testing.assert_array_equal(2 * half.server.count, whole.server.count)

@@ -12,11 +12,13 @@ from hsee_jax.core.options import (
 )
 from hsee_jax.core.registry import Entry, Registry
 from hsee_jax.core.types import (
+    ApplyFn,
     Array,
     Batch,
     Dataset,
     ExitMetrics,
     Gates,
+    InitFn,
     Key,
     Metrics,
     PyTree,
@@ -25,6 +27,7 @@ from hsee_jax.core.types import (
 )
 
 __all__ = [
+    "ApplyFn",
     "Array",
     "Batch",
     "Dataset",
@@ -32,6 +35,7 @@ __all__ = [
     "Entry",
     "ExitMetrics",
     "Gates",
+    "InitFn",
     "Key",
     "Metrics",
     "Option",
