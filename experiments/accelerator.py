@@ -28,12 +28,18 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", default=STUDIES, metavar="STUDY")
     parser.add_argument("--jobs", default="1", help="runs at once, see hsee sweep")
     arguments = parser.parse_args()
+    for name in arguments.studies:
+        if not (HERE / name / "study.toml").is_file():
+            parser.error(f"--studies: {name} is not a study of this folder")
+    if arguments.data_dir and not arguments.data_dir.is_dir():
+        parser.error(f"--data-dir: {arguments.data_dir} is not a folder")
+    failed = False
     begun = time.monotonic()
     if arguments.parts != ["none"]:
         # Half of the time is for the studies.
         within = ["--within", str(arguments.seconds / 2)]
         script = HERE.parent / "benchmarks" / "bench_all.py"
-        _run([str(script), *arguments.parts, *within])
+        failed |= _fails([str(script), *arguments.parts, *within])
     folder = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs share it
     for name in arguments.studies:
@@ -42,13 +48,15 @@ def main() -> None:
             study = HERE / name
             sweep = ["-m", "hsee_jax", "sweep", str(study / "study.toml")]
             limits = ["--seconds", f"{left:.0f}", "--jobs", arguments.jobs]
-            _run([*sweep, "--out", str(study), *limits, *folder])
+            failed |= _fails([*sweep, "--out", str(study), *limits, *folder])
+    if failed:
+        raise SystemExit(1)
 
 
-def _run(arguments: list[str]) -> None:
-    """Run a script of Python; a failure does not stop what follows."""
+def _fails(arguments: list[str]) -> bool:
+    """Run a script of Python, and return whether it failed; what follows runs on."""
     print(f"== {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, *arguments], check=False)
+    return subprocess.run([sys.executable, *arguments], check=False).returncode != 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import script
 from scipy import stats
 
 from hsee_jax import studies
@@ -129,4 +130,4 @@ def gated(clients: Sequence[ClientStudy], share: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import script
 
 from hsee_jax import studies
 from hsee_jax.config import override
@@ -74,4 +75,4 @@ def blank(dataset: str, labels: Labels) -> DataSource:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

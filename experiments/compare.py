@@ -17,10 +17,13 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import script
+
 from hsee_jax.report.tables import Table, markdown
 from hsee_jax.runs.history import read_records
 from hsee_jax.runs.records import RoundRecord, Scores
 from hsee_jax.studies import Result, read_results
+from hsee_jax.studies.results import FILE
 
 FIGURES = {"exit": "mean_exit_accuracy", "server": "mean_server_accuracy"}
 
@@ -42,10 +45,17 @@ def main() -> None:
     parser.add_argument("new", type=Path, help="another")
     parser.add_argument("--losses", action="store_true", help="compare losses")
     given = parser.parse_args()
+    needed = "runs" if given.losses else FILE
+    for folder in (given.old, given.new):
+        if not (folder / needed).exists():
+            parser.error(f"{folder} has no {needed}")
     if given.losses:
         print(markdown(loss_table(given.old, given.new)))
     else:
-        print(page(moves(read_results(given.old), read_results(given.new))))
+        old, new = read_results(given.old), read_results(given.new)
+        print(page(moves(old, new)))
+        if names := changed(old, new):
+            print(f"Some of these runs differ in their settings: {', '.join(names)}.")
 
 
 def moves(old: list[Result], new: list[Result]) -> list[Move]:
@@ -76,6 +86,22 @@ def _scores(results: list[Result]) -> dict[tuple[str, int], Scores]:
         for result in results
         if result.summary is not None
     }
+
+
+def changed(old: list[Result], new: list[Result]) -> list[str]:
+    """Return the options that differ in runs of the same row and seed, sorted.
+
+    An option that one of two runs does not hold does not count: it may be newer.
+    """
+    before = {(result.row, result.seed): result.settings for result in old}
+    pairs = (
+        (before[result.row, result.seed], result.settings)
+        for result in new
+        if (result.row, result.seed) in before
+    )
+    return sorted(
+        {name for a, b in pairs for name in a.keys() & b.keys() if a[name] != b[name]}
+    )
 
 
 def page(found: list[Move]) -> str:
@@ -141,4 +167,4 @@ def _losses(record: RoundRecord) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import answers
 import clock
 import numpy as np
+import script
 import tables
 
 from hsee_jax import studies
@@ -42,14 +43,12 @@ class Row(NamedTuple):
     servers: Mapping[int, float]
 
 
-def rows() -> dict[str, Row]:
+def rows() -> tables.Rows[Row]:
     """Return the rows that have results, by name."""
     study, results = tables.load(NAME)
     times = json.loads((tables.HERE / NAME / clock.FILE).read_text("utf-8"))
-    return {
-        name: _row(own, times[name])
-        for name, own in studies.by_row(study, results).items()
-    }
+    found = studies.by_row(study, results)
+    return tables.Rows({name: _row(own, times[name]) for name, own in found.items()})
 
 
 def _row(results: tuple[Result, ...], time: Mapping[str, float]) -> Row:
@@ -101,7 +100,10 @@ def cuts_table() -> str:
             cut,
             _interval(own["exit"]),
             _interval(own["server"]),
-            *(f"{100 * gated['accuracy']:.1f}" for gated in own["gated"].values()),
+            *(
+                f"{100 * gated['accuracy']:.1f} ({100 * gated['on_device']:.1f} %)"
+                for gated in own["gated"].values()
+            ),
         )
         for row in study.rows
         for cut, own in known.get(row.name, {}).items()
@@ -148,11 +150,10 @@ def _interval(figures: Mapping[str, float]) -> str:
 def page() -> str:
     """Return the page."""
     found = rows()
-    by_name: dict[str, Any] = {n.replace("-", "_"): row for n, row in found.items()}
-    text = TEXT.read_text(encoding="utf-8")
-    tables_of = {"costs": costs_table(found), "cuts": cuts_table(), "why": why_table()}
-    tables_of["again"] = again_table()
-    return text.format(**tables_of, **by_name, **_differences(found))
+    shown: dict[str, Any] = {n.replace("-", "_"): row for n, row in found.items()}
+    shown |= {"costs": costs_table(found), "cuts": cuts_table(), "why": why_table()}
+    shown |= {"again": again_table()} | _differences(found)
+    return TEXT.read_text(encoding="utf-8").format_map(tables.Rows(shown))
 
 
 def _differences(found: Mapping[str, Row]) -> dict[str, float]:
@@ -178,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import script
 
 from hsee_jax.config import override
 from hsee_jax.config.schema import Config
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, required=True, help="images behind")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    if min(given.train, given.held_out) < 1:
+        parser.error("--train and --held-out: allowed are numbers from 1")
     if is_there(given.dataset, given.out):  # a study might read that form first
         parser.error(f"{given.out} holds {given.dataset}; allowed is a new folder")
     config = override(Config(), dataset=given.dataset, data_dir=given.data_dir)
@@ -50,4 +53,4 @@ def write(path: Path, data: Dataset, first: int, end: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import script
 import tables
 from scipy import stats
 
@@ -64,15 +65,18 @@ class Row(NamedTuple):
     megabytes: float
 
 
-def rows(partition: str) -> dict[str, Row]:
+def rows(partition: str) -> tables.Rows[Row]:
     """Return the rows of a partition, by name."""
     study, results = tables.load(NAME)
-    found = {
-        name.removesuffix(f",partition={partition}"): own
-        for name, own in studies.by_row(study, results).items()
-        if name.endswith(f",partition={partition}")
-    }
-    return {name: _row(own, found[_changed(name)]) for name, own in found.items()}
+    found = tables.Rows(
+        {
+            name.removesuffix(f",partition={partition}"): own
+            for name, own in studies.by_row(study, results).items()
+            if name.endswith(f",partition={partition}")
+        }
+    )
+    compared = {name: _row(own, found[_changed(name)]) for name, own in found.items()}
+    return tables.Rows(compared)
 
 
 def _changed(name: str) -> str:
@@ -201,7 +205,6 @@ def page() -> str:
         iid=iid,
         skewed=skewed,
         averaging_qgm_loss=-iid["averaging-qgm"].server.gain,
-        joint_shared_loss=-shared.server.gain,
         joint_shared_saved=joint.megabytes - shared.megabytes,
     )
 
@@ -213,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

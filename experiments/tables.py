@@ -8,8 +8,12 @@ Command: python experiments/tables.py
 
 import argparse
 from pathlib import Path
+from typing import TypeVar
+
+import script
 
 from hsee_jax import studies
+from hsee_jax.core.errors import UserError
 from hsee_jax.report.tables import Table, markdown
 
 HERE = Path(__file__).parent
@@ -23,6 +27,7 @@ ORDER = (
     "cifar10-w16-recipe",
     "why-averaging",
     "cpu-small-methods",
+    "demo-methods",
     "cifar10",
     "cifar100",
     "stl10",
@@ -52,6 +57,16 @@ Images/s and seconds were taken while the machine did other work; for speed see
 [performance](performance.md).
 """
 
+T = TypeVar("T")
+
+
+class Rows(dict[str, T]):
+    """What a page shows of each row; a row without results is an error of the user."""
+
+    def __missing__(self, name: str) -> T:
+        """Name the row."""
+        raise UserError(f"{name}: has no results; `hsee sweep --rows` trains a row")
+
 
 def load(name: str) -> tuple[studies.Study, list[studies.Result]]:
     """Read a study of this folder and its results."""
@@ -62,17 +77,19 @@ def load(name: str) -> tuple[studies.Study, list[studies.Result]]:
 def accuracy() -> str:
     """Return the page of all studies."""
     found = {name: load(name) for name in ORDER}
-    parts = [INTRODUCTION.rstrip(), "## The rows"]
-    parts.append(studies.row_list(found[SHARED][0]))
+    shared = found[SHARED][0]
+    known = {row.name for row in shared.rows}
+    parts = [INTRODUCTION.rstrip(), "## The rows", studies.row_list(shared)]
     for name, (study, results) in found.items():
         if results:
-            parts += [f"## {study.title}", studies.page(study, results), _command(name)]
+            parts += [f"## {study.title}", studies.page(study, results)]
+            parts += [studies.row_list(study, known), _command(name)]
     missing = {name: study for name, (study, results) in found.items() if not results}
     if missing:
         parts.append("## Not run")
         parts.append("No machine has run these studies yet:")
         parts.append(_missing(missing))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _command(name: str) -> str:
@@ -130,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

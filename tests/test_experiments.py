@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 import os
+import runpy
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -40,7 +43,7 @@ import tables  # noqa: E402
 NAMES = sorted(path.parent.name for path in EXPERIMENTS.glob("*/study.toml"))
 RESULTS = {"demo": 2, "cpu-small-cifar10": 63, "cpu-small-fashion": 63}
 RESULTS |= {"cifar10-w16": 16, "cifar10-w16-recipe": 5, "why-averaging": 8}
-RESULTS |= {"cpu-small-methods": 138}
+RESULTS |= {"cpu-small-methods": 138, "demo-methods": 33}
 UNFINISHED = {"cifar10-w16": 35}  # a row, and two seeds of all
 
 
@@ -212,26 +215,81 @@ def test_a_full_size_row_shrunk_is_trained_as_on_an_accelerator(tmp_path, row):
     np.testing.assert_allclose(*losses, rtol=0.02)
 
 
-def test_one_command_measures_speed_first_and_then_trains(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_command_measures_speed_first_and_then_trains(monkeypatch, tmp_path, fails):
     """The benchmarks get half of the time, and the studies what is left."""
     clock, calls = [0.0], []
 
     def run(arguments, check):
         calls.append(arguments[1:])
         clock[0] += 60
+        return SimpleNamespace(returncode=int(fails and len(calls) == 1))
 
     monkeypatch.setattr(accelerator.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(accelerator.subprocess, "run", run)
-    words = ["accelerator.py", "forms", "--seconds", "150", "--data-dir", "sets"]
-    monkeypatch.setattr(sys, "argv", words)
-    accelerator.main()
+    words = ["accelerator.py", "forms", "--seconds", "150"]
+    monkeypatch.setattr(sys, "argv", [*words, "--data-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) if fails else nullcontext() as end:
+        accelerator.main()
+    assert not fails or end.value.code == 1
     benchmarks, *sweeps = calls
     assert Path(benchmarks[0]).name == "bench_all.py"
     assert benchmarks[1:] == ["forms", "--within", "75.0"]
     names = [Path(words[3]).parent.name for words in sweeps]
     assert names == ["cifar10-w16", "cifar10"]
     assert [words[words.index("--seconds") + 1] for words in sweeps] == ["90", "30"]
-    assert all(words[-4:] == ["--jobs", "1", "--data-dir", "sets"] for words in sweeps)
+    last = ["--jobs", "1", "--data-dir", str(tmp_path)]
+    assert all(words[-4:] == last for words in sweeps)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("accelerator", ["--seconds", "9", "--studies", "nope"], "nope is not a study"),
+        (
+            "accelerator",
+            ["--seconds", "9", "--data-dir", "nope"],
+            "nope is not a folder",
+        ),
+        ("compare", ["nope", "nada"], "nope has no results.jsonl"),
+        ("compare", ["nope", "nada", "--losses"], "nope has no runs"),
+        ("hold_out", "cifar10 --train -5 --held-out 3 --out x".split(), "from 1"),
+        ("answers", ["nope"], "nope/study.toml"),
+        ("clock", ["nope"], "nope/study.toml"),
+    ],
+)
+def test_a_script_refuses_bad_input_in_one_line(
+    monkeypatch, tmp_path, capsys, script, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXPERIMENTS / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("page", "row"), [(findings, "fedavg"), (relatives, "sequential")]
+)
+def test_a_page_names_a_row_without_results(monkeypatch, page, row):
+    study, results = tables.load(page.NAME)
+    left = [result for result in results if result.row.partition(",")[0] != row]
+    loaded = {page.NAME: (study, left)}
+    load = tables.load
+    monkeypatch.setattr(tables, "load", lambda name: loaded.get(name) or load(name))
+    with pytest.raises(UserError, match=f"^{row}: has no results"):
+        page.page()
+
+
+def test_a_comparison_names_settings_that_differ():
+    """Without them two studies could be taken for one."""
+    first = studies.Result("a", 0, {"alpha": 1.0, "width": 8}, 1, None)
+    second = studies.Result("a", 0, {"alpha": 0.3, "width": 8, "new": 1}, 1, None)
+    other = studies.Result("a", 1, {"alpha": 2.0}, 1, None)
+    assert compare.changed([first, other], [second]) == ["alpha"]
+    assert compare.changed([first], [first]) == []
 
 
 def test_the_committed_clock_is_that_of_the_devices(tmp_path, monkeypatch):

@@ -440,6 +440,30 @@ def test_the_table_has_means_and_deviations(write):
     assert "Not run: averaging." in studies.page(study, results)
 
 
+def test_a_page_says_which_seeds_are_missing_and_which_machine_ran_what(write):
+    study = studies.load(write(STUDY, ("seeds = [0, 1]", "seeds = [0, 1, 2]")))
+    (one, other), last = studies.runs(study, seeds=[0]), studies.runs(study, seeds=[2])
+    slide_rule = summary()._replace(device="1 x slide rule")
+    results = [result(one, summary()), result(other, slide_rule)]
+    results += [result(run, summary()) for run in last]
+    assert studies.page(study, results).splitlines()[-5:] == [
+        "Seeds not run: 1.",
+        "",
+        "Run on 1 x abacus with 2 core(s); python 3, jax 4, flax 5, except:",
+        "",
+        f"- {other.row}: on 1 x slide rule with 2 core(s); python 3, jax 4, flax 5.",
+    ]
+
+
+def test_rows_of_a_grid_are_explained_once(write):
+    study = studies.load(write(STUDY + "\n[grid]\nlearning_rate = [0.1, 0.05]\n"))
+    assert len(study.rows) == 4
+    lines = studies.row_list(study).splitlines()
+    assert lines[2] == "| averaging | Servers and clients are averaged. |"
+    assert len(lines) == 3
+    assert studies.row_list(study, ["averaging"]) == ""
+
+
 def test_the_files_of_a_study(write, tmp_path):
     study = studies.load(write())
     runs = studies.runs(study)

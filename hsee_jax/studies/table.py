@@ -1,6 +1,6 @@
 """The results of a study as a table, as a page, and as files."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from hsee_jax.core.files import replace_file, writing
@@ -47,19 +47,40 @@ def page(study: Study, results: Sequence[Result]) -> str:
     """Return Markdown: what the study shows and costs, its table, and its machines."""
     done = by_row(study, results)
     missing = [row.name for row in study.rows if row.name not in done]
+    unseen = set(study.seeds) - {one.seed for own in done.values() for one in own}
     parts = [study.shows, study.cost and f"Cost: {study.cost}"]
     if done:
         parts.append(markdown(table(study, results)).rstrip())
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.")
-    machines = (machine(r) for own in done.values() for r in own)
-    parts += [f"Run on {one}." for one in dict.fromkeys(filter(None, machines))]
-    return "\n\n".join(filter(None, parts))
+    if done and unseen:
+        parts.append(f"Seeds not run: {' '.join(map(str, sorted(unseen)))}.")
+    return "\n\n".join(filter(None, [*parts, _machines(done)]))
 
 
-def row_list(study: Study) -> str:
-    """Return a Markdown table of what each row shows; empty if no row says it."""
-    rows = [(row.name, row.shows) for row in study.rows if row.shows]
+def _machines(done: Mapping[str, Sequence[Result]]) -> str:
+    """Name the machine of most rows, and the others with their rows."""
+    rows: dict[str, dict[str, None]] = {}  # of each machine, in the order of the rows
+    for row, own in done.items():
+        for result in own:
+            rows.setdefault(machine(result), {})[row] = None
+    rows.pop("", None)
+    first, *others = sorted(rows, key=lambda one: -len(rows[one])) or [""]
+    lines = [f"- {', '.join(rows[one])}: on {one}." for one in others]
+    if not lines:
+        return first and f"Run on {first}."
+    return "\n".join([f"Run on {first}, except:\n", *lines])
+
+
+def row_list(study: Study, known: Container[str] = ()) -> str:
+    """Return a Markdown table of what each row shows; empty if no row says it.
+
+    Args:
+      study: the study; the rows of a grid that differ only by it share a line.
+      known: rows to leave out, which another table explains.
+    """
+    shows = {row.name.partition(",")[0]: row.shows for row in study.rows if row.shows}
+    rows = [(name, text) for name, text in shows.items() if name not in known]
     return markdown(Table("", ("row", "what it is"), rows)).rstrip() if rows else ""
 
 
