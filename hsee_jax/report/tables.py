@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 # Below a table of accuracies, where `is_one_network` holds.
 EQUAL_SERVERS = (
-    "All servers score the same because they are one network: all that hold a layer "
-    "share it or average it. To average the servers alone, use --strategy averaging "
-    "--average servers."
+    "All servers score the same because they are one network: after the last average "
+    "all clients and servers with a layer have the same weights for it. To average the "
+    "servers alone, use --strategy averaging --average servers."
 )
 
 
