@@ -28,6 +28,7 @@ from hsee_jax.engine.plan import plan_round
 from hsee_jax.federation.branch import forward, parts_of
 from hsee_jax.federation.federation import Client, group_clients
 from hsee_jax.federation.junction import concat_junction, mean_junction
+from hsee_jax.inference.gate import make_gate
 from hsee_jax.inference.measurement import _mixer_flops
 from hsee_jax.nn.losses import masked_cross_entropy
 from hsee_jax.parallel.mesh import make_mesh
@@ -247,6 +248,38 @@ def test_a_view_that_is_not_finite_is_absent(name, boundary):
     assert not np.array_equal(
         *(s.servers[0].head.params["Dense_0"]["bias"] for s in (broken, state))
     )
+
+
+@pytest.mark.parametrize("name", [SLOW_MEAN, "concat"])
+def test_scores_and_answers_leave_out_a_view_that_is_not_finite(name):
+    """The server's are the formula of the two other views."""
+    federation = tiny_federation(THREE, DENSE)
+    strategy = fpl(federation, junction=name, init="per_client")
+    state, data = jax.jit(strategy.init)(KEY), tiny_data(15)
+    (clients,) = state.clients
+    broken = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), clients.layers)
+    state = state.replace(clients=(clients.replace(layers=broken),))
+    rows, mask = jnp.arange(15), jnp.ones((3, 15), bool)
+    view = partial(PIPELINE.evaluation, data, rows)
+    batch = jax.vmap(view)(mask, jnp.arange(3))
+    expected = loss_of_events(federation, name, weights_of(state), batch)
+    evaluate = make_evaluation(federation, strategy, PIPELINE, batch_size=15)
+    results = evaluate(state, data)
+    losses = [result.server_loss for result in results]
+    np.testing.assert_allclose(losses, [expected] * 3, rtol=1e-5)
+    assert [bool(np.isnan(result.exit_loss)) for result in results] == [0, 0, 1]
+    gate = make_gate(
+        *federation.specs(0), batch_size=15, junction=strategy.junction, sizes=[15]
+    )
+    members = [member(state, n) for n in range(3)]
+    for asked in (0, 2):
+        answers = gate.answer_events(
+            members, state.servers[0], batch.inputs, 0.0, asked=asked
+        )
+        loss, _ = masked_cross_entropy(
+            jnp.asarray(answers.logits), batch.labels[0], batch.mask[0]
+        )
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_a_client_that_misses_a_round_leaves_the_mean_to_the_others():

@@ -11,6 +11,7 @@ from hsee_jax.core.trees import expand_like, select
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
 from hsee_jax.federation.branch import Branch, BranchSpec, LayerState
 from hsee_jax.federation.crossing import decode
+from hsee_jax.federation.junction import finite_views
 
 
 class Rows(NamedTuple):
@@ -36,8 +37,8 @@ ServeRowsFn = Callable[[Branch, tuple[Batch, ...], Array], ServedRows]
 
 def are_finite(batch: Batch) -> Array:
     """Return whether the real rows of each client are finite, ``bool [S]``."""
-    fine = jnp.isfinite(batch.inputs) | ~expand_like(batch.mask, batch.inputs)
-    return jnp.all(fine, axis=tuple(range(1, fine.ndim)))
+    fine = finite_views(batch.inputs, batch.mask)
+    return jnp.all(fine == batch.mask, axis=1)
 
 
 def without(batch: Batch, fine: Array) -> Batch:

@@ -20,7 +20,7 @@ from hsee_jax.engine.scoring import (
 from hsee_jax.federation.branch import Branch, forward
 from hsee_jax.federation.crossing import decode
 from hsee_jax.federation.federation import Federation
-from hsee_jax.federation.junction import Junction
+from hsee_jax.federation.junction import Junction, finite_views
 from hsee_jax.parallel.mesh import SAME, to_devices, to_host
 
 
@@ -30,7 +30,7 @@ def make_event_scores(
     """Compile the scores of the clients of one cut, all of which see each sample.
 
     The exit of a client answers from its own view. The server answers from the views
-    of all of them, so its score is the same for all.
+    of all of them that are finite, so its score is the same for all.
 
     Args:
       federation: the clients.
@@ -56,7 +56,8 @@ def make_event_scores(
             return batch._replace(inputs=decode(server_spec, answers.message)), answers
 
         batches, answers = jax.lax.map(on_client, (clients, views))
-        merged = junction.merge(batches.inputs, batches.mask)
+        present = finite_views(batches.inputs, batches.mask)
+        merged = junction.merge(batches.inputs, present)
         _, logits, _ = forward(wide, server, merged, mask, train=False)
         score = jax.vmap(score_logits, (0, None, None, None))
         return score(answers, logits, batches.labels[0], mask)

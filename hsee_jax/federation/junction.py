@@ -36,6 +36,17 @@ class Junction(NamedTuple):
         return server if self.mixer is None else Branch(server.layers[1:], server.head)
 
 
+def finite_views(features: Array, mask: Array) -> Array:
+    """Return which views of events are there and finite, ``bool [S, B]``.
+
+    Args:
+      features: ``[S, B, ...]``.
+      mask: ``bool [S, B]``, or ``[1, B]`` for all views; false on padding.
+    """
+    finite = jnp.isfinite(features)
+    return mask & jnp.all(finite, axis=tuple(range(2, features.ndim)))
+
+
 def mean_junction() -> Junction:
     """Average the features of the views that are there."""
 

@@ -23,7 +23,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Array
 from hsee_jax.federation.branch import Branch, BranchSpec, forward, forward_exits
 from hsee_jax.federation.crossing import decode, encode_for_evaluation
-from hsee_jax.federation.junction import Junction
+from hsee_jax.federation.junction import Junction, finite_views
 from hsee_jax.inference.criteria import CRITERIA, Criterion
 from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import finite_rows, predicted_class
@@ -247,8 +247,7 @@ def _server_part(
             features = read(message)
         else:
             views = jax.vmap(read)(message)
-            present = jnp.broadcast_to(mask[None], (len(views), len(mask)))
-            features = junction.merge(views, present)
+            features = junction.merge(views, finite_views(views, mask[None]))
         return forward(wide, server, features, mask, train=False)[1]
 
     def on_server(
