@@ -1,5 +1,6 @@
 """The bytes that cross the links, against those of real arrays, counted by hand."""
 
+from collections import Counter
 from functools import partial
 
 import jax
@@ -245,7 +246,39 @@ def test_four_cuts_of_resnet18_are_not_dominated():
 
 def test_a_last_batch_that_is_smaller_shares_all_its_gradients():
     """Of 12 samples in batches of 8 and 4, two clients share 4 + 4 rows."""
-    assert gradient_rows(0.5, 8, 2) * 8 == 4 + 4 / 2
-    assert gradient_rows(0.5, 8, 2, 12) * 12 == pytest.approx(4 + (4 + 4) / 2)
-    assert gradient_rows(0.5, 8, 2, 24) == gradient_rows(0.5, 8, 2)
-    assert gradient_rows(0.0, 8, 2, 12) == 1
+    assert gradient_rows(0.5, 8, 2, 8, 8) == 4 + 4 / 2
+    assert gradient_rows(0.5, 8, 2, 12, 12) == 4 + (4 + 4) / 2
+    assert gradient_rows(0.5, 8, 2, 24, 24) == 3 * (4 + 4 / 2)
+    assert gradient_rows(0.0, 8, 2, 12, 24) == 12
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_shared_gradients_of_unequal_shards_are_those_that_a_run_counts(share):
+    """A row that only some clients have is sent in full, and counts in full."""
+    config = override(
+        preset("demo"),
+        network="dense_pair",
+        strategy="sequential",
+        boundary="joint",
+        turn="together",
+        gradient_share=share,
+        num_clients=5,
+        cuts=("1", "2"),
+        participation=1.0,
+        batch_size=8,
+        max_train_samples=90,
+        max_test_samples=20,
+        partition="quantity",
+    )
+    experiment = build(config)
+    shards = experiment.manifest
+    assert len({one.samples for one in shards if one.cut == 1}) == 3
+    _, _, progress = experiment.run_round(experiment.init())
+    crossed = experiment.round_bytes(1, progress.metrics)
+    clients = Counter(one.cut for one in shards)
+    for name in ("up_bytes", "down_bytes"):
+        total = sum(
+            clients[one["cut"]] * one["round"][name]
+            for one in experiment.bytes_by_cut()
+        )
+        assert total == pytest.approx(getattr(crossed, name))

@@ -66,18 +66,17 @@ class Traffic(NamedTuple):
         own = {i: self.own[old] for i, old in enumerate(clients) if old in self.own}
         return self._replace(own=own)
 
-    def total(self, samples: float, averages: float, down_share: float = 1) -> Bytes:
+    def total(self, samples: float, gradients: float, averages: float) -> Bytes:
         """Return the bytes of some samples and some averages.
 
         Args:
-          samples: the number of samples.
+          samples: the number of samples that go up.
+          gradients: the number of those whose gradient comes down.
           averages: the number of averages.
-          down_share: the share of the samples' gradients that is sent, see
-            `gradient_rows`.
         """
-        up, down = self.sample[0], down_share * self.sample[1]
+        up, down = self.sample
         weights = averages * self.weights
-        return Bytes(samples * up + weights, samples * down + weights)
+        return Bytes(samples * up + weights, gradients * down + weights)
 
 
 def nbytes(tree: PyTree) -> int:
@@ -198,23 +197,27 @@ def round_bytes(
 
 
 def gradient_rows(
-    share: float, batch_size: int, clients: int, samples: int | None = None
+    share: float, batch_size: int, clients: int, samples: int, largest: int
 ) -> float:
-    """Return the rows of gradient that a server sends for each row of a client.
+    """Return the rows of gradient that a server sends to a client in a round.
+
+    A row for several clients is sent once, and counts for each of them in equal parts.
+    Who has the most samples has every row that is shared, since all clients begin with
+    whole batches.
 
     Args:
-      share: the share of the rows whose gradient clients share, see `Strategy`.
-      batch_size: samples in a batch.
-      clients: how many clients share it; a gradient sent to all of them counts once.
-      samples: the samples of a client, of which the last batch may hold fewer; None for
-        whole batches.
+      share: the share of a batch whose gradient clients share, see `Strategy`.
+      batch_size: samples in a batch, of which the last of a client may hold fewer.
+      clients: how many clients share a gradient; all of them take part.
+      samples: of the client.
+      largest: the most samples of any of these clients.
     """
-    if share == 0:
-        return 1
-    count = batch_size if samples is None else max(samples, 1)
-    most, (whole, rest) = shared_rows_of(share, batch_size), divmod(count, batch_size)
-    shared = (whole * most + min(rest, most)) / count
-    return 1 - shared + shared / clients
+    most = shared_rows_of(share, batch_size)
+    own, once = (
+        count // batch_size * most + min(count % batch_size, most)
+        for count in (samples, largest)
+    )
+    return samples - own + once / clients
 
 
 def bytes_by_cut(
@@ -228,15 +231,15 @@ def bytes_by_cut(
     """Return the bytes on the link of a client of each cut, in a step and in a round.
 
     The bytes are means over the clients of the cut, which differ in their samples, and
-    in the bytes of a sample if the codec treats them differently.
+    in the bytes of a sample if the codec treats them differently. In a step all of them
+    have a whole batch, and in a round all of them take part.
 
     Args:
       traffic: the traffic of the clients of each group.
       shares: the samples of all clients.
       batch_size: samples in a step.
       averages: how often a round averages layers.
-      gradient_share: see `Strategy`; a gradient for several clients is divided among
-        them.
+      gradient_share: see `gradient_rows`.
 
     Returns:
       For each cut a dictionary with ``cut``, and with ``up_bytes`` and ``down_bytes``
@@ -245,12 +248,14 @@ def bytes_by_cut(
     found = []
     for one in traffic:
         members = [share for share in shares if share.cut == one.cut]
-        rows = partial(gradient_rows, gradient_share, batch_size, len(members))
         own = [one.of(share.id) for share in members]
-        steps = [each.total(batch_size, 0, rows()) for each in own]
+        samples = [share.samples for share in members]
+        rows = partial(gradient_rows, gradient_share, batch_size, len(members))
+        whole = batch_size, rows(batch_size, batch_size)
+        steps = [each.total(*whole, averages=0) for each in own]
         rounds = [
-            each.total(share.samples, averages, rows(share.samples))
-            for each, share in zip(own, members, strict=True)
+            each.total(count, rows(count, max(samples)), averages)
+            for each, count in zip(own, samples, strict=True)
         ]
         means = {"step": _mean(steps), "round": _mean(rounds)}
         found.append({"cut": one.cut, **means})

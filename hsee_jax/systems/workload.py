@@ -182,13 +182,19 @@ def workload(
         whole one.
       steps: batches in the round, one number for all clients or one for each.
       boundary: see `Strategy`; with ``"none"`` a client computes the server's layers.
-      gradient_share: see `Strategy` and `gradient_rows`; every link takes its time.
+      gradient_share: see `Strategy`. Every link takes the time of each gradient; the
+        bytes and the server's work count a shared one once, divided among the clients
+        of the step as if all were there with whole batches.
 
     Raises:
       UserError: a device was measured with another network.
     """
     costs, counts = tuple(costs), Counter(cuts)
-    share_of = functools.partial(gradient_rows, gradient_share, batch_size)
+
+    def share_of(clients: int) -> float:
+        whole = batch_size, batch_size
+        return gradient_rows(gradient_share, batch_size, clients, *whole) / batch_size
+
     behind = cut_seconds(costs, server, batch_size)
     back = _backward_shares(part_seconds(costs, server, batch_size)[1], cuts, share_of)
     rows = []
