@@ -398,6 +398,17 @@ def test_labels_that_are_not_given_change_nothing(strategy, tmp_path):
     assert same(*found)
 
 
+def test_a_step_has_the_bytes_of_samples_with_labels():
+    """Of 24 samples in three whole batches 6 have labels."""
+    config = override(CONFIG, batch_size=8, max_train_samples=None, average="none")
+    images, labels = arrays()
+    experiment = hs.build(config, (images, labels, images[:9], labels[:9]))
+    sizes = [one.sample.up_bytes for one in experiment.traffic]
+    for one, size in zip(experiment.bytes_by_cut(), sizes, strict=True):
+        assert one["round"]["up_bytes"] == 6 * size
+        assert 3 * one["step"]["up_bytes"] == 6 * size
+
+
 @pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path):
     """It trains, goes on, is fitted and gated; its partition counts labels."""

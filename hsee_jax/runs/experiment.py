@@ -179,15 +179,13 @@ class Experiment(NamedTuple):
         """
         rounds, steps = self.learning_rates.shape
         averages = [averages_in(self.strategy, r + 1, steps) for r in range(rounds)]
-        shares = self.manifest
-        if self.strategy.copies > 1:  # only samples with labels cross the link
-            shares = [s._replace(samples=sum(s.label_counts)) for s in shares]
         return bytes_by_cut(
             self.traffic,
-            shares,
+            self.manifest,
             batch_size=self.batch_size,
             averages=float(np.mean(averages)),
             gradient_share=self.strategy.gradient_share,
+            labelled_only=self.strategy.copies > 1,
         )
 
     def costs(self) -> tuple[LayerCost, ...]:

@@ -227,6 +227,7 @@ def bytes_by_cut(
     batch_size: int,
     averages: float,
     gradient_share: float = 0.0,
+    labelled_only: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the bytes on the link of a client of each cut, in a step and in a round.
 
@@ -240,6 +241,8 @@ def bytes_by_cut(
       batch_size: samples in a step.
       averages: how often a round averages layers.
       gradient_share: see `gradient_rows`.
+      labelled_only: whether only samples with labels cross the link; then a step has
+        the mean number of them in a whole batch.
 
     Returns:
       For each cut a dictionary with ``cut``, and with ``up_bytes`` and ``down_bytes``
@@ -249,10 +252,17 @@ def bytes_by_cut(
     for one in traffic:
         members = [share for share in shares if share.cut == one.cut]
         own = [one.of(share.id) for share in members]
-        samples = [share.samples for share in members]
+        samples = [
+            sum(share.label_counts) if labelled_only else share.samples
+            for share in members
+        ]
+        parts = [n / share.samples for n, share in zip(samples, members, strict=True)]
         rows = partial(gradient_rows, gradient_share, batch_size, len(members))
-        whole = batch_size, rows(batch_size, batch_size)
-        steps = [each.total(*whole, averages=0) for each in own]
+        whole = rows(batch_size, batch_size)
+        steps = [
+            each.total(part * batch_size, part * whole, averages=0)
+            for each, part in zip(own, parts, strict=True)
+        ]
         rounds = [
             each.total(count, rows(count, max(samples)), averages)
             for each, count in zip(own, samples, strict=True)
