@@ -142,6 +142,9 @@ def test_the_command_shows_who_hosts_whom(tmp_path, capsys):
         (["exact", "--max-joules", "3"], "max_joules: has no effect with pairs"),
         (["exact", "--strategy", "averaging"], "strategy: has no effect with pairs"),
         (["exact", "--micro-batches", "2"], "micro_batches: has no effect with pairs"),
+        (["greedy", "--average", "servers"], "average: has no effect with pairs"),
+        (["greedy", "--period", "3"], "period: has no effect with pairs"),
+        (["greedy", "--init", "per_client"], "init: has no effect with pairs"),
     ):
         assert cli.main([*flags, "--pairs", *words]) == 2
         line = capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.files import replace_file, writing
@@ -31,14 +32,16 @@ _TRAINED = "fedavg"  # what pairs train: a whole network for every client
 
 
 def check_flags(given: dict[str, Any]) -> None:
-    """Refuse an unknown rule, and flags that pairs do not read.
+    """Refuse an unknown rule, and flags without a meaning for pairs.
 
     Raises:
       UserError: such a flag is given.
     """
     if given["pairs"] not in RULES:
         raise unknown("pairs", given["pairs"], RULES)
-    for name in _NO_EFFECT:
+    trained = ALGORITHMS.entry(_TRAINED).options
+    of_others = (name for name in ALGORITHMS.options() if name not in trained)
+    for name in (*_NO_EFFECT, *of_others):
         if name in given:
             raise UserError(f"{name}: has no effect with pairs")
 
