@@ -9,13 +9,14 @@ With a joint boundary, every client gets the gradient of the mean loss over its 
 rows, so that the clients' mean moves by the gradient of the joined batch. The first
 ``ceil(phi B)`` rows of every batch share a gradient: their gradients by the logits are
 summed over the clients and flow back once, through the means of the clients' rows, and
-all clients of a cut get the same result [recalled]. So the server sends
-``ceil(phi B) + N (B - ceil(phi B))`` rows of gradient to N clients of a cut, and passes
-as many back through its layers. For this, the simulation also runs a forward pass on
-the means, in which BatchNorm sees each mean as one row.
+all clients of a cut get the same result [recalled]. Where they have unequal numbers of
+real rows, each gets it times a number of its own, whose bytes do not count. So the
+server sends ``ceil(phi B) + N (B - ceil(phi B))`` rows of gradient to N clients of a
+cut, and passes as many back through its layers. For this, the simulation also runs a
+forward pass on the means, in which BatchNorm sees each mean as one row.
 
 A client whose features are not finite is left out of the step. If the step itself is
-not finite, no client and no server takes it.
+not finite, the server does not take it, nor with a joint boundary does any client.
 """
 
 import math
@@ -172,8 +173,8 @@ def shared_rows_of(share: float, batch_size: int) -> int:
 def _link(spec: BranchSpec, message: Batch, sizes: Array, shared_rows: int) -> Array:
     """Count what crosses the links of a group, ``int32 [S, 2, 2]``.
 
-    A gradient that is the same for all clients is sent once; it counts for the first
-    client that has such a row.
+    A gradient that all clients share is sent once, even where each scales it by its own
+    number of real rows; it counts for the first client that has such a row.
 
     Args:
       spec: of the clients.
