@@ -167,6 +167,9 @@ def add_decay(updates: PyTree, params: PyTree, weight_decay: float) -> PyTree:
     )
 
 
+Momentum = Annotated[
+    float, "share of the momentum that each step adds to its gradient", share
+]
 Decay = Annotated[float, "weight decay, except on biases and BatchNorm", at_least(0)]
 
 # Factories take only their options.
@@ -177,7 +180,7 @@ register = OPTIMIZERS.register
 @OPTIMIZERS.register(summary="gradient descent with momentum")
 def sgd(
     *,
-    momentum: Annotated[float, "share of the last update in the next", share] = 0.9,
+    momentum: Momentum = 0.9,
     weight_decay: Decay = 5e-4,
 ) -> Optimizer:
     """Build SGD with heavy-ball momentum at rate 1."""

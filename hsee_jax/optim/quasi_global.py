@@ -26,6 +26,7 @@ from hsee_jax.core.types import Array, PyTree
 from hsee_jax.optim.optimizers import (
     Decay,
     Merge,
+    Momentum,
     Optimizer,
     add_decay,
     no_leaves,
@@ -44,7 +45,7 @@ class QuasiGlobalState(NamedTuple):
 @register(summary="momentum along the way of the means, for clients with unlike labels")
 def qgm(
     *,
-    momentum: Annotated[float, "share of the last update in the next", share] = 0.9,
+    momentum: Momentum = 0.9,
     buffer_momentum: Annotated[
         float, "share of the old quasi-global momentum in the new, when averaged", share
     ] = 0.9,
