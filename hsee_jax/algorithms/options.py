@@ -104,6 +104,7 @@ ServerLrScale = Annotated[
 ]
 Init = Annotated[
     str,
-    "weights at the start: slices of one network, or drawn per client [ours]",
+    "weights at the start: slices of one network; or each client, with a server of its "
+    "own, has a network of its own, and a shared server is a slice of one more [ours]",
     one_of(INITS),
 ]

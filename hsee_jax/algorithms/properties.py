@@ -59,7 +59,8 @@ class Properties(NamedTuple):
     optimizer_state: str = "keep"  # of `hsee_jax.optim.MERGES`
     server_lr_scale: float = 1.0  # the server's learning rate relative to the clients'
     # "shared": all parts are slices of one network; "per_client": the parts of each
-    # client and its server are slices of a network of their own.
+    # client and its own server are slices of a network of their own, and a shared
+    # server is a slice of one more.
     init: str = "shared"
     copies: int = 1  # see `Strategy`; two need a detached boundary, and no distill
     width_target: float | None = None  # with two copies, see `unlabelled_step`
