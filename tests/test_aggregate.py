@@ -187,4 +187,5 @@ def test_a_local_batch_norm_keeps_the_count_of_its_moments(where, rule):
     )
     with pytest.raises(UserError, match=f"optimizer_state: {rule} is not allowed with"):
         build(config)
-    build(override(config, norm="group", exit_head="linear"))
+    local = {"average": "servers", "batch_norm": "auto"}
+    build(override(config, norm="group", exit_head="linear", **local))

@@ -12,6 +12,7 @@ from tiny import (
     LAYERS,
     OPTIM,
     PIPELINE,
+    ConvLayer,
     DenseLayer,
     tiny_data,
     tiny_federation,
@@ -374,6 +375,17 @@ def test_a_misspelt_option_is_refused(options, message):
         averaging(tiny_federation(CUTS), **options)
 
 
+@pytest.mark.parametrize("batch_norm", ["average", "keep_local"])
+def test_a_rule_for_batch_norm_needs_one(batch_norm):
+    """One in a layer that no server holds is enough."""
+    layers = (ConvLayer(4), DenseLayer(8))
+    averaging(tiny_federation({0: 1}, tiny_model(layers)), batch_norm=batch_norm)
+    without = tiny_federation({0: 1}, tiny_model(layers[1:] * 2))
+    averaging(without)
+    with pytest.raises(UserError, match=f"^batch_norm: {batch_norm} has no effect on"):
+        averaging(without, batch_norm=batch_norm)
+
+
 @pytest.mark.parametrize(
     ("average", "same"), [("servers", "keep_local"), ("all_holders", "average")]
 )
@@ -411,9 +423,7 @@ def test_batch_norm_stays_local_where_only_servers_are_averaged(average, same):
 def test_whoever_hosts_the_upper_layers_the_algebra_is_that_of_fedavg(layers, pairings):
     """So a plan of pairs says nothing about training."""
     model, depth = tiny_model(layers), len(layers)
-    joint = partial(
-        averaging, boundary="joint", average="all_holders", batch_norm="average"
-    )
+    joint = partial(averaging, boundary="joint", average="all_holders")
 
     def trained(make, cuts):
         """The whole network of each client."""

@@ -21,7 +21,7 @@ from hsee_jax.algorithms.steps import (
     train_fn,
 )
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.types import Array, Key
+from hsee_jax.core.types import Array, Key, Variables
 from hsee_jax.federation.branch import Branch, init_server
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.state import RunState, init_clients, init_servers
@@ -32,7 +32,7 @@ from hsee_jax.federation.strategy import (
     Strategy,
     TurnFn,
 )
-from hsee_jax.nn.model import init_network
+from hsee_jax.nn.model import Model, init_network
 from hsee_jax.optim.optimizers import (
     Optimizer,
     alone,
@@ -59,6 +59,8 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
     batch_norm = properties.batch_norm
     if batch_norm == "auto":
         batch_norm = "keep_local" if properties.average == "servers" else "average"
+    else:
+        _check_batch_norm(federation, batch_norm)
     if batch_norm == "keep_local":
         _check_counts(federation, properties.optimizer_state)
     averages = Averages(
@@ -151,6 +153,19 @@ def _optimizers(
     return clients, servers
 
 
+def _check_batch_norm(federation: Federation, batch_norm: str) -> None:
+    """Refuse a rule for BatchNorm without a BatchNorm.
+
+    Raises:
+      UserError: no layer and no head has one.
+    """
+    if not any(part["batch_stats"] for part in _parts(federation.model)):
+        raise UserError(
+            f"batch_norm: {batch_norm} has no effect on a network without BatchNorm; "
+            "allowed is auto"
+        )
+
+
 def _check_counts(federation: Federation, optimizer_state: str) -> None:
     """Refuse to change the count of steps of a BatchNorm that keeps its moments.
 
@@ -159,15 +174,20 @@ def _check_counts(federation: Federation, optimizer_state: str) -> None:
     """
     if optimizer_state == "keep":
         return
-    network = jax.eval_shape(partial(init_network, federation.model), jax.random.key(0))
     counts = partial(counts_steps, federation.optimizer)
-    parts = *network.layers, *network.exit_heads, network.final_head
+    parts = _parts(federation.model)
     if any(one["batch_stats"] and counts(one["params"]) for one in parts):
         raise UserError(
             f"optimizer_state: {optimizer_state} is not allowed with batch_norm "
             "keep_local and an optimizer that counts the steps of a layer, such as "
             "adamw; allowed is keep, or batch_norm average"
         )
+
+
+def _parts(model: Model) -> tuple[Variables, ...]:
+    """Return the shapes of all layers and heads of a network."""
+    network = jax.eval_shape(partial(init_network, model), jax.random.key(0))
+    return *network.layers, *network.exit_heads, network.final_head
 
 
 def _init_fn(federation: Federation, *, shared: bool, init: str) -> InitStateFn:
