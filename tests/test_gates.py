@@ -218,10 +218,10 @@ def test_gates_are_hard_and_their_gradient_is_that_of_a_sigmoid():
 
 
 def test_the_loss_of_the_width():
-    """All gates open at a target of one half cost 5 (1 - 1/2)^2."""
-    assert float(width_loss(jnp.float32(1.0), 0.5)) == 1.25
+    """All gates open at a target of one half cost 25 (1 - 1/2)^2."""
+    assert float(width_loss(jnp.float32(1.0), 0.5)) == 6.25
     assert float(width_loss(jnp.float32(0.5), 0.5)) == 0
-    assert float(jax.grad(width_loss)(jnp.float32(0.25), 0.5)) == 5 * 2 * -0.25
+    assert float(jax.grad(width_loss)(jnp.float32(0.25), 0.5)) == 25 * 2 * -0.25
 
 
 def products_by_hand(first, second, third):
@@ -306,7 +306,7 @@ def test_a_step_follows_both_losses():
         opened = open_gates(gate["logits"] + gate["shift"]).sum()
         stem, each = 64 * 9 * 4, 64 * 9 * 2 * 4
         share = (stem + each * opened) / (stem + each * 4)
-        return alike + 5 * 5 * (share - target) ** 2
+        return alike + 25 * (share - target) ** 2
 
     params = [layer["params"] for layer in network.layers]
     expected = jax.tree.map(jnp.subtract, params, jax.jit(jax.grad(loss))(params))

@@ -42,10 +42,6 @@ from hsee_jax.nn.vicreg import masked_vicreg
 # cross-entropy, which its authors' optimizer, LARS, would find by itself [ours].
 _SCALE = 25.0
 
-# The weight of the loss of the width beside VICReg / 25 [ours]. The paper trains for
-# hundreds of epochs; with a weight of 1, some hundred steps miss the target.
-_WIDTH = 5.0
-
 
 class _Passed(NamedTuple):
     """What the copies leave behind when they have passed through a client."""
@@ -86,7 +82,7 @@ def unlabelled_step(
         target, also the key of the gates' noise.
       learning_rate: ``float32 []``.
       width_target: the share of their FLOPs that the layers are to keep; their loss
-        grows by 5 times `hsee_jax.nn.width_loss`. None for a client without gates.
+        grows by `hsee_jax.nn.width_loss`. None for a client without gates.
 
     Returns:
       The new state; the rows with labels, as a batch with the detached features of
@@ -149,7 +145,7 @@ def _at_two_widths(
     layers = [variables_of(layer) for layer in client.layers]
     shape = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     share = flops_share(spec.stages, layers, shape)
-    loss = loss + _WIDTH * width_loss(share, target)
+    loss = loss + width_loss(share, target)
     seen, head = jax.lax.stop_gradient(gated), variables_of(client.head)
     gated_logits, _ = spec.head.apply(head, seen, batch.mask, train=True)
     return _Passed(loss, features, (logits, gated_logits), (*own, stats[-1]))
