@@ -42,7 +42,7 @@ class Averages:
     reduce: ReduceFn  # see `hsee_jax.federation.layer_mean`
     batch_norm: str  # see `hsee_jax.federation.receive`
     shared: bool  # whether all clients share one server
-    together: bool  # whether a client holds the server's layers too
+    whole_networks: bool  # whether a client holds the server's layers too
     spread: bool  # whether the stacks are spread over the federation's mesh
 
     def aggregate(self, state: RunState, weights: tuple[Array, ...]) -> Means:
@@ -92,7 +92,7 @@ class Averages:
     def messages(self, state: RunState) -> tuple[PyTree, ...]:
         """Return the arrays that clients send for a mean, ``[S, ...]`` for a group."""
         layers = _layers_of(state)
-        own = ("client", "server") if self.together else ("client",)
+        own = ("client", "server") if self.whole_networks else ("client",)
         arrays = partial(
             message, optimizer=self.federation.optimizer, batch_norm=self.batch_norm
         )

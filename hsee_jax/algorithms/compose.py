@@ -69,7 +69,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         properties.reduce_fn(len(federation.clients)),
         batch_norm,
         shared=shared,
-        together=boundary == "none",
+        whole_networks=boundary == "none",
         spread=federation.mesh is not None and step is not None,
     )
     return Strategy(
@@ -81,7 +81,7 @@ def compose(federation: Federation, properties: Properties) -> Strategy:
         messages=averages.messages,
         part=parts.take,
         shared=shared,
-        turn_unit=properties.turn if shared else "batch",
+        turn_unit=properties.turn,
         gradient_share=properties.gradient_share,
         copies=properties.copies,
         period=0 if properties.average == "none" else properties.period,
@@ -102,15 +102,16 @@ def _turn_and_step(
 ) -> tuple[TurnFn | None, StepFn | None]:
     """Return the turn of a client, the step of all clients, or both."""
     boundary, rates = properties.boundary, Rates(properties.server_lr_scale)
-    turn, train = make_turn(federation, parts, properties), train_fn(properties)
-    if not properties.shared:
-        return turn, in_parallel(federation, turn)
+    train = train_fn(properties)
     if properties.turn == "together":
         if boundary == "detached":
             serve: ServeFn = partial(serve_together, federation)
             return None, clients_then_server(federation, rates, serve, train)
         shares = properties.exit_gradient, properties.gradient_share
         return None, joint_together(federation, rates, *shares)
+    turn = make_turn(federation, parts, properties)
+    if not properties.shared:
+        return turn, in_parallel(federation, turn)
     at_once = boundary == "detached" and not properties.distill
     if properties.turn == "batch" and at_once:
         serve = partial(serve_in_turn, federation, parts)
