@@ -30,14 +30,11 @@ from jax.sharding import PartitionSpec as P
 from hsee_jax.algorithms.rows import (
     ServedRows,
     ServeRowsFn,
-    are_finite,
     by_client,
-    decode_rows,
     forward_rows,
-    of_own_mean,
-    reported,
     rows_of,
-    without,
+    served_rows,
+    take_messages,
 )
 from hsee_jax.algorithms.steps import Rates
 from hsee_jax.core.trees import add_trees, select
@@ -201,9 +198,7 @@ def _serve(
     """Step the server on all rows; see `serve_together` for the arguments."""
     mesh, spec = federation.mesh, federation.specs(0)[1]
     specs = [federation.specs(g)[1] for g in range(len(messages))]
-    decoded = list(map(decode_rows, specs, messages))
-    fine = list(map(are_finite, decoded))
-    batches = list(map(without, decoded, fine))
+    batches, fine = zip(*map(take_messages, specs, messages), strict=True)
     server = constrain(server, mesh, SAME)
     run = _runner(federation, server, [batch.mask for batch in batches])
     at = params_of(server), [b.inputs for b in batches]
@@ -220,15 +215,8 @@ def _serve(
         select(s, *pair)
         for *pair, s in zip(parts_of(moved), parts_of(server), seen, strict=True)
     )
-    refused = [~ok | jnp.isnan(total.loss_sum) for ok in fine]
-    return ServedRows(
-        constrain(with_parts(server, parts), mesh, SAME),
-        tuple(map(reported, metrics, decoded, refused)),
-        tuple(
-            of_own_mean(gradient, one.count, total.count, no)
-            for gradient, one, no in zip(gradients, metrics, refused, strict=True)
-        ),
-    )
+    server = constrain(with_parts(server, parts), mesh, SAME)
+    return served_rows(server, messages, fine, metrics, gradients, total)
 
 
 def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Callable:
@@ -260,7 +248,7 @@ def _runner(federation: Federation, server: Branch, masks: list[Array]) -> Calla
 
 
 def _mean_loss(
-    logits: list[Array], batches: list[Batch]
+    logits: list[Array], batches: tuple[Batch, ...]
 ) -> tuple[Array, tuple[Metrics, ...]]:
     """Return the mean loss over all rows, and the metrics of each client."""
     metrics = tuple(

@@ -30,11 +30,8 @@ from hsee_jax.algorithms.registry import ALGORITHMS, require_one_cut
 from hsee_jax.algorithms.rows import (
     ServedRows,
     ServeRowsFn,
-    are_finite,
-    decode_rows,
-    of_own_mean,
-    reported,
-    without,
+    served_rows,
+    take_messages,
 )
 from hsee_jax.algorithms.steps import Rates, clients_then_server
 from hsee_jax.core.errors import unknown
@@ -183,9 +180,7 @@ def _serve(
       learning_rate: of the server.
     """
     (message,), spec = messages, federation.specs(0)[1]
-    decoded = decode_rows(spec, message)
-    fine = are_finite(decoded)
-    views = without(decoded, fine)
+    views, fine = take_messages(spec, message)
     server, wide = constrain(server, federation.mesh, SAME), junction.widen(spec)
 
     def mean_loss(params: tuple[PyTree, ...], features: Array) -> tuple[Array, tuple]:
@@ -202,9 +197,5 @@ def _serve(
     grads, gradient = slopes
     total = jax.tree.map(jnp.sum, metrics)
     server, total = take_step(wide, server, grads, stats, learning_rate, total)
-    refused = ~fine | jnp.isnan(total.loss_sum)
-    return ServedRows(
-        constrain(server, federation.mesh, SAME),
-        (reported(metrics, decoded, refused),),
-        (of_own_mean(gradient, metrics.count, total.count, refused),),
-    )
+    server = constrain(server, federation.mesh, SAME)
+    return served_rows(server, messages, [fine], [metrics], [gradient], total)

@@ -1,6 +1,6 @@
 """The rows of all clients on their way through one server, where they join by depth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,21 +35,24 @@ class ServedRows(NamedTuple):
 ServeRowsFn = Callable[[Branch, tuple[Batch, ...], Array], ServedRows]
 
 
-def are_finite(batch: Batch) -> Array:
-    """Return whether the real rows of each client are finite, ``bool [S]``."""
-    fine = finite_views(batch.inputs, batch.mask)
-    return jnp.all(fine == batch.mask, axis=1)
+def take_messages(spec: BranchSpec, message: Batch) -> tuple[Batch, Array]:
+    """Decode the messages of a group, without those of clients that are not finite.
 
+    Their rows become padding, and all padding 0. Behind a BatchNorm the features of an
+    absent client are NaN; with them, the gradient of the whole batch would be NaN.
 
-def without(batch: Batch, fine: Array) -> Batch:
-    """Make padding of the rows of clients that are not fine, and set all padding to 0.
+    Args:
+      spec: of the server behind the clients.
+      message: inputs encoded, leaves ``[S, B, ...]``.
 
-    Behind a BatchNorm the features of an absent client are NaN; with them, the gradient
-    of the whole batch would be NaN.
+    Returns:
+      The rows, and whether the real ones of each client were finite, ``bool [S]``.
     """
-    mask = batch.mask & fine[:, None]
-    inputs = jnp.where(expand_like(mask, batch.inputs), batch.inputs, 0)
-    return batch._replace(inputs=inputs, mask=mask)
+    inputs = jax.vmap(partial(decode, spec))(message.inputs)
+    fine = jnp.all(finite_views(inputs, message.mask) == message.mask, axis=1)
+    mask = message.mask & fine[:, None]
+    inputs = jnp.where(expand_like(mask, inputs), inputs, 0)
+    return message._replace(inputs=inputs, mask=mask), fine
 
 
 def rows_of(features: Array, mask: Array, first: int) -> Rows:
@@ -133,27 +136,35 @@ def by_client(values: Array, masks: list[Array]) -> list[Array]:
     return found
 
 
-def decode_rows(spec: BranchSpec, message: Batch) -> Batch:
-    """Decode the messages of a group's clients, ``[S, B, ...]``."""
-    return message._replace(inputs=jax.vmap(partial(decode, spec))(message.inputs))
-
-
-def reported(metrics: Metrics, batch: Batch, refused: Array) -> Metrics:
-    """Return a group's metrics, with a loss of NaN for clients without a step."""
-    count = jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
-    loss_sum = jnp.where(refused & (count > 0), jnp.nan, metrics.loss_sum)
-    return Metrics(loss_sum, metrics.correct, count)
-
-
-def of_own_mean(gradient: Array, own: Array, total: Array, refused: Array) -> Array:
-    """Scale gradients of the mean loss of all rows to the mean of each client's rows.
+def served_rows(
+    server: Branch,
+    messages: Sequence[Batch],
+    fine: Sequence[Array],
+    metrics: Sequence[Metrics],
+    gradients: Sequence[Array],
+    total: Metrics,
+) -> ServedRows:
+    """Return the result of a step; NaN for clients that are not to take theirs.
 
     Args:
-      gradient: ``[S, ...]``.
-      own: real rows of each client, ``int32 [S]``.
-      total: real rows of all clients, ``int32 []``.
-      refused: ``bool [S]``; these clients get NaN.
+      server: after the step.
+      messages: of each group, with the masks of all rows that were sent.
+      fine: of each group, see `take_messages`.
+      metrics: of each group's rows that took part, leaves ``[S]``.
+      gradients: of the mean loss of all rows, by each group's features ``[S, B, ...]``;
+        a client gets that of the mean of its own.
+      total: of all rows, with a loss of NaN if the server refused the step.
     """
-    scale = total.astype(jnp.float32) / jnp.maximum(own, 1).astype(jnp.float32)
-    scale = jnp.where(refused, jnp.nan, scale).astype(gradient.dtype)
-    return gradient * expand_like(scale, gradient)
+    found, scaled = [], []
+    for batch, ok, own, gradient in zip(
+        messages, fine, metrics, gradients, strict=True
+    ):
+        refused = ~ok | jnp.isnan(total.loss_sum)
+        count = jnp.sum(batch.mask, axis=1, dtype=jnp.int32)
+        loss_sum = jnp.where(refused & (count > 0), jnp.nan, own.loss_sum)
+        found.append(Metrics(loss_sum, own.correct, count))
+        rows = jnp.maximum(own.count, 1).astype(jnp.float32)
+        times = total.count.astype(jnp.float32) / rows
+        times = jnp.where(refused, jnp.nan, times).astype(gradient.dtype)
+        scaled.append(gradient * expand_like(times, gradient))
+    return ServedRows(server, tuple(found), tuple(scaled))
