@@ -182,19 +182,13 @@ def workload(
         whole one.
       steps: batches in the round, one number for all clients or one for each.
       boundary: see `Strategy`; with ``"none"`` a client computes the server's layers.
-      gradient_share: see `Strategy`. Every link takes the time of each gradient; the
-        bytes and the server's work count a shared one once, divided among the clients
-        of the step as if all were there with whole batches.
+      gradient_share: see `Strategy` and `_gradients_sent`; every link takes its time.
 
     Raises:
       UserError: a device was measured with another network.
     """
     costs, counts = tuple(costs), Counter(cuts)
-
-    def share_of(clients: int) -> float:
-        whole = batch_size, batch_size
-        return gradient_rows(gradient_share, batch_size, clients, *whole) / batch_size
-
+    share_of = functools.partial(_gradients_sent, gradient_share, batch_size)
     behind = cut_seconds(costs, server, batch_size)
     back = _backward_shares(part_seconds(costs, server, batch_size)[1], cuts, share_of)
     rows = []
@@ -223,6 +217,16 @@ def workload(
         )
     fields = np.array(rows, float).reshape(len(rows), 10).T
     return Work(np.broadcast_to(np.asarray(steps), len(rows)), *fields).arrays()
+
+
+def _gradients_sent(share: float, batch_size: int, clients: int) -> float:
+    """Return the rows of gradient for each row of a client, see `gradient_rows`.
+
+    All clients count as present with whole batches. Where some are not, these are too
+    few, and so are the bytes and the server's work.
+    """
+    rows = gradient_rows(share, batch_size, clients, batch_size, batch_size)
+    return rows / batch_size
 
 
 def _backward_shares(
