@@ -153,6 +153,17 @@ def test_an_export_stands_alone(run):
     assert b".py" not in (place / "segment.jaxexport").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("centralized", {"num_clients": 1, "cuts": ("1",)}), ("fedavg", {"cuts": ("3",)})],
+)
+def test_a_client_with_all_layers_sends_no_bytes(tmp_path, strategy, options):
+    write_run(tmp_path, override(SMALL, strategy=strategy, **options))
+    place = export_client(tmp_path, 0)
+    features = json.loads((place / "card.json").read_text())["features"]
+    assert (features["bytes"], features["link"]) == (0, "full")
+
+
 def test_a_client_whose_link_keeps_a_state_is_exported(tmp_path):
     write_run(tmp_path, override(SMALL, link="topk"))
     place = export_client(tmp_path, 0)

@@ -241,6 +241,24 @@ def test_targets_are_met_on_the_held_out_samples(study):
     study.thresholds(Target("accuracy", float(possible)))
 
 
+def test_a_client_with_all_layers_sends_no_bytes(tmp_path, capsys):
+    """Its own final head answers where the exit is unsure."""
+    own = {"strategy": "centralized", "num_clients": 1, "cuts": ("1",)}
+    run = tmp_path / "run"
+    write_run(run, override(CONFIG, **own))
+    assert gate(run, "--target-offload", 0.5) == 0
+    curve, chosen = (
+        json.loads((run / "gate" / f"{name}.json").read_text())
+        for name in ("curve", "thresholds")
+    )
+    points = curve["mean"] + curve["clients"][0]["points"] + chosen["clients"]
+    assert {point["bytes"] for point in points} == {0}
+    assert points[0]["flops"] > points[20]["flops"]
+    capsys.readouterr()
+    assert gate(run, "--target-bytes", 500) == 2
+    assert "target_bytes: has no effect on a run whose" in capsys.readouterr().err
+
+
 def test_the_test_set_chooses_nothing(run, study, monkeypatch):
     """Other test samples change the accuracy, but no threshold."""
     train, test = build_data(CONFIG.data)

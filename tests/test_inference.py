@@ -206,7 +206,7 @@ def test_the_server_is_asked_for_the_views_of_all():
     (group,) = federation.groups
 
     def costs(junction):
-        one, *others = _sample_costs(federation, layers, group, junction)
+        one, *others = _sample_costs(federation, layers, group, "detached", junction)
         assert others == [one, one]
         return one
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.federation.branch import Branch
 from hsee_jax.inference.criteria import CRITERIA
-from hsee_jax.link.codecs import Codec, sample_bytes_of
+from hsee_jax.link.codecs import Codec
 from hsee_jax.nn.model import Model, layer_inputs
 from hsee_jax.systems.costs import layer_costs
+from hsee_jax.systems.traffic import feature_bytes
 
 Figures = dict[str, Any]  # values of JSON
 
@@ -40,7 +41,7 @@ them to `{formula}` with the figures of `card.json`. It returns
 The exit answers the samples with an uncertainty below `threshold`, the server answers
 the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
 sample; the bytes are the size of its features on the link `{features[link]}` of the
-training.
+training, or 0 if no features crossed it.
 
 This needs jax, flatbuffers and safetensors, and runs on {places}.
 The program was written by jax {versions[jax]}; JAX promises that its versions of the
@@ -80,6 +81,7 @@ class Trained(NamedTuple):
     config: Any  # of its run, an `hsee_jax.Config`
     info: DatasetInfo
     codec: Codec  # of its link
+    boundary: str  # of its strategy
     rounds: int  # finished rounds
     branch: Branch  # its layers and exit
     model: Model  # of its run, with the native convolution
@@ -102,6 +104,7 @@ def card_of(
     own = (*parts[: count + early], exit_head)
     further = {"early_exits": early, "width": trained.width}
     features, config, info = layer_inputs(client)[-1], trained.config, trained.info
+    (sent,) = feature_bytes(features, trained.codec, trained.boundary, [trained.id])
     return {
         "format": _FORMAT,
         "client": trained.id,
@@ -125,7 +128,7 @@ def card_of(
             "shape": features.shape[1:],
             "dtype": features.dtype.name,
             "link": config.clients.link,
-            "bytes": sample_bytes_of(trained.codec, features, [trained.id])[0],
+            "bytes": sent,
         },
         "platforms": PLATFORMS,
         "versions": {name: metadata.version(name) for name in ("hsee-jax", "jax")},

@@ -43,7 +43,7 @@ class Target:
 class SampleCosts(NamedTuple):
     """The costs of one sample on both sides of a cut."""
 
-    feature_bytes: int  # of the message that carries its features
+    feature_bytes: int  # of the message that carries its features; 0 if none does
     client_flops: int  # of the layers up to the cut and the exits
     server_flops: int  # of the layers behind the cut and the final head
     early_flops: tuple[int, ...] = ()  # of what runs up to each exit before the last

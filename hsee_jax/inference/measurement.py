@@ -28,11 +28,11 @@ from hsee_jax.inference.calibration import (
 )
 from hsee_jax.inference.client_study import TIMED_OFFLOADS, ClientStudy, SampleCosts
 from hsee_jax.inference.criteria import CRITERIA
-from hsee_jax.link.codecs import sample_bytes_of
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.mesh import to_host
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.systems.costs import LayerCost, part_cost
+from hsee_jax.systems.traffic import feature_bytes
 
 _REPEATS = 5
 
@@ -80,7 +80,9 @@ def measure_clients(
             federation, strategy, g, batch_size=batch_size, criterion=criterion
         )
         answer_of = partial(answers_of, gate, federation, strategy, state, view, g)
-        costs = _sample_costs(federation, layers, group, strategy.junction)
+        costs = _sample_costs(
+            federation, layers, group, strategy.boundary, strategy.junction
+        )
         yield from _group_studies(answer_of, group, costs, largest, held_out, test)
 
 
@@ -97,6 +99,7 @@ def _sample_costs(
     federation: Federation,
     layers: Sequence[LayerCost],
     group: Group,
+    boundary: str,
     junction: Junction | None,
 ) -> list[SampleCosts]:
     """Add up the costs of a sample of each client, from the result of `layer_costs`.
@@ -107,7 +110,7 @@ def _sample_costs(
     """
     cut, features = group.cut, layer_inputs(federation.model)
     seen_by = 1 if junction is None else len(group.ids)
-    sizes = sample_bytes_of(federation.codec, features[cut], group.ids)
+    sizes = feature_bytes(features[cut], federation.codec, boundary, group.ids)
     if seen_by > 1:
         sizes = [sum(sizes)] * len(sizes)
     flops = [layer.flops for layer in layers]  # L layers, L exits, final head

@@ -53,10 +53,16 @@ class Study(NamedTuple):
         Raises:
           UserError: a client with finite logits does not reach the accuracy; if no
             client has finite logits, any client. The message says which accuracy is
-            possible.
+            possible. Or the target is in bytes, and no client sends features.
         """
         if target.kind == "accuracy":
             self._check_accuracy(target.value)
+        sizes = [client.costs.feature_bytes for client in self.clients]
+        if target.kind == "bytes" and not any(sizes):
+            raise UserError(
+                "target_bytes: has no effect on a run whose clients send no features; "
+                "allowed are target_offload and target_accuracy"
+            )
         return self.setting | {
             "target": {target.kind: target.value},
             "clients": [

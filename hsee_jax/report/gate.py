@@ -175,6 +175,8 @@ def _draw_costs(panel: Any, mean: list[Figures]) -> None:
     labels = ("bytes sent", "FLOPs", "measured time")
     for number, (name, points) in enumerate(costs.items()):
         shares, values = _xy(points, name)
+        if not values[0]:  # no features cross a link
+            continue
         relative = [value / values[0] for value in values]
         every = 1 if points is timed else 5
         style = curve_style(number)

@@ -106,6 +106,25 @@ def training_bytes(
     return _with_labels(sample_bytes(codec, features), back, logits)
 
 
+def feature_bytes(
+    features: jax.ShapeDtypeStruct,
+    codec: Codec,
+    boundary: str,
+    clients: Sequence[int],
+) -> list[int]:
+    """Return the bytes of the features of a sample on the link of each client.
+
+    Args:
+      features: see `training_bytes`.
+      codec: see `training_bytes`.
+      boundary: see `Strategy`; with ``"none"`` the features stay on the device.
+      clients: the ids of the clients.
+    """
+    if boundary == "none":
+        return [0] * len(clients)
+    return sample_bytes_of(codec, features, clients)
+
+
 def _own_bytes(
     features: jax.ShapeDtypeStruct,
     codec: Codec,
