@@ -292,6 +292,15 @@ def test_the_new_folder_says_what_the_run_began_from(run, tmp_path):
     assert read_history(folder / "refit").settings["pretrained"] == weights
 
 
+def test_a_fit_needs_the_records_of_all_rounds(tmp_path):
+    """Without them, nobody could go on with the new run."""
+    write_run(tmp_path, CONFIG, rounds=2)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"metrics\.jsonl has 0 lines for 2 rounds"):
+        refit(tmp_path)
+    assert not (tmp_path / "refit").exists()
+
+
 def test_a_fit_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)

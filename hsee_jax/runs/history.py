@@ -123,6 +123,21 @@ def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]
     return records
 
 
+def finished_records(folder: Path, rounds: int) -> tuple[RoundRecord, ...]:
+    """Read the records of the rounds that a checkpoint has finished.
+
+    Raises:
+      UserError: the file is missing or damaged, or lacks some of them.
+    """
+    records = read_records(folder, limit=rounds)
+    if len(records) < rounds:
+        raise UserError(
+            f"run: {folder / 'metrics.jsonl'} has {len(records)} lines for {rounds} "
+            "rounds"
+        )
+    return tuple(records)
+
+
 def read_digest(folder: Path) -> str | None:
     """Read the digest of the user's own data in a run; None without it."""
     try:

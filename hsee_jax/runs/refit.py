@@ -21,7 +21,7 @@ from hsee_jax.runs.folder import (
     check_writable,
     read_config,
 )
-from hsee_jax.runs.history import read_records
+from hsee_jax.runs.history import finished_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import RoundRecord, Scores, link_of, summarize
 from hsee_jax.runs.reopen import reopen_phases
@@ -80,8 +80,10 @@ def refit(
       data: see `reopen`.
 
     Raises:
-      UserError: there is no such run, its data are missing or not its own, its exits do
-        not end in a linear layer, or the new folder exists.
+      UserError: see `reopen`; or the penalty is negative or not finite, the training
+        samples are no longer the run's own, clients have several exits, an exit does
+        not end in a linear layer, ``metrics.jsonl`` lacks rounds of the checkpoint, or
+        the new folder exists or cannot be written.
     """
     folder, ridge = Path(folder), _RIDGE.checked(ridge)
     out = folder / "refit" if out is None else Path(out)
@@ -93,7 +95,7 @@ def refit(
     stored = load(origin, experiment.store.checkpoint_shapes())
     shelf = load_shelf(origin, phases.shelf_shapes(origin.number))
     check_partition(folder, experiment.manifest)
-    records = tuple(read_records(folder, limit=int(stored.round)))
+    records = finished_records(folder, int(stored.round))
     state = experiment.store.from_checkpoint(stored)
     before = Scores.of(experiment.evaluate(state, experiment.test))
     state, exits = experiment.refit_exits(state, ridge)

@@ -21,7 +21,7 @@ from hsee_jax.runs.data import own_field
 from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import read_config
-from hsee_jax.runs.history import read_records
+from hsee_jax.runs.history import finished_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.phases import Phases
 from hsee_jax.runs.records import RoundRecord
@@ -101,14 +101,9 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     experiment = phases.at(checkpoint.number)
     state = load(checkpoint, experiment.store.checkpoint_shapes())
     shelf = load_shelf(checkpoint, phases.shelf_shapes(checkpoint.number))
-    records = read_records(folder, limit=checkpoint.rounds)
-    if len(records) < checkpoint.rounds:
-        raise UserError(
-            f"run: {folder / 'metrics.jsonl'} has {len(records)} lines for "
-            f"{checkpoint.rounds} rounds"
-        )
+    records = finished_records(folder, checkpoint.rounds)
     state = experiment.store.from_checkpoint(state)
-    start = Start(state, tuple(records), checkpoint=checkpoint, shelf=shelf)
+    start = Start(state, records, checkpoint=checkpoint, shelf=shelf)
     if checkpoint.steps == 0:
         return start
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
