@@ -343,7 +343,6 @@ def test_gates_flags(study, tmp_path, monkeypatch, capsys):
         ("--criterion entropi", "did you mean entropy?"),
         ("--checkpoint bset", "did you mean best?"),
         ("--out /dev/null/x", "out: /dev/null is not a folder"),
-        ("--target-accuracy 0.99", "target_accuracy: 0.99 cannot be reached by client"),
     ],
 )
 def test_a_mistake_is_one_line(study, tmp_path, monkeypatch, capsys, words, message):
@@ -354,6 +353,26 @@ def test_a_mistake_is_one_line(study, tmp_path, monkeypatch, capsys, words, mess
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_curve_stays_if_no_threshold_reaches_the_target(
+    study, tmp_path, monkeypatch, capsys
+):
+    """The study may have taken minutes; the thresholds of an earlier target stay."""
+    monkeypatch.setattr(command, "study", lambda folder, **options: study)
+    out = tmp_path / "out"
+    assert gate("run", "--out", out, "--target-offload", 0.5) == 0
+    kept = (out / "thresholds.json").read_text()
+    (out / "curve.json").unlink()
+    capsys.readouterr()
+    assert gate("run", "--out", out, "--target-accuracy", 0.99) == 2
+    shown, error = capsys.readouterr()
+    assert (shown, error.count("\n")) == ("", 1)
+    assert "target_accuracy: 0.99 cannot be reached by client" in error
+    assert f"; {out / 'curve.md'} has the whole curve" in error
+    curve = json.loads((out / "curve.json").read_text())
+    assert curve == json.loads(json.dumps(study.curve()))
+    assert (out / "thresholds.json").read_text() == kept
 
 
 def test_a_batch_has_a_row(run, capsys):

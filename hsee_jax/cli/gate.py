@@ -8,9 +8,10 @@ from pathlib import Path
 from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
 from hsee_jax.cli.flags import Parser, import_plugins_of
 from hsee_jax.cli.terminal import show, text_table
-from hsee_jax.inference.client_study import Target
+from hsee_jax.core.errors import UserError
+from hsee_jax.inference.client_study import Figures, Target
 from hsee_jax.inference.criteria import CRITERIA
-from hsee_jax.inference.study import study
+from hsee_jax.inference.study import Study, study
 from hsee_jax.report import gate as gate_report
 from hsee_jax.runs.folder import check_writable
 
@@ -35,7 +36,7 @@ def gate(words: Sequence[str]) -> None:
         batch_size=given.batch_size,
     )
     curve = found.curve()
-    thresholds = None if target is None else found.thresholds(target)
+    thresholds = None if target is None else _thresholds(found, target, curve, out)
     gate_report.write(curve, thresholds, out)
     if given.json:
         print(json.dumps({"curve": curve, "thresholds": thresholds}, indent=2))
@@ -70,6 +71,15 @@ def _parser() -> Parser:
         "--out", type=Path, help="folder for the files, which are replaced (RUN/gate)"
     )
     return parser
+
+
+def _thresholds(found: Study, target: Target, curve: Figures, out: Path) -> Figures:
+    """Return the thresholds for a target; if there are none, write the curve alone."""
+    try:
+        return found.thresholds(target)
+    except UserError as error:
+        gate_report.write(curve, None, out)
+        raise UserError(f"{error}; {out / 'curve.md'} has the whole curve") from error
 
 
 def _target(given: argparse.Namespace) -> Target | None:
