@@ -1,5 +1,7 @@
 """Inference with the criterion, the checkpoint and the client that were asked for."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hsee_jax.inference import find_interactions, predict
 from hsee_jax.inference.study import study
 from hsee_jax.runs import evaluate, restore
 from hsee_jax.runs.build import build
+from hsee_jax.runs.records import TrainFigures
 from hsee_jax.runs.refit import refit
 
 CONFIG = override(
@@ -37,7 +40,10 @@ def two_checkpoints(folder, config):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     two_checkpoints(folder, CONFIG)
-    (folder / "metrics.jsonl").write_text("")
+    train = dict.fromkeys(TrainFigures._fields, 0.5)
+    values = {"seconds": 1, "wall_seconds": 1, "images": 1, "train": train}
+    lines = [json.dumps({"round": number} | values) + "\n" for number in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
 
