@@ -94,7 +94,7 @@ def write_known(run, rounds):
     figures = {"id": 2, "exit_accuracy": 0.25, "server_accuracy": 0.5}
     other = {"id": 0, "exit_accuracy": 1, "server_accuracy": 1, "threshold": 1}
     summary = {"rounds": 1, "clients": [other, figures]}
-    thresholds = {"rounds": rounds, "criterion": "margin"}
+    thresholds = {"rounds": rounds, "criterion": "margin", "target": {"offload": 0.3}}
     thresholds["clients"] = [other, figures | {"threshold": 0.75}]
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "gate").mkdir(exist_ok=True)
@@ -132,6 +132,7 @@ def test_an_export_stands_alone(run):
         "std": [0.353],
         "criterion": "margin",
         "threshold": 0.75,
+        "target": {"offload": 0.3},
         "exit_accuracy": 0.25,
         "server_accuracy": 0.5,
         "parameters": 94,
@@ -187,8 +188,8 @@ def test_what_is_known_of_another_round_is_not_told(run):
     export_client(run, 2)
     card = json.loads((place / "card.json").read_text())
     assert (card["rounds"], card["criterion"]) == (3, "entropy")
-    unknown = ("threshold", "exit_accuracy", "server_accuracy")
-    assert [card[name] for name in unknown] == [None] * 3
+    unknown = ("threshold", "target", "exit_accuracy", "server_accuracy")
+    assert [card[name] for name in unknown] == [None] * 4
     export_client(run, 2, which="best")
     assert json.loads((place / "card.json").read_text())["exit_accuracy"] == 0.25
 

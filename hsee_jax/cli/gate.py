@@ -68,7 +68,10 @@ def _parser() -> Parser:
         help="samples in a batch of the inference (the run's eval_batch_size)",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the files, which are replaced (RUN/gate)"
+        "--out",
+        type=Path,
+        help="folder for the files, which are replaced (RUN/gate); hsee export reads "
+        "the thresholds in RUN/gate alone",
     )
     return parser
 

@@ -39,9 +39,9 @@ them to `{formula}` with the figures of `card.json`. It returns
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
 {exits}{width}
 The exit answers the samples with an uncertainty below `threshold`, the server answers
-the others; `threshold` is null if no threshold was chosen. FLOPs and bytes are for one
-sample; the bytes are the size of its features on the link `{features[link]}` of the
-training, or 0 if no features crossed it.
+the others; `threshold` is null if no threshold was chosen, and `target` is what it was
+chosen for. FLOPs and bytes are for one sample; the bytes are the size of its features on
+the link `{features[link]}` of the training, or 0 if no features crossed it.
 
 This needs jax, flatbuffers and safetensors, and runs on {places}.
 The program was written by jax {versions[jax]}; JAX promises that its versions of the
@@ -120,6 +120,7 @@ def card_of(
         "std": info.std,
         "criterion": known["criterion"],
         "threshold": known.get("threshold"),
+        "target": known.get("target"),
         "exit_accuracy": known.get("exit_accuracy"),
         "server_accuracy": known.get("server_accuracy"),
         "parameters": sum(cost.parameters for cost in own),
