@@ -40,8 +40,8 @@ them to `{formula}` with the figures of `card.json`. It returns
 {exits}{width}
 The exit answers the samples with an uncertainty below `threshold`, the server answers
 the others; `threshold` is null if no threshold was chosen, and `target` is what it was
-chosen for. FLOPs and bytes are for one sample; the bytes are the size of its features on
-the link `{features[link]}` of the training, or 0 if no features crossed it.
+chosen for. FLOPs and bytes are for one sample; the bytes are the size of its features
+on the link `{features[link]}` of the training, or 0 if no features crossed it.
 
 This needs jax, flatbuffers and safetensors, and runs on {places}.
 The program was written by jax {versions[jax]}; JAX promises that its versions of the
