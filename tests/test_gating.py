@@ -114,6 +114,17 @@ def test_one_batch_of_a_study_is_on_the_device_at_a_time(run, monkeypatch):
     assert max(live) <= 2  # the one before is given up when the next is there
 
 
+def test_a_batch_is_at_most_the_test_set(run, study, tmp_path):
+    """The timed batch is the first of the test set; the gate would fill it up."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "config.json").write_text(to_json(override(CONFIG, max_test_samples=20)))
+    small = make_study(folder, batch_size=1000)
+    assert small.setting["validation_samples"] == 50
+    assert small.setting["batch_size"] == small.setting["test_samples"] == 20
+    target = Target("offload", 0.3)
+    assert thresholds_of(small, target) == pytest.approx(thresholds_of(study, target))
+
+
 @pytest.mark.parametrize("threshold", [0.0, 2.0, 9.0])
 def test_predict_answers_stored_samples(run, threshold):
     """In batches of 7, the last one padded; both answers are computed here."""

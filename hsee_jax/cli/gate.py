@@ -65,7 +65,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="samples in a batch of the inference (the run's eval_batch_size)",
+        help="samples in a batch of the inference, at most the test set (the run's "
+        "eval_batch_size)",
     )
     parser.add_argument(
         "--out",

@@ -122,8 +122,8 @@ def study(
             "train with --validation-share, such as 0.1"
         )
     check_partition(Path(folder), experiment.manifest)
-    most = max(len(experiment.validation.labels), len(experiment.test.labels))
-    size = min(batch_size or experiment.eval_batch_size, most)
+    # A batch that the test set cannot fill would cost as much as a whole one.
+    size = min(batch_size or experiment.eval_batch_size, len(experiment.test.labels))
     setting = {
         "rounds": int(state.round),
         "criterion": criterion,
