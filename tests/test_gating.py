@@ -232,6 +232,25 @@ def test_the_mean_time_is_relative_to_the_mean_time_of_sending_all(study):
         assert point["relative_seconds"] == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("ofload", 0.3, "target: ofload is unknown (did you mean offload?); allowed"),
+        ("accuracy", 2, "target_accuracy: 2.0 is not allowed; allowed is 0..1"),
+        (
+            "accuracy",
+            "0.9",
+            'target_accuracy: "0.9" is not allowed; allowed is a float',
+        ),
+        ("bytes", None, "target_bytes: null is not allowed; allowed is a float"),
+    ],
+)
+def test_a_target_that_is_not_allowed_is_named(kind, value, message):
+    with pytest.raises(UserError) as error:
+        Target(kind, value)
+    assert str(error.value).startswith(message)
+
+
 def test_targets_are_met_on_the_held_out_samples(study):
     for offload in (0, 0.25, 0.99, 1):
         for client in study.thresholds(Target("offload", offload))["clients"]:

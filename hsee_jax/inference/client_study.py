@@ -1,13 +1,13 @@
 """One client's gate: the results of each threshold, and the choice for a target."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import unknown
+from hsee_jax.core.options import Option, at_least, between
 from hsee_jax.inference.calibration import (
     OffloadCurve,
     Scores,
@@ -21,6 +21,11 @@ from hsee_jax.inference.calibration import (
 Figures = dict[str, Any]  # values of JSON
 OFFLOADS = tuple(part / 20 for part in range(20, -1, -1))  # for the points of a curve
 TIMED_OFFLOADS = OFFLOADS[::5]
+_TARGETS = {
+    "offload": Option("target_offload", float, 0.0, rules=(between(0, 1),)),
+    "accuracy": Option("target_accuracy", float, 0.0, rules=(between(0, 1),)),
+    "bytes": Option("target_bytes", float, 0.0, rules=(at_least(0),)),
+}
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,10 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        """Refuse a value outside of what the kind allows; raise `UserError`."""
-        many_bytes = self.kind == "bytes" and 1 < self.value < math.inf
-        if not (many_bytes or 0 <= self.value <= 1):
-            allowed = "0 or more" if self.kind == "bytes" else "0..1"
-            raise UserError(
-                f"target_{self.kind}: {self.value} is not allowed; allowed is {allowed}"
-            )
+        """Refuse an unknown kind, or a value that it does not allow: `UserError`."""
+        if self.kind not in _TARGETS:
+            raise unknown("target", self.kind, _TARGETS)
+        _TARGETS[self.kind].checked(self.value)
 
 
 class SampleCosts(NamedTuple):
