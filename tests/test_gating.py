@@ -405,9 +405,10 @@ def test_the_curve_stays_if_no_threshold_reaches_the_target(
     assert (out / "thresholds.json").read_text() == kept
 
 
-def test_a_batch_has_a_row(run, capsys):
-    assert gate(run, "--batch-size", 0) == 2
-    assert "batch_size: 0 is not allowed; allowed is 1 or" in capsys.readouterr().err
+@pytest.mark.parametrize("size", [0, 2.5, "32", True])
+def test_a_batch_has_whole_rows(run, size):
+    with pytest.raises(UserError, match="^batch_size: .* is not allowed; allowed is"):
+        make_study(run, batch_size=size)
 
 
 def test_without_held_out_samples_there_is_no_threshold(run, tmp_path, capsys):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.types import Array
 from hsee_jax.data.views import ViewFn
 from hsee_jax.federation.branch import Branch
@@ -13,6 +14,7 @@ from hsee_jax.federation.state import RunState
 from hsee_jax.federation.strategy import Strategy, server_of
 from hsee_jax.inference.gate import Answers, Gate, make_gate
 
+BATCH_SIZE = Option("batch_size", int, 256, rules=(at_least(1),))
 # Whole samples after `normalize`, [B, ...], and a threshold -> answers.
 AnswerFn = Callable[[Array, float], Answers]
 

@@ -6,16 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import Option, Rule, at_least
+from hsee_jax.core.options import Option, Rule
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
-from hsee_jax.inference.answering import answers_of, gate_of
+from hsee_jax.inference.answering import BATCH_SIZE, answers_of, gate_of
 from hsee_jax.inference.gate import Answers
 from hsee_jax.runs.model import views_in
 from hsee_jax.runs.private import check_layers
 from hsee_jax.runs.restore import Restored
 
-_BATCH_SIZE = Option("batch_size", int, 256, rules=(at_least(1),))
 _THRESHOLD = Option(
     "threshold", float, 0.0, rules=(Rule("a number", lambda value: value == value),)
 )
@@ -52,7 +51,7 @@ def predict(
         the run's data, or values that it cannot hold.
     """
     samples = _samples(inputs, run.info)
-    batch_size = _BATCH_SIZE.checked(batch_size)
+    batch_size = BATCH_SIZE.checked(batch_size)
     threshold = _THRESHOLD.checked(threshold)
     place = run.federation.seat(i)
     check_layers(run.config)

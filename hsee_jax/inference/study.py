@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.inference.answering import BATCH_SIZE
 from hsee_jax.inference.calibration import point_at_accuracy
 from hsee_jax.inference.client_study import ClientStudy, Figures, Target
 from hsee_jax.inference.measurement import measure_clients
@@ -104,17 +105,16 @@ def study(
       which: the checkpoint, see `restore`.
       data_dir: see `reopen`.
       data: see `reopen`.
-      batch_size: of the inference; None is the run's `eval_batch_size`.
+      batch_size: of the inference, at most the test set; None is the run's
+        `eval_batch_size`.
 
     Raises:
       UserError: see `reopen`; or there is no such criterion, or it gives a negative
-        uncertainty; the batch size is not positive, the run held out no samples, or the
-        training samples are no longer the run's own.
+        uncertainty; the batch size is not a positive integer, the run held out no
+        samples, or the training samples are no longer the run's own.
     """
-    if batch_size is not None and batch_size < 1:
-        raise UserError(
-            f"batch_size: {batch_size} is not allowed; allowed is 1 or more"
-        )
+    if batch_size is not None:
+        batch_size = BATCH_SIZE.checked(batch_size)
     experiment, state = reopen(folder, which, data_dir=data_dir, data=data)
     if experiment.validation is None:
         raise UserError(
