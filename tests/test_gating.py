@@ -125,7 +125,7 @@ def test_a_batch_is_at_most_the_test_set(run, study, tmp_path):
     assert thresholds_of(small, target) == pytest.approx(thresholds_of(study, target))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 2.0, 9.0])
+@pytest.mark.parametrize("threshold", [0.0, 2.0, 9.0, 1e300])
 def test_predict_answers_stored_samples(run, threshold):
     """In batches of 7, the last one padded; both answers are computed here."""
     restored = restore(run)

@@ -185,7 +185,8 @@ def _gated(
             "allowed; allowed are criteria with values of 0 or more"
         )
     uncertainty = np.maximum(uncertainty, 0)  # of what rounding has made negative
-    sure = finite & (uncertainty < threshold)
+    # In float64, where the thresholds were chosen.
+    sure = finite & (uncertainty < np.float64(threshold))
     exited, last = np.any(sure, axis=1), sure.shape[1] - 1
     number = np.where(exited, sure.argmax(axis=1), last)
     (rows,) = np.nonzero(~exited)
