@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -163,6 +164,18 @@ def test_a_client_with_all_layers_sends_no_bytes(tmp_path, strategy, options):
     place = export_client(tmp_path, 0)
     features = json.loads((place / "card.json").read_text())["features"]
     assert (features["bytes"], features["link"]) == (0, "full")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_exported_exit_that_is_not_finite_is_as_unsure_as_in_the_gate(run, value):
+    """The entropy of logits with one of -inf would be an ordinary number."""
+    place = export_client(run, 0)
+    weights = load_file(place / "weights.safetensors")
+    program = (place / "segment.jaxexport").read_bytes()
+    weights["exit/Dense_0/bias"][1] = value
+    images = np.zeros((2, 28, 28, 1), np.uint8)
+    answers = jax.export.deserialize(bytearray(program)).call(weights, images)
+    assert (np.asarray(answers["uncertainty"]) == np.inf).all()
 
 
 def test_a_client_whose_link_keeps_a_state_is_exported(tmp_path):

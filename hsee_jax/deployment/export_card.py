@@ -35,7 +35,8 @@ answers = segment.call(weights, {name})
 them to `{formula}` with the figures of `card.json`. It returns
 
 * `logits` of the exit, float32 `[b, {classes}]`,
-* `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure},
+* `uncertainty` of the exit, float32 `[b]`: {criterion}, the {measure}; infinite where
+  a logit is not finite,
 * `features`, {features[dtype]} `[b, {shapes[features]}]`: what the server goes on with.
 {exits}{width}
 The exit answers the samples with an uncertainty below `threshold`, the server answers

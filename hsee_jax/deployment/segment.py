@@ -1,6 +1,7 @@
 """A client's layers and exit as a function of samples, to export it as a program."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 import optax
@@ -9,7 +10,7 @@ from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.federation.branch import Branch, BranchSpec, forward_exits
-from hsee_jax.inference.criteria import CRITERIA
+from hsee_jax.inference.criteria import CRITERIA, uncertainty_of
 from hsee_jax.nn.model import Model
 
 # Of a client and its samples [b, ...]: logits, uncertainty and features, by name.
@@ -44,7 +45,7 @@ def make_segment(
         optax.identity(),
         exits=client.exit_heads[:early],
     )
-    uncertainty = CRITERIA.make(criterion).uncertainty
+    uncertainty = partial(uncertainty_of, CRITERIA.make(criterion))
 
     def segment(branch: Branch, images: Array) -> dict[str, Array]:
         mask = jnp.ones(images.shape[:1], bool)

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array
-from hsee_jax.nn.losses import predictive_entropy
+from hsee_jax.nn.losses import finite_rows, predictive_entropy
 
 
 class Criterion(NamedTuple):
@@ -18,6 +19,14 @@ class Criterion(NamedTuple):
     # logits float32 [B, K] -> float32 [B], 0 or more: at threshold 0 no exit answers
     uncertainty: Callable[[Array], Array]
     largest: Callable[[int], float]  # number of classes -> the largest uncertainty
+
+
+def uncertainty_of(criterion: Criterion, logits: Array) -> Array:
+    """Return the uncertainty of logits ``[B, K]``, as the gate and an export use it.
+
+    It is infinite where a logit is not finite, so that the server answers this row.
+    """
+    return jnp.where(finite_rows(logits), criterion.uncertainty(logits), jnp.inf)
 
 
 # Factories take nothing.

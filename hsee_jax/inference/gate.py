@@ -24,9 +24,9 @@ from hsee_jax.core.types import Array
 from hsee_jax.federation.branch import Branch, BranchSpec, forward, forward_exits
 from hsee_jax.federation.crossing import decode, encode_for_evaluation
 from hsee_jax.federation.junction import Junction, finite_views
-from hsee_jax.inference.criteria import CRITERIA, Criterion
+from hsee_jax.inference.criteria import CRITERIA, Criterion, uncertainty_of
 from hsee_jax.link.codecs import Message
-from hsee_jax.nn.losses import finite_rows, predicted_class
+from hsee_jax.nn.losses import predicted_class
 
 _PARTS = 8  # equal parts of a batch; the server runs on one to eight of them
 _ROUNDING = 1e-5  # of an uncertainty of 0
@@ -211,10 +211,7 @@ def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> Cli
     def run(client: Branch, inputs: Array, mask: Array) -> tuple[Array, ...]:
         features, logits, _ = forward_exits(spec, client, inputs, mask, train=False)
         message = encode_for_evaluation(spec, client, features, mask)
-        uncertainty = [
-            jnp.where(finite_rows(own), criterion.uncertainty(own), jnp.inf)
-            for own in logits
-        ]
+        uncertainty = [uncertainty_of(criterion, own) for own in logits]
         return message, jnp.stack(logits, axis=1), jnp.stack(uncertainty, axis=1)
 
     def on_client(
