@@ -138,6 +138,21 @@ def test_one_client_is_read_alone(folder, monkeypatch):
         runs.restore_client(folder, -1)
 
 
+def test_what_was_not_read_is_named(folder):
+    """Client 1 has the cut of client 3, client 0 another."""
+    run = hsee_jax.restore(folder, only=3)
+    images = np.zeros((2, 28, 28, 1), np.uint8)
+    assert_same(run.client(1), hsee_jax.restore(folder).client(1))
+    for read in (
+        lambda: run.client(0),
+        lambda: run.server(3),
+        lambda: run.network(3),
+        lambda: hsee_jax.inference.predict(run, 3, images),
+    ):
+        with pytest.raises(UserError, match="only: .* allowed is `restore` without"):
+            read()
+
+
 def test_the_best_checkpoint_or_none(folder):
     write_run(folder, SMALL, rounds=2)  # with a lower score
     assert int(hsee_jax.restore(folder).state.round) == 2

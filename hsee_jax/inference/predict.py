@@ -13,7 +13,7 @@ from hsee_jax.inference.answering import BATCH_SIZE, answers_of, gate_of
 from hsee_jax.inference.gate import Answers
 from hsee_jax.runs.model import views_in
 from hsee_jax.runs.private import check_layers
-from hsee_jax.runs.restore import Restored
+from hsee_jax.runs.restore import Restored, check_read
 
 _THRESHOLD = Option(
     "threshold", float, 0.0, rules=(Rule("a number", lambda value: value == value),)
@@ -46,15 +46,17 @@ def predict(
 
     Raises:
       UserError: there is no such client or criterion, or the criterion gives a
-        negative uncertainty; the clients kept their layers private; the threshold or
-        the batch size is not allowed; or the samples have another shape or type than
-        the run's data, or values that it cannot hold.
+        negative uncertainty; the clients kept their layers private, or `restore` has
+        not read all layers, see ``only``; the threshold or the batch size is not
+        allowed; or the samples have another shape or type than the run's data, or
+        values that it cannot hold.
     """
     samples = _samples(inputs, run.info)
     batch_size = BATCH_SIZE.checked(batch_size)
     threshold = _THRESHOLD.checked(threshold)
     place = run.federation.seat(i)
     check_layers(run.config)
+    check_read(run.state)
     gate = gate_of(
         run.federation,
         run.strategy,

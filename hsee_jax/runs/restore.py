@@ -13,6 +13,7 @@ import jax
 
 from hsee_jax.config.schema import Config
 from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.types import PyTree
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.federation.branch import Branch, BranchSpec
 from hsee_jax.federation.federation import Federation
@@ -61,10 +62,12 @@ class Restored(NamedTuple):
         """Return the layers of client i and its exit head.
 
         Raises:
-          UserError: there is no such client, or it kept them private.
+          UserError: there is no such client, it kept them private, or `restore` has
+            not read them, see ``only``.
         """
         group, member = self.federation.seat(i)
         check_layers(self.config)
+        check_read(self.state.clients[group])
         return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
 
     def server(self, i: int) -> Branch:
@@ -72,7 +75,12 @@ class Restored(NamedTuple):
 
         With a junction, they read the merged features. A layer that mixes views is not
         among them: it is the first of ``state.servers[0]``.
+
+        Raises:
+          UserError: there is no such client, or `restore` has not read the layers
+            behind it, see ``only``.
         """
+        check_read(self.state.servers)
         return server_of(self.strategy, self.state, *self.federation.seat(i))
 
     def network(self, i: int) -> Branch:
@@ -81,7 +89,8 @@ class Restored(NamedTuple):
         Its spec is ``server_spec(model, 0, optimizer)``.
 
         Raises:
-          UserError: the layers behind it read the views of several clients.
+          UserError: see `client` and `server`; or the layers behind it read the views
+            of several clients.
         """
         if self.strategy.junction is not None:
             raise UserError(
@@ -162,6 +171,19 @@ def checkpoint_of(folder: Path, which: str) -> Checkpoint:
             "first one (see checkpoint_every)"
         )
     return checkpoint
+
+
+def check_read(part: PyTree) -> None:
+    """Refuse a part of a state that was not read.
+
+    Raises:
+      UserError: it was left out.
+    """
+    if any(leaf is ... for leaf in jax.tree.leaves(part)):
+        raise UserError(
+            "only: the run was restored without these layers; allowed is `restore` "
+            "without `only`"
+        )
 
 
 def _of_group(like: RunState, group: int) -> RunState:
