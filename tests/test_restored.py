@@ -1,5 +1,6 @@
 """Runs restored without their data, on other devices, and client by client."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -188,7 +189,12 @@ def test_without_what_is_known_of_the_data_there_is_one_line(tmp_path):
     write_run(tmp_path, SMALL)
     path = tmp_path / "data.json"
     text = path.read_text()
-    for damaged in ("", "[1]", '{"mean": 0}', text[:-9], text.replace("28", '"wide"')):
+    known = json.loads(text)
+    wrong = ({"num_classes": 0}, {"std": [0.0]}, {"std": [-1.0]}, {"std": [np.nan]})
+    for damaged in (
+        *("", "[1]", '{"mean": 0}', text[:-9], text.replace("28", '"wide"')),
+        *(json.dumps(known | values) for values in wrong),
+    ):
         path.write_text(damaged)
         with pytest.raises(UserError, match="data.json is missing or damaged") as error:
             hsee_jax.restore(tmp_path)

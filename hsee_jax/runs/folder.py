@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,6 +90,8 @@ def checked_info(values: Mapping[str, Any]) -> DatasetInfo:
     mean, std = (tuple(map(float, figures)) for figures in (stored.mean, stored.std))
     if not shape or not len(mean) == len(std) == shape[-1]:
         raise ValueError("it lacks a mean or a deviation for each channel")
+    if classes < 1 or not all(0 < value < math.inf for value in std):
+        raise ValueError("it has no class, or a deviation that is no positive number")
     labels = stored.label_values
     if labels is not None:
         if not labels or len(labels) != classes:
