@@ -69,7 +69,8 @@ def export_client(
       The folder that was written.
 
     Raises:
-      UserError: there is no such run, client or width, the folder holds other files, it
+      UserError: see `restore`; or there is no such width, ``summary.json`` or
+        ``gate/thresholds.json`` of the run is damaged, the folder holds other files, it
         cannot be written to, or the client cannot be written as ONNX.
     """
     folder = Path(path)

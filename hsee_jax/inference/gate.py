@@ -150,6 +150,7 @@ def make_gate(
 
     Raises:
       ValueError: B is not among the sizes.
+      UserError: there is no such criterion.
     """
     if sizes is None:
         sizes = [-(-batch_size * part // _PARTS) for part in range(1, _PARTS + 1)]

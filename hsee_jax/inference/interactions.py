@@ -74,9 +74,11 @@ def find_interactions(
       data: see `reopen`.
 
     Raises:
-      UserError: there is no such run or client; its samples are not rows of a table, or
-        fewer than two; its layers are private; or its data are missing, or differ from
-        the data of the run.
+      UserError: see `restore` and `select_interactions`; or there is no such client,
+        its samples are not rows of a table, or fewer than two; its layers are private,
+        or its server reads the views of several clients; ``max_samples`` is not a whole
+        number of 2 or more; or its data are missing, or differ from the data of the
+        run.
     """
     max_samples = _MAX_SAMPLES.checked(max_samples)
     run = restore(folder, which)

@@ -119,8 +119,8 @@ def restore(
         state are then ``...``. So are the clients of a run that kept them private.
 
     Raises:
-      UserError: there is no such run or client, it has no checkpoint, or ``only`` asks
-        for layers that are private.
+      UserError: there is no such run or client, it is damaged or has no checkpoint,
+        ``which`` is not allowed, or ``only`` asks for layers that are private.
     """
     folder = Path(path)
     config, info = read_config(folder), read_info(folder)
