@@ -109,18 +109,17 @@ class ClientStudy(NamedTuple):
     def points(self) -> list[Figures]:
         """Return the points for an offload of 1, 0.95 .. 0 of the held-out samples."""
         return [
-            self.point(point_in_budget(self.held_out, offload)) | self._times(offload)
+            self.point(point_in_budget(self.held_out, offload))
+            | {"seconds": self._seconds(offload)}
             for offload in OFFLOADS
         ]
 
-    def _times(self, offload: float) -> Figures:
+    def _seconds(self, offload: float) -> float | None:
         """Return the time of a sample at a point, or None where it is not measured."""
+        if offload not in TIMED_OFFLOADS:
+            return None
         lowest = float(self.held_out.offload[-1])  # 0, unless the exit is not finite
-        seconds = self.seconds.get(max(offload, lowest))
-        if offload not in TIMED_OFFLOADS or seconds is None:
-            return {"seconds": None, "relative_seconds": None}
-        all_at_server = self.seconds[OFFLOADS[0]]
-        return {"seconds": seconds, "relative_seconds": seconds / all_at_server}
+        return self.seconds.get(max(offload, lowest))
 
     def summary(self) -> Figures:
         """Return the figures that do not depend on a threshold.

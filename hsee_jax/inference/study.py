@@ -38,7 +38,7 @@ class Study(NamedTuple):
         return self.setting | {
             "mean": _relative([_mean(group) for group in zip(*points, strict=True)]),
             "clients": [
-                client.summary() | {"points": own}
+                client.summary() | {"points": _relative(own)}
                 for client, own in zip(self.clients, points, strict=True)
             ],
         }
@@ -136,14 +136,13 @@ def study(
     return Study(setting, sorted(clients, key=lambda client: client.id))
 
 
-def _relative(means: list[Figures]) -> list[Figures]:
-    """Relate the mean seconds of each point to those of sending all samples."""
-    whole = means[0]["seconds"]
+def _relative(points: list[Figures]) -> list[Figures]:
+    """Relate the seconds of each point to those of sending all samples."""
+    whole = points[0]["seconds"]
     return [
-        point | {"relative_seconds": point["seconds"] / whole}
-        if point["seconds"] is not None and whole
-        else point
-        for point in means
+        point | {"relative_seconds": None if seconds is None else seconds / whole}
+        for point in points
+        for seconds in [point["seconds"]]
     ]
 
 
