@@ -53,6 +53,32 @@ def study(run):
     return make_study(run, batch_size=32)
 
 
+def test_equal_clients_are_studied_once(tmp_path, monkeypatch):
+    """Clients 0 and 2 are one network, clients 1 and 3 are not."""
+    config = override(CONFIG, num_clients=4, init="shared")
+    state = build(config).init()
+    last = jax.tree.map(lambda leaf: leaf.at[1].multiply(2), state.clients[1])
+    write_run(tmp_path, config, state=state.replace(clients=(state.clients[0], last)))
+    scores, scored = measurement._scores, []
+
+    def counted(*arguments):
+        scored.append(scores(*arguments))
+        return scored[-1]
+
+    monkeypatch.setattr(measurement, "_scores", counted)
+    found = make_study(tmp_path, batch_size=32).clients
+    assert len(scored) == 2 * 3  # on the held-out and on the test samples
+    monkeypatch.setattr(measurement, "alike", lambda one, other: False)
+    each = make_study(tmp_path, batch_size=32).clients
+    assert len(scored) == 2 * (3 + 4)
+    assert [client.id for client in found] == [0, 1, 2, 3]
+    for one, other in zip(found, each, strict=True):
+        assert one.summary() == other.summary()
+        for own, same in zip(one.points(), other.points(), strict=True):
+            assert own | {"seconds": 0} == same | {"seconds": 0}
+    assert found[1].points() != found[3].points()
+
+
 def thresholds_of(study, target):
     return [client["threshold"] for client in study.thresholds(target)["clients"]]
 

@@ -12,10 +12,12 @@ import numpy as np
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
+from hsee_jax.engine.likeness import alike, weights_of
 from hsee_jax.federation.branch import early_exits
 from hsee_jax.federation.federation import Federation, Group
 from hsee_jax.federation.junction import Junction
 from hsee_jax.federation.state import RunState
+from hsee_jax.federation.strategy import Strategy, server_of
 from hsee_jax.inference.answering import AnswerFn, answers_of, gate_of
 from hsee_jax.inference.calibration import (
     Labels,
@@ -83,7 +85,26 @@ def measure_clients(
         costs = _sample_costs(
             federation, layers, group, strategy.boundary, strategy.junction
         )
-        yield from _group_studies(answer_of, group, costs, largest, held_out, test)
+        members = range(len(group.ids))
+        # Where each client has a view of its own, equal networks answer differently.
+        twins = members if view else _twins(strategy, state, g, members)
+        yield from _group_studies(
+            answer_of, group, costs, largest, held_out, test, twins
+        )
+
+
+def _twins(
+    strategy: Strategy, state: RunState, g: int, members: Sequence[int]
+) -> Sequence[int]:
+    """Return for each member of a group the first with the same answers."""
+    weights = [
+        weights_of((client, server_of(strategy, state, g, m)))
+        for m in members
+        for client in [jax.tree.map(lambda leaf, m=m: leaf[m], state.clients[g])]
+    ]
+    return [
+        next((n for n in range(m) if alike(weights[n], weights[m])), m) for m in members
+    ]
 
 
 def _mixer_flops(junction: Junction, features: jax.ShapeDtypeStruct, views: int) -> int:
@@ -138,6 +159,7 @@ def _group_studies(
     largest: float,
     held_out: _Samples,
     test: _Samples,
+    twins: Sequence[int],
 ) -> list[ClientStudy]:
     """Study the clients of one cut, and time the gate of one of them.
 
@@ -148,9 +170,13 @@ def _group_studies(
       largest: the criterion's largest value.
       held_out: the samples that give the thresholds.
       test: the samples that measure the thresholds.
+      twins: for each member the first with the same answers, which is studied.
     """
-    studies = []
+    studies: list[ClientStudy] = []
     for member, (i, own) in enumerate(zip(group.ids, costs, strict=True)):
+        if twins[member] < member:
+            studies.append(studies[twins[member]]._replace(id=i, costs=own))
+            continue
         answer = answer_of(member)
         held = _scores(answer, held_out)
         study = ClientStudy(
