@@ -16,11 +16,7 @@ from hsee_jax.federation.ridge import RIDGE
 from hsee_jax.runs.checkpoint import load, load_shelf
 from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.data import OwnData
-from hsee_jax.runs.folder import (
-    check_name,
-    check_writable,
-    read_config,
-)
+from hsee_jax.runs.folder import check_name, check_writable, read_config
 from hsee_jax.runs.history import finished_records
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import RoundRecord, Scores, link_of, summarize
@@ -68,8 +64,7 @@ def refit(
     """Fit all exits of a run in one round, and write a run with the new exits.
 
     The new folder holds the run as it was at the checkpoint, with the new exits and
-    ``refit.json``. `restore`, `evaluate` and the gate read it, and training can go on
-    there. The run itself does not change.
+    ``refit.json``, for every command and for further training. The run itself stays.
 
     Args:
       folder: of the run.
@@ -80,10 +75,9 @@ def refit(
       data: see `reopen`.
 
     Raises:
-      UserError: see `reopen`; or the penalty is negative or not finite, the training
-        samples are no longer the run's own, clients have several exits, an exit does
-        not end in a linear layer, ``metrics.jsonl`` lacks rounds of the checkpoint, or
-        the new folder exists or cannot be written.
+      UserError: see `reopen`; or the penalty is not allowed, the samples are not the
+        run's own, an exit is one of several or does not end in a linear layer, records
+        of rounds are missing, or the new folder exists or cannot be written.
     """
     folder, ridge = Path(folder), _RIDGE.checked(ridge)
     out = folder / "refit" if out is None else Path(out)
