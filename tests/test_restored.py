@@ -158,6 +158,11 @@ def test_the_best_checkpoint_or_none(folder):
     write_run(folder, SMALL, rounds=2)  # with a lower score
     assert int(hsee_jax.restore(folder).state.round) == 2
     assert int(hsee_jax.restore(folder, "best").state.round) == 1
+    first = hsee_jax.restore(folder, 1).state
+    assert_same(first, hsee_jax.restore(folder, "best").state)
+    assert runs.evaluate(folder, "2") == runs.evaluate(folder)
+    with pytest.raises(UserError, match="3 is unknown.* allowed are latest, best, 1, 2"):
+        hsee_jax.restore(folder, 3)
     with pytest.raises(UserError, match="did you mean best"):
         hsee_jax.restore(folder, "bset")
     shutil.rmtree(folder / "checkpoints")

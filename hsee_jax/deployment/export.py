@@ -47,7 +47,7 @@ def export_client(
     path: str | os.PathLike[str],
     i: int,
     *,
-    which: str = "latest",
+    which: str | int = "latest",
     out: str | os.PathLike[str] | None = None,
     onnx: bool = False,
     width: str = "dense",

@@ -52,7 +52,7 @@ def find_interactions(
     max_order: int = 2,
     count: int = 10,
     max_samples: int = 500,
-    which: str = "latest",
+    which: str | int = "latest",
     data_dir: str | None = None,
     data: OwnData | None = None,
 ) -> Interactions:

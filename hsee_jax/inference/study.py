@@ -92,7 +92,7 @@ def study(
     folder: str | os.PathLike[str],
     *,
     criterion: str = "entropy",
-    which: str = "latest",
+    which: str | int = "latest",
     data_dir: str | None = None,
     data: OwnData | None = None,
     batch_size: int | None = None,

@@ -53,7 +53,8 @@ def find(
 
     Args:
       folder: the folder of the checkpoints.
-      which: ``"latest"``, or ``"best"`` for the checkpoint with the highest score.
+      which: ``"latest"``, ``"best"`` for the checkpoint with the highest score, or the
+        number of finished rounds.
       midway: whether a checkpoint in the middle of a round may be chosen.
 
     Returns:
@@ -65,7 +66,7 @@ def find(
     places = {
         place: path
         for place, path in find_places(folder).items()
-        if place[1] == 0 or midway
+        if (place[1] == 0 or midway) and which in ("latest", "best", str(place[0]))
     }
     damage: UserError | None = None
     for place in sorted(

@@ -57,7 +57,7 @@ def refit(
     out: str | os.PathLike[str] | None = None,
     *,
     ridge: float = RIDGE,
-    which: str = "latest",
+    which: str | int = "latest",
     data_dir: str | None = None,
     data: OwnData | None = None,
 ) -> Refit:

@@ -27,7 +27,7 @@ from hsee_jax.runs.same_data import check_info, check_partition
 
 def reopen(
     folder: str | os.PathLike[str],
-    which: str = "latest",
+    which: str | int = "latest",
     *,
     data_dir: str | None = None,
     data: OwnData | None = None,
@@ -55,7 +55,7 @@ def reopen(
 
 def reopen_phases(
     folder: str | os.PathLike[str],
-    which: str = "latest",
+    which: str | int = "latest",
     *,
     data_dir: str | None = None,
     data: OwnData | None = None,
@@ -84,7 +84,7 @@ def _with_data(
 
 def evaluate(
     folder: str | os.PathLike[str],
-    which: str = "latest",
+    which: str | int = "latest",
     *,
     data_dir: str | None = None,
     data: OwnData | None = None,

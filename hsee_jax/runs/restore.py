@@ -23,6 +23,7 @@ from hsee_jax.nn.model import Model
 from hsee_jax.optim.optimizers import alone
 from hsee_jax.runs.build import build_federation, build_model, build_strategy
 from hsee_jax.runs.checkpoint import Checkpoint, find, load
+from hsee_jax.runs.checkpoint_folder import find_places
 from hsee_jax.runs.cut_schedule import config_in_round
 from hsee_jax.runs.folder import read_config, read_info
 from hsee_jax.runs.private import check_layers
@@ -107,14 +108,17 @@ class Restored(NamedTuple):
 
 
 def restore(
-    path: str | os.PathLike[str], which: str = "latest", *, only: int | None = None
+    path: str | os.PathLike[str],
+    which: str | int = "latest",
+    *,
+    only: int | None = None,
 ) -> Restored:
     """Read a checkpoint of a run.
 
     Args:
       path: the run's folder.
-      which: the ``"latest"`` checkpoint, or the ``"best"`` by mean server accuracy
-        on the test set.
+      which: the ``"latest"`` checkpoint, the ``"best"`` by mean server accuracy on the
+        test set, or the round of another that the run has kept.
       only: a client's id, to read only the clients of its cut; all other leaves of the
         state are then ``...``. So are the clients of a run that kept them private.
 
@@ -139,7 +143,7 @@ def restore(
 
 
 def restore_client(
-    path: str | os.PathLike[str], i: int, which: str = "latest"
+    path: str | os.PathLike[str], i: int, which: str | int = "latest"
 ) -> tuple[BranchSpec, Branch]:
     """Read a client's layers and exit; this reads only the clients of its cut.
 
@@ -156,15 +160,17 @@ def restore_client(
     return run.specs(i)[0], run.client(i)
 
 
-def checkpoint_of(folder: Path, which: str) -> Checkpoint:
+def checkpoint_of(folder: Path, which: str | int) -> Checkpoint:
     """Choose a checkpoint of a run, see `restore`.
 
     Raises:
       UserError: the run has no checkpoint, or ``which`` is not allowed.
     """
-    if which not in ("latest", "best"):
-        raise unknown("checkpoint", which, ("latest", "best"))
-    checkpoint = find(folder / "checkpoints", which)
+    kept = sorted(find_places(folder / "checkpoints"))
+    allowed = "latest", "best", *(str(rounds) for rounds, steps in kept if steps == 0)
+    if str(which) not in allowed:
+        raise unknown("checkpoint", which, allowed)
+    checkpoint = find(folder / "checkpoints", str(which))
     if checkpoint is None:
         raise UserError(
             f"run: {folder} has no checkpoint; allowed is a run that has reached its "
