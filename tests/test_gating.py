@@ -397,7 +397,6 @@ def test_gates_flags(study, tmp_path, monkeypatch, capsys):
         ("--target-bytes inf", "target_bytes: inf is not allowed"),
         ("--target-bytes 1 --target-offload 1", "--target-offload: not allowed with"),
         ("--criterion entropi", "did you mean entropy?"),
-        ("--checkpoint bset", "did you mean best?"),
         ("--out /dev/null/x", "out: /dev/null is not a folder"),
     ],
 )
