@@ -26,6 +26,7 @@ from hsee_jax.report.html import Section
 from hsee_jax.report.html import page as html_page
 from hsee_jax.report.page import by_cut, over_rounds, results, write_report
 from hsee_jax.report.tables import markdown
+from hsee_jax.runs.history import read_history, read_records
 
 EXIT, SERVER = ((0.1, 0.3), (0.2, 0.4)), ((0.5, 0.5), (0.6, 0.8))  # rounds 2 and 4
 # Samples of each class of client 0; of client 1 there is one more of each kind.
@@ -488,6 +489,78 @@ def test_a_damaged_run_is_one_line(tmp_path, capsys, name, content, message):
     assert out == ""
     assert err.count("\n") == 1 and message in err
     assert not (path.parent / "report").exists()
+
+
+WRONG = {
+    "metrics.jsonl": [
+        ("train", "exit_accuracy", "x"),
+        ("link", "up_bytes", None),
+        ("missed", 0, None),
+        ("test", "mean_exit_accuracy", [1]),
+        ("test", "clients", 0, "cut", None),
+        ("test", "clients", 0, "exit_loss", "x"),
+        ("test", "clients", 0, "early_accuracies", [None]),
+        ("test", "clients", 0, "gated", "flops_share", None),
+        ("simulated", "late", 0, None),
+    ],
+    "summary.json": [
+        ("rounds", None),
+        ("wall_seconds", None),
+        ("versions", None),
+        ("link", "cuts", None),
+        ("link", "up_bytes", "x"),
+        ("simulated", "seconds", None),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [(name, place) for name, places in WRONG.items() for place in places],
+)
+def test_a_value_of_another_type_is_damage(tmp_path, capsys, name, place):
+    """Each figure is read as a number, wherever it stands."""
+    more = {"missed": [0], "link": {"up_bytes": 1, "down_bytes": 2}}
+    clock = {"seconds": 1, "joules": None, "lost_bytes": 0}
+    path = make_run(tmp_path / "run") / name
+    first, *rest = path.read_text().splitlines()
+    values = json.loads(first)
+    *parents, last, wrong = place
+    if name == "metrics.jsonl":
+        values |= more | {"test": json.loads(rest[0])["test"]}
+        values["simulated"] = clock | {"begin_s": 0, "away": [], "late": [1]}
+        gated = {"flops_share": 1, "exit_accuracy": 1, "server_accuracy": 1}
+        values["test"]["clients"][0] |= {"gated": gated}
+    else:
+        values["simulated"] = clock | {"late_rounds": 0}
+    path.write_text("\n".join([json.dumps(values), *rest]))
+    read_history(path.parent)
+    owner = values
+    for key in parents:
+        owner = owner[key]
+    owner[last] = wrong
+    path.write_text("\n".join([json.dumps(values), *rest]))
+    assert cli.main(["report", str(path.parent)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "is damaged: " in err
+
+
+def test_a_version_that_is_a_number_is_text(tmp_path, capsys):
+    path = make_run(tmp_path / "run") / "summary.json"
+    path.write_text(path.read_text().replace('"0.1"', "3"))
+    assert read_history(path.parent).summary.versions["jax"] == "3"
+    assert cli.main(["report", str(path.parent)]) == 0
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (0, 0, 1, 2, 3), (0, 2, 3), (1, 0, 2)])
+def test_rounds_are_there_once_and_in_their_order(tmp_path, order):
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[i] for i in order))
+    number = next(n for n, i in enumerate(order) if n != i) + 1
+    message = rf"line {number}, is damaged: .* of round {order[number - 1] + 1}"
+    with pytest.raises(UserError, match=message):
+        read_records(path.parent)
 
 
 def test_counts_of_too_few_clients_are_damaged(tmp_path):

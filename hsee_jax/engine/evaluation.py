@@ -40,6 +40,11 @@ class GatedResult(NamedTuple):
     exit_accuracy: float
     server_accuracy: float
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "GatedResult":
+        """Make a result from its fields by name."""
+        return cls(*(float(values[name]) for name in cls._fields))
+
 
 class ClientResult(NamedTuple):
     """The scores of a client's exit and of the server behind it on a dataset."""
@@ -71,14 +76,14 @@ class ClientResult(NamedTuple):
           KeyError, TypeError, ValueError: the values are not a result.
         """
         gated = values.get("gated")
-        names = [name for name in cls._fields if name not in cls._field_defaults]
-        found = {name: values[name] for name in names}
-        found = {k: math.nan if v is None else v for k, v in found.items()}
-        early = tuple(values.get("early_accuracies", ()))
+        names = ("exit_accuracy", "server_accuracy", "exit_loss", "server_loss")
+        figures = (values[name] for name in names)
         return cls(
-            **found,
-            early_accuracies=early,
-            gated=None if gated is None else GatedResult(**gated),
+            int(values["id"]),
+            int(values["cut"]),
+            *(math.nan if value is None else float(value) for value in figures),
+            early_accuracies=tuple(map(float, values.get("early_accuracies", ()))),
+            gated=None if gated is None else GatedResult.from_json(gated),
         )
 
 

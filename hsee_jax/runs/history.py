@@ -120,6 +120,8 @@ def read_records(folder: Path, *, limit: int | None = None) -> list[RoundRecord]
                     break
                 raise
             records.append(RoundRecord.from_json(values))
+            if records[-1].round != number:
+                raise ValueError(f"it is of round {records[-1].round}")
     return records
 
 

@@ -41,7 +41,7 @@ class TrainFigures(NamedTuple):
     def from_json(cls, values: Mapping[str, Any]) -> "TrainFigures":
         """Make the figures from the result of `to_json`."""
         found = (values[name] for name in cls._fields)
-        return cls(*(math.nan if value is None else value for value in found))
+        return cls(*(math.nan if value is None else float(value) for value in found))
 
 
 class Scores(NamedTuple):
@@ -68,9 +68,8 @@ class Scores(NamedTuple):
     def from_json(cls, values: Mapping[str, Any]) -> "Scores":
         """Make the scores from the result of `to_json`."""
         clients = sorted(map(ClientResult.from_json, values["clients"]))
-        return cls(
-            values["mean_exit_accuracy"], values["mean_server_accuracy"], tuple(clients)
-        )
+        exits, servers = values["mean_exit_accuracy"], values["mean_server_accuracy"]
+        return cls(float(exits), float(servers), tuple(clients))
 
 
 class RoundRecord(NamedTuple):
@@ -105,14 +104,16 @@ class RoundRecord(NamedTuple):
         Raises:
           KeyError, TypeError, ValueError: the values are not a record.
         """
+        link = values.get("link", {"up_bytes": 0, "down_bytes": 0})
         return cls(
             round=int(values["round"]),
             seconds=float(values["seconds"]),
             images=int(values["images"]),
-            missed=list(values.get("missed", ())),
-            left_out=list(values.get("left_out", ())),
+            missed=list(map(int, values.get("missed", ()))),
+            left_out=list(map(int, values.get("left_out", ()))),
             train=TrainFigures.from_json(values["train"]),
-            link=Bytes(**values.get("link", {"up_bytes": 0, "down_bytes": 0})),
+            # `+` keeps a whole number whole, and refuses what is no number.
+            link=Bytes(+link["up_bytes"], +link["down_bytes"]),
             wall_seconds=float(values["wall_seconds"]),
             test=_optional(Scores, values, "test"),
             simulated=_optional(RoundClock, values, "simulated"),
@@ -182,19 +183,17 @@ class Summary(NamedTuple):
         Raises:
           KeyError, TypeError, ValueError: the values are not a summary.
         """
-        link = values.get("link", {})
+        link = {"up_bytes": 0, "down_bytes": 0, "cuts": []} | values.get("link", {})
         return cls(
-            rounds=values["rounds"],
+            rounds=int(values["rounds"]),
             scores=Scores.from_json(values),
-            wall_seconds=values["wall_seconds"],
-            images_per_second=values["images_per_second"],
-            missed_rounds=values.get("missed_rounds", 0),
-            left_out_rounds=values.get("left_out_rounds", 0),
-            device=values["device"],
-            versions=dict(values["versions"]),
-            link=LinkSummary(
-                link.get("up_bytes", 0), link.get("down_bytes", 0), link.get("cuts", [])
-            ),
+            wall_seconds=float(values["wall_seconds"]),
+            images_per_second=float(values["images_per_second"]),
+            missed_rounds=int(values.get("missed_rounds", 0)),
+            left_out_rounds=int(values.get("left_out_rounds", 0)),
+            device=str(values["device"]),
+            versions={name: str(v) for name, v in values["versions"].items()},
+            link=LinkSummary(+link["up_bytes"], +link["down_bytes"], [*link["cuts"]]),
             agreement=tuple(map(Agreement.from_json, values.get("agreement", ()))),
             simulated=_optional(ClockTotals, values, "simulated"),
         )

@@ -63,8 +63,8 @@ class RoundClock(NamedTuple):
             seconds=float(values["seconds"]),
             joules=_from_json(values["joules"]),
             lost_bytes=float(values["lost_bytes"]),
-            away=tuple(values["away"]),
-            late=tuple(values["late"]),
+            away=tuple(map(int, values["away"])),
+            late=tuple(map(int, values["late"])),
         )
 
     def scalars(self) -> dict[str, float]:
@@ -89,7 +89,12 @@ class ClockTotals(NamedTuple):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ClockTotals":
         """Make the figures from the result of `to_json`."""
-        return cls(**{**values, "joules": _from_json(values["joules"])})
+        return cls(
+            seconds=float(values["seconds"]),
+            joules=_from_json(values["joules"]),
+            lost_bytes=float(values["lost_bytes"]),
+            late_rounds=int(values["late_rounds"]),
+        )
 
 
 def clock_totals(rounds: Sequence[RoundClock]) -> ClockTotals | None:
