@@ -77,11 +77,14 @@ class ClientResult(NamedTuple):
         """
         gated = values.get("gated")
         names = ("exit_accuracy", "server_accuracy", "exit_loss", "server_loss")
-        figures = (values[name] for name in names)
+        figures: Any = {
+            name: math.nan if values[name] is None else float(values[name])
+            for name in names
+        }
         return cls(
-            int(values["id"]),
-            int(values["cut"]),
-            *(math.nan if value is None else float(value) for value in figures),
+            id=int(values["id"]),
+            cut=int(values["cut"]),
+            **figures,
             early_accuracies=tuple(map(float, values.get("early_accuracies", ()))),
             gated=None if gated is None else GatedResult.from_json(gated),
         )
