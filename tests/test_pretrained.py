@@ -5,6 +5,7 @@ torchvision's own.
 """
 
 import copy
+import shutil
 
 import flax.linen as nn
 import jax
@@ -465,7 +466,7 @@ def test_weights_of_a_file_and_gates_exclude_each_other(file_of):
 
 @pytest.mark.slow
 def test_a_run_starts_from_a_file(tmp_path, file_of, capsys):
-    """All clients and servers hold its weights; no other command needs the file."""
+    """All clients and servers hold its weights; nothing after it needs the file."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, SIZE, SIZE, 3)).astype(np.uint8)
     labels = np.arange(24) % CLASSES
@@ -487,6 +488,14 @@ def test_a_run_starts_from_a_file(tmp_path, file_of, capsys):
         name = "encoder.layers.encoder_layer_1.mlp.0.weight"
         np.testing.assert_allclose(block, expected[name].T, atol=1e-6)
     assert hs.cli.main(["eval", str(out)]) == 0
+    twin, more = tmp_path / "twin", ["--resume", "--rounds", "2"]
+    shutil.copytree(out, twin)
+    assert hs.cli.main(["train", *more, "--out", str(out)]) == 0
+    run = hs.restore(out)
+    assert run.config.model.pretrained == str(path)
+    path.with_name("gone").rename(path)
+    assert hs.cli.main(["train", *more, "--out", str(twin)]) == 0
+    jax.tree.map(np.testing.assert_array_equal, run.state, hs.restore(twin).state)
     given[-1] = str(tmp_path / "nowhere")
     assert hs.cli.main(["train", *given, "--out", str(tmp_path / "no")]) == 2
     assert "pretrained: " in capsys.readouterr().err

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.config.values import to_json
+from hsee_jax.config.schema import Config
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.types import ExitMetrics, Metrics
@@ -17,6 +18,7 @@ from hsee_jax.engine.plan import EMPTY, RoundPlan
 from hsee_jax.engine.round import RoundProgress
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.runs.checkpoint import Checkpoint, find, load, load_shelf
+from hsee_jax.runs.checkpoint_folder import find_places
 from hsee_jax.runs.data import own_field
 from hsee_jax.runs.equipment import FILE, equipment_values
 from hsee_jax.runs.experiment import Experiment
@@ -109,6 +111,15 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
     begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
     return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def config_to_build(config: Config, folder: Path) -> Config:
+    """Return a run's configuration without ``pretrained`` if it has a checkpoint.
+
+    A checkpoint holds all weights, and the file with the first may be gone by now.
+    """
+    begun = find_places(folder / "checkpoints")
+    return override(config, pretrained=None) if begun else config
 
 
 def _check_begins(folder: Path) -> None:

@@ -42,6 +42,7 @@ from hsee_jax.runs.records import (
 )
 from hsee_jax.runs.start import (
     Start,
+    config_to_build,
     midway_notes,
     prepare_folder,
     resume_from,
@@ -90,15 +91,18 @@ def train(
         last checkpoint is a good one.
       Stopped: ``stop`` returned true.
     """
+    config = config_for(config, data)
 
     def build_run() -> Experiment:
         given = Given(devices, availability)
         equipment = equip(config, given, resume=Path(folder) if resume else None)
-        return with_clock(build(config, data), equipment)
+        needed = config_to_build(config, Path(folder)) if resume else config
+        experiment = build(needed, data)._replace(config=config)
+        return with_clock(experiment, equipment)
 
     return train_built(
         build_run,
-        config_for(config, data),
+        config,
         folder,
         resume=resume,
         overwrite=overwrite,
