@@ -75,6 +75,7 @@ def test_a_value_gets_the_type_of_its_option(option, value, expected):
         (Option("r", float, 1.0, rules=(share,)), 1, "r: 1.0 .* less than 1"),
         (Option("s", int, 0, rules=(between(0, 9),)), 10, r"allowed is 0\.\.9"),
         (Option("s", int, (), many=True, rules=(positive,)), [2, 0], "s: 0 is not"),
+        (Option("n", int, 1), 2**31, "n: 2147483648 .* allowed is 2147483647 or less"),
         (Option("turn", str, "", names=("batch",)), "bach", "did you mean batch?"),
         (Option("m", str, (), many=True, names=("a",)), ["a", "b"], "m: b is unknown"),
     ],

@@ -295,7 +295,7 @@ def test_a_fault_of_a_folder_is_one_line(fault, tmp_path, capsys):
     [
         (["--test-share", "0.3"], "test_share: 0.3 has no effect, as"),
         (["--test-share", "1.5"], "test_share: 1.5 is not allowed"),
-        (["--image-size", "0"], "image_size: 0 is not allowed; allowed is 1 or more"),
+        (["--image-size", "0"], "image_size: 0 is not allowed; allowed is 1..10000"),
         (["--labels", "remap"], "labels: remap has no effect on dataset imagefolder"),
     ],
 )

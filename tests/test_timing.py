@@ -87,6 +87,8 @@ def test_joint_replicas_do_not_wait_for_each_other():
     assert time.seconds == pytest.approx(5 * np.max(step))
     np.testing.assert_allclose(time.shares.waiting_s, 5 * (np.max(step) - step))
     np.testing.assert_allclose(time.shares.server_s, 5 * work.server_s)
+    many = round_time(work, schedule, workers=10**21)  # more than any memory holds
+    assert many.seconds == time.seconds
 
 
 class Barrier:

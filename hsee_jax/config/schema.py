@@ -111,7 +111,7 @@ class ClientsConfig(Section):
     """The clients: their number, their cuts, their links and their absences."""
 
     registries: ClassVar[Mapping[str, Registry]] = {"link": CODECS}
-    num_clients: Annotated[int, "number of clients", at_least(1)] = 12
+    num_clients: Annotated[int, "number of clients", between(1, 1_000_000)] = 12
     cuts: Annotated[
         tuple[str, ...],
         "cut layers, numbers or names; the clients get them in turn: 3 5 7 3 5 7 ...",
@@ -218,7 +218,9 @@ class RunConfig(Section):
     """The length, the seeds and the bookkeeping of a run."""
 
     rounds: Annotated[
-        int, "number of rounds; a round is a local epoch of every client", at_least(1)
+        int,
+        "number of rounds; a round is a local epoch of every client",
+        between(1, 1_000_000),
     ] = 100
     batch_size: Annotated[int, "samples in a client's step", at_least(1)] = 128
     micro_batches: Annotated[
@@ -251,7 +253,7 @@ class RunConfig(Section):
         int,
         "clients and servers that the loop runs at the same time, which needs memory "
         "for each and changes no result; 0 is one for each core, at most 8 [ours]",
-        at_least(0),
+        between(0, 256),
     ] = 0
     model_seed: Annotated[
         int,

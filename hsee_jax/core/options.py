@@ -65,6 +65,8 @@ _KINDS: Mapping[Any, tuple[type, ...]] = {
     bool: (bool,),
 }
 
+_MOST = 2**31 - 1  # of a whole number: counts and indices are int32
+
 
 def text_of(value: Any) -> str:
     """Return an option's value as it is written on the command line."""
@@ -107,6 +109,8 @@ class Option:
             for rule in self.rules:
                 if not rule.holds(entry):
                     raise self.refusal(entry, rule.allowed)
+            if self.kind is int and entry > _MOST:
+                raise self.refusal(entry, f"{_MOST} or less")
         return value
 
     def refusal(self, value: Any, allowed: str) -> UserError:

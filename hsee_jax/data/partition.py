@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import at_least, positive
+from hsee_jax.core.options import between, positive
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import NO_LABEL
 
@@ -79,7 +79,7 @@ def dirichlet(*, alpha: Alpha = 0.3) -> DealFn:
 def classes(
     *,
     classes_per_client: Annotated[
-        int, "label-sorted pieces that each client gets", at_least(1)
+        int, "label-sorted pieces that each client gets", between(1, 1000)
     ] = 2,
 ) -> DealFn:
     """Deal label-sorted pieces (McMahan et al., AISTATS 2017)."""

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from hsee_jax.core.errors import UserError, one_line
-from hsee_jax.core.options import at_least
+from hsee_jax.core.options import between
 
 ImageSize = Annotated[
-    int | None, "resize every image to this many pixels each way", at_least(1)
+    int | None, "resize every image to this many pixels each way", between(1, 10_000)
 ]
 _FORMATS = ("PNG", "JPEG")  # Pillow starts other programs for some of the others
 _GREY = ("1", "L", "LA", "La")

@@ -17,7 +17,7 @@ from typing import Annotated
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hsee_jax.core.options import at_least, one_of
+from hsee_jax.core.options import between, one_of
 from hsee_jax.core.types import Array
 from hsee_jax.nn.convolution import convolution
 from hsee_jax.nn.convolution_choice import FORMS
@@ -26,7 +26,7 @@ from hsee_jax.nn.normalization import EPSILON, Norm
 Width = Annotated[
     int,
     "channels of the first group of layers; the other groups have multiples of them",
-    at_least(1),
+    between(1, 65_536),
 ]
 NormName = Annotated[
     str,

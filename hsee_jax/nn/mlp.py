@@ -9,15 +9,17 @@ from typing import Annotated
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hsee_jax.core.options import at_least
+from hsee_jax.core.options import between
 from hsee_jax.core.types import Array
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS
 
 Hidden = Annotated[
-    int, "values of a sample, a token or an interaction, in each layer", at_least(1)
+    int,
+    "values of a sample, a token or an interaction, in each layer",
+    between(1, 65_536),
 ]
-Depth = Annotated[int, "number of layers, and so of cuts", at_least(1)]
+Depth = Annotated[int, "number of layers, and so of cuts", between(1, 1000)]
 
 
 class DenseLayer(nn.Module):

@@ -101,7 +101,8 @@ def by_workers(log: Log, desk: Desk, steps: range, free: float, workers: int) ->
         for client in (desk.present(steps.start) if steps else [])
     ]
     heapq.heapify(queue)
-    idle = [(free, worker) for worker in range(workers)]
+    busy = min(workers, max(len(queue), 1))  # a client has one message at a time
+    idle = [(free, worker) for worker in range(busy)]
     while queue:
         ready, client, step = heapq.heappop(queue)
         since, worker = idle[0]
