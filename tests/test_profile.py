@@ -118,6 +118,9 @@ def test_the_file_is_a_device(tmp_path, capsys):
         (["--out", "me.csv"], "out: me.csv is not allowed; allowed is a name in .toml"),
         (["--out", "none/me.toml"], "out: none is not a folder"),
         (["--out", "me.toml", "--repeats", "0"], "repeats: 0 is not allowed"),
+        (["--out", "me.toml", "--name", ""], "name: '' is not allowed"),
+        (["--out", "me.toml", "--name", "a\udcff"], r"name: 'a\udcff' is not allowed"),
+        (["--out", "me.toml", "--name", "a\x7f"], r"name: 'a\x7f' is not allowed"),
         (
             ["--out", "me.toml", "--micro-batches", "3"],
             "micro_batches: 3 is not allowed",

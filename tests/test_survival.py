@@ -26,6 +26,7 @@ from hsee_jax.algorithms.references import local
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.core.files import replace_file
 from hsee_jax.engine.plan import Absence, missing
 from hsee_jax.runs import start
 from hsee_jax.runs.checkpoint import find
@@ -445,6 +446,12 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
         with pytest.raises(UserError, match="outside of the encoding"):
             runs.train(SMALL, folder, **how)
     assert not list(tmp_path.iterdir())
+
+
+def test_text_outside_of_utf_8_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"out: .*me\.toml cannot hold '\\udcff'"):
+        replace_file(tmp_path / "me.toml", "a\udcff")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["save_async", slow("write_text"), slow("open")])

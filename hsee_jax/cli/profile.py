@@ -38,6 +38,9 @@ def profile_machine(words: Sequence[str]) -> None:
     if out is None:
         raise UserError("out: missing; allowed is a new file such as me.toml")
     _check_new(out)
+    name = given.get("name", "this-machine")
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"name: {name!a} is not allowed; allowed is printable text")
     if repeats < 1:
         raise UserError(f"repeats: {repeats} is not allowed; allowed is 1 or more")
     config = config_from(given)
@@ -55,7 +58,7 @@ def profile_machine(words: Sequence[str]) -> None:
     federation = build_federation(config, info)
     costs = layer_costs(build_model(config, info, plain=True))
     times = profile(federation, batch_size, repeats=repeats)
-    replace_file(out, _entry(given.get("name", "this-machine"), times, costs))
+    replace_file(out, _entry(name, times, costs))
     _print(times, out)
 
 

@@ -51,7 +51,11 @@ def replace_file(
       UserError: it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
-    content = content.encode() if isinstance(content, str) else content
+    try:
+        content = content.encode() if isinstance(content, str) else content
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start]
+        raise UserError(f"{field}: {path} cannot hold {letter!a}") from error
     with writing(path, field, hint=hint):
         with temporary.open("wb") as file:
             file.write(content)
