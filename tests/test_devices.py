@@ -137,6 +137,8 @@ def test_spread_is_lognormal_around_the_entry(tmp_path):
         ("devices = 3", "devices: not a list of tables"),
         ("client = []", "table: client is unknown.*allowed are devices, server"),
         ("devices = [", "cannot be read: .*allowed is TOML or CSV"),
+        ("devices = " + "9" * 5000, "cannot be read: .*allowed is TOML or CSV"),
+        ("devices = " + "[" * 100_000, "cannot be read: .*allowed is TOML or CSV"),
         (f"devices = [{{{OWN}}}, {{}}]", "entry 2: name: missing"),
         ('devices = [{name = "a"}]', "entry 1: forward_flops_per_s: missing"),
         (

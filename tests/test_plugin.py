@@ -192,6 +192,36 @@ def test_a_report_needs_no_plugin(place, capsys):
     assert "plugin: lost_net cannot be imported" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("clients", "num_clients", "3", 'num_clients: "3" is not allowed'),
+        ("run", "rounds", None, "rounds: null is not allowed"),
+        ("run", "plugin", "users_net", 'plugin: "users_net" is not allowed'),
+        ("data", "dataset", 5, "dataset: 5 is not allowed"),
+    ],
+)
+def test_a_report_checks_the_options_of_the_package(
+    place, capsys, section, name, value, message
+):
+    shutil.rmtree(place / "changed", ignore_errors=True)
+    run = shutil.copytree(place / "run", place / "changed")
+    values = json.loads((run / "config.json").read_text())
+    values[section][name] = value
+    (run / "config.json").write_text(json.dumps(values))
+    assert cli.main(["report", str(run)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_knows_the_defaults_beside_a_plugin(place):
+    """Of options that an older version did not write."""
+    run = shutil.copytree(place / "run", place / "older")
+    values = json.loads((run / "config.json").read_text())
+    del values["run"]["data_seed"]
+    (run / "config.json").write_text(json.dumps(values))
+    assert cli.main(["report", str(run)]) == 0
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_report_imports_no_plugin(place, monkeypatch, mark):
     """Though it could: a module of that name is on Python's path."""

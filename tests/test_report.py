@@ -469,11 +469,18 @@ BAD = {
         ("", "no evaluated round yet"),
         ("{}\n", "line 1, is damaged: KeyError: 'round'"),
         ("[1]\n2\n", "line 1, is damaged"),
+        ('{"round": 1e999}\n', "line 1, is damaged: OverflowError"),
+        ("[" * 100_000 + "\n{}\n", "line 1, is damaged: RecursionError"),
         ("\ufeff\n{}\n", "line 1, is damaged"),
     ],
     "partition.json": [(None, "No such file"), ("[{}]", "damaged"), ("[", "damaged")],
+    "devices.json": [("[" * 100_000, "is damaged: RecursionError")],
     "summary.json": [("{}", "is damaged: KeyError: 'rounds'"), ("[]", "damaged")],
-    "config.json": [(None, "is not a run"), ("{", "is not JSON")],
+    "config.json": [
+        (None, "is not a run"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
 }
 
 

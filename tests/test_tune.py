@@ -1,5 +1,6 @@
 """Forms of convolutions that are measured, kept, and taken by the next run."""
 
+import json
 from functools import partial
 
 import jax
@@ -223,3 +224,15 @@ def test_a_file_of_another_kind_is_refused(text):
 def test_what_cannot_be_tuned_is_refused(flags, message, capsys):
     assert cli.main(["tune", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [["patches"], {}, None, "fastest"])
+def test_a_damaged_file_of_forms_is_one_line(monkeypatch, tmp_path, form):
+    path = tmp_path / "forms.json"
+    monkeypatch.setattr("hsee_jax.runs.forms.forms_file", lambda: path)
+    place = ["forward", [[4, 4], [3, 3], [1, 1], [[1, 1], [1, 1]], 1], [1, 2], 4, 1, ""]
+    path.write_text(json.dumps([{"place": place, "form": "patches"}]))
+    assert list(read_forms().values()) == ["patches"]
+    path.write_text(json.dumps([{"place": place, "form": form}]))
+    with pytest.raises(UserError, match=r"forms\.json does not hold the forms"):
+        read_forms()

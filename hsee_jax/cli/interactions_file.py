@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 
 
 def read_interactions(path: Path) -> tuple[str, ...]:
@@ -18,7 +18,7 @@ def read_interactions(path: Path) -> tuple[str, ...]:
     try:
         chosen = json.loads(path.read_text(encoding="utf-8-sig"))["chosen"]
         found = [",".join(str(int(c)) for c in one["columns"]) for one in chosen]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, *DAMAGE) as error:
         reason = error.strerror if isinstance(error, OSError) else repr(error)
         raise _refusal(path, f"cannot be read: {reason}") from error
     if not found:

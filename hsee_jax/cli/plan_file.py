@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hsee_jax.cli.flags import config_from
 from hsee_jax.config import Config, override
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.runs.build import build_model
 from hsee_jax.runs.equip import check_no_clusters
 from hsee_jax.runs.planning import (
@@ -44,7 +44,7 @@ def read_cuts(path: Path) -> Cuts:
             raise ValueError("a cut is not a number of a layer")
     except OSError as error:
         raise UserError(f"plan: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"plan: {path} is not a plan; allowed is a plan.json of `hsee plan`"
         ) from error

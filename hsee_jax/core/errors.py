@@ -8,6 +8,17 @@ class UserError(ValueError):
     """An error that the user can correct; its text is one line that says how."""
 
 
+# What reading JSON or TOML raises, and taking values out of it, if it is damaged.
+DAMAGE = (
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 class Stopped(Exception):
     """Training stopped before its end because it was asked to; it can be resumed.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy.typing as npt
 
-from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.errors import DAMAGE, UserError, unknown
 from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
@@ -264,7 +264,7 @@ def _known(path: Path, rounds: int, i: int) -> Figures:
         return content | own[0] if content["rounds"] == rounds else {}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, *DAMAGE) as error:
         raise UserError(f"run: {path} cannot be read: {error!r}") from error
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 
 DIGESTS, NOTES = "digests.json", "notes.json"
 UNFINISHED = ".tmp"  # suffix of the name of an unfinished checkpoint
@@ -31,7 +31,7 @@ def read_score(folder: Path) -> float:
     """Read the score of a checkpoint; return minus infinity if it is damaged."""
     try:
         return float(json.loads((folder / NOTES).read_text(encoding="utf-8"))["score"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGE):
         return float("-inf")
 
 
@@ -52,7 +52,7 @@ def verify(folder: Path) -> None:
     try:
         known = dict(json.loads((folder / DIGESTS).read_text(encoding="utf-8")))
         found = compute_digests(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *DAMAGE) as error:
         raise _damaged(folder, DIGESTS) from error
     for name in sorted({*known, *found}):
         if known.get(name) != found.get(name):

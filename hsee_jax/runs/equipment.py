@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hsee_jax.config.schema import Config
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.systems.availability import Period, check_period
 from hsee_jax.systems.device_file import Fleet
 from hsee_jax.systems.devices import Device, make_device
@@ -64,7 +64,7 @@ def stored_equipment(folder: Path) -> Equipment | None:
         return Equipment(fleet, tuple(periods), dict(values["sources"]))
     except FileNotFoundError:
         return None
-    except (AttributeError, OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, *DAMAGE) as error:
         raise UserError(
             f"run: {path} is damaged: {type(error).__name__}: {error}"
         ) from error

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from hsee_jax.config.schema import BOOKKEEPING, Config
 from hsee_jax.config.values import flatten, from_dict
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.files import writing
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.parallel.processes import in_first
@@ -60,7 +60,7 @@ def _values(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except DAMAGE as error:
         raise UserError(f"config: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: {path} is not an object of sections")
@@ -76,7 +76,7 @@ def read_info(folder: Path) -> DatasetInfo:
     path = folder / "data.json"
     try:
         return checked_info(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, *DAMAGE) as error:
         raise UserError(
             f"run: {path} is missing or damaged; `hsee train --resume --out {folder}` "
             "writes it anew"

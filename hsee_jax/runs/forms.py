@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from hsee_jax.config.schema import Config
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.user_cache import user_cache
 from hsee_jax.nn.convolution_choice import FORMS, Choice, FormTable, Place, auto_form
@@ -65,12 +65,12 @@ def read_forms() -> Forms:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         forms = {_place(entry["place"]): entry["form"] for entry in entries}
+        if not set(forms.values()) <= set(FORMS):
+            raise ValueError("there is no such form")
     except OSError:  # also where this user may not read the folder
         return {}
-    except (ValueError, TypeError, KeyError) as error:
+    except DAMAGE as error:
         raise _unreadable(path) from error
-    if not set(forms.values()) <= set(FORMS):
-        raise _unreadable(path)
     return forms
 
 

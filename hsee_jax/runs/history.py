@@ -3,14 +3,15 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hsee_jax.config.schema import SEEDS
-from hsee_jax.config.values import flatten, from_dict, is_own_data
-from hsee_jax.core.errors import UserError
+from hsee_jax.config.values import SECTIONS, flatten, from_dict, is_own_data
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.runs.equipment import Equipment, stored_equipment
 from hsee_jax.runs.folder import read_info, read_values
@@ -161,11 +162,17 @@ def _read_options(folder: Path) -> dict[str, Any]:
     sections = [one for one in values.values() if isinstance(one, dict)]
     if len(sections) < len(values) or not values.get("run", {}).get("plugin"):
         return flatten(from_dict(values))  # names no plugin, or is refused before
-    return {
+    found = {
         name: tuple(value) if isinstance(value, list) else value
         for section in sections
         for name, value in section.items()
     }
+    for kind in SECTIONS.values():
+        for name, option in kind.fields().items():
+            if name in kind.registries:  # a plugin may add entries
+                option = replace(option, names=())
+            found[name] = option.checked(found.get(name, option.default))
+    return found
 
 
 def _read(path: Path) -> Any:
@@ -179,7 +186,7 @@ def _reading(what: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"run: {what} cannot be read: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"run: {what} is damaged: {type(error).__name__}: {error}"
         ) from error

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import from_dict
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
 from hsee_jax.data.pipeline import InputPipeline
@@ -72,7 +72,7 @@ def build_participant(
     config = from_dict(values["config"])
     try:
         info = checked_info(values["info"])
-    except (TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"info: what the server says of the data cannot be read: {error}"
         ) from error

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.data.info import DatasetInfo, difference
 from hsee_jax.data.partition import Share
 from hsee_jax.runs.folder import read_info
@@ -52,7 +52,7 @@ def check_partition(
     """
     try:
         stored = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, *DAMAGE):
         return  # it is lost, and `train` writes it anew
     if not isinstance(stored, list) or not all(isinstance(o, dict) for o in stored):
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hsee_jax.config.plugins import load_plugins
 from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import options
-from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.errors import DAMAGE, UserError, unknown
 from hsee_jax.core.paths import expand_home
 from hsee_jax.runs.folder import load_config
 
@@ -105,7 +105,7 @@ def _parse(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"study: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except DAMAGE as error:
         raise UserError(f"study: {path} is not TOML: {error}") from error
 
 

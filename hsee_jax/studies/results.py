@@ -13,7 +13,7 @@ from typing import Any
 
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import SECTIONS, flatten, override, settings
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.files import writing
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import Summary
@@ -86,7 +86,7 @@ def read_results(folder: Path) -> list[Result]:
     for number, line in enumerate(_complete(content).splitlines(), start=1):
         try:
             found.append(Result.from_json(json.loads(line)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise UserError(
                 f"results: {path}, line {number}, is damaged "
                 f"({type(error).__name__}: {error}); remove the line, and its run is "
@@ -118,7 +118,7 @@ def _complete(content: bytes) -> bytes:
     lines, end, last = content.rpartition(b"\n")
     try:
         json.loads(last)
-    except ValueError:  # it is empty, or cut off
+    except DAMAGE:  # it is empty, or cut off
         return lines + end
     return content + b"\n"
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.errors import DAMAGE, UserError, unknown
 from hsee_jax.core.rows import csv_rows
 from hsee_jax.systems.devices import (
     Device,
@@ -75,13 +75,13 @@ def read_devices(path: str | Path, *, seed: int = 0) -> Fleet:
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = _toml(text) if is_toml else _csv(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, csv.Error) as error:
+    except UserError as error:
+        raise UserError(f"devices: {path}: {error}") from error
+    except (OSError, csv.Error, *DAMAGE) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"devices: {path} cannot be read: {reason}; allowed is TOML or CSV in UTF-8"
         ) from error
-    except UserError as error:
-        raise UserError(f"devices: {path}: {error}") from error
     devices: list[tuple[str | None, Device]] = []  # with the cluster
     for where, values in content.entries:
         try:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from hsee_jax.core.errors import DAMAGE
 from hsee_jax.core.files import replace_file
 
 
@@ -21,7 +22,7 @@ def read_bookmark(path: Path) -> Bookmark:
         values = json.loads(path.read_text(encoding="utf-8"))
         planned = int(values.get("planned", 0))
         return Bookmark(str(values["run_id"]), int(values["rounds"]), planned)
-    except (AttributeError, OSError, KeyError, TypeError, ValueError):
+    except (OSError, *DAMAGE):
         return Bookmark()
 
 
