@@ -22,7 +22,7 @@ import hsee_jax
 from hsee_jax import cli
 from hsee_jax.cli.commands import COMMANDS
 from hsee_jax.cli.terminal import ProgressBar, text_table
-from hsee_jax.config import override, preset
+from hsee_jax.config import override, preset, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.optim.optimizers import OPTIMIZERS, sgd
 from hsee_jax.runs.data import build_data
@@ -268,6 +268,12 @@ BAD = [
     ("train --num-clients 0", "num_clients: 0"),
     ("train --rounds 0", "rounds: 0"),
     ("train --batch-size 0", "batch_size: 0"),
+    ("train --cuts 1 --rounds 2 --cuts 2", "--cuts: is given twice"),
+    ("train --plugin=tiny --plugin tiny", "--plugin: is given twice"),
+    ("train --out=", "--out: an empty path is not allowed"),
+    ("train --data-dir=", "data_dir: an empty path is not allowed"),
+    ("train --compilation-cache=", "compilation_cache: an empty path is not allowed"),
+    ("train --out ~nobody-here/x", "--out: ~nobody-here/x names a user without a home"),
     ("train --num-clients 2147483647", "num_clients: 2147483647"),
     ("train --rounds 2147483647", "rounds: 2147483647"),
     ("train --loop-threads 2147483647", "loop_threads: 2147483647"),
@@ -338,6 +344,45 @@ def test_bad_input_is_one_line_and_status_2(
     assert err.startswith("hsee: ")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_removed_is_one_line(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert "folder: the current folder was removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--config", "--devices", "--absences-file"])
+def test_a_pipe_is_refused(flag, tmp_path, capsys):
+    """It can be read only once, and a run notes the digests of its files."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = ["train", flag, str(pipe), "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 2
+    assert f"{flag}: {pipe} is a pipe; allowed is a file" in capsys.readouterr().err
+
+
+def test_each_path_may_begin_with_the_home_of_the_user(tmp_path, monkeypatch):
+    """Also where the shell leaves it, as in ``--out=~/x``."""
+    home, out = tmp_path / "home", []
+    (home / "c").mkdir(parents=True)
+    (home / "c" / "config.json").write_text(to_json(preset("demo")))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+
+    def train(config, folder, **_):
+        out.append(folder)
+        return FINISHED
+
+    monkeypatch.setattr("hsee_jax.cli.train.train_run", train)
+    monkeypatch.setattr("hsee_jax.cli.train.print_figures", lambda *a, **k: None)
+    assert cli.main(["train", "--config=~/c/config.json", "--out=~/x"]) == 0
+    assert out == [home / "x"]
+    assert not (tmp_path / "~").exists()
 
 
 def numpy_memory():

@@ -1,6 +1,7 @@
 """Flags of the command line, made from the options of `Config`."""
 
 import argparse
+import contextlib
 import difflib
 import os
 from collections.abc import Sequence
@@ -31,14 +32,30 @@ from hsee_jax.runs.folder import load_config, read_config
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises `UserError` instead of printing its usage."""
+    """A parser that raises `UserError` instead of printing its usage.
+
+    A path of any flag may begin with ``~``; it may not be empty, or a pipe, which can
+    be read only once.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """Make a parser without flags."""
+        super().__init__(*arguments, **keywords)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         raise UserError(message.removeprefix("argument "))
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse like ``parse_args``, but name the flag nearest to an unknown one."""
+        """Parse like ``parse_args``, but name the flag nearest to an unknown one.
+
+        A flag with a list is refused twice, as the second list would replace the first.
+        """
+        given = [word.partition("=")[0] for word in arguments]
+        for flag, action in self._option_string_actions.items():
+            if action.nargs == "+" and given.count(flag) > 1:
+                raise UserError(f"{flag}: is given twice; allowed is once, with a list")
         values, rest = self.parse_known_args(arguments)
         if rest:
             flags = tuple(flag for flag in self._option_string_actions if len(flag) > 2)
@@ -52,6 +69,18 @@ class Parser(argparse.ArgumentParser):
                 )
             raise UserError(f"argument: {rest[0]} is one too many; see {self.prog} -h")
         return values
+
+
+def _path(word: str) -> Path:
+    try:
+        path = expand_home(word, "path")
+    except UserError as error:
+        reason = str(error).removeprefix("path: ")  # argparse names the flag
+        raise argparse.ArgumentTypeError(reason) from error
+    with contextlib.suppress(OSError):
+        if path.is_fifo():
+            raise argparse.ArgumentTypeError(f"{path} is a pipe; allowed is a file")
+    return path
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

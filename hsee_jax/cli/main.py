@@ -9,6 +9,7 @@ JAX.
 
 import argparse
 import errno
+import os
 import re
 import signal
 import sys
@@ -90,6 +91,11 @@ def _run(words: Sequence[str]) -> int:
         raise UserError(f"command: none given; allowed are {', '.join(COMMANDS)}")
     if words[0] not in COMMANDS:
         raise unknown("command", words[0], tuple(COMMANDS))
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        line = "folder: the current folder was removed; allowed is one that is there"
+        raise UserError(line) from error
     return COMMANDS[words[0]].load()(words[1:]) or 0
 
 

@@ -14,8 +14,10 @@ def expand_home(path: str | os.PathLike[str], field: str) -> Path:
       field: the option that gives the path, for the error.
 
     Raises:
-      UserError: there is no such user.
+      UserError: there is no such user, or the path is empty.
     """
+    if not os.fspath(path):
+        raise UserError(f"{field}: an empty path is not allowed")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
