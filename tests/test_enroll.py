@@ -282,6 +282,13 @@ def test_what_is_not_allowed_is_one_line(keys, capsys, flags, line):
     assert contents(keys) == before
 
 
+def test_days_beyond_a_new_ca_leave_nothing(tmp_path, capsys):
+    words = ["--clients", "1", "--days", "9999"]
+    assert cli.main(["enroll", str(tmp_path / "keys"), *words]) == 2
+    assert "days: 9999 is not allowed, as the CA" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def damage(keys, kind, other):
     if kind == "no key":
         (keys / "ca-key.pem").unlink()

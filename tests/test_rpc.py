@@ -323,6 +323,15 @@ def test_patience_is_a_time(seconds, tmp_path, capsys):
     assert f"patience: {float(seconds)} is not allowed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["nowhere", "--client", "0"], ["127.0.0.1:1", "--keys", "none"]]
+)
+def test_a_device_that_cannot_call_leaves_nothing(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["join", *words, "--state", "state"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_who_joins_says_who_it_is_once(tmp_path, capsys):
     call = ["join", "127.0.0.1:1", "--state", str(tmp_path)]
     assert main(call) == 2

@@ -44,15 +44,18 @@ def join(words: Sequence[str]) -> int | None:
     state = expand_home(given.state, "state")
     keys = None if given.keys is None else expand_home(given.keys, "keys")
     data = None if given.data is None else expand_home(given.data, "data")
-    with StopSignals() as signals, sole_writer(state, "state"):
+    with StopSignals() as signals:
         try:
-            with connect(
-                given.server,
-                keys,
-                given.client,
-                patience_s=given.patience,
-                stop=signals,
-            ) as call:
+            with (
+                connect(
+                    given.server,
+                    keys,
+                    given.client,
+                    patience_s=given.patience,
+                    stop=signals,
+                ) as call,
+                sole_writer(state, "state"),
+            ):
                 ended = take_part(
                     call,
                     state,

@@ -65,8 +65,7 @@ def enroll(
     place = Path(folder)
     try:
         names = _hosts(place / "server", names, renew=renew)
-        authority = _authority(place)
-        _check_days(authority.certificate, days)
+        authority = _authority(place, days)
         subjects = ["server", *(f"client-{i}" for i in range(clients))]
         if renew:  # those of more clients, too
             older = sorted(path.name for path in place.glob("client-*"))
@@ -106,26 +105,29 @@ def _hosts(
     return wanted or known
 
 
-def _authority(folder: Path) -> Identity:
-    """Read the CA of a folder, and make what is missing of it."""
+def _authority(folder: Path, days: int) -> Identity:
+    """Read the CA of a folder; make what is missing of it, if it can sign for days."""
     path, key_path = folder / "ca.pem", folder / "ca-key.pem"
     if not path.exists() and (folder / "server").exists():
         raise UserError(
             f"keys: {path} is missing; allowed is a folder with its CA, or a new folder"
         )
-    if not path.exists() and not key_path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(key_path, pem_key(new_key()))
+    is_new = not path.exists() and not key_path.exists()
     try:
-        key = read_key(key_path.read_bytes())
+        key = new_key() if is_new else read_key(key_path.read_bytes())
     except ValueError as error:
         raise UserError(f"keys: {key_path} holds no private key: {error}") from error
-    if not path.exists():
-        _write(path, pem(new_authority(key, validity(_CA_DAYS))))
-    authority = Identity(_read_certificate(path), key)
-    if key.public_key() != authority.certificate.public_key():
+    own = _read_certificate(path) if path.exists() else None
+    certificate = own or new_authority(key, validity(_CA_DAYS))
+    if key.public_key() != certificate.public_key():
         raise UserError(f"keys: {key_path} is not the key of {path}")
-    return authority
+    _check_days(certificate, days)
+    if is_new:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(key_path, pem_key(key))
+    if own is None:
+        _write(path, pem(certificate))
+    return Identity(certificate, key)
 
 
 def _check_days(ca: x509.Certificate, days: int) -> None:
