@@ -388,6 +388,7 @@ def test_cuts_auto_are_those_of_the_plan(fleet, tmp_path, runs):
             "server_workers: 2 has no effect with sequential",
         ),
         (["--bandwidth", "-1"], "bandwidth: -1.0 is not allowed; allowed is more"),
+        (["--bandwidth", "1e-300"], "with which it takes less than 1e+15"),
         (["--recuts", "2:1"], "recuts: is not allowed; a plan is for the cuts of one"),
         (["--micro-batches", "3"], "micro_batches: 3 is not allowed; allowed are"),
     ],
@@ -397,6 +398,18 @@ def test_refusals_are_one_line(fleet, tmp_path, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", ["1e-320", "1e-300"])
+def test_rates_with_which_no_round_ends_are_one_line(rate, tmp_path, capsys):
+    path = tmp_path / "slow.toml"
+    entry = f'name = "a"\ncount = 2\nlink = "ethernet"\nforward_flops_per_s = {rate}'
+    path.write_text(f"[[devices]]\n{entry}\n")
+    assert plan(path, tmp_path / "plan") == 2
+    error = capsys.readouterr().err
+    assert "devices: a round of client 0 (a) takes " in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "plan").exists()
 
 
 def test_devices_are_needed(tmp_path, capsys):

@@ -382,6 +382,17 @@ def test_a_line_that_a_kill_cut_off_is_dropped(write, tmp_path, kept):
     assert path.read_bytes() == first + second * (1 + complete)
 
 
+def test_a_cell_and_a_heading_are_one_line(write, tmp_path):
+    study = studies.load(write())
+    row = replace(study.rows[0], shows="what it\nshows")
+    study = replace(study, title="a title\nof two lines", rows=(row, *study.rows[1:]))
+    studies.append_result(tmp_path, result(studies.runs(study)[0], summary()))
+    studies.write(study, studies.read_results(tmp_path), tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "# a title of two lines\n" in text
+    assert f"| {row.name} | what it shows |\n" in text
+
+
 def test_a_damaged_line_is_named(write, tmp_path):
     one, *_ = studies.runs(studies.load(write()))
     studies.append_result(tmp_path, result(one, summary()))

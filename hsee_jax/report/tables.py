@@ -20,7 +20,10 @@ class Table(NamedTuple):
 
 
 def markdown(table: Table) -> str:
-    """Return a table as Markdown, without its title."""
+    """Return a table as Markdown, without its title; a cell is one line."""
     lines = (table.header, ("---",) * len(table.header), *table.rows)
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    escaped = (
+        [" ".join(cell.splitlines()).replace("|", "\\|") for cell in line]
+        for line in lines
+    )
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)

@@ -105,7 +105,8 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> tuple[Path, 
     from hsee_jax.studies.picture import draw
 
     text, picture = folder / "results.md", folder / "results.png"
-    parts = (f"# {study.title}", row_list(study), page(study, results))
+    title = " ".join(study.title.split())  # a heading is one line
+    parts = (f"# {title}", row_list(study), page(study, results))
     replace_file(text, "\n\n".join(filter(None, parts)) + "\n")
     png = draw(study, results)
     if not png:

@@ -28,6 +28,7 @@ from hsee_jax.systems.quantities import QUANTITIES, Bools, CutCosts, totals
 
 _TRIES = 8
 _SLACK = 1e-6  # relative, of limits
+_MOST_SECONDS = 1e15  # of a client's round, some thirty million years
 _WATTS = ("busy", "sending", "receiving", "idle")
 
 
@@ -87,7 +88,10 @@ def _plan(problem: Problem, minimize: str, limits: Limits) -> Plan:
     most = limits.totals()
     if "joules" in (minimize, *most):
         require_watts(problem.devices)
-    costs = cut_costs(problem, possible_cuts(problem, limits))
+    allowed = possible_cuts(problem, limits)
+    with np.errstate(over="ignore", invalid="ignore"):  # refused in the next line
+        costs = cut_costs(problem, allowed)
+    _check_rates(problem, costs)
     aims = dict(most)
     if problem.schedule.shared:  # `possible_cuts` sees to it
         aims.pop("server_bytes", None)
@@ -103,6 +107,20 @@ def _plan(problem: Problem, minimize: str, limits: Limits) -> Plan:
         f"{LIMITS[name]}: {plain(most[name])} is not possible, queues included; the "
         f"nearest plan needs {upward(value)}"
     )
+
+
+def _check_rates(problem: Problem, costs: CutCosts) -> None:
+    """Refuse rates so low that sums of seconds would overflow or lose all digits."""
+    seconds = costs.phases_s.sum(axis=0) + costs.server_s
+    seconds = seconds + costs.up_bytes / costs.uplink_bytes_per_s
+    seconds = np.where(costs.allowed, seconds, 0).max(axis=1)
+    client = int(np.argmax(seconds))
+    if not seconds[client] < _MOST_SECONDS:  # also NaN
+        raise UserError(
+            f"devices: a round of client {client} ({problem.devices[client].name}) "
+            f"takes {seconds[client]:.3g} seconds; allowed are rates of devices and "
+            f"--bandwidth with which it takes less than {_MOST_SECONDS:.0e}"
+        )
 
 
 def _candidates(
