@@ -24,7 +24,7 @@ from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.algorithms.references import local
 from hsee_jax.config.presets import preset
-from hsee_jax.config.values import override
+from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import DivergenceError, Stopped, UserError
 from hsee_jax.core.files import replace_file
 from hsee_jax.engine.plan import Absence, missing
@@ -250,6 +250,28 @@ def write_rounds(folder, *numbers):
     with Writer(folder, keep=2) as writer:
         for number in numbers:
             writer.save(number, 0, {"weights": np.full(3, number)}, {"score": None})
+
+
+def test_a_checkpoint_has_the_name_that_it_was_given(tmp_path):
+    runs.train(override(SMALL, rounds=2), tmp_path / "run")
+    place = tmp_path / "run" / "checkpoints" / "2"
+    longer = override(SMALL, rounds=5)
+    for name in ("1-3", "2-3", "3"):
+        place = place.rename(place.with_name(name))
+        message = rf"{name} is not the checkpoint that its name says; it is of 2 rounds"
+        with pytest.raises(UserError, match=message):
+            runs.train(longer, tmp_path / "run", resume=True)
+
+
+def test_another_run_than_that_of_the_checkpoint_is_one_line(tmp_path):
+    runs.train(override(SMALL, rounds=1), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    other = override(SMALL, rounds=2, cuts=("1", "3"))
+    with pytest.raises(UserError, match="cuts: 1 3 is not allowed with --resume; .* 1"):
+        runs.train(other, tmp_path / "run", resume=True)
+    path.write_text(to_json(override(SMALL, network="mlp", hidden=8, depth=3)))
+    with pytest.raises(UserError, match=r"holds other layers than config\.json"):
+        runs.reopen(tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_written_again(tmp_path):

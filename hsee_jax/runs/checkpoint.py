@@ -141,9 +141,10 @@ def _load(checkpoint: Checkpoint, name: str, like: PyTree) -> PyTree:
             check_shapes(ocp.metadata(path).metadata, shapes)
             return ocp.load(path, shapes)
     except Exception as error:
-        raise UserError(
-            f"run: {checkpoint.folder} cannot be read: {reason_of(error)}"
-        ) from error
+        reason = reason_of(error)
+        if "structures do not match" in reason:  # Orbax goes on with both trees
+            reason = "it holds other layers than config.json describes"
+        raise UserError(f"run: {checkpoint.folder} cannot be read: {reason}") from error
 
 
 def reason_of(error: BaseException) -> str:

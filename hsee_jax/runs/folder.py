@@ -16,6 +16,7 @@ from hsee_jax.config.schema import BOOKKEEPING, Config
 from hsee_jax.config.values import flatten, from_dict
 from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.files import writing
+from hsee_jax.core.options import text_of
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.parallel.processes import in_first
 
@@ -171,8 +172,8 @@ def check_same(config: Config, stored: Config) -> None:
     for name in dict.fromkeys((*ours, *theirs)):
         if name not in _MAY_CHANGE and ours.get(name) != theirs.get(name):
             raise UserError(
-                f"{name}: {ours.get(name)} is not allowed with --resume; the run has "
-                f"{theirs.get(name)}"
+                f"{name}: {text_of(ours.get(name))} is not allowed with --resume; the "
+                f"run has {text_of(theirs.get(name))}"
             )
 
 

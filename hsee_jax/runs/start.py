@@ -102,6 +102,12 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     check_partition(folder, experiment.manifest)
     experiment = phases.at(checkpoint.number)
     state = load(checkpoint, experiment.store.checkpoint_shapes())
+    midway = "ids" in checkpoint.notes
+    if int(state.round) != checkpoint.rounds or midway != (checkpoint.steps > 0):
+        raise UserError(
+            f"run: {checkpoint.folder} is not the checkpoint that its name says; it "
+            f"is of {int(state.round)} rounds{' and a part' if midway else ''}"
+        )
     shelf = load_shelf(checkpoint, phases.shelf_shapes(checkpoint.number))
     records = finished_records(folder, checkpoint.rounds)
     state = experiment.store.from_checkpoint(state)
