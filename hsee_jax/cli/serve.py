@@ -28,6 +28,7 @@ _LOCAL = "127.0.0.1:0"
 # Flags of how the images of the run are dealt to its clients.
 _DEALING = ("partition", "partition_seed", "validation_share", "max_train_samples")
 _COMMON = ("resume", "overwrite", "samples")  # of the command and of `serve`
+_MOST_SAMPLES = 100_000_000  # the server keeps a number for each
 
 
 def serve(words: Sequence[str]) -> int | None:
@@ -136,6 +137,11 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     if "listen" not in given:
         raise UserError(
             "listen: missing; allowed is HOST:PORT, or --local N for N devices here"
+        )
+    if sum(given.get("samples", ())) > _MOST_SAMPLES:
+        raise UserError(
+            f"samples: {sum(given['samples'])} in all are not allowed; allowed are at "
+            f"most {_MOST_SAMPLES}"
         )
     options = {name: given.pop(name) for name in _COMMON if name in given}
     options.setdefault("resume", False)

@@ -21,8 +21,6 @@ from hsee_jax.runs.material import Material, deal
 from hsee_jax.runs.private import check_no_layers_sent
 from hsee_jax.runs.unlabelled import check_all_labelled, copies_of
 
-_MOST_SAMPLES = 100_000_000  # the server keeps a number for each
-
 
 def build_served(config: Config, samples: Sequence[int] = ()) -> Experiment:
     """Build a run for a server, which has the test set; its clients have the shares.
@@ -66,11 +64,6 @@ def _check_config(config: Config, samples: Sequence[int]) -> None:
         raise UserError(
             f"samples: {' '.join(map(str, samples))} is not allowed; allowed is a "
             f"number from 1 for each of the {config.clients.num_clients} clients"
-        )
-    if sum(samples) > _MOST_SAMPLES:
-        raise UserError(
-            f"samples: {sum(samples)} in all are not allowed; allowed are at most "
-            f"{_MOST_SAMPLES}"
         )
     if samples:
         check_all_labelled(config)
