@@ -44,6 +44,16 @@ class Interaction(NamedTuple):
         return ",".join(map(str, self.columns))
 
 
+def check_limits(max_order: int, count: int) -> None:
+    """Refuse limits with which `select_interactions` would choose nothing.
+
+    Raises:
+      UserError: ``max_order`` is below 2, or ``count`` is below 1.
+    """
+    _MAX_ORDER.checked(max_order)
+    _COUNT.checked(count)
+
+
 def parse_interaction(text: str, num_columns: int) -> Columns:
     """Return the columns that a text such as ``"0,3"`` names, in ascending order.
 
