@@ -278,6 +278,13 @@ def test_stopping_a_sweep_changes_no_figure(study, expected, number):
     assert len(results) == 2
 
 
+@pytest.mark.parametrize("words", [["--overwrite"], ["--jobs", "5"]])
+def test_a_list_trains_nothing(study, words, capsys):
+    assert sweep(study, "--list", *words) == 2
+    name = words[0].removeprefix("--")
+    assert f"{name}: is not allowed together with --list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["nan", "-1"])
 def test_only_a_time_limits_a_sweep(study, text, capsys):
     assert sweep(study, "--list", f"--seconds={text}") == 2
@@ -285,9 +292,13 @@ def test_only_a_time_limits_a_sweep(study, text, capsys):
 
 
 def test_a_folder_of_no_user_is_refused(study, capsys):
-    for words in (["sweep", str(study), "--list"], ["info"]):
+    for words, field in (
+        (["sweep", str(study), "--list"], "--data-dir"),
+        (["info"], "data_dir"),
+    ):
         assert cli.main([*words, "--data-dir", "~no_such_user/x"]) == 2
-        assert "data_dir: ~no_such_user/x names a user" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith(f"hsee: {field}: ~no_such_user/x names a user")
 
 
 def test_own_data_in_another_folder_are_to_do(study, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from hsee_jax.cli.flags import Parser, add_cache, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.config import override
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, at_least
 from hsee_jax.core.paths import expand_home
 from hsee_jax.parallel.processes import check_devices
@@ -30,6 +31,9 @@ def sweep(words: Sequence[str]) -> int:
     """
     given = _parser().parse(words)
     limit = _limit(given.seconds)
+    for name, default in (("overwrite", False), ("jobs", 1)):
+        if given.list and getattr(given, name) != default:
+            raise UserError(f"{name}: is not allowed together with --list")
     study = studies.load(given.study)
     if given.data_dir is not None:
         study = _moved(study, given.data_dir)
