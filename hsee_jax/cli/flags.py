@@ -50,12 +50,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse like ``parse_args``, but name the flag nearest to an unknown one.
 
-        A flag with a list is refused twice, as the second list would replace the first.
+        Of a repeated flag the last counts, so that a script may add flags to others; but
+        two lists of plugins are refused, as the modules of the first would be missing.
         """
-        given = [word.partition("=")[0] for word in arguments]
-        for flag, action in self._option_string_actions.items():
-            if action.nargs == "+" and given.count(flag) > 1:
-                raise UserError(f"{flag}: is given twice; allowed is once, with a list")
+        if [word.partition("=")[0] for word in arguments].count("--plugin") > 1:
+            raise UserError("plugin: is given twice; allowed is once, with all modules")
         values, rest = self.parse_known_args(arguments)
         if rest:
             flags = tuple(flag for flag in self._option_string_actions if len(flag) > 2)
