@@ -50,8 +50,8 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse like ``parse_args``, but name the flag nearest to an unknown one.
 
-        Of a repeated flag the last counts, so that a script may add flags to others; but
-        two lists of plugins are refused, as the modules of the first would be missing.
+        Of a repeated flag the last counts, so that a script may add flags to others;
+        but a second list of plugins is refused, as those of the first would be missing.
         """
         if [word.partition("=")[0] for word in arguments].count("--plugin") > 1:
             raise UserError("plugin: is given twice; allowed is once, with all modules")
