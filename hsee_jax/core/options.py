@@ -65,7 +65,7 @@ _KINDS: Mapping[Any, tuple[type, ...]] = {
     bool: (bool,),
 }
 
-_MOST = 2**31 - 1  # of a whole number: counts and indices are int32
+_MOST = 2**31 - 1  # of one whole number, mostly a count; ids in lists may be larger
 
 
 def text_of(value: Any) -> str:
@@ -109,8 +109,8 @@ class Option:
             for rule in self.rules:
                 if not rule.holds(entry):
                     raise self.refusal(entry, rule.allowed)
-            if self.kind is int and entry > _MOST:
-                raise self.refusal(entry, f"{_MOST} or less")
+        if self.kind is int and not self.many and value > _MOST:
+            raise self.refusal(value, f"{_MOST} or less")
         return value
 
     def refusal(self, value: Any, allowed: str) -> UserError:
