@@ -307,9 +307,7 @@ def test_each_reader_of_an_option_has_its_own_rules(monkeypatch, tmp_path):
 
     flat = {"network": "own_depth", "depth": 0}
     assert config_from_flat(flat).model.options["depth"] == 0
-    with pytest.raises(
-        UserError, match=r"depth: 0 .* allowed is 1\.\.1000"
-    ):
+    with pytest.raises(UserError, match=r"depth: 0 .* allowed is 1\.\.1000"):
         config_from_flat(flat | {"network": "mlp"})
     text = 'preset = "demo"\n[grid]\nnetwork = ["{}"]\ndepth = [0, 3]\n'
     path = tmp_path / "study.toml"
