@@ -272,7 +272,6 @@ BAD = [
         "train --loop-threads 3 --client-axis vmap",
         "loop_threads: 3 has no effect on client_axis vmap",
     ),
-    ("train --plugin=tiny --plugin tiny", "plugin: is given twice"),
     ("train --out=", "--out: an empty path is not allowed"),
     ("train --data-dir=", "data_dir: an empty path is not allowed"),
     ("train --compilation-cache=", "compilation_cache: an empty path is not allowed"),

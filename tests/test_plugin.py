@@ -13,6 +13,8 @@ import pytest
 
 import hsee_jax as hs
 from hsee_jax import cli
+from hsee_jax.cli import flags
+from hsee_jax.config.schema import RunConfig
 from hsee_jax.nn import NETWORKS
 
 NETWORK = '''
@@ -309,3 +311,24 @@ def test_a_mistake_is_one_line(command, words, message, place, monkeypatch, caps
     assert message in err
     assert (out, err.count("\n")) == ("", 1)
     assert not (place / "new").exists()
+
+
+def test_the_modules_of_several_flags_add_up(monkeypatch):
+    """As a script adds a plugin to the flags that it is given."""
+    seen = []
+    monkeypatch.setattr(flags, "load_plugins", seen.append)
+    words = [
+        "--plugin",
+        "json",
+        "--plugin=csv",
+        "--rounds",
+        "2",
+        "--plugin",
+        "re",
+        "os",
+    ]
+    flags.find_plugins(words)
+    parser = flags.Parser()
+    flags.add_option(parser, RunConfig.fields()["plugin"], "modules")
+    found = parser.parse([word for word in words if word not in ("--rounds", "2")])
+    assert seen == [found.plugin] == [["json", "csv", "re", "os"]]

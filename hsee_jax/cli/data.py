@@ -16,7 +16,12 @@ def data(words: Sequence[str]) -> None:
     parser = parser_of("data", argument_default=argparse.SUPPRESS)
     parser.add_argument("dataset", help=", ".join(DATASETS))
     parser.add_argument("--data-dir", help=DataConfig.fields()["data_dir"].help)
-    parser.add_argument("--plugin", nargs="+", help="modules that register datasets")
+    parser.add_argument(
+        "--plugin",
+        nargs="+",
+        action="extend",
+        help="modules that register datasets",
+    )
     for option in DATASETS.options().values():
         readers = ", ".join(DATASETS.readers(option.name))
         add_option(parser, option, f"{option.help} ({readers})")

@@ -51,10 +51,8 @@ class Parser(argparse.ArgumentParser):
         """Parse like ``parse_args``, but name the flag nearest to an unknown one.
 
         Of a repeated flag the last counts, so that a script may add flags to others;
-        but a second list of plugins is refused, as those of the first would be missing.
+        but plugins add up, as the flags may need those of all lists.
         """
-        if [word.partition("=")[0] for word in arguments].count("--plugin") > 1:
-            raise UserError("plugin: is given twice; allowed is once, with all modules")
         values, rest = self.parse_known_args(arguments)
         if rest:
             flags = tuple(flag for flag in self._option_string_actions if len(flag) > 2)
@@ -134,7 +132,7 @@ def find_plugins(words: Sequence[str]) -> None:
       PluginError: a module cannot be imported.
     """
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plugin", nargs="+", default=())
+    parser.add_argument("--plugin", nargs="+", action="extend", default=[])
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
@@ -197,6 +195,7 @@ def add_option(place: Any, option: Option, text: str) -> None:
         f"--{option.name.replace('_', '-')}",
         type=_parsed(option),
         nargs="+" if option.many else nargs,
+        action="extend" if option.name == "plugin" else "store",
         const=True if nargs else None,
         metavar="|".join(option.choices) or option.kind.__name__.upper(),
         help=text.replace("%", "%%"),

@@ -120,7 +120,11 @@ def _parser(words: Sequence[str]) -> Parser:
         help="refuse a run in which this device sends its layers to the server",
     )
     parser.add_argument(
-        "--plugin", nargs="+", default=(), help="modules that the run may need"
+        "--plugin",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="modules that the run may need",
     )
     parser.add_argument(  # for `hsee serve --local`
         "--end-with-input", action="store_true", help=argparse.SUPPRESS
