@@ -268,10 +268,6 @@ BAD = [
     ("train --num-clients 0", "num_clients: 0"),
     ("train --rounds 0", "rounds: 0"),
     ("train --batch-size 0", "batch_size: 0"),
-    (
-        "train --loop-threads 3 --client-axis vmap",
-        "loop_threads: 3 has no effect on client_axis vmap",
-    ),
     ("train --out=", "--out: an empty path is not allowed"),
     ("train --data-dir=", "data_dir: an empty path is not allowed"),
     ("train --compilation-cache=", "compilation_cache: an empty path is not allowed"),

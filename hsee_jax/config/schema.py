@@ -276,14 +276,6 @@ class RunConfig(Section):
         "networks, codecs, algorithms ...",
     ] = ()
 
-    def check(self) -> None:
-        """Refuse threads of a loop where clients train in one program."""
-        if self.loop_threads and self.client_axis in ("vmap", "map"):
-            raise UserError(
-                f"loop_threads: {self.loop_threads} has no effect on client_axis "
-                f"{self.client_axis}; it is read by loop"
-            )
-
 
 @dataclass(frozen=True)
 class Config:
