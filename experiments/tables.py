@@ -64,7 +64,7 @@ class Rows(dict[str, T]):
     """What a page shows of each row; a row without results is an error of the user."""
 
     def __missing__(self, name: str) -> T:
-        """Name the row."""
+        """Refuse a row without results: `UserError`."""
         raise UserError(f"{name}: has no results; `hsee sweep --rows` trains a row")
 
 
