@@ -16,7 +16,7 @@ from hsee_jax.federation.branch import (
     server_spec,
 )
 from hsee_jax.federation.junction import concat_junction, mean_junction
-from hsee_jax.inference.criteria import CRITERIA
+from hsee_jax.inference.criteria import CRITERIA, Criterion, uncertainty_of
 from hsee_jax.inference.gate import Gate, make_gate
 from hsee_jax.inference.measurement import _sample_costs
 from hsee_jax.nn.model import init_network
@@ -150,16 +150,12 @@ def test_a_negative_uncertainty_is_refused(lowest):
 
 
 def test_an_uncertainty_that_rounding_made_negative_is_zero():
-    """At threshold 0 the server answers all the same."""
-    doubts = np.array([[-1e-7], [0.5]], np.float32)
-    gate = Gate(
-        lambda client, inputs: (inputs, np.zeros((2, 1, 2), np.float32), doubts),
-        lambda server, features, rows: features[rows],
+    """So at threshold 0 the server answers; what is negative by itself stays so."""
+    criterion = Criterion(lambda logits: logits[:, 0], lambda classes: 1.0)
+    logits = jnp.array([-1e-7, 0.5, -1e-4, jnp.nan])[:, None]
+    np.testing.assert_array_equal(
+        uncertainty_of(criterion, logits), np.float32([0, 0.5, -1e-4, np.inf])
     )
-    answers = gate.answer(None, None, np.eye(2, dtype=np.float32), 0.0)
-    assert not answers.exited.any()
-    np.testing.assert_array_equal(answers.logits, np.eye(2))
-    np.testing.assert_array_equal(answers.uncertainty, np.float32([0, 0.5]))
 
 
 def test_the_server_can_run_on_a_whole_batch():

@@ -12,6 +12,8 @@ from hsee_jax.core.registry import Registry
 from hsee_jax.core.types import Array
 from hsee_jax.nn.losses import finite_rows, predictive_entropy
 
+_ROUNDING = 1e-5  # of an uncertainty of 0
+
 
 class Criterion(NamedTuple):
     """A measure of an exit's uncertainty; a lower value means a surer exit."""
@@ -24,9 +26,12 @@ class Criterion(NamedTuple):
 def uncertainty_of(criterion: Criterion, logits: Array) -> Array:
     """Return the uncertainty of logits ``[B, K]``, as the gate and an export use it.
 
-    It is infinite where a logit is not finite, so that the server answers this row.
+    It is infinite where a logit is not finite, so that the server answers this row, and
+    0 where rounding has made it negative, so that at threshold 0 no exit answers.
     """
-    return jnp.where(finite_rows(logits), criterion.uncertainty(logits), jnp.inf)
+    value = criterion.uncertainty(logits)
+    value = jnp.where(value > -_ROUNDING, jnp.maximum(value, 0), value)
+    return jnp.where(finite_rows(logits), value, jnp.inf)
 
 
 # Factories take nothing.

@@ -29,7 +29,6 @@ from hsee_jax.link.codecs import Message
 from hsee_jax.nn.losses import predicted_class
 
 _PARTS = 8  # equal parts of a batch; the server runs on one to eight of them
-_ROUNDING = 1e-5  # of an uncertainty of 0
 
 # (client, inputs [B, ...]) -> the message on the device, with at least B rows, and
 # logits [B, E, K] and uncertainty [B, E] of the E exits on the host.
@@ -180,12 +179,11 @@ def _gated(
       UserError: an uncertainty is negative, so threshold 0 would not send all samples.
     """
     finite = np.isfinite(uncertainty)
-    if (finite & (uncertainty < -_ROUNDING)).any():
+    if (finite & (uncertainty < 0)).any():
         raise UserError(
             f"criterion: an uncertainty of {uncertainty[finite].min():.3g} is not "
             "allowed; allowed are criteria with values of 0 or more"
         )
-    uncertainty = np.maximum(uncertainty, 0)  # of what rounding has made negative
     # In float64, where the thresholds were chosen.
     sure = finite & (uncertainty < np.float64(threshold))
     exited, last = np.any(sure, axis=1), sure.shape[1] - 1
