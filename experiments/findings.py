@@ -125,15 +125,15 @@ def why_table() -> str:
 
 
 def again_table() -> str:
-    """Return a table of the rows trained a second time, beside their first figures."""
-    study, first = tables.load(NAME)
+    """Return a table of the rows whose seed 0 was trained twice, with both figures."""
+    study, results = tables.load(NAME)
+    found = (result_of(run, results) for run in studies.runs(study) if run.seed == 0)
+    first = tables.Rows({result.row: result for result in found if result})
     header = ("row", "trained on", "CPU cores", "exit %", "server %")
     lines = []
     for second in read_results(tables.HERE / NAME / "again"):
-        runs = (run for run in studies.runs(study) if run.row == second.row)
-        before = next(result_of(run, first) for run in runs if run.seed == second.seed)
-        for result in (before, second):
-            assert result is not None and result.summary is not None
+        for result in (first[second.row], second):
+            assert result.summary is not None
             scores = result.summary.scores
             figures = scores.mean_exit_accuracy, scores.mean_server_accuracy
             where = str(result.summary.device), str(result.cpu_cores)
