@@ -611,6 +611,22 @@ def test_results_on_corrected_labels_are_other_results(write, tmp_path):
     assert len(studies.by_row(study, [*old, last])["averaging"]) == 3
 
 
+def test_a_row_on_the_old_labels_leaves_the_table(write):
+    """Once any row has the new ones; a row on other data stays."""
+    rows = ("[rows.sequential]", '[rows.other]\ndata_dir = "two"\n\n[rows.sequential]')
+    study = studies.load(write(STUDY, OWN_DATA, rows))
+    averaging, other, sequential = studies.runs(study, seeds=[0])
+    old = [
+        replace(result(run, summary(exits=0.1)), digest=digest)
+        for run, digest in ((averaging, "1"), (sequential, "1"), (other, "2"))
+    ]
+    assert list(studies.by_row(study, old)) == ["averaging", "other", "sequential"]
+    new = replace(result(averaging, summary(exits=0.5)), digest="3")
+    found = studies.by_row(study, [*old, new])
+    assert found == {"averaging": (new,), "other": (old[2],)}
+    assert "Not run: sequential." in studies.page(study, [*old, new])
+
+
 def test_a_run_on_corrected_labels_is_replaced_only_if_asked(write, tmp_path):
     """A run that was stopped halfway; the sweep says it before it starts any."""
     study = studies.load(write(STUDY, OWN_DATA))

@@ -17,6 +17,7 @@ from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.files import writing
 from hsee_jax.runs.json_text import dumps
 from hsee_jax.runs.records import Summary
+from hsee_jax.studies.digests import data_of
 from hsee_jax.studies.study import Run, Study, runs
 
 FILE = "results.jsonl"
@@ -151,24 +152,30 @@ def _defaults(config: Config) -> dict[str, Any]:
     return settings(override(Config(), **{name: values[name] for name in names}))
 
 
+def current(results: Sequence[Result]) -> list[Result]:
+    """Return the last of all results with the same row, seed and settings.
+
+    Results on an earlier state of the user's own data than the last are left out.
+    """
+    digests = {data_of(one.settings): one.digest for one in results}
+    found = {}
+    for one in results:
+        if one.digest in (None, digests[data_of(one.settings)]):
+            found[one.row, one.seed, repr(sorted(one.settings.items()))] = one
+    return list(found.values())
+
+
 def by_row(study: Study, results: Sequence[Result]) -> dict[str, tuple[Result, ...]]:
     """Return the results of each row that has any, by seed, in the study's order.
 
-    Of results on several states of the user's own data, those like the last count.
+    Of results on several states of the user's own data, those on the last count.
     """
-    found = {}
+    found, counted = {}, current(results)
     for row in study.rows:
-        seeds = sorted({result.seed for result in results if result.row == row.name})
+        own = [result for result in counted if result.row == row.name]
+        seeds = sorted({result.seed for result in own})
         if seeds:
-            own = runs(study, rows=[row.name], seeds=seeds)
-            found[row.name] = _on_one_dataset(own, results)
+            wanted = runs(study, rows=[row.name], seeds=seeds)
+            last = (result_of(run, own) for run in wanted)
+            found[row.name] = tuple(filter(None, last))
     return {name: own for name, own in found.items() if own}
-
-
-def _on_one_dataset(
-    own: Sequence[Run], results: Sequence[Result]
-) -> tuple[Result, ...]:
-    """Return the results of the runs of a row on the data of the last of them."""
-    found = {id(result) for run in own if (result := result_of(run, results))}
-    digest = next((r.digest for r in reversed(results) if id(r) in found), None)
-    return tuple(filter(None, (result_of(run, results, digest) for run in own)))
