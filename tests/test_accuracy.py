@@ -405,6 +405,22 @@ def test_a_run_and_a_study_on_the_same_own_data_are_alike(known, tmp_path):
         read_experience([run, tmp_path / second], plan)
 
 
+def test_a_study_counts_with_the_last_results_of_its_runs(known, tmp_path):
+    """The labels were corrected after the first half, and one run was done twice."""
+    own = override(known.config, dataset="npz", data_dir="/here")
+    corrected = [("2", number) for number in (0, *range(len(MIXES)))]
+    for digest, number in [("1", 0), ("1", 1), *corrected]:
+        cuts = MIXES[number]
+        options = config_values.settings(override(own, cuts=tuple(map(str, cuts))))
+        found = Summary(1, scores(cuts), 1.0, 1.0, 0, 0, "", {}, LinkSummary(0, 0, []))
+        line = Result("row", number, options, 1, found, digest=digest * 64)
+        append_result(tmp_path, line)
+    experience = read_experience([tmp_path], known._replace(config=own))
+    assert [run.options["cuts"] for run in experience.runs] == [
+        list(map(str, cuts)) for cuts in MIXES
+    ]
+
+
 def test_a_plan_asks_for_an_accuracy(places, tmp_path, capsys):
     """Slow devices would take cut 1, whose exit is too weak; then the refusals."""
     runs = ["--accuracy-from", *(str(places / f"run{i}") for i in range(len(MIXES)))]

@@ -16,7 +16,7 @@ from hsee_jax.runs.accuracy import (
 )
 from hsee_jax.runs.history import name_data
 from hsee_jax.runs.planning import Planning, problem_of
-from hsee_jax.studies.results import FILE, Result, read_results
+from hsee_jax.studies.results import FILE, Result, current, read_results
 from hsee_jax.systems.problem import Problem
 
 
@@ -71,7 +71,7 @@ def _read(place: Path) -> list[FinishedRun]:
             _options(result),
             result.summary.scores,
         )
-        for result in read_results(folder)
+        for result in current(read_results(folder))
         if result.summary is not None
     ]
     if not runs:
