@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -419,6 +420,11 @@ def test_a_study_counts_with_the_last_results_of_its_runs(known, tmp_path):
     assert [run.options["cuts"] for run in experience.runs] == [
         list(map(str, cuts)) for cuts in MIXES
     ]
+
+
+def test_a_place_whose_name_is_too_long_is_no_run(known):
+    with pytest.raises(UserError, match="^run: x+ is not a run"):
+        read_experience([Path("x" * 300)], known)
 
 
 def test_a_plan_asks_for_an_accuracy(places, tmp_path, capsys):

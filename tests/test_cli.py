@@ -165,7 +165,18 @@ def test_train_and_eval_say_where_the_data_are_from(tmp_path, monkeypatch, capsy
         )
 
 
-@pytest.mark.parametrize("words", ["eval X", "report X", "train --out X", "gate X"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval X",
+        "report X",
+        "train --out X",
+        "gate X",
+        "refit run --out X",
+        "export run --client 0 --out X",
+        "profile --out X/me.toml",
+    ],
+)
 def test_a_folder_whose_name_is_too_long_is_one_line(words, capsys):
     """As one that may not be entered, of which Python's `pathlib` says so as well."""
     words = [word.replace("X", "x" * 300) for word in words.split()]

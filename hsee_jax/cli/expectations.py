@@ -1,5 +1,6 @@
 """The accuracy that a plan may expect, learnt from the runs of ``--accuracy-from``."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _config(config: Config, strategy: str | None) -> Config:
 
 def _read(place: Path) -> list[FinishedRun]:
     folder = place.parent if place.name == FILE else place
-    if not (folder / FILE).exists():
+    if not os.path.exists(folder / FILE):
         return [read_finished(folder)]
     runs = [
         FinishedRun(

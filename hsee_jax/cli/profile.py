@@ -73,11 +73,11 @@ def _parser(words: Sequence[str]) -> Parser:
 
 
 def _check_new(out: Path) -> None:
-    if out.exists():
+    if os.path.exists(out):
         raise UserError(f"out: {out} exists; allowed is a new file")
     if out.suffix != ".toml":
         raise UserError(f"out: {out} is not allowed; allowed is a name in .toml")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise UserError(f"out: {out.parent} is not a folder; allowed is a folder")
     check_writable(out)
 

@@ -141,7 +141,9 @@ def export_device(
 def _check(place: Path) -> None:
     """Refuse a folder that cannot be written to, or holds other files."""
     check_writable(place)
-    if place.exists() and any(place.iterdir()) and not (place / _CARD).is_file():
+    with writing(place):
+        is_used = os.path.exists(place) and any(place.iterdir())
+    if is_used and not os.path.isfile(place / _CARD):
         raise UserError(
             f"out: {place} is neither empty nor an export; allowed is a new folder"
         )

@@ -131,7 +131,7 @@ def _whole(out: Path) -> Iterator[Path]:
 
 
 def _check_new(out: Path) -> None:
-    if out.exists():
+    if os.path.exists(out):
         raise UserError(f"out: {out} exists already; allowed is a new folder")
 
 
