@@ -246,6 +246,18 @@ def test_the_command_exports(run, monkeypatch, capsys):
     assert caches[0]["checkpoint"] == "best"
 
 
+def test_the_plugins_of_a_device_add_up(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr("hsee_jax.cli.export.is_device", lambda folder: True)
+    monkeypatch.setattr(
+        "hsee_jax.cli.export.export_device",
+        lambda *args, plugins, **others: given.extend(plugins),
+    )
+    words = ["--plugin", "one", "two", "--plugin", "three"]
+    assert cli.main(["export", str(tmp_path), *words]) == 0
+    assert given == ["one", "two", "three"]
+
+
 def test_an_export_that_cannot_be_written_keeps_the_card_before(run, monkeypatch):
     """The card describes the other files, so it is replaced last."""
     out = run.parent / "again"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.cli.arguments import parse_run, run_parser
+from hsee_jax.cli.flags import add_plugin
 from hsee_jax.core.errors import UserError
 from hsee_jax.deployment.box import is_device
 from hsee_jax.deployment.export import export_client, export_device
@@ -21,12 +22,7 @@ def export(words: Sequence[str]) -> None:
         help="id of the client; not needed for the folder of a device (--state of hsee "
         "join), which has one client",
     )
-    parser.add_argument(
-        "--plugin",
-        nargs="+",
-        default=(),
-        help="modules that the run of a device needs",
-    )
+    add_plugin(parser, "modules that the run of a device needs")
     parser.add_argument(
         "--out",
         type=Path,

@@ -122,6 +122,11 @@ def use_cache(given: dict[str, Any]) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
+def add_plugin(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the flag ``--plugin``, with this help, to a parser without `add_options`."""
+    parser.add_argument("--plugin", nargs="+", action="extend", default=[], help=text)
+
+
 def find_plugins(words: Sequence[str]) -> None:
     """Import the modules that a command line needs, so that they can add flags.
 
@@ -132,7 +137,7 @@ def find_plugins(words: Sequence[str]) -> None:
       PluginError: a module cannot be imported.
     """
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plugin", nargs="+", action="extend", default=[])
+    add_plugin(parser, "modules to import")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hsee_jax.cli.arguments import parser_of
-from hsee_jax.cli.flags import Parser, add_cache, find_plugins, use_cache
+from hsee_jax.cli.flags import Parser, add_cache, add_plugin, find_plugins, use_cache
 from hsee_jax.cli.signals import StopSignals
 from hsee_jax.cli.terminal import show_log
 from hsee_jax.core.errors import Stopped, UserError, no_package
@@ -119,13 +119,7 @@ def _parser(words: Sequence[str]) -> Parser:
         action="store_true",
         help="refuse a run in which this device sends its layers to the server",
     )
-    parser.add_argument(
-        "--plugin",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="modules that the run may need",
-    )
+    add_plugin(parser, "modules that the run may need")
     parser.add_argument(  # for `hsee serve --local`
         "--end-with-input", action="store_true", help=argparse.SUPPRESS
     )
