@@ -232,7 +232,7 @@ def test_a_summary_survives_json():
 
 
 def test_a_round_is_on_the_disk_before_the_next(tmp_path, monkeypatch):
-    """A line of figures, and all files of a checkpoint and its name."""
+    """The configuration, a line of figures, and a checkpoint with all its files."""
     synced, real = [], files.sync_to_disk
 
     def noted(path):
@@ -245,6 +245,6 @@ def test_a_round_is_on_the_disk_before_the_next(tmp_path, monkeypatch):
     train(
         override(CONFIG, rounds=1, eval_every=1, checkpoint_every=1), tmp_path / "run"
     )
-    assert synced[0] == "metrics.jsonl"
+    assert synced[:2] == ["run", "metrics.jsonl"]
     assert {"notes.json", "digests.json", "state"} < set(synced)
     assert synced[-1] == "checkpoints"

@@ -12,7 +12,7 @@ import hsee_jax as hs
 from hsee_jax import cli
 from hsee_jax.config import override, preset
 from hsee_jax.core import UserError
-from hsee_jax.runs import read_history
+from hsee_jax.runs import read_history, start
 from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.equip import Given, equip
 from hsee_jax.runs.equipment import equipment_values, stored_equipment
@@ -293,6 +293,27 @@ def test_a_resumed_run_has_the_same_devices(closed, plain, fleet, tmp_path):
     assert (
         equip(config, Given(same), resume=lost).fleet.clients[2].name == "jetson-nano"
     )
+
+
+@pytest.mark.parametrize("last", ["devices.json", "config.json", "data.json"])
+def test_a_run_killed_at_its_start_begins_with_its_devices(
+    last, fleet, tmp_path, monkeypatch
+):
+    config, replace = override(CONFIG, rounds=1, eval_every=1), start.replace_file
+
+    def killed(path, *content, **how):
+        if path.name == last:
+            raise KeyboardInterrupt
+        replace(path, *content, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(start, "replace_file", killed)
+        hs.train(config, tmp_path, devices=fleet)
+    if (tmp_path / "config.json").exists():
+        hs.train(config, tmp_path, resume=True)
+    else:
+        hs.train(config, tmp_path, devices=fleet)
+    assert None not in clocks(tmp_path)
 
 
 def test_a_damaged_file_is_one_line(closed, tmp_path):

@@ -19,6 +19,7 @@ from hsee_jax.core.files import writing
 from hsee_jax.core.options import text_of
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.parallel.processes import in_first
+from hsee_jax.runs.equipment import FILE
 
 _log = logging.getLogger(__name__)
 _MAY_CHANGE = ("rounds", *BOOKKEEPING)  # with --resume
@@ -147,7 +148,8 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
     check_writable(folder)
     with writing(folder):
         found = list(folder.iterdir()) if os.path.exists(folder) else []
-    if all(path.name == ".lock" or path.suffix == ".tmp" for path in found):
+    early = (".lock", FILE)
+    if all(path.name in early or path.suffix == ".tmp" for path in found):
         return  # nothing, or what is left of a run killed at its start
     try:
         read_config(folder)

@@ -224,17 +224,20 @@ def warn_of_period(experiment: Experiment) -> None:
 def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     """Write the files that a run has at its start, and remove what is out of date.
 
-    The configuration is written first: with it alone a run can be resumed.
+    The devices and then the configuration are written first, and are on the disk at
+    once: with them alone a run can be resumed.
     """
     if start.checkpoint is None:
         for derived in _DERIVED if start.joined else (*_DERIVED, *_OF_DEVICES):
             _remove(folder / derived)
     _remove(folder / "summary.json")
-    replace_file(folder / "config.json", to_json(experiment.config) + "\n")
     if experiment.equipment is None:
         _remove(folder / FILE)
     else:
-        replace_file(folder / FILE, dumps(equipment_values(experiment.equipment)))
+        devices = equipment_values(experiment.equipment)
+        replace_file(folder / FILE, dumps(devices), sync=True)
+    config = to_json(experiment.config) + "\n"
+    replace_file(folder / "config.json", config, sync=True)
     replace_file(folder / "data.json", dumps(experiment.info._asdict()))
     lines = [dumps(record.to_json(), lines=True) for record in start.records]
     replace_file(folder / "metrics.jsonl", "".join(lines))
