@@ -1,6 +1,7 @@
 """Thresholds of a run, and `hsee gate`, against the networks' own answers."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -358,17 +359,23 @@ def test_gate_writes_its_files(run, capsys):
 
 
 def test_gates_flags(study, tmp_path, monkeypatch, capsys):
-    """They reach the study; without a target, earlier thresholds stay."""
+    """They reach the study; without a target, earlier thresholds stay.
+
+    The log, such as where the data are from, is shown.
+    """
     seen = []
 
     def recorded(folder, **options):
         seen.append((str(folder), *options.values()))
+        logging.getLogger("hsee_jax.data").info("read from there")
         return study
 
     monkeypatch.setattr(command, "study", recorded)
     out = ["--out", tmp_path / "out", "--json"]
     assert gate("run", *out, "--target-bytes", 1000) == 0
-    found = json.loads(capsys.readouterr().out)
+    shown, log = capsys.readouterr()
+    assert log == "hsee: read from there\n"
+    found = json.loads(shown)
     assert found["thresholds"]["target"] == {"bytes": 1000}
     assert found["curve"] == json.loads(json.dumps(study.curve()))
     words = "--criterion margin --checkpoint best --data-dir there --batch-size 7"

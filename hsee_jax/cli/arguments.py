@@ -14,7 +14,7 @@ from hsee_jax.cli.flags import (
     find_plugins,
     use_cache,
 )
-from hsee_jax.cli.terminal import results_table, show
+from hsee_jax.cli.terminal import results_table, show, show_log
 from hsee_jax.config import PRESETS
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.report.tables import EQUAL_SERVERS
@@ -101,7 +101,7 @@ def add_figures(parser: Parser, *, file: str) -> None:
 
 
 def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of `run_parser`, set the compilation cache, and start JAX.
+    """Parse the flags of `run_parser`, set the compilation cache, and show the log.
 
     Raises:
       UserError: a flag is not allowed, or JAX finds no device.
@@ -110,6 +110,7 @@ def parse_run(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     check_name(given.run)
     use_cache(vars(given))
     check_devices()
+    show_log()
     return given
 
 

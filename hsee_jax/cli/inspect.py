@@ -10,7 +10,7 @@ from hsee_jax.cli.arguments import (
     run_parser,
 )
 from hsee_jax.cli.flags import config_from, use_cache
-from hsee_jax.cli.terminal import cost_table, show, show_log
+from hsee_jax.cli.terminal import cost_table, show
 from hsee_jax.nn.model import layer_inputs
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.runs.build import build_federation, build_strategy
@@ -25,7 +25,6 @@ def evaluate(words: Sequence[str]) -> None:
     parser = run_parser("eval")
     add_figures(parser, file="summary.json")
     given = parse_run(parser, words)
-    show_log()
     rounds, scores = evaluate_run(given.run, given.checkpoint, data_dir=given.data_dir)
     print_figures(rounds, scores, given.run, as_json=given.json)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
-from hsee_jax.cli.terminal import show, show_log, text_table
+from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.inference.interactions import find_interactions
 from hsee_jax.nn.interactions import check_limits
 from hsee_jax.report import interactions as report
@@ -48,7 +48,6 @@ def interactions(words: Sequence[str]) -> None:
     )
     given = parse_run(parser, words)
     check_limits(given.max_order, given.count)
-    show_log()
     out = given.run / "interactions" if given.out is None else given.out
     check_writable(out)
     found = find_interactions(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsee_jax.cli.arguments import add_figures, parse_run, run_parser
-from hsee_jax.cli.terminal import show, show_log, text_table
+from hsee_jax.cli.terminal import show, text_table
 from hsee_jax.federation.ridge import RIDGE
 from hsee_jax.runs.refit import Refit
 from hsee_jax.runs.refit import refit as refit_run
@@ -40,7 +40,6 @@ def refit(words: Sequence[str]) -> None:
         "as it is",
     )
     given = parse_run(parser, words)
-    show_log()
     out = given.run / "refit" if given.out is None else given.out
     found = refit_run(
         given.run,
