@@ -324,6 +324,7 @@ def test_a_damaged_file_is_one_line(closed, tmp_path):
         "{}",
         json.dumps(values | {"clients": ["x"]}),
         json.dumps(values | {"clients": [{"name": "x"}]}),
+        json.dumps(values | {"sources": {"devices": ["fleet.toml"]}}),
     ):
         (tmp_path / "devices.json").write_text(text)
         with pytest.raises(UserError, match=r"devices\.json is damaged: "):

@@ -201,6 +201,8 @@ def test_a_report_needs_no_plugin(place, capsys):
         ("run", "rounds", None, "rounds: null is not allowed"),
         ("run", "plugin", "users_net", 'plugin: "users_net" is not allowed'),
         ("data", "dataset", 5, "dataset: 5 is not allowed"),
+        ("model", "stem", {"a": 1}, "config.json is damaged: TypeError"),
+        ("model", "sizes", [[5]], "config.json is damaged: TypeError"),
     ],
 )
 def test_a_report_checks_the_options_of_the_package(

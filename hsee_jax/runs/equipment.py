@@ -61,7 +61,9 @@ def stored_equipment(folder: Path) -> Equipment | None:
         for period in periods:
             check_period(period, len(clients))
         fleet = Fleet(clients, make_device(values["server"]))
-        return Equipment(fleet, tuple(periods), dict(values["sources"]))
+        sources = dict(values["sources"])
+        hash(tuple(sources.values()))  # runs are grouped by them
+        return Equipment(fleet, tuple(periods), sources)
     except FileNotFoundError:
         return None
     except (OSError, *DAMAGE) as error:

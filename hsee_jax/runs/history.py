@@ -167,6 +167,8 @@ def _read_options(folder: Path) -> dict[str, Any]:
         for section in sections
         for name, value in section.items()
     }
+    with _reading(folder / "config.json"):
+        hash(tuple(found.values()))  # runs are grouped by them
     for kind in SECTIONS.values():
         for name, option in kind.fields().items():
             if name in kind.registries:  # a plugin may add entries
