@@ -271,9 +271,14 @@ def test_compiled_programs_are_kept_unless_switched_off(tmp_path, monkeypatch):
         assert (folder in new) if folder else not new
 
 
+MANY_DIGITS = "9" * 5000  # more than Python reads as a number
 BAD = [
     ("train --cuts 0", "cuts: 0"),
     ("train --cuts 10", "cuts: 10"),
+    pytest.param(f"train --cuts {MANY_DIGITS}", "is not a layer", id="long cut"),
+    pytest.param(
+        f"train --absences 0:1-{MANY_DIGITS}", "is CLIENT:FROM-TO", id="long absence"
+    ),
     ("train --cuts layer9", "cuts: layer9 is not a layer (did you mean layer"),
     ("train --num-clients 2 --cuts 3 5 7", "cuts: 3 given for 2 clients"),
     ("train --num-clients 0", "num_clients: 0"),

@@ -265,6 +265,7 @@ def test_the_certificate_says_who_calls(echo, tmp_path):
     [
         ("localhost", "listen: localhost is not allowed; allowed is HOST:PORT"),
         ("localhost:70000", "allowed is HOST:PORT"),
+        pytest.param(f"localhost:{'1' * 5000}", "is HOST:PORT", id="long port"),
         ("localhost:²", "allowed is HOST:PORT"),
         (":80", "allowed is HOST:PORT"),
         ("0.0.0.0:80", "without --keys"),

@@ -162,6 +162,7 @@ def test_without_interactions_there_are_all_sets():
         ({"interactions": ("0,1",), "order": 1}, "order: 1 is not allowed with inter"),
         ({"interactions": ("0,4",)}, r"interactions: 0,4 .* among 0\.\.3"),
         ({"interactions": ("1,1",)}, "interactions: 1,1 is not allowed"),
+        pytest.param({"interactions": (f"1,{'9' * 5000}",)}, "among 0", id="long"),
         ({"interactions": ("1",)}, "interactions: 1 is not allowed"),
         ({"interactions": ("a,1",)}, "interactions: a,1 is not allowed"),
     ],

@@ -26,7 +26,7 @@ def parse_absence(text: str) -> tuple[int, int, int]:
     Raises:
       UserError: the entry has another form.
     """
-    found = re.fullmatch(r"(\d+):(\d+)-(\d+)", text)
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})-(\d{1,9})", text)
     if found is None:
         raise not_an_absence(text)
     return int(found[1]), int(found[2]), int(found[3])

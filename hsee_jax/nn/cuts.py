@@ -18,8 +18,8 @@ def parse_cut(cut: str | int, layer_names: Sequence[str]) -> int:
       UserError: there is no such layer.
     """
     text = str(cut)
-    if text.isdecimal() and 1 <= int(text) <= len(layer_names):
-        return int(text)
+    if text.isdecimal() and len(text) < 10 and 1 <= int(text) <= len(layer_names):
+        return int(text)  # of thousands of digits, Python reads no number
     for number in range(len(layer_names), 0, -1):
         name = layer_names[number - 1]
         if text and text in (name, name.rpartition(".")[0]):

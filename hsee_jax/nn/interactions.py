@@ -61,7 +61,7 @@ def parse_interaction(text: str, num_columns: int) -> Columns:
       UserError: these are not two or more different columns of a table.
     """
     parts = [part.strip() for part in text.split(",")]
-    columns = {int(part) for part in parts if part.isdecimal()}
+    columns = {int(part) for part in parts if part.isdecimal() and len(part) < 10}
     if len(columns) != len(parts) or len(parts) < 2 or max(columns) >= num_columns:
         raise UserError(
             f"interactions: {text} is not allowed; allowed are two or more different "
