@@ -1,5 +1,7 @@
 """Every sample goes to one client, and every round uses each of its samples once."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -39,6 +41,31 @@ def test_a_partition_uses_every_sample_once(kind, clients, extra, alpha, seed):
     again = partition(labels, clients, deal, seed=seed)
     for one, other in zip(shards, again, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(0, 6), min_size=1, max_size=12))
+def test_an_empty_share_gets_a_sample_of_the_first_with_the_most(sizes):
+    """Against a search for the largest share before each gift."""
+    sizes[-1] += max(0, len(sizes) - sum(sizes))
+    ends = np.cumsum(sizes)
+    parts = np.split(np.arange(ends[-1]), ends[:-1])
+    found = partition(np.zeros(ends[-1]), len(sizes), lambda *_: parts, seed=0)
+    plain = [list(part) for part in parts]
+    for own in plain:
+        if not own:
+            own.append(max(plain, key=len).pop(0))
+    assert [part.tolist() for part in found] == plain
+
+
+def test_many_empty_shares_take_no_longer_than_many_clients():
+    """A search through all shares for each of them took minutes."""
+    count = 30_000
+    parts = [np.arange(count)] + [np.arange(0)] * (count - 1)
+    start = time.process_time()
+    found = partition(np.zeros(count), count, lambda *_: parts, seed=0)
+    assert time.process_time() - start < 10
+    assert np.concatenate(found).tolist() == [count - 1, *range(count - 1)]
 
 
 def test_kinds_differ_as_they_should():

@@ -4,6 +4,7 @@ A partition is registered under its name; `partition` draws it and gives every c
 least one sample.
 """
 
+import heapq
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -155,9 +156,12 @@ def partition(
             f"samples; allowed are 1..{len(labels)}"
         )
     parts = list(deal(labels, num_clients, np.random.default_rng(seed)))
+    sizes = [(-len(part), i) for i, part in enumerate(parts)]
+    heapq.heapify(sizes)
     for i, part in enumerate(parts):
-        if len(part) == 0:  # give it a sample of the client with the most
-            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
+        if len(part) == 0:  # give it a sample of the first client with the most
+            size, largest = sizes[0]
+            heapq.heapreplace(sizes, (size + 1, largest))
             parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
     return tuple(np.sort(part).astype(np.int32) for part in parts)
 
