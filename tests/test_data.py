@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from hsee_jax.data import (
     prepare,
 )
 from hsee_jax.data.info import KNOWN, LABELS
+from hsee_jax.data.moments import moments
 
 REAL = Path(
     os.environ.get("HSEE_TFDS_DIR", Path(__file__).parents[2] / "shared/data/tfds")
@@ -34,6 +36,19 @@ def test_every_dataset_is_a_choice():
     assert set(options()["dataset"][1].choices) == {*KNOWN, *own} == set(DATASETS)
     assert options()["labels"][1].choices == LABELS
     assert set(archives.ARCHIVES) == set(KNOWN) - {"fashion_mnist_small"}
+
+
+def test_the_moments_of_pixels_need_little_memory():
+    """Of three slices of pixels; a place is only for refusals."""
+    pixels = np.random.default_rng(0).integers(0, 99, (5, 1024, 512, 1), np.uint8)
+    pixels[4] = 200
+    tracemalloc.start()
+    (mean,), (deviation,) = moments(pixels, None)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    scaled = pixels / 255
+    assert (mean, deviation) == pytest.approx((scaled.mean(), scaled.std()))
+    assert most < 5 * pixels.nbytes  # an int64 of each would need 8
 
 
 def test_the_packaged_dataset_is_whole():

@@ -13,6 +13,7 @@ Samples = npt.NDArray[Any]
 _FLOAT32 = np.finfo(np.float32)
 # The largest error of rounding to float32 that is allowed, in deviations of a column.
 _MAX_ERROR = 1 / 16
+_SLICE = 2**20  # pixels that are counted at once
 
 
 def check_rounding(given: Samples, samples: Samples, place: Place) -> None:
@@ -83,7 +84,10 @@ def _pixel_moments(flat: Samples) -> tuple[Figures, Figures]:
     scale = np.arange(256) / 255
     means, deviations = [], []
     for pixels in flat.T:
-        shares = np.bincount(pixels, minlength=256) / len(pixels)
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(pixels), _SLICE):  # it makes int64 of each
+            counts += np.bincount(pixels[start : start + _SLICE], minlength=256)
+        shares = counts / len(pixels)
         means.append(float(shares @ scale))
         deviations.append(float(np.sqrt(shares @ (scale - means[-1]) ** 2)) or 1.0)
     return tuple(means), tuple(deviations)
