@@ -9,6 +9,7 @@ import struct
 import sys
 from html.parser import HTMLParser
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -601,6 +602,28 @@ def test_the_command(four, tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1 and message in err
+
+
+def test_a_full_disk_keeps_the_report_before(four, monkeypatch, capsys):
+    """A file is opened, which empties it, and takes nothing."""
+    run, real = four[0], Path.open
+    assert cli.main(["report", str(run)]) == 0
+    before = {path: path.read_bytes() for path in (run / "report").iterdir()}
+    assert {path.suffix for path in before} == {".html", ".md", ".png"}
+
+    def full(path, mode="r", *args, **kwargs):
+        file = real(path, mode, *args, **kwargs)
+        if "w" not in mode:
+            return file
+        file.close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    capsys.readouterr()
+    assert cli.main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be written: No space left" in error
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_events_for_tensorboard(four, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The pictures of a report: which there are, their titles, and what to look for."""
 
-import io
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from hsee_jax.report.final import clients, comparison, cuts
 from hsee_jax.report.heat_maps import classes, split
 from hsee_jax.report.progress import accuracy, accuracy_over, training_loss
 from hsee_jax.report.spending import BYTES, JOULES, QUANTITIES, SECONDS, spent
-from hsee_jax.report.style import MANY, RC, wrap
+from hsee_jax.report.style import MANY, RC, png, wrap
 
 
 class _Sketch(NamedTuple):
@@ -80,9 +79,7 @@ def draw(curves: Sequence[Curve]) -> Pictures:
 
 def _picture(sketch: _Sketch) -> Picture:
     sketch.figure.suptitle(wrap(sketch.title))
-    file = io.BytesIO()
-    sketch.figure.savefig(file, format="png")
-    return Picture(f"{sketch.name}.png", *sketch[1:], file.getvalue())
+    return Picture(f"{sketch.name}.png", *sketch[1:], png(sketch.figure))
 
 
 def _overview(curves: Sequence[Curve]) -> Iterator[_Sketch]:

@@ -1,12 +1,11 @@
 """A picture of a round: who computes, sends, waits and serves when."""
 
-import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsee_jax.report.style import RC
+from hsee_jax.report.style import RC, png
 from hsee_jax.systems.intervals import Interval, intervals
 from hsee_jax.systems.outcome import Plan
 from hsee_jax.systems.problem import Problem
@@ -80,9 +79,7 @@ def draw_round(problem: Problem, plan: Plan) -> bytes:
             handles=patches, loc="outside lower center", ncols=4, frameon=False
         )
         figure.suptitle(f"A round of {plan.time.seconds:,.1f} s", fontsize="medium")
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-    return file.getvalue()
+        return png(figure)
 
 
 def _draw(

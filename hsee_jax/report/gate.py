@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hsee_jax.core.files import replace_file, writing
 from hsee_jax.inference.client_study import Figures
-from hsee_jax.report.style import DASHES, RC, WIDTH, curve_style, show_percent
+from hsee_jax.report.style import DASHES, RC, WIDTH, curve_style, png, show_percent
 from hsee_jax.report.tables import Table, markdown
 
 
@@ -123,11 +123,11 @@ def write(curve: Figures, thresholds: Figures | None, folder: Path) -> None:
                 replace_file(folder / f"{name}.json", text + "\n")
         pages = tables(curve, thresholds)
         text = "\n".join(f"{t.title}\n\n{markdown(t)}" for t in pages)
-        (folder / "curve.md").write_text(text, encoding="utf-8")
-        _picture(curve, thresholds, folder / "curve.png")
+        replace_file(folder / "curve.md", text)
+        replace_file(folder / "curve.png", _picture(curve, thresholds))
 
 
-def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
+def _picture(curve: Figures, thresholds: Figures | None) -> bytes:
     """Plot accuracy and relative costs against the share on the device.
 
     The costs are relative to the costs of a gate that sends all samples to the server.
@@ -145,7 +145,7 @@ def _picture(curve: Figures, thresholds: Figures | None, path: Path) -> None:
             show_percent(axis)
         for panel in (upper, lower):
             panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-        figure.savefig(path)
+        return png(figure)
 
 
 def _draw_accuracy(panel: Any, curve: Figures, thresholds: Figures | None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hsee_jax.core.files import replace_file, writing
 from hsee_jax.inference.interactions import Interactions
-from hsee_jax.report.style import COLOURS, LINE, RC, WIDTH, show_percent
+from hsee_jax.report.style import COLOURS, LINE, RC, WIDTH, png, show_percent
 from hsee_jax.report.tables import Table
 from hsee_jax.runs.json_text import dumps
 
@@ -41,11 +41,11 @@ def write(found: Interactions, folder: Path) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, dumps(found.to_json()))
-        _picture(found, path.with_suffix(".png"))
+        replace_file(path.with_suffix(".png"), _picture(found))
     return path
 
 
-def _picture(found: Interactions, path: Path) -> None:
+def _picture(found: Interactions) -> bytes:
     """Draw a bar for each interaction, in the colour and hatch of its order."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -70,4 +70,4 @@ def _picture(found: Interactions, path: Path) -> None:
         show_percent(panel.xaxis)
         panel.legend(frameon=False)
         figure.suptitle(f"Interactions in the network of client {found.client}")
-        figure.savefig(path)
+        return png(figure)

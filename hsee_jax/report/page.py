@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hsee_jax.core.files import writing
+from hsee_jax.core.files import replace_file, writing
 from hsee_jax.core.options import text_of
 from hsee_jax.report import html
 from hsee_jax.report.answers import further_answers
@@ -109,9 +109,9 @@ def write_report(curves: Sequence[Curve], out: Path) -> Path:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for picture in pictures.all:
-            (out / picture.name).write_bytes(picture.png)
-        (out / "report.md").write_text(_markdown(curves, pictures), encoding="utf-8")
-        (out / "report.html").write_text(page, encoding="utf-8")
+            replace_file(out / picture.name, picture.png)
+        replace_file(out / "report.md", _markdown(curves, pictures))
+        replace_file(out / "report.html", page)
     return out / "report.html"
 
 

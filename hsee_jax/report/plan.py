@@ -171,4 +171,4 @@ def write(plan: Document, problem: Problem, answer: Plan, folder: Path) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
-        (folder / "plan.png").write_bytes(picture)
+        replace_file(folder / "plan.png", picture)

@@ -5,11 +5,13 @@ yellow. No distinction rests on colour alone. Figures are narrow and their text 
 large, so that they can be read at half their size.
 """
 
+import io
 import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 MARKERS = "osD^vPX"
@@ -66,6 +68,13 @@ def show_percent(axis: "Axis", most: int = 7) -> None:
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(1))
+
+
+def png(figure: "Figure") -> bytes:
+    """Return a figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def num_clients(count: int) -> str:

@@ -1,6 +1,5 @@
 """The picture of a study: the final accuracies of its rows."""
 
-import io
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -8,7 +7,7 @@ import numpy as np
 
 from hsee_jax.report.curves import Curve
 from hsee_jax.report.final import comparison
-from hsee_jax.report.style import RC, wrap
+from hsee_jax.report.style import RC, png, wrap
 from hsee_jax.studies.results import Result, by_row
 from hsee_jax.studies.study import Study
 
@@ -26,12 +25,10 @@ def draw(study: Study, results: Sequence[Result]) -> bytes:
     title = f"{study.title}\nFinal test accuracy, mean over clients"
     if any(len(curve.accuracy) > 1 for curve in curves):
         title += "; small: each seed; line: ± standard deviation over seeds"
-    file = io.BytesIO()
     with mpl.rc_context(RC):
         figure = comparison(curves)
         figure.suptitle(wrap(title))
-        figure.savefig(file, format="png")
-    return file.getvalue()
+        return png(figure)
 
 
 def _curve(name: str, results: Sequence[Result]) -> Curve:

@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from hsee_jax.core.files import replace_file, writing
+from hsee_jax.core.files import replace_file
 from hsee_jax.report.curves import mean_text
 from hsee_jax.report.tables import Table, markdown
 from hsee_jax.studies.results import Result, by_row
@@ -111,6 +111,5 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> tuple[Path, 
     png = draw(study, results)
     if not png:
         return (text,)
-    with writing(picture):
-        picture.write_bytes(png)
+    replace_file(picture, png)
     return text, picture
