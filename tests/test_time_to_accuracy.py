@@ -94,6 +94,20 @@ def test_the_tables_say_what_an_accuracy_takes(two, tmp_path):
     assert levels(0.004) == () and levels(1.0)[-1] == 0.99
 
 
+def test_what_is_spent_is_summed_once_for_all_accuracies(two, monkeypatch):
+    """The sums are over all rounds of all runs."""
+    summed = []
+
+    def noted(curve, quantity):
+        summed.append((curve.label, quantity))
+        return spent(curve, quantity)
+
+    monkeypatch.setattr("hsee_jax.report.targets.spent", noted)
+    curves = read_curves(two)
+    assert len(targets(curves)[0].rows) > 2
+    assert len(summed) == len(set(summed)) == 3 * len(curves)
+
+
 def test_a_curve_that_does_not_get_there_says_so(tmp_path):
     low = ((0.1, 0.1), (0.2, 0.2))
     folders = [

@@ -31,20 +31,19 @@ def targets(curves: Sequence[Curve]) -> list[Table]:
     over clients reaches the accuracy, and what has been spent by the end of the round.
     There is no table if no curve knows what it has spent.
     """
-    known = [q for q in QUANTITIES if any(spent(c, q) is not None for c in curves)]
+    every = {q: [spent(curve, q) for curve in curves] for q in QUANTITIES}
+    known = [q for q, own in every.items() if any(one is not None for one in own)]
     header = ("accuracy", "curve", "round", *(_COLUMNS[q][0] for q in known))
+    scales = [1.0, *(_COLUMNS[q][1] for q in known)]
+    rounds = [np.array([c.rounds] * len(c.runs), float) for c in curves]
+    series = list(zip(rounds, *(every[q] for q in known), strict=True))
     tables = []
     for b, branch in enumerate(BRANCHES):
         means = [curve.accuracy[:, :, b].mean(axis=-1) for curve in curves]
         rows = []
         for level in levels(max(map(np.max, means))):
-            for curve, mean in zip(curves, means, strict=True):
-                series = [spent(curve, quantity) for quantity in known]
-                scales = [_COLUMNS[quantity][1] for quantity in known]
-                rounds = np.tile(np.array(curve.rounds, float), (len(mean), 1))
-                cells = _cells(
-                    mean >= level - _ROUNDING, [rounds, *series], [1.0, *scales]
-                )
+            for curve, mean, own in zip(curves, means, series, strict=True):
+                cells = _cells(mean >= level - _ROUNDING, own, scales)
                 rows.append((f"{level:.0%}", curve.label, *cells))
         title = f"What it takes to reach a test accuracy: {branch}s"
         if rows and known:
