@@ -594,7 +594,7 @@ def test_the_command(four, tmp_path, monkeypatch, capsys):
         ("", "arguments are required: RUN"),
         ("a0 a1 ./a0", "run: a0 is given twice"),
         ("a0 nowhere", "nowhere is not a run"),
-        ("a0 --out /dev/null", "out: /dev/null cannot be written: "),
+        ("a0 --out /dev/null --tensorboard t", "out: /dev/null is not a folder that"),
         ("a0 --tensorboard a0", "tensorboard: a0 is not empty"),
         ("a0 --tensorboard /dev/null/x", "/dev/null/x cannot be written: "),
     ):
@@ -602,6 +602,7 @@ def test_the_command(four, tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1 and message in err
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_full_disk_keeps_the_report_before(four, monkeypatch, capsys):

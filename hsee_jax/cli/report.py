@@ -8,6 +8,7 @@ from hsee_jax.report import page
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.events import write_events
 from hsee_jax.report.tables import markdown
+from hsee_jax.runs.folder import check_writable
 
 
 def report(words: Sequence[str]) -> None:
@@ -30,14 +31,16 @@ def report(words: Sequence[str]) -> None:
         "--tensorboard",
         type=Path,
         metavar="FOLDER",
-        help="also write the figures of each round to this folder, for TensorBoard",
+        help="also write the figures of each round to this new or empty folder, for "
+        "TensorBoard",
     )
     given = parser.parse(words)
     curves = read_curves(given.runs)
-    if given.tensorboard is not None:
-        write_events(curves, given.tensorboard)
     alone = len(given.runs) == 1
     out = given.out or (given.runs[0] / "report" if alone else Path("report"))
+    check_writable(out)
+    if given.tensorboard is not None:
+        write_events(curves, given.tensorboard)
     path = page.write_report(curves, out)
     print(markdown(page.results(curves)))
     print(path)
