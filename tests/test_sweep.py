@@ -278,7 +278,9 @@ def test_stopping_a_sweep_changes_no_figure(study, expected, number):
     assert len(results) == 2
 
 
-@pytest.mark.parametrize("words", [["--overwrite"], ["--jobs", "5"]])
+@pytest.mark.parametrize(
+    "words", [["--overwrite"], ["--jobs", "5"], ["--seconds", "5"]]
+)
 def test_a_list_trains_nothing(study, words, capsys):
     assert sweep(study, "--list", *words) == 2
     name = words[0].removeprefix("--")

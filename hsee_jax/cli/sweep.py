@@ -31,7 +31,7 @@ def sweep(words: Sequence[str]) -> int:
     """
     given = _parser().parse(words)
     limit = _limit(given.seconds)
-    for name, default in (("overwrite", False), ("jobs", 1)):
+    for name, default in (("overwrite", False), ("jobs", 1), ("seconds", None)):
         if given.list and getattr(given, name) != default:
             raise UserError(f"{name}: is not allowed together with --list")
     study = studies.load(given.study)
