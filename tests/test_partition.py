@@ -1,6 +1,7 @@
 """Every sample goes to one client, and every round uses each of its samples once."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -226,6 +227,16 @@ def test_slots_hold_whoever_takes_part_in_any_round():
         assert turns == [full.ids[order].tolist() for order in full.order]
         most = np.maximum(most, np.bincount(seated % 2, minlength=2))
     assert [-(-count // 3) * 3 for count in most] == list(slots)
+
+
+def test_the_draws_of_many_rounds_need_no_memory():
+    """Each draw of 1,000 clients takes about 60 kB."""
+    groups = group_clients(Client(i, 1) for i in range(2000))
+    tracemalloc.start()
+    num_slots(groups, participation=0.5, seed=3, rounds=200)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2e6
 
 
 def test_turns_are_drawn_per_step_or_per_round():

@@ -107,12 +107,14 @@ def num_slots(
       rounds: the rounds of the run.
       multiple: each number of slots is a multiple of this, the number of devices.
     """
-    draws = [
-        participants(groups, participation=participation, seed=seed, number=number)
-        for number in range(rounds if participation < 1 else 1)
-    ]
-    most = [max(len(drawn & set(group.ids)) for drawn in draws) for group in groups]
-    return tuple(-(-max(count, 1) // multiple) * multiple for count in most)
+    most = [1 for _ in groups]
+    for number in range(rounds if participation < 1 else 1):
+        drawn = participants(
+            groups, participation=participation, seed=seed, number=number
+        )
+        own = (len(drawn.intersection(group.ids)) for group in groups)
+        most = list(map(max, most, own))
+    return tuple(-(-count // multiple) * multiple for count in most)
 
 
 def take_seats(
