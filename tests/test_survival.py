@@ -374,6 +374,16 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     assert_same_run(tmp_path / "whole", killed)
 
 
+def test_a_run_that_goes_on_draws_no_first_state(tmp_path, monkeypatch):
+    """Which needs as much memory as the state that it goes on with."""
+    config = override(SMALL, rounds=1)
+    runs.train(config, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    monkeypatch.setattr(runs.Experiment, "init", None)
+    runs.train(config, tmp_path, resume=True)
+    assert (tmp_path / "summary.json").exists()
+
+
 def test_the_figures_of_a_run_copied_without_checkpoints_stay(tmp_path):
     """Of three rounds; one of two rounds may have been killed before its first."""
     whole, copies = tmp_path / "whole", []

@@ -147,9 +147,10 @@ def train_built(
     phases = Phases(experiment)
     with locked(folder), ExitStack() as stack:
         in_first(check)
-        start = Start(experiment.init())
         if resume:
             start = resume_from(phases, folder, journal)
+        else:
+            start = Start(experiment.init())
         in_first(partial(prepare_folder, folder, experiment, start))
         keep = experiment.cadence.keep_checkpoints
         checkpoints = Checkpoints(
