@@ -283,6 +283,7 @@ def test_clients_that_train_less_in_some_periods_are_refused(period):
         {"dropout": 0.1},
         {"absences": ("0:1-1",)},
         {"deadline": 1e6},
+        {"recuts": ("2:2",)},
         {"partition": "quantity", "batch_size": 4}
         if unit == "steps"
         else {"dropout": 0.5},

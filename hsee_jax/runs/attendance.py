@@ -111,17 +111,19 @@ def check_equal_periods(
       batch_size: of a step.
 
     Raises:
-      UserError: an average is not due after every round, and clients may be absent, or
-        take unequal numbers of steps between two averages.
+      UserError: an average is not due after every round, and clients may be absent,
+        change their cuts, or take unequal numbers of steps between two averages.
     """
     clients = config.clients
-    may_be_absent = {
+    uneven = {
         "participation": clients.participation < 1,
         "dropout": clients.dropout > 0,
         "absences": bool(clients.absences),
         "deadline": clients.deadline is not None,
+        # Layers change holders within a period, and exits wait on a shelf.
+        "recuts": bool(clients.recuts),
     }
-    for name, given in may_be_absent.items():
+    for name, given in uneven.items():
         if given:
             check_each_round(config, federation, strategy, name)
     steps = {-(-len(own) // batch_size) for own in parts}
