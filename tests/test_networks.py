@@ -311,3 +311,13 @@ def test_a_layer_with_dropout_is_refused():
 def test_an_even_window_is_refused():
     with pytest.raises(UserError, match="window: 4 is not allowed"):
         network("conv1d", (30, 2), window=4)
+
+
+def test_channels_that_double_too_often_are_refused():
+    """At width 64, 65,536 channels are ten doublings, in the 21st and 22nd layer."""
+    model = network("conv1d", (30, 2), width=64, depth=22)
+    assert layer_inputs(model)[-1].shape[-1] == 65_536
+    with pytest.raises(UserError, match="depth: 23 .* width 64, .* is at most 22$"):
+        network("conv1d", (30, 2), width=64, depth=23)
+    with pytest.raises(UserError, match="depth: 3 .* allowed is at most 2$"):
+        network("conv1d", (30, 2), width=65_536, depth=3)

@@ -26,6 +26,8 @@ from hsee_jax.nn.mlp import Depth
 from hsee_jax.nn.model import Model, from_linen
 from hsee_jax.nn.registry import NETWORKS, series_only
 
+_MAX_CHANNELS = 65_536  # in any layer
+
 
 @NETWORKS.register(summary="convolutions along time, for series [T, C]")
 @series_only
@@ -57,10 +59,17 @@ def conv1d(
       conv: the form of the convolutions, see `hsee_jax.nn.convolution`.
 
     Raises:
-      UserError: the window is even, or the samples are not series.
+      UserError: the window is even, the last layers would be too wide, or the samples
+        are not series.
     """
     if window % 2 == 0:
         raise UserError(f"window: {window} is not allowed; allowed is an odd number")
+    if width * 2 ** ((depth - 1) // 2) > _MAX_CHANNELS:
+        most = 2 * (_MAX_CHANNELS // width).bit_length()
+        raise UserError(
+            f"depth: {depth} is not allowed with width {width}, which doubles every "
+            f"second layer; allowed is at most {most}"
+        )
     compute = jnp.dtype(dtype)
     layers = [
         ConvNorm(
