@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounds import train
+from rounds import KEY, train
 from tiny import PIPELINE, TINY, tiny_data, tiny_federation, tiny_shards
 
 from hsee_jax.algorithms.hetero_splitee import averaging, sequential
 from hsee_jax.config import override, preset
 from hsee_jax.engine import evaluation
+from hsee_jax.link import topk
 from hsee_jax.parallel.mesh import SAME, make_mesh, to_devices
 from hsee_jax.runs.build import build
 
@@ -122,6 +123,30 @@ def test_empty_slots_are_not_scored(passes, axis):
     assert passes() == 2 * BATCHES
     assert [result.id for result in results] == list(CUTS)
     assert results == evaluate(state)
+
+
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
+def test_clients_differ_by_their_links_but_not_by_errors_of_training(passes, axis):
+    """Of three clients with cut 1, one has a link of twice the speed."""
+    codec = topk(keep_share=0.3, link_rates=(1.0, 1.0, 2.0), error_feedback=True)
+    federation = tiny_federation(CUTS)._replace(codec=codec)
+    strategy = ALIKE(federation)
+    state = jax.jit(strategy.init)(KEY)
+
+    def with_errors(stack):
+        error = stack.link.error
+        own = jnp.arange(error.size, dtype=error.dtype).reshape(error.shape)
+        return stack.replace(link=stack.link._replace(error=own))
+
+    evaluate = evaluation.make_evaluation(
+        federation, strategy, PIPELINE, batch_size=4, axis=axis
+    )
+    clients = tuple(map(with_errors, state.clients))
+    results = evaluate(state.replace(clients=clients), tiny_data(11, seed=5))
+    assert passes() == 3 * BATCHES
+    assert results == evaluate(state, tiny_data(11, seed=5))
+    assert results[0]._replace(id=1) == results[1]
+    assert results[0].server_loss != results[2].server_loss
 
 
 @pytest.mark.slow

@@ -151,11 +151,10 @@ def make_evaluation(
     if strategy.junction is not None:
         scores_of = make_event_scores(federation, strategy.junction, pipeline)
     elif client_axis(axis, backend_of(federation.mesh)) == "loop":
-        cuts = [group.cut for group in federation.groups]
         known = {} if programs is None else programs
-        scores_of = make_loop(score, strategy, cuts, known)
+        scores_of = make_loop(score, federation, strategy, known)
     else:
-        scores_of = make_map(score, strategy, federation.mesh)
+        scores_of = make_map(score, federation, strategy)
 
     def evaluate(
         state: RunState,

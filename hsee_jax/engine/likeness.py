@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.core.types import Array, PyTree
-from hsee_jax.federation.branch import Branch, parts_of
+from hsee_jax.federation.branch import Branch, parts_of, variables_of
+from hsee_jax.federation.crossing import link_for_evaluation
+from hsee_jax.link.codecs import Codec
 
 
 class Reference(NamedTuple):
@@ -25,12 +27,18 @@ class Reference(NamedTuple):
 References = dict[int, Reference]  # by the index of the group
 
 
-def weights_of(branches: tuple[Branch, ...]) -> PyTree:
-    """Return what the answers of branches depend on: all but the optimizer states."""
-    return [
-        ([(part.params, part.batch_stats) for part in parts_of(branch)], branch.link)
-        for branch in branches
-    ]
+def weights_of(codec: Codec, branches: tuple[Branch, ...]) -> PyTree:
+    """Return what the answers of a client, and of its server, depend on.
+
+    That is neither the optimizer states, nor what training has left in a codec.
+
+    Args:
+      codec: of the link.
+      branches: the client, and its server if it has one of its own.
+    """
+    parts = [part for branch in branches for part in parts_of(branch)]
+    link = link_for_evaluation(codec, branches[0])
+    return [variables_of(part) for part in parts], link
 
 
 def alike(one: PyTree, other: PyTree) -> bool:

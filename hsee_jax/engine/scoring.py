@@ -1,6 +1,6 @@
 """Scores of the clients of a group; clients that are alike are scored once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh
 
 from hsee_jax.core.types import Array, Batch, Dataset, Metrics, PyTree
 from hsee_jax.data.pipeline import InputPipeline
@@ -197,26 +196,26 @@ def score_logits(
 
 
 def make_loop(
-    score: ScoreFn, strategy: Strategy, cuts: Sequence[int], programs: Programs
+    score: ScoreFn, federation: Federation, strategy: Strategy, programs: Programs
 ) -> ScoresFn:
     """Call one program for every client and batch, from Python.
 
     Args:
       score: see `make_score`.
+      federation: the clients.
       strategy: the algorithm.
-      cuts: of each group.
       programs: by cut, to use and to add to.
     """
 
     def client(task: Task, slot: int) -> BothMetrics:
         own = take(task.stacks(strategy), slot)
         who = task.views[slot]
-        weights = (jax.device_get(weights_of(own)), who)
+        weights = (jax.device_get(weights_of(federation.codec, own)), who)
         known = task.references.get(task.group)
         if known is not None and alike(weights, known.weights):
             return known.scores
         pair = _pair(strategy, own, task.state.servers, task.group)
-        cut = cuts[task.group]
+        cut = federation.groups[task.group].cut
         if cut not in programs:
             programs[cut] = jax.jit(partial(score, group=task.group))
         batches = zip(*task.rows, strict=True)
@@ -231,11 +230,12 @@ def make_loop(
     return loop
 
 
-def make_map(score: ScoreFn, strategy: Strategy, mesh: Mesh | None) -> ScoresFn:
+def make_map(score: ScoreFn, federation: Federation, strategy: Strategy) -> ScoresFn:
     """Compile a program for each group in which each device maps over its clients.
 
     A device scores the first of its clients, and those that are not like it.
     """
+    mesh = federation.mesh
 
     def on_device(
         group: int,
@@ -254,8 +254,8 @@ def make_map(score: ScoreFn, strategy: Strategy, mesh: Mesh | None) -> ScoresFn:
                 lambda row: score(pair, data, who, *row, group=group), rows
             )
 
-        weights = (weights_of(stacks), views)
-        return map_unlike(client, (stacks, views), weights, taken)
+        weights = jax.vmap(partial(weights_of, federation.codec))(stacks)
+        return map_unlike(client, (stacks, views), (weights, views), taken)
 
     @partial(jax.jit, static_argnames="group")
     def clients_map(*given: PyTree, group: int) -> BothMetrics:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.trees import select
-from hsee_jax.core.types import Array
+from hsee_jax.core.types import Array, PyTree
 from hsee_jax.federation.branch import Branch, BranchSpec
 from hsee_jax.link.codecs import FULL, Codec, Message, fixed_size, pack_bytes
 
@@ -37,9 +37,14 @@ def encode_for_evaluation(
     spec: BranchSpec, client: Branch, features: Array, mask: Array
 ) -> Message:
     """Make the message for features outside of training; see `encode`."""
-    state_of = spec.codec.for_evaluation
-    link = client.link if state_of is None else state_of(client.link)
+    link = link_for_evaluation(spec.codec, client)
     return spec.codec.encode(features, link, mask)[0]
+
+
+def link_for_evaluation(codec: Codec, client: Branch) -> PyTree:
+    """Return the state with which a client's codec encodes outside of training."""
+    state_of = codec.for_evaluation
+    return client.link if state_of is None else state_of(client.link)
 
 
 def decode(spec: BranchSpec, message: Message) -> Array:

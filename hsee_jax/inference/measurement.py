@@ -87,18 +87,19 @@ def measure_clients(
         )
         members = range(len(group.ids))
         # Where each client has a view of its own, equal networks answer differently.
-        twins = members if view else _twins(strategy, state, g, members)
+        twins = members if view else _twins(federation, strategy, state, g)
         yield from _group_studies(
             answer_of, group, costs, largest, held_out, test, twins
         )
 
 
 def _twins(
-    strategy: Strategy, state: RunState, g: int, members: Sequence[int]
+    federation: Federation, strategy: Strategy, state: RunState, g: int
 ) -> Sequence[int]:
     """Return for each member of a group the first with the same answers."""
+    members = range(len(federation.groups[g].ids))
     weights = [
-        weights_of((client, server_of(strategy, state, g, m)))
+        weights_of(federation.codec, (client, server_of(strategy, state, g, m)))
         for m in members
         for client in [jax.tree.map(lambda leaf, m=m: leaf[m], state.clients[g])]
     ]
