@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hsee_jax.algorithms.options import TURNS
 from hsee_jax.core.errors import unknown
-from hsee_jax.federation.federation import Group, clients_of
+from hsee_jax.federation.federation import Group
 
 _PARTICIPATION, _BATCHES, _TURNS, _DROPOUT = range(4)
 EMPTY = -1  # the id in a slot that no client sits in
@@ -57,7 +57,7 @@ def participants(
     groups: Sequence[Group], *, participation: float, seed: int, number: int
 ) -> set[int]:
     """Draw the clients that take part in a round: a share of them, at least one."""
-    ids = np.sort([client.id for client in clients_of(groups)])
+    ids = np.sort(np.concatenate([group.ids for group in groups]))
     count = num_drawn(len(ids), participation)
     if count == len(ids):
         return set(ids.tolist())
@@ -107,13 +107,12 @@ def num_slots(
       rounds: the rounds of the run.
       multiple: each number of slots is a multiple of this, the number of devices.
     """
-    most = [1 for _ in groups]
+    members, most = [set(group.ids) for group in groups], [1] * len(groups)
     for number in range(rounds if participation < 1 else 1):
         drawn = participants(
             groups, participation=participation, seed=seed, number=number
         )
-        own = (len(drawn.intersection(group.ids)) for group in groups)
-        most = list(map(max, most, own))
+        most = [max(most[g], len(drawn & own)) for g, own in enumerate(members)]
     return tuple(-(-count // multiple) * multiple for count in most)
 
 
