@@ -135,11 +135,12 @@ def _shared_server(
     given = []
     for layer in range(after[0].cut, first):  # of which the server has no copy
         givers = [i for group in after if group.cut <= layer for i in group.ids]
-        parts = []
+        parts: list[LayerState] = []
+        order: list[int] = []
         for stack, group in zip(state.clients, before, strict=True):
-            _, rows, _ = np.intersect1d(group.ids, givers, return_indices=True)
+            ids, rows, _ = np.intersect1d(group.ids, givers, return_indices=True)
             parts.append(jax.tree.map(lambda a, r=rows: a[r], stack.layers[layer]))
-        order = [i for group in before for i in group.ids if i in set(givers)]
+            order.extend(ids)
         given.append(_mean(parts, weights[order]))
     return Branch((*given, *server.layers[max(after[0].cut - first, 0) :]), server.head)
 
