@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from hsee_jax.core.trees import expand_like, select
 from hsee_jax.core.types import Array, Batch, Metrics, PyTree
-from hsee_jax.federation.branch import Branch, BranchSpec, LayerState
+from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, variables_of
 from hsee_jax.federation.crossing import decode
 from hsee_jax.federation.junction import finite_views
 
@@ -114,7 +114,7 @@ def forward_rows(
         mask = jnp.concatenate([rows.weights > 0, rows.mask])
         some = jnp.any(mask)
         values, new = stage.apply(
-            {"params": part.params, "batch_stats": part.batch_stats},
+            variables_of(part),
             jnp.concatenate([rows.means, rows.own]),
             mask | ~some,  # without a real row the statistics would be NaN
             train=True,

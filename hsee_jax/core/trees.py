@@ -24,6 +24,16 @@ def add_trees(trees: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
 
 
+def row_of(tree: PyTree, number: int) -> PyTree:
+    """Return one row of a stack, leaves ``[M, ...]`` to ``[...]``."""
+    return jax.tree.map(lambda leaf: leaf[number], tree)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Return the bytes of all arrays of a tree, or of their shapes and dtypes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def expand_like(flags: Array, values: Array) -> Array:
     """Append axes of length 1 to flags, up to the number of axes of values.
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Metrics
 from hsee_jax.deployment.forms import VERSION, Forms, Kind, forms_of
 from hsee_jax.deployment.mailbox import Mailbox
@@ -161,7 +162,7 @@ class Service:
         split(message, ())
         _log.info("client %d begins with its first layers", i)
         g, m = self._experiment.federation.seat(i)
-        own = jax.tree.map(lambda leaf: leaf[m], self._first_clients()[g])
+        own = row_of(self._first_clients()[g], m)
         return pack({}, named(own, "client"))
 
     def _first_clients(self) -> tuple[Branch, ...]:

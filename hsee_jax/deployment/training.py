@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Dataset, Metrics
 from hsee_jax.data.pipeline import normalize
 from hsee_jax.deployment.batches import padded
@@ -77,7 +78,7 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
     def receive(client: Branch, means: Means, since: Array) -> Branch:
         stack = jax.tree.map(lambda leaf: leaf[None], client)
         state = RunState(since, (stack,), ())
-        return _member(strategy.receive(state, means, (since[None],)).clients[0])
+        return row_of(strategy.receive(state, means, (since[None],)).clients[0], 0)
 
     finish = partial(halves.finish, group=0) if halves.finish else _no_finish
     return Programs(
@@ -143,10 +144,6 @@ def train_round(
 @jax.jit
 def _copy(client: Branch) -> Branch:
     return jax.tree.map(jnp.copy, client)
-
-
-def _member(stack: Branch) -> Branch:
-    return jax.tree.map(lambda leaf: leaf[0], stack)
 
 
 def _no_finish(*_: Any) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Batch, Dataset
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.scoring import (
@@ -78,7 +79,7 @@ def make_event_scores(
         )
         empty = len(task.taken) - count
         assert np.array_equal(task.taken, np.arange(len(task.taken)) < count)
-        members = [jax.tree.map(lambda a, s=s: a[s], sums) for s in range(count)]
+        members = [row_of(sums, slot) for slot in range(count)]
         return [*members, *[None] * empty]
 
     return scores

@@ -15,13 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.trees import expand_like, nbytes, row_of
 from hsee_jax.core.types import NO_LABEL, Array, Dataset, PyTree
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.placement import Shards
-from hsee_jax.federation.branch import Branch, BranchSpec, LayerState, forward
+from hsee_jax.federation.branch import (
+    Branch,
+    BranchSpec,
+    LayerState,
+    forward,
+    variables_of,
+)
 from hsee_jax.federation.federation import Federation
 from hsee_jax.federation.last_layer import (
     Path,
@@ -141,27 +147,30 @@ def _fit_group(
     specs = [own.specs(g)[0] for own in widths]
     params = jax.tree.map(np.array, stack.head.params)
     layer, fits = layer_at(params, path), []
-    fitted = np.zeros(len(layer["bias"]), bool)
+    fitted: Any = np.zeros(len(layer["bias"]), bool)
     before = stack.head.replace(params=with_layer(params, path, (), ()))
     for members in _alike(group.ids, layers, before):
         ids = tuple(group.ids[m] for m in members)
         sums = {
-            i: _sums(specs, path, _member(stack, members[0]), samples, i)
+            i: _sums(specs, path, row_of(stack, members[0]), samples, i)
             for i, digests in layers.items()
             if digests[: group.cut] == layers[ids[0]] and len(samples.shards[i])
         }
         sums = {i: one for i, one in sums.items() if _finite(one.gram)}
-        if not sums or not _finite(_member((stack.layers, before), members[0])):
+        if not sums or not _finite(row_of((stack.layers, before), members[0])):
             continue
         layer["kernel"][members], layer["bias"][members] = solve(
             merge(list(sums.values())), ridge
         )
         fitted[members] = True
-        inner = _nbytes(_member(before, members[0]))
+        inner = nbytes(variables_of(row_of(before, members[0])))
         fits.append(_exit_fit(group.cut, ids, sums, inner))
     fresh = jax.vmap(federation.optimizer.init)(params)
-    choose = partial(_where, fitted)
-    opt_state = jax.tree.map(choose, to_host(fresh), stack.head.opt_state)
+    opt_state = jax.tree.map(
+        lambda new, old: np.where(expand_like(fitted, old), new, old),
+        to_host(fresh),
+        stack.head.opt_state,
+    )
     return LayerState(params, stack.head.batch_stats, opt_state), fits
 
 
@@ -219,7 +228,7 @@ def _features(
     mask = jnp.ones(len(indices), bool)
     batch = pipeline.evaluation(data, indices, mask, who)
     features, _, _ = forward(spec, client, batch.inputs, batch.mask, train=False)
-    variables = {"params": client.head.params, "batch_stats": client.head.batch_stats}
+    variables = variables_of(client.head)
     return last_inputs(spec.head, variables, path, features, batch.mask)
 
 
@@ -250,21 +259,8 @@ def _digest(layer: LayerState, member: int) -> str:
     return found.hexdigest()
 
 
-def _nbytes(layer: LayerState) -> int:
-    leaves = jax.tree.leaves((layer.params, layer.batch_stats))
-    return sum(leaf.nbytes for leaf in leaves)
-
-
-def _member(tree: PyTree, member: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[member], tree)
-
-
 def _finite(tree: PyTree) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
-
-
-def _where(fitted: npt.NDArray[np.bool_], new: Any, old: Any) -> Any:
-    return np.where(fitted.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
 def _placed_as(new: Any, old: Any) -> Any:

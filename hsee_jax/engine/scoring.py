@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Batch, Dataset, Metrics, PyTree
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.agreement import count_agreement
@@ -272,7 +273,7 @@ def make_map(score: ScoreFn, federation: Federation, strategy: Strategy) -> Scor
             )
         )
         slots = range(len(task.taken))
-        return [jax.tree.map(lambda leaf, s=s: leaf[s], sums) for s in slots]
+        return [row_of(sums, slot) for slot in slots]
 
     return clients
 

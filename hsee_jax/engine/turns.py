@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
@@ -163,8 +164,7 @@ class _Stacked:
             np.int32(inputs.first + t),
             inputs.rates[t],
         )
-        slots = range(len(plan.ids))
-        return [(n, jax.tree.map(lambda m, n=n: m[n], metrics)) for n in slots]
+        return [(n, row_of(metrics, n)) for n in range(len(plan.ids))]
 
     def late(self) -> tuple[int, ...]:
         """See `Steps`; every client of a simulation is in time."""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Batch, ExitMetrics, Key, Metrics, PyTree
 from hsee_jax.federation.branch import Branch
 from hsee_jax.federation.junction import Junction
@@ -202,4 +202,4 @@ def server_of(strategy: Strategy, state: RunState, group: int, member: int) -> B
     """Return the layers behind a client's cut, and the final head."""
     if strategy.shared:
         return strategy.part(state.servers[0], group)
-    return jax.tree.map(lambda leaf: leaf[member], state.servers[group])
+    return row_of(state.servers[group], member)

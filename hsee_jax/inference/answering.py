@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hsee_jax.core.options import Option, at_least
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array
 from hsee_jax.data.views import ViewFn
 from hsee_jax.federation.branch import Branch
@@ -61,7 +62,7 @@ def answers_of(
     ids, stack = federation.groups[group].ids, state.clients[group]
 
     def client(m: int) -> Branch:
-        return jax.tree.map(lambda leaf: leaf[m], stack)
+        return row_of(stack, m)
 
     def seen(inputs: Array, m: int) -> Array:
         return inputs if view is None else view(inputs, jnp.int32(ids[m]))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.data.pipeline import normalize
@@ -99,9 +100,11 @@ def _twins(
     """Return for each member of a group the first with the same answers."""
     members = range(len(federation.groups[g].ids))
     weights = [
-        weights_of(federation.codec, (client, server_of(strategy, state, g, m)))
+        weights_of(
+            federation.codec,
+            (row_of(state.clients[g], m), server_of(strategy, state, g, m)),
+        )
         for m in members
-        for client in [jax.tree.map(lambda leaf, m=m: leaf[m], state.clients[g])]
     ]
     return [
         next((n for n in range(m) if alike(weights[n], weights[m])), m) for m in members

@@ -13,6 +13,7 @@ import jax
 
 from hsee_jax.config.schema import Config
 from hsee_jax.core.errors import UserError, unknown
+from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import PyTree
 from hsee_jax.data.info import DatasetInfo
 from hsee_jax.federation.branch import Branch, BranchSpec
@@ -69,7 +70,7 @@ class Restored(NamedTuple):
         group, member = self.federation.seat(i)
         check_layers(self.config)
         check_read(self.state.clients[group])
-        return jax.tree.map(lambda leaf: leaf[member], self.state.clients[group])
+        return row_of(self.state.clients[group], member)
 
     def server(self, i: int) -> Branch:
         """Return the layers behind client i and the final head.

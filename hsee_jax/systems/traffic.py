@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsee_jax.algorithms.epsl import shared_rows_of
-from hsee_jax.core.types import ExitMetrics, PyTree
+from hsee_jax.core.trees import nbytes
+from hsee_jax.core.types import ExitMetrics
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import due_after
 from hsee_jax.federation.federation import Federation
@@ -77,11 +78,6 @@ class Traffic(NamedTuple):
         up, down = self.sample
         weights = averages * self.weights
         return Bytes(samples * up + weights, gradients * down + weights)
-
-
-def nbytes(tree: PyTree) -> int:
-    """Return the bytes of all arrays of a tree, or of their shapes and dtypes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def training_bytes(
