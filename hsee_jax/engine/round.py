@@ -96,7 +96,8 @@ class RoundFn(Protocol):
           was no average), and the progress of the round.
 
         Raises:
-          ValueError: the plan has an index beyond the samples.
+          ValueError: the plan has an index beyond the samples, or there is not a rate
+            for each step.
         """
 
 
@@ -163,14 +164,14 @@ def all_finite(metrics: ExitMetrics) -> Any:
     return (jnp if isinstance(losses, jax.Array) else np).isfinite(losses)
 
 
-def turn_sequence(strategy: Strategy, order: Any) -> tuple[Any, Any]:
-    """Return step and slot of each turn in a round; ``order`` is ``int32 [T, A]``."""
-    numbers = jnp if isinstance(order, jax.Array) else np
+def turn_of(strategy: Strategy, order: Any, k: Any) -> tuple[Any, Any]:
+    """Return step and slot of turn ``k`` of a round; ``order`` is ``int32 [T, A]``."""
     num_steps, num_turns = order.shape
-    steps = numbers.arange(num_steps)
     if strategy.turn_unit == "epoch":
-        return numbers.tile(steps, num_turns), numbers.repeat(order[0], num_steps)
-    return numbers.repeat(steps, num_turns), order.reshape(-1)
+        a, t = divmod(k, num_steps)
+        return t, order[0, a]
+    t, a = divmod(k, num_turns)
+    return t, order[t, a]
 
 
 def due_after(strategy: Strategy, unit: str, count: Any) -> Any:

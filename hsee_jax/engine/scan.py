@@ -25,7 +25,7 @@ from hsee_jax.engine.round import (
     layout,
     make_no_means,
     nothing_done,
-    turn_sequence,
+    turn_of,
 )
 from hsee_jax.engine.scan_arguments import Carry, GroupPlan, Inputs, Placement
 from hsee_jax.federation.aggregation import newest
@@ -194,7 +194,7 @@ def _one_turn(
 
     def step(inputs: Inputs, k: Array, carry: Carry) -> Carry:
         sizes, num_turns = stack_sizes(carry.state), inputs.order.shape[1]
-        t, n = (turns[k] for turns in turn_sequence(strategy, inputs.order))
+        t, n = turn_of(strategy, inputs.order, k)
         batch = client_batch(
             pipeline,
             inputs.key,

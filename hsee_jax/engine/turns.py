@@ -14,7 +14,7 @@ from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.programs import restack, unstack
-from hsee_jax.engine.round import Floats, client_batch, turn_sequence
+from hsee_jax.engine.round import Floats, client_batch, turn_of
 from hsee_jax.federation.state import RunState, positions, split_stacks
 from hsee_jax.federation.strategy import Strategy
 
@@ -34,7 +34,11 @@ class Steps(Protocol):
         """Take step ``t`` of the round, counted from 0."""
 
     def late(self) -> tuple[int, ...]:
-        """Return the slots of clients that were to take part and did not in time."""
+        """Return the slots of clients that were to take part and did not in time.
+
+        Every client of a simulation is in time.
+        """
+        return ()
 
 
 class Inputs(NamedTuple):
@@ -50,7 +54,7 @@ class Inputs(NamedTuple):
 Begin = Callable[[Inputs], Steps]
 
 
-class Turns:
+class Turns(Steps):
     """Takes steps turn by turn, with every client and every server by itself.
 
     A subclass says what a turn is, see `start`.
@@ -64,7 +68,8 @@ class Turns:
         """Prepare a round."""
         self.inputs, self._strategy = inputs, strategy
         self.groups = positions(inputs.sizes)[0]  # of each slot
-        sequence = turn_sequence(strategy, inputs.plan.order)
+        order = inputs.plan.order
+        sequence = turn_of(strategy, order, np.arange(order.size))
         self._sequence = list(zip(*sequence, strict=True))
 
     def load(self, state: RunState) -> None:
@@ -102,10 +107,6 @@ class Turns:
         ]
         return [(n, turn.result()) for n, turn in started]
 
-    def late(self) -> tuple[int, ...]:
-        """See `Steps`; every client of a simulation is in time."""
-        return ()
-
     def start(self, step: int, n: int) -> Future[ExitMetrics]:
         """Start the turn of slot ``n``, after the earlier turns with its server."""
         raise NotImplementedError
@@ -136,7 +137,7 @@ def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
     return partial(_Stacked, step)
 
 
-class _Stacked:
+class _Stacked(Steps):
     """Takes the steps of all clients at once, on their stacks."""
 
     def __init__(self, step: Callable, inputs: Inputs) -> None:
@@ -165,7 +166,3 @@ class _Stacked:
             inputs.rates[t],
         )
         return [(n, row_of(metrics, n)) for n in range(len(plan.ids))]
-
-    def late(self) -> tuple[int, ...]:
-        """See `Steps`; every client of a simulation is in time."""
-        return ()
