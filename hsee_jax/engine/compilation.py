@@ -6,7 +6,8 @@ convolutions inside a scan, are many times slower. ``vmap`` and ``map`` are one 
 that loops over the steps, with the clients spread over the devices. In each step of
 ``vmap`` a device runs its clients of one cut at once, in ``map`` one after another:
 convolutions stay single, memory for the work of one client is enough, and clients
-without samples in the step are skipped.
+without samples in the step are skipped; the last two do not hold where clients wait for
+a server that takes all of them together.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 On its device, `jax.vmap` runs it for all clients at once, and XLA stacks their
 convolutions. A scan runs it for one client after another, as they would run alone: it
-needs memory for the work of a single client, and it skips those without samples.
+needs memory for the work of a single client, and it may skip those without samples.
 """
 
 from collections.abc import Callable, Sequence

@@ -139,8 +139,9 @@ def _moments(x: Array, mask: Array) -> tuple[Array, Array]:
     """Return mean and variance ``[C]`` over the real rows of ``[B, ..., C]``.
 
     Flax computes the variance as E[x^2] - E[x]^2, which loses all digits where the mean
-    is large against the deviation. Here x is first shifted by a value near its mean,
-    which the variance does not depend on.
+    is large against the deviation. Here x is first shifted by the mean of its first
+    row, which the variance does not depend on. It is near the mean of x, unless that
+    row is padding.
     """
     axes = tuple(range(x.ndim - 1))
     rows, share = _counted(x, mask)
