@@ -27,7 +27,9 @@ from hsee_jax.federation.branch import (
     BranchSpec,
     forward,
     forward_exits,
+    parts_of,
     variables_of,
+    with_parts,
 )
 from hsee_jax.federation.crossing import decode, encode_for_evaluation
 from hsee_jax.federation.federation import Federation
@@ -103,10 +105,19 @@ class Task(NamedTuple):
     references: References
 
     def stacks(self, strategy: Strategy) -> tuple[Branch, ...]:
-        """Return the clients, and the servers if each client has its own."""
-        if strategy.shared:
-            return (self.state.clients[self.group],)
-        return self.state.clients[self.group], self.state.servers[self.group]
+        """Return the clients, and the servers if each client has its own.
+
+        No score reads the states of optimizers, so they are not there.
+        """
+        own = [self.state.clients[self.group]]
+        if not strategy.shared:
+            own.append(self.state.servers[self.group])
+        return tuple(map(_without_optimizer, own))
+
+
+def _without_optimizer(branch: Branch) -> Branch:
+    parts = tuple(part.replace(opt_state=()) for part in parts_of(branch))
+    return with_parts(branch, parts)
 
 
 # Return host sums [T, ...] over the batches for each slot; anything for empty slots.
