@@ -331,9 +331,10 @@ def test_settings_are_typed():
         "x", nodes=(2**64 - 1,), samples=(3, 4), deadline=5
     )
     node = read_settings(
-        NodeSettings, {"partition-id": 2, "state": "s", "plugin": "a b"}
+        NodeSettings,
+        {"partition-id": 2, "state": "s", "plugin": "a b", "data-dir": "d"},
     )
-    assert (node.partition_id, node.plugin) == (2, ("a", "b"))
+    assert node == NodeSettings("s", 2, data_dir="d", plugin=("a", "b"))
     for given, error in (
         ({"samples": "3 x"}, "samples: 3 x is not allowed; allowed is words"),
         ({"outt": "x"}, "setting: outt is unknown .did you mean out"),

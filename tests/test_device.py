@@ -10,12 +10,14 @@ from client_devices import small_run
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
+from hsee_jax.data import write_npz
 from hsee_jax.deployment.box import Box, DeviceState
 from hsee_jax.deployment.device import Changed, Device
 from hsee_jax.deployment.digest_file import read, write
 from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.protocol import Refusal, digest, pack
 from hsee_jax.deployment.take_part import take_part
+from hsee_jax.runs.material import shares
 from hsee_jax.runs.participant import build_participant
 from hsee_jax.runs.served import build_served, describe
 
@@ -112,6 +114,35 @@ def test_a_device_joins_again_if_the_run_goes_on_in_another_way(
     call = lambda method, message: json.dumps(next(answers)).encode()  # noqa: E731
     assert take_part(call, tmp_path, None, (), bool)
     assert built == [(n, digest(run)) for n, run in zip((1, 2), runs, strict=True)]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_share_is_read_from_the_folder_of_the_device(named, tmp_path, monkeypatch):
+    """Which --data-dir names, or else its own TFDS_DATA_DIR; the server's is secret."""
+    there, here = tmp_path / "alice", tmp_path / "pi"
+    x, y = np.arange(120, dtype=np.float32).reshape(30, 4), np.arange(30) % 3
+    write_npz(there, (x, y, x[:6], y[:6]))
+    config = small_run(dataset="npz", data_dir=str(there))
+    expected = shares(config)[0]
+    about = json.dumps({"run": "a run"} | describe(build_served(config), 0))
+    assert "alice" not in about
+    there.rename(here)
+    own = []
+
+    class Stub:
+        def __init__(self, part, data, box, call, *, about):
+            own.append(data)
+
+        def run(self, stop):
+            return True
+
+    monkeypatch.setattr(sys.modules[take_part.__module__], "Device", Stub)
+    if not named:
+        monkeypatch.setenv("TFDS_DATA_DIR", str(here))
+    place = str(here) if named else None
+    call = lambda method, message: about.encode()  # noqa: E731
+    assert take_part(call, tmp_path / "state", None, (), bool, data_dir=place)
+    jax.tree.map(np.testing.assert_array_equal, own, [expected])
 
 
 def test_a_folder_belongs_to_one_client_of_one_run(tmp_path):

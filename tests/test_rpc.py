@@ -341,6 +341,8 @@ def test_who_joins_says_who_it_is_once(tmp_path, capsys):
     assert "client: missing; allowed is --client ID, or --keys FOLDER" in first
     assert "client: is not allowed with --keys, whose certificate names" in second
     place = ["--client", "0", "--data", str(tmp_path / "none.npz")]
+    assert main([*call, *place, "--data-dir", str(tmp_path)]) == 2
+    assert "data_dir: is not allowed with data" in capsys.readouterr().err
     assert main([*call, *place]) == 2
     assert ": data: " in (line := capsys.readouterr().err) and "No such file" in line
     for arrays, words in (

@@ -62,6 +62,7 @@ def join(words: Sequence[str]) -> int | None:
                     data,
                     given.plugin,
                     signals,
+                    data_dir=given.data_dir,
                     private=given.keep_layers_private,
                 )
         except Stopped:
@@ -106,6 +107,12 @@ def _parser(words: Sequence[str]) -> Parser:
         metavar="FILE",
         help="the device's own samples: an npz with x and y, labels 0..K-1; without "
         "it, the device reads the run's dataset and takes its share",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="FOLDER",
+        help="folder of the run's dataset on the device; by default $TFDS_DATA_DIR, or "
+        "~/tensorflow_datasets",
     )
     parser.add_argument(
         "--patience",

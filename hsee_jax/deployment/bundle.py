@@ -50,7 +50,12 @@ class _Unanswered(Exception):
 
 
 def take_turn(
-    answers: Answers, state: Path, data: Path | None = None, plugins: Sequence[str] = ()
+    answers: Answers,
+    state: Path,
+    data: Path | None = None,
+    plugins: Sequence[str] = (),
+    *,
+    data_dir: str | None = None,
 ) -> Calls:
     """Do on a device what its server asks, and return the calls that the device makes.
 
@@ -62,6 +67,7 @@ def take_turn(
       state: see `take_part`, like the others.
       data: the file of its samples; None for its share of the run's dataset.
       plugins: modules that the run may need.
+      data_dir: the folder of that dataset.
 
     Raises:
       UserError: see `take_part`, or another process is using the folder.
@@ -81,7 +87,7 @@ def take_turn(
         return calls[-1][0] == "finish"
 
     with contextlib.suppress(_Unanswered), sole_writer(state, "state"):
-        take_part(call, state, data, plugins, done)
+        take_part(call, state, data, plugins, done, data_dir=data_dir)
     return calls
 
 

@@ -70,7 +70,9 @@ def answer_turn(message: Message, context: Context) -> Message:
         raise UserError("state: missing in the node config; allowed is a folder")
     data = None if settings.data is None else expand_home(settings.data, "data")
     state = expand_home(settings.state, "state")
-    calls = take_turn(_parts(message), state, data, settings.plugin)
+    calls = take_turn(
+        _parts(message), state, data, settings.plugin, data_dir=settings.data_dir
+    )
     return Message(_content(parts_of(calls)), reply_to=message)
 
 

@@ -38,6 +38,7 @@ class NodeSettings:
     state: Annotated[str, "folder of the device"] = ""
     partition_id: Annotated[int | None, "client of the node", at_least(0)] = None
     data: Annotated[str | None, "file of its samples"] = None
+    data_dir: Annotated[str | None, "folder of the run's dataset"] = None
     plugin: Annotated[tuple[str, ...], "modules that the run may need"] = ()
 
 

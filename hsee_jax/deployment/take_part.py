@@ -20,6 +20,7 @@ def take_part(
     plugins: Sequence[str],
     stop: Callable[[], bool],
     *,
+    data_dir: str | None = None,
     private: bool = False,
 ) -> bool:
     """Take part in a run until it ends.
@@ -33,6 +34,7 @@ def take_part(
       data: the file of its samples; None for its share of the run's dataset.
       plugins: modules that the run may need.
       stop: called between rounds; true ends the part before the run ends.
+      data_dir: the folder of the run's dataset on this machine; None for the default.
       private: refuse a run in which the device sends its layers.
 
     Returns:
@@ -42,6 +44,11 @@ def take_part(
       UserError: the samples or the files of the device are not valid or not those of
         this run, or the server refuses the device.
     """
+    if data is not None and data_dir is not None:
+        raise UserError(
+            "data_dir: is not allowed with data, the device's own samples; allowed is "
+            "one of the two"
+        )
     raw = None if data is None else read_split(data, "data")
     samples = -1 if raw is None else len(raw.labels)
 
@@ -55,7 +62,7 @@ def take_part(
         box = Box(state)
         box.claim(values["run"], part.client)
         box.put_about(values)
-        own = own_share(values) if raw is None else as_known(raw, part.info)
+        own = own_share(values, data_dir) if raw is None else as_known(raw, part.info)
         return Device(part, own, box, call, about=digest(values)).run(stop)
 
     try:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.config.schema import Config
-from hsee_jax.config.values import from_dict
+from hsee_jax.config.values import from_dict, override
 from hsee_jax.core.errors import DAMAGE, UserError
 from hsee_jax.core.types import Dataset, Key
 from hsee_jax.data import DatasetInfo
@@ -97,16 +97,18 @@ def build_participant(
     )
 
 
-def own_share(values: Mapping[str, Any]) -> Dataset:
+def own_share(values: Mapping[str, Any], data_dir: str | None = None) -> Dataset:
     """Read the dataset of a run, and keep only what it deals to one client.
 
     Args:
       values: see `build_participant`.
+      data_dir: the folder of the data on this machine; None for the default.
 
     Raises:
       UserError: the data are missing, or not valid, or not those of the server.
     """
-    i, config = values["client"], from_dict(values["config"])
+    i = values["client"]
+    config = override(from_dict(values["config"]), data_dir=data_dir)
     own, there = shares(config)[i], values.get("label_counts")
     classes = len(there) if isinstance(there, list) else 0
     here = np.bincount(own.labels, minlength=classes).tolist()

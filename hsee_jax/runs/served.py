@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hsee_jax.config.schema import Config
-from hsee_jax.config.values import flatten, to_json
+from hsee_jax.config.values import flatten, override, to_json
 from hsee_jax.core.errors import UserError
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.round import client_axis
@@ -105,8 +105,12 @@ def _check_strategy(experiment: Experiment) -> None:
 
 
 def describe(experiment: Experiment, i: int) -> dict[str, Any]:
-    """Return what client i of a run needs to know, see `build_participant`."""
+    """Return what client i of a run needs to know, see `build_participant`.
+
+    The folder of the data is not part of it, as a device has its own.
+    """
     cut = dict(experiment.federation.clients)[i]
+    config = override(experiment.config, data_dir=None)
     return {
         "client": i,
         "cut": cut,
@@ -115,6 +119,6 @@ def describe(experiment: Experiment, i: int) -> dict[str, Any]:
         "steps": experiment.learning_rates.shape[1],
         "test_samples": len(experiment.test.labels),
         "test_batch_size": experiment.eval_batch_size,
-        "config": json.loads(to_json(experiment.config)),
+        "config": json.loads(to_json(config)),
         "info": experiment.info._asdict(),
     }
