@@ -1,11 +1,13 @@
 """Plans of small random problems, against all choices of cuts."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
@@ -169,6 +171,66 @@ def test_an_uplink_that_nearly_suffices_slows_nobody_down():
     )
     assert free <= shared < 1.01 * free
     assert shared < halved < 1.5 * free
+
+
+@pytest.mark.parametrize(
+    ("boundary", "averages"), [("detached", ()), ("detached", (4,)), ("none", (4,))]
+)
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS)
+def test_no_other_shares_of_an_uplink_end_the_uploads_earlier(boundary, averages, seed):
+    """Against a search over the shares of two clients in the course of the round."""
+    schedule = Schedule(shared=False, boundary=boundary, averages=averages)
+    problem = draw_problem(seed, schedule, weighed=bool(averages))
+    devices, cuts = problem.devices[:2], np.array([1, 2])
+    if boundary == "none":
+        problem = problem._replace(
+            traffic={
+                cut: Traffic(cut, Bytes(0, 0), one.weights)
+                for cut, one in problem.traffic.items()
+            }
+        )
+    problem = problem._replace(devices=devices, steps=problem.steps[:2])
+    bandwidth = 0.7 * sum(device.up_bytes_per_s for device in devices)
+
+    def last_upload_s(problem):
+        spans = evaluate_cuts(problem, cuts).time.spans
+        ends = [s.end_s for s in spans if s.kind in ("upload", "weights up")]
+        return max(np.nanmax(end) for end in ends)
+
+    def with_share(share):
+        rates = (share * bandwidth, (1 - share) * bandwidth)
+        own = (
+            replace(device, up_bytes_per_s=min(device.up_bytes_per_s, rate))
+            for device, rate in zip(devices, rates, strict=True)
+        )
+        return last_upload_s(problem._replace(devices=tuple(own)))
+
+    found = last_upload_s(problem._replace(uplink_bytes_per_s=bandwidth))
+    best = minimize_scalar(
+        with_share, bounds=(0, 1), method="bounded", options={"xatol": 1e-9}
+    )
+    assert found == pytest.approx(best.fun, rel=1e-5)
+
+
+def test_weights_are_sent_once_all_batches_are_computed():
+    """45 MB each after 10 s and 100 s, at 1 MB/s: 45/(t - 10) + 45/(t - 100) = 1."""
+    schedule = Schedule(shared=False, boundary="none", averages=(10,))
+    layer = LayerCost("layer", 1, 1, 1, 1)
+    problem = Problem(
+        (layer, layer._replace(flops=0), layer._replace(flops=0)),
+        {1: Traffic(1, Bytes(0, 0), 45_000_000)},
+        (Device("fast", 3.0, 3.0, 1e9, 1e9), Device("slow", 0.3, 0.3, 1e9, 1e9)),
+        Device("server", 1.0, 1.0, 1e9, 1e9),
+        schedule,
+        np.array([10, 10]),
+        1,
+        1,
+        uplink_bytes_per_s=1e6,
+    )
+    plan = evaluate_cuts(problem, np.array([1, 1]))
+    seconds = 100 + np.sqrt(45**2 + 45**2) + 0.045  # and the mean comes down
+    assert plan.time.seconds == pytest.approx(seconds, rel=1e-9)
 
 
 @pytest.mark.parametrize("steps", [3, 5])

@@ -3,7 +3,7 @@
 After CollaPipe (arXiv:2509.19855) and EPSL (arXiv:2303.15991): the last upload ends
 earliest if all uploads end together, so the end ``tau`` solves
 ``sum_i bytes_i / (tau - start_i) = bandwidth``. Limits of each client's own link are
-ours.
+ours, and so are clients that cannot send all at once.
 """
 
 from typing import NamedTuple
@@ -30,23 +30,26 @@ def divide_uplink(
     """Divide an uplink so that the last upload ends as early as possible.
 
     Args:
-      up_bytes: the bytes of each client's upload, ``[N]``.
-      start_s: the second at which each client can start to send, ``[N]``.
+      up_bytes: the bytes of each client's upload, ``[N]``. Rows ``[R, N]`` are parts
+        of the same upload that each have a start: all of it, and what is last.
+      start_s: the second at which each client can start to send, of the same shape.
       bandwidth: bytes per second of all clients together.
       link_bytes_per_s: the most that each client's own link takes, ``[N]`` or one
         number.
     """
+    sizes, starts = np.atleast_2d(up_bytes, start_s)
 
     def rates(end: float) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(up_bytes > 0, up_bytes / (end - start_s), 0.0)
+            return np.where(sizes > 0, sizes / (end - starts), 0.0).max(axis=0)
 
     from scipy.optimize import brentq  # slow to import
 
-    earliest = float(np.max(start_s + up_bytes / link_bytes_per_s))
+    earliest = float(np.max(starts + sizes / link_bytes_per_s))
     if rates(earliest).sum() <= bandwidth:
         return Division(rates(earliest), earliest)
-    latest = earliest + (1 + 1e-9) * float(up_bytes.sum()) / bandwidth
+    most = float(sizes.max(axis=0).sum())
+    latest = earliest + (1 + 1e-9) * most / bandwidth
     end = brentq(
         lambda end: bandwidth / rates(end).sum() - 1, earliest, latest, xtol=1e-12
     )

@@ -72,7 +72,7 @@ def client_bytes(problem: Problem) -> Ints:
 def _sending(work: Work, schedule: Schedule) -> Floats:
     """Return the seconds in which each client sends, ``[N]``, at its own rate.
 
-    On a shared uplink the devices take turns, and are idle in between.
+    Its share of a shared uplink counts as turns at this rate, with idle time between.
     """
     return work.steps * work.up_s + len(schedule.averages) * work.weights_up_s
 
@@ -83,13 +83,18 @@ def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
     rates = np.array([device.up_bytes_per_s for device in problem.devices])
     if rates.sum() <= bandwidth:
         return problem.devices
-    means = len(problem.schedule.averages)
-    sizes = work.steps * work.up_bytes + means * work.weights_bytes
-    start_s = work.forward_s
+    steps, batch = work.steps, work.up_bytes
+    weights = len(problem.schedule.averages) * work.weights_bytes
+    step_s = work.forward_s + work.backward_s
     if problem.schedule.waits:  # nothing is sent while a client computes, or waits
-        each = work.forward_s + work.backward_s + work.server_s + work.down_s
-        start_s = work.steps * each
-    shares, _ = divide_uplink(sizes, start_s, bandwidth, link_bytes_per_s=rates)
+        sizes = steps * batch + weights
+        starts = steps * (step_s + work.server_s + work.down_s)
+    else:  # all from the first batch on, the rest from the last, and layers after it
+        sizes = np.stack([steps * batch, batch, 0 * batch]) + weights
+        last_s = (steps - 1) * step_s + work.forward_s
+        done_s = np.where(weights > 0, steps * step_s, last_s)
+        starts = np.stack([work.forward_s, last_s, done_s])
+    shares, _ = divide_uplink(sizes, starts, bandwidth, link_bytes_per_s=rates)
     return tuple(
         dataclasses.replace(device, up_bytes_per_s=float(share))
         if share > 0
