@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,19 @@ def test_algorithms_say_which_cuts_they_take(known):
     assert [device.name for device in alone.devices] == ["cloud"]
     assert alone.steps.tolist() == [8]  # 60 samples in batches of 8
     assert problem_of(known).steps.tolist() == [2] * 5  # 12 samples each
+
+
+def test_the_server_that_trains_alone_has_the_limit_of_the_server(known):
+    problem = problem_of(known, "centralized")
+    (needed,) = plan_cuts(problem).memory_bytes
+    assert plan_cuts(problem).server_bytes == needed
+    small = problem._replace(devices=(replace(problem.server, memory_bytes=1.0),))
+    for one in (problem, small):  # the limit counts instead of its own memory
+        assert plan_cuts(one, limits=Limits(1.0, server_bytes=needed)).cuts == [3]
+        with pytest.raises(UserError, match="^max_server_memory: .*cloud.* too little"):
+            plan_cuts(one, limits=Limits(server_bytes=needed // 2))
+    with pytest.raises(UserError, match="^max_server_memory: 1 bytes of client 0"):
+        plan_cuts(small)
 
 
 def test_the_plan_is_no_worse_than_other_choices(known):

@@ -97,7 +97,8 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     if strategy is not None:
         config = override(config, strategy=strategy)
     samples = given.samples
-    if config.strategy.strategy == "centralized":  # the server trains on all samples
+    at_server = config.strategy.strategy == "centralized"
+    if at_server:  # it trains on all samples
         if config.data.partition == "views":
             raise UserError(
                 "partition: views is not allowed in a plan of centralized, whose one "
@@ -138,6 +139,7 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         slots=slots,
         micro_batches=config.run.micro_batches if detached else 1,
         workers=workers,
+        at_server=at_server,
         uplink_bytes_per_s=uplink,
         gradient_share=some.gradient_share,
         one_cut=_needs_one_cut(config, federation, list(traffic)),

@@ -138,6 +138,7 @@ def allowed_cuts(
     *,
     names: Sequence[str],
     choices: Collection[int],
+    limit: str = "max_memory",
 ) -> Bools:
     """Return which cuts fit each client's memory, ``[N, L]``.
 
@@ -146,6 +147,7 @@ def allowed_cuts(
       most_bytes: the bytes that each client has, ``[N]``.
       names: the names of the N clients, for the error.
       choices: the cuts to choose from, at least one.
+      limit: the option that limits the bytes, for the error.
 
     Raises:
       UserError: a client has no cut left.
@@ -154,7 +156,7 @@ def allowed_cuts(
     allowed = among & (memory_bytes <= most_bytes[:, None])
     for i in np.flatnonzero(~allowed.any(axis=1)).tolist():
         raise UserError(
-            f"max_memory: {plain(most_bytes[i])} bytes of client {i} ({names[i]}) is "
+            f"{limit}: {plain(most_bytes[i])} bytes of client {i} ({names[i]}) is "
             f"too little for cuts {' '.join(map(str, sorted(choices)))}; allowed is "
             f"{upward(memory_bytes[among].min())} or more"
         )

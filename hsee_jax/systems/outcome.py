@@ -38,14 +38,15 @@ def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
     work = problem.work(cuts, _on_shared_uplink(problem, own))
     workers = 1 if schedule.shared else problem.workers
     time = round_time(work, schedule, workers=workers)
+    memory = client_bytes(problem)[cuts - 1]
     return Plan(
         cuts=cuts,
         time=time,
         joules=joules(
             time._replace(sending_s=_sending(own, schedule)), problem.devices
         ),
-        memory_bytes=client_bytes(problem)[cuts - 1],
-        server_bytes=0
+        memory_bytes=memory,
+        server_bytes=int(memory.sum()) * problem.at_server
         if schedule.boundary == "none"
         else server_memory(
             problem.costs,

@@ -167,15 +167,17 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
     Args:
       problem: the clients, their network and their devices.
       limits: `memory_bytes`, `min_cut`, `exit_accuracy` and `cuts` count, and with a
-        shared server also `server_bytes`; limits of other totals do not.
+        shared server also `server_bytes`, which counts instead of `memory_bytes` if the
+        server is the only client; limits of other totals do not.
 
     Raises:
       UserError: no cut is left, for a client or for all.
     """
     devices = problem.devices
     most = np.array([device.memory_bytes for device in devices])
-    if limits.memory_bytes is not None:
-        most = np.full(len(devices), limits.memory_bytes)
+    given = limits.server_bytes if problem.at_server else limits.memory_bytes
+    if given is not None:
+        most = np.full(len(devices), given)
     choices = [cut for cut in problem.traffic if cut >= limits.min_cut]
     if not choices:
         raise UserError(
@@ -195,6 +197,7 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
         most,
         names=[device.name for device in devices],
         choices=choices,
+        limit="max_server_memory" if problem.at_server else "max_memory",
     )
     allowed = _within_clusters(problem, limits, allowed)
     if limits.cuts is not None:

@@ -30,6 +30,7 @@ class Problem(NamedTuple):
     slots: int  # of the optimizer, see `optimizer_slots`
     micro_batches: int = 1  # into which a client divides a batch
     workers: int = 1  # of a server with replicas
+    at_server: bool = False  # whether the only client is the server itself
     uplink_bytes_per_s: float = np.inf  # that all clients share
     gradient_share: float = 0.0  # of a shared server, see `Strategy`
     one_cut: bool = False  # whether the algorithm needs the same cut for all clients
