@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hsee_jax import cli
 from hsee_jax.core import UserError
-from hsee_jax.systems import LayerCost, Problem, Schedule, make_device
+from hsee_jax.systems import LayerCost, Problem, Schedule, make_device, pairing
 from hsee_jax.systems.pairing import plan_pairs
 from hsee_jax.systems.pairs import pair_seconds, slowest_pair_s
 
@@ -115,6 +115,23 @@ def test_a_pair_keeps_to_its_memory():
         "max_memory: 51 bytes of client 0 (d) is too little for the pair of clients 0 "
         "and 1; allowed is 52 or more for both"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "error"), [(18, "18 clients are too many"), (3, "3 clients do not form")]
+)
+def test_a_number_without_an_exact_choice_is_refused_at_once(count, error, monkeypatch):
+    """Not after a split of the layers for each of so many pairs."""
+    monkeypatch.setattr(pairing, "_split", None)
+    with pytest.raises(UserError, match=f"^pairs: {error}"):
+        plan_pairs(problem([device(1.0)] * count, [1, 1]), "exact")
+
+
+@pytest.mark.parametrize("rule", ["greedy", "exact"])
+@pytest.mark.parametrize("speed", [1e-320, 1e-20])
+def test_a_client_that_never_ends_is_refused(rule, speed):
+    with pytest.raises(UserError, match=r"^devices: a round of client 1 \(d\) takes"):
+        plan_pairs(problem([device(1.0), device(speed)], [1, 1]), rule)
 
 
 def test_the_command_shows_who_hosts_whom(tmp_path, capsys):

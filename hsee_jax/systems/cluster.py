@@ -15,7 +15,7 @@ from hsee_jax.systems.measured import Measured
 from hsee_jax.systems.memory import parts_memory
 from hsee_jax.systems.pipeline import split_layers
 from hsee_jax.systems.quantities import Bools, Floats
-from hsee_jax.systems.workload import part_seconds
+from hsee_jax.systems.workload import exchange_s, part_seconds
 
 _LAST = -1  # the device with the exit, which sends to the server
 
@@ -153,10 +153,7 @@ def _send_seconds(devices: tuple[Device, ...], sizes: Floats) -> Floats:
     """
     rows = np.zeros((len(devices), len(sizes)))
     for k, (one, after) in enumerate(zip(devices, devices[1:], strict=False)):
-        there = min(one.up_bytes_per_s, after.down_bytes_per_s)
-        back = min(after.up_bytes_per_s, one.down_bytes_per_s)
-        overhead = 2 * (one.message_overhead_s + after.message_overhead_s)
-        rows[k] = sizes / there + sizes / back + overhead
+        rows[k] = exchange_s(sizes, one, after)
     return rows
 
 

@@ -16,10 +16,10 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.systems.choice import plain, upward
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import client_memory, server_memory
-from hsee_jax.systems.pairs import exact_pairs, greedy_pairs
-from hsee_jax.systems.problem import Problem
+from hsee_jax.systems.pairs import check_exact, exact_pairs, greedy_pairs
+from hsee_jax.systems.problem import Problem, check_seconds
 from hsee_jax.systems.quantities import Floats, Ints
-from hsee_jax.systems.workload import cut_seconds
+from hsee_jax.systems.workload import cut_seconds, exchange_s
 
 RULES = ("greedy", "exact")
 
@@ -59,10 +59,15 @@ def plan_pairs(
       memory_bytes: the memory of every device; None for each device's own.
 
     Raises:
-      UserError: the number of clients is not allowed, or a pair has too little memory.
+      UserError: the number of clients is not allowed, a client takes too long, or a
+        pair has too little memory.
     """
-    costs = _costs(problem)
     count = len(problem.devices)
+    if rule == "exact":
+        check_exact(count)
+    with np.errstate(over="ignore"):  # refused in the next line
+        costs = _costs(problem)
+    check_seconds(problem.devices, problem.steps.max() * costs.own_s.max(axis=1))
     memory = np.array([device.memory_bytes for device in problem.devices])
     if memory_bytes is not None:
         memory = np.full(count, memory_bytes)
@@ -111,7 +116,8 @@ def _split(problem: Problem, costs: _Costs, i: int, j: int, memory: Floats) -> P
     # Rows are the cuts of client i, columns those of client j.
     busy_i = steps[i] * costs.own_s[i][:, None] + steps[j] * costs.hosted_s[i][None]
     busy_j = steps[i] * costs.hosted_s[j][:, None] + steps[j] * costs.own_s[j][None]
-    exchange = _exchange(costs.sent, problem.devices[i], problem.devices[j])
+    exchange = exchange_s(costs.sent, problem.devices[i], problem.devices[j])
+    exchange = np.where(costs.sent > 0, exchange, 0.0)
     seconds = np.maximum(busy_i, busy_j) + (
         steps[i] * exchange[:, None] + steps[j] * exchange[None]
     )
@@ -132,14 +138,6 @@ def _pair_bytes(costs: _Costs) -> tuple[Ints, Ints]:
     """Return the memory of both clients of a pair, ``[L, L]`` by their cuts."""
     first = costs.own_bytes[:, None] + costs.hosted_bytes[None]
     return first, first.T
-
-
-def _exchange(sent: Floats, one: Device, other: Device) -> Floats:
-    """Return the seconds in which features and gradients of a batch cross, ``[L]``."""
-    overhead = 2 * (one.message_overhead_s + other.message_overhead_s)
-    there = sent / min(one.up_bytes_per_s, other.down_bytes_per_s)
-    back = sent / min(other.up_bytes_per_s, one.down_bytes_per_s)
-    return np.where(sent > 0, there + back + overhead, 0.0)
 
 
 def _rates(devices: Sequence[Device]) -> Floats:

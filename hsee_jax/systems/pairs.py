@@ -97,12 +97,7 @@ def exact_pairs(seconds: Floats) -> Pairs:
       UserError: the number of clients is odd, or too large to try all.
     """
     count = len(seconds)
-    _half(count)
-    if count > _MOST_EXACT:
-        raise UserError(
-            f"pairs: {count} clients are too many for the exact choice; allowed are "
-            f"2..{_MOST_EXACT}"
-        )
+    check_exact(count)
 
     @functools.cache
     def best(free: frozenset[int]) -> tuple[float, Pairs]:
@@ -117,6 +112,20 @@ def exact_pairs(seconds: Floats) -> Pairs:
         return min(options)
 
     return best(frozenset(range(count)))[1]
+
+
+def check_exact(count: int) -> None:
+    """Refuse numbers of clients that `exact_pairs` does not take.
+
+    Raises:
+      UserError: the number is odd, or too large to try all.
+    """
+    _half(count)
+    if count > _MOST_EXACT:
+        raise UserError(
+            f"pairs: {count} clients are too many for the exact choice; allowed are "
+            f"2..{_MOST_EXACT}"
+        )
 
 
 def _half(count: int) -> int:

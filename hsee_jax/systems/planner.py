@@ -23,12 +23,11 @@ from hsee_jax.systems.choice import (
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.memory import server_memory
 from hsee_jax.systems.outcome import Plan, client_bytes, evaluate_cuts
-from hsee_jax.systems.problem import Problem, cut_costs
+from hsee_jax.systems.problem import Problem, check_seconds, cut_costs
 from hsee_jax.systems.quantities import QUANTITIES, Bools, CutCosts, totals
 
 _TRIES = 8
 _SLACK = 1e-6  # relative, of limits
-_MOST_SECONDS = 1e15  # of a client's round, some thirty million years
 _WATTS = ("busy", "sending", "receiving", "idle")
 
 
@@ -110,17 +109,10 @@ def _plan(problem: Problem, minimize: str, limits: Limits) -> Plan:
 
 
 def _check_rates(problem: Problem, costs: CutCosts) -> None:
-    """Refuse rates so low that sums of seconds would overflow or lose all digits."""
+    """Refuse rates with which a client would take too long, see `check_seconds`."""
     seconds = costs.phases_s.sum(axis=0) + costs.server_s
     seconds = seconds + costs.up_bytes / costs.uplink_bytes_per_s
-    seconds = np.where(costs.allowed, seconds, 0).max(axis=1)
-    client = int(np.argmax(seconds))
-    if not seconds[client] < _MOST_SECONDS:  # also NaN
-        raise UserError(
-            f"devices: a round of client {client} ({problem.devices[client].name}) "
-            f"takes {seconds[client]:.3g} seconds; allowed are rates of devices and "
-            f"--bandwidth with which it takes less than {_MOST_SECONDS:.0e}"
-        )
+    check_seconds(problem.devices, np.where(costs.allowed, seconds, 0).max(axis=1))
 
 
 def _candidates(

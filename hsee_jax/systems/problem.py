@@ -1,11 +1,12 @@
 """The planner's problem: who takes part, and what a round costs at each cut."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.systems.cluster import Pipelines
 from hsee_jax.systems.costs import LayerCost
 from hsee_jax.systems.devices import Device
@@ -15,6 +16,8 @@ from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints
 from hsee_jax.systems.traffic import Traffic
 from hsee_jax.systems.work import Schedule, Work
 from hsee_jax.systems.workload import workload
+
+_MOST_SECONDS = 1e15  # of a client's round, some thirty million years
 
 
 class Problem(NamedTuple):
@@ -180,6 +183,25 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
         workers=1 if schedule.shared else problem.workers,
         uplink_bytes_per_s=problem.uplink_bytes_per_s,
     )
+
+
+def check_seconds(devices: Sequence[Device], seconds: Floats) -> None:
+    """Refuse rates so low that sums of seconds would overflow or lose all digits.
+
+    Args:
+      devices: the device of each client.
+      seconds: of each client's round, ``[N]``.
+
+    Raises:
+      UserError: a client takes too long.
+    """
+    client = int(np.argmax(seconds))
+    if not seconds[client] < _MOST_SECONDS:  # also NaN
+        raise UserError(
+            f"devices: a round of client {client} ({devices[client].name}) takes "
+            f"{seconds[client]:.3g} seconds; allowed are rates of devices and of a "
+            f"shared uplink with which it takes less than {_MOST_SECONDS:.0e}"
+        )
 
 
 def replica_bytes(problem: Problem, cut: int, *, workers: int = 0) -> int:

@@ -250,6 +250,13 @@ def _backward_shares(
     return behind(shares * seconds) / np.maximum(behind(seconds), np.finfo(float).tiny)
 
 
+def exchange_s(sizes: Floats, one: Device, other: Device) -> Floats:
+    """Return the seconds of messages between two devices, there and back."""
+    there = sizes / min(one.up_bytes_per_s, other.down_bytes_per_s)
+    back = sizes / min(other.up_bytes_per_s, one.down_bytes_per_s)
+    return there + back + 2 * (one.message_overhead_s + other.message_overhead_s)
+
+
 def _transfer(size: float, bytes_per_s: float, device: Device) -> float:
     """Return the seconds of a message; 0 without bytes, as there is no message then."""
     return device.message_overhead_s + size / bytes_per_s if size else 0.0
