@@ -200,9 +200,10 @@ def test_all_are_told_of_the_end():
     [
         (dict(deadline_s=0), "deadline: 0"),
         (dict(deadline_s=float("nan")), "deadline: nan"),
-        (dict(min_clients=0), "min_clients: 0"),
-        (dict(min_clients=4), "min_clients: 4"),
-        (dict(max_refusals=-1), "max_refusals: -1"),
+        (dict(min_clients=0), "min_clients: 0 is"),
+        (dict(min_clients=4), "min_clients: 4 is not allowed; allowed is 1..3"),
+        (dict(min_clients=1.5), "min_clients: 1.5"),
+        (dict(max_refusals=-1), "max_refusals: -1 is"),
     ],
 )
 def test_patience_that_makes_no_sense_is_refused(values, error):

@@ -22,13 +22,13 @@ class Patience(NamedTuple):
         Raises:
           UserError: a value is not allowed.
         """
-        for name, value, rule in (
-            ("deadline", self.deadline_s, positive),
-            ("min_clients", self.min_clients, between(1, num_clients)),
-            ("max_refusals", self.max_refusals, at_least(0)),
+        for name, kind, value, rule in (
+            ("deadline", float, self.deadline_s, positive),
+            ("min_clients", int, self.min_clients, between(1, num_clients)),
+            ("max_refusals", int, self.max_refusals, at_least(0)),
         ):
             if value is not None:
-                Option(name, float, None, rules=(rule,)).checked(value)
+                Option(name, kind, None, rules=(rule,)).checked(value)
 
 
 PATIENT = Patience()  # waits for every device
