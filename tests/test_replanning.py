@@ -345,6 +345,9 @@ def test_a_file_of_devices_is_checked(fleet):
     path.write_text(FLEET.format(battery=1).replace("change_round = 4\n", ""))
     with pytest.raises(UserError, match="compute_change: has no effect without"):
         read_devices(path)
+    path.write_text(FLEET.format(battery=1).replace("compute_change = 0.05\n", ""))
+    with pytest.raises(UserError, match="change_round: has no effect without compute"):
+        read_devices(path)
     path.write_text(FLEET.format(battery=1) + "battery_joules = 3\n")
     with pytest.raises(UserError, match="battery_joules: not allowed; a server does"):
         read_devices(path)
