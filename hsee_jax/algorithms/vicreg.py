@@ -9,14 +9,14 @@ samples without labels do not leave the client.
 
 With ``width_target`` the first copy passes through all channels of a client's layers,
 and the second through those whose gates are open; each pass has its own BatchNorm. The
-loss gets a term ``5 (F - t)^2``, where F is the share of FLOPs of the gated pass and t
+loss gets a term ``(F - t)^2``, where F is the share of FLOPs of the gated pass and t
 the target. `hsee_jax.nn.gates` has the gates, and how they differ from the paper's.
 Without ``width_target`` there are no gates, and both copies pass through the
 same layers, in which BatchNorm sees them as one batch [ours].
 
 Four more things differ. The loss reads the mean of each channel, without an expander
 [ours]. VICReg is divided by 25, to suit the learning rates of a cross-entropy, and the
-term of the width is multiplied by 5, to ``25 (F - t)^2``, so that some hundred steps
+term of the width has the factor 25, where the paper has 5, so that some hundred steps
 reach the target [ours]. With ``width_target`` the exit learns from the features of both
 passes, and the server from those of the dense pass [ours]. The clients' layers are
 averaged [ours], so that an exit can be fitted to the labels of all clients, see
