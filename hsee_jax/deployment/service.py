@@ -24,7 +24,6 @@ from hsee_jax.deployment.protocol import (
     check_finite,
     check_labels,
     digest,
-    form_of,
     named,
     pack,
     size_limit,
@@ -104,7 +103,6 @@ class Service:
                 with_rows(forms.batch, rows),
                 with_rows(forms.answers, test_rows),
                 forms.metrics | max(forms.layers.values(), key=len),
-                form_of(forms.means),
             )
         )
 
