@@ -82,14 +82,16 @@ def _cheapest_equal(
 ) -> Ints | None:
     """Return the best choice of one cut for all clients; None if there is none."""
     count = len(costs.allowed)
-    choices = [np.full(count, c + 1) for c in np.flatnonzero(costs.allowed.all(axis=0))]
-    sums = {int(cuts[0]): totals(costs, cuts)._asdict() for cuts in choices}
+    cuts = (1 + np.flatnonzero(costs.allowed.all(axis=0))).tolist()
+    sums = {cut: totals(costs, np.full(count, cut))._asdict() for cut in cuts}
     kept = [
-        cuts
-        for cuts in choices
-        if all(sums[int(cuts[0])][name] <= most for name, most in limits.items())
+        cut
+        for cut, found in sums.items()
+        if all(found[name] <= most for name, most in limits.items())
     ]
-    return min(kept, key=lambda cuts: sums[int(cuts[0])][minimize], default=None)
+    if not kept:
+        return None
+    return np.full(count, min(kept, key=lambda cut: sums[cut][minimize]))
 
 
 def _impossible(

@@ -5,7 +5,6 @@ the plan are those of `round_time`, which follows every batch. Where clients sha
 gradients, the costs are those of equal cuts, a bound as well.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -69,17 +68,15 @@ def plan_cuts(
         return _plan(problem, minimize, limits)
     # The choice takes mixed cuts as if they shared gradients as equal ones do, so the
     # best equal cut may be better, or the only one within the limits.
-    equal = problem._replace(one_cut=True)
-    try:
-        plan = _plan(problem, minimize, limits)
-    except UserError:
-        with contextlib.suppress(UserError):
-            return _plan(equal, minimize, limits)
-        raise
-    with contextlib.suppress(UserError):
-        plans = plan, _plan(equal, minimize, limits)
-        return min(plans, key=lambda plan: getattr(plan.totals(), minimize))
-    return plan
+    plans, refusals = [], []
+    for one in (problem, problem._replace(one_cut=True)):
+        try:
+            plans.append(_plan(one, minimize, limits))
+        except UserError as error:
+            refusals.append(error)
+    if not plans:
+        raise refusals[0]
+    return min(plans, key=lambda plan: getattr(plan.totals(), minimize))
 
 
 def _plan(problem: Problem, minimize: str, limits: Limits) -> Plan:
