@@ -12,7 +12,7 @@ from hsee_jax.systems.memory import client_memory, server_memory
 from hsee_jax.systems.problem import Problem
 from hsee_jax.systems.quantities import Floats, Ints, Totals
 from hsee_jax.systems.timing import RoundTime, round_time
-from hsee_jax.systems.work import Schedule, Work
+from hsee_jax.systems.work import Work, activity
 
 
 class Plan(NamedTuple):
@@ -42,8 +42,10 @@ def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
     return Plan(
         cuts=cuts,
         time=time,
+        # A share of an uplink counts as turns at the own rate, with idle time between.
         joules=joules(
-            time._replace(sending_s=_sending(own, schedule)), problem.devices
+            time._replace(sending_s=activity(own, schedule).sending_s),
+            problem.devices,
         ),
         memory_bytes=memory,
         server_bytes=int(memory.sum()) * problem.at_server
@@ -68,14 +70,6 @@ def client_bytes(problem: Problem) -> Ints:
         slots=problem.slots,
         boundary=problem.schedule.boundary,
     )
-
-
-def _sending(work: Work, schedule: Schedule) -> Floats:
-    """Return the seconds in which each client sends, ``[N]``, at its own rate.
-
-    Its share of a shared uplink counts as turns at this rate, with idle time between.
-    """
-    return work.steps * work.up_s + len(schedule.averages) * work.weights_up_s
 
 
 def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:

@@ -14,7 +14,7 @@ from hsee_jax.systems.energy import watts
 from hsee_jax.systems.memory import server_memory
 from hsee_jax.systems.quantities import Bools, CutCosts, Floats, Ints
 from hsee_jax.systems.traffic import Traffic
-from hsee_jax.systems.work import Schedule, Work
+from hsee_jax.systems.work import Schedule, Work, activity
 from hsee_jax.systems.workload import workload
 
 _MOST_SECONDS = 1e15  # of a client's round, some thirty million years
@@ -145,30 +145,21 @@ def cut_costs(problem: Problem, allowed: Bools) -> CutCosts:
     phases = np.zeros((4 if lockstep else 1, *shape))
     server, joules, up, down, memory, batches = np.zeros((6, *shape))
     idle = watts(problem.devices, "idle")
-    means = len(schedule.averages)
     for cut in problem.traffic:
         c = cut - 1
         work = problem.work(np.full(shape[0], cut))
-        steps = work.steps
-        back = work.down_s * schedule.waits
-        weights = means * work.weights_bytes
+        done = activity(work, schedule)
         if lockstep:
             phases[:, :, c] = lockstep_seconds(work, schedule)
         else:
             phases[0, :, c] = own_seconds(work, schedule)
         server[:, c] = server_seconds(work, schedule)
-        up[:, c] = steps * work.up_bytes + weights
-        down[:, c] = steps * work.down_bytes + weights
+        up[:, c], down[:, c] = done.up_bytes, done.down_bytes
         memory[:, c] = replica_bytes(problem, cut)
         batches[:, c] = replica_bytes(problem, cut, workers=1) - memory[:, c]
-        activities = {
-            "busy": steps * (work.forward_s + work.backward_s),
-            "sending": steps * work.up_s + means * work.weights_up_s,
-            "receiving": steps * back + means * work.weights_down_s,
-        }
-        for name, seconds in activities.items():
+        for name in ("busy", "sending", "receiving"):
             draw = watts(problem.devices, name)
-            joules[:, c] += np.nan_to_num(draw - idle) * seconds
+            joules[:, c] += np.nan_to_num(draw - idle) * getattr(done, f"{name}_s")
     return CutCosts(
         phases_s=phases,
         server_s=server,

@@ -27,7 +27,7 @@ from hsee_jax.systems.course import Course, Order, Setting, run
 from hsee_jax.systems.intervals import Span, union_s
 from hsee_jax.systems.quantities import Floats
 from hsee_jax.systems.serving import Log
-from hsee_jax.systems.work import Schedule, Work, parts_of_round
+from hsee_jax.systems.work import Schedule, Work, activity, parts_of_round
 
 
 class Shares(NamedTuple):
@@ -131,19 +131,13 @@ def _result(
     setting: Setting, seconds: float, shares: Shares, spans: tuple[Span, ...]
 ) -> RoundTime:
     work = setting.work
-    averages = sum(len(span.start_s) for span in spans if span.kind == "weights up")
-    down = 1.0 if setting.waits else 0.0
     served = float(np.sum(work.steps * work.server_s))
     total = seconds * setting.workers
     return RoundTime(
         seconds=seconds,
         shares=shares,
-        busy_s=work.steps * (work.forward_s + work.backward_s),
-        sending_s=work.steps * work.up_s + averages * work.weights_up_s,
-        receiving_s=work.steps * work.down_s * down + averages * work.weights_down_s,
+        **activity(work, setting.schedule)._asdict(),
         idle_s=np.maximum(seconds - union_s(spans[1:]), 0.0),
-        up_bytes=work.steps * work.up_bytes + averages * work.weights_bytes,
-        down_bytes=work.steps * work.down_bytes * down + averages * work.weights_bytes,
         server_busy_s=served,
         server_share=served / total if total > 0 else 0.0,
         spans=spans,

@@ -7,6 +7,7 @@ import numpy as np
 
 from hsee_jax.engine.round import due_after
 from hsee_jax.federation.strategy import Strategy
+from hsee_jax.systems.quantities import Floats
 
 
 class Work(NamedTuple):
@@ -58,6 +59,34 @@ class Schedule(NamedTuple):
     def waits(self) -> bool:
         """Return whether a client waits for the server's reply to each batch."""
         return self.boundary == "joint" or self.distill
+
+
+class Activity(NamedTuple):
+    """What the clients do in a round, whatever the order; arrays ``float64 [N]``."""
+
+    busy_s: Floats  # of computing
+    sending_s: Floats
+    receiving_s: Floats
+    up_bytes: Floats
+    down_bytes: Floats
+
+
+def activity(work: Work, schedule: Schedule) -> Activity:
+    """Return what the clients do in a round.
+
+    Args:
+      work: the work of the clients, arrays ``[N]``.
+      schedule: the round's schedule.
+    """
+    steps, means = work.steps, len(schedule.averages)
+    replies = steps * schedule.waits
+    return Activity(
+        busy_s=steps * (work.forward_s + work.backward_s),
+        sending_s=steps * work.up_s + means * work.weights_up_s,
+        receiving_s=replies * work.down_s + means * work.weights_down_s,
+        up_bytes=steps * work.up_bytes + means * work.weights_bytes,
+        down_bytes=replies * work.down_bytes + means * work.weights_bytes,
+    )
 
 
 def schedule_of(strategy: Strategy, steps: int, number: int = 1) -> Schedule:
