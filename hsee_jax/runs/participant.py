@@ -97,18 +97,17 @@ def build_participant(
     )
 
 
-def own_share(values: Mapping[str, Any], data_dir: str | None = None) -> Dataset:
+def own_share(values: Mapping[str, Any], folder: str | None = None) -> Dataset:
     """Read the dataset of a run, and keep only what it deals to one client.
 
     Args:
       values: see `build_participant`.
-      data_dir: the folder of the data on this machine; None for the default.
+      folder: with the data on this machine; None for the default.
 
     Raises:
       UserError: the data are missing, or not valid, or not those of the server.
     """
-    i = values["client"]
-    config = override(from_dict(values["config"]), data_dir=data_dir)
+    i, config = values["client"], override(from_dict(values["config"]), data_dir=folder)
     own, there = shares(config)[i], values.get("label_counts")
     classes = len(there) if isinstance(there, list) else 0
     here = np.bincount(own.labels, minlength=classes).tolist()

@@ -116,15 +116,8 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
     some = _make(config, _with_cuts(federation, list(traffic)[:1]))
     check_one_copy(config, some)
     detached = some.boundary == "detached" and not some.waits
-    if fleet.clusters and not detached:
-        raise UserError(
-            f"devices: a cluster does not fit the strategy {config.strategy.strategy}; "
-            "allowed are those with a detached boundary, and without distill"
-        )
-    if fleet.clusters and federation.exits != "cut":
-        raise UserError(
-            f"exits: {federation.exits} is not allowed with a cluster; allowed is cut"
-        )
+    if fleet.clusters:
+        _check_clusters(config, detached=detached)
     slots = optimizer_slots(federation.optimizer)
     clusters = _pipelines(fleet, given.costs, batch_size, slots)
     return Problem(
@@ -145,6 +138,20 @@ def problem_of(given: Planning, strategy: str | None = None) -> Problem:
         one_cut=_needs_one_cut(config, federation, list(traffic)),
         clusters=clusters,
     )
+
+
+def _check_clusters(config: Config, *, detached: bool) -> None:
+    """Refuse what does not fit clients that are clusters."""
+    if not detached:
+        raise UserError(
+            f"devices: a cluster does not fit the strategy {config.strategy.strategy}; "
+            "allowed are those with a detached boundary, and without distill"
+        )
+    if config.clients.exits != "cut":
+        raise UserError(
+            f"exits: {config.clients.exits} is not allowed with a cluster; allowed is "
+            "cut"
+        )
 
 
 def _pipelines(

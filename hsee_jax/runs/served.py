@@ -105,12 +105,8 @@ def _check_strategy(experiment: Experiment) -> None:
 
 
 def describe(experiment: Experiment, i: int) -> dict[str, Any]:
-    """Return what client i of a run needs to know, see `build_participant`.
-
-    The folder of the data is not part of it, as a device has its own.
-    """
+    """Return what client i needs to know, but no ``data_dir``: a device has its own."""
     cut = dict(experiment.federation.clients)[i]
-    config = override(experiment.config, data_dir=None)
     return {
         "client": i,
         "cut": cut,
@@ -119,6 +115,6 @@ def describe(experiment: Experiment, i: int) -> dict[str, Any]:
         "steps": experiment.learning_rates.shape[1],
         "test_samples": len(experiment.test.labels),
         "test_batch_size": experiment.eval_batch_size,
-        "config": json.loads(to_json(config)),
+        "config": json.loads(to_json(override(experiment.config, data_dir=None))),
         "info": experiment.info._asdict(),
     }
