@@ -196,7 +196,14 @@ FULL = pytest.param(
 
 
 @pytest.mark.parametrize(("redirection", "reason"), [FULL, (">&-", "it is closed")])
-@pytest.mark.parametrize("words", ["--version", "data --help", "info --width 1"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--version",
+        "data --help",
+        pytest.param("info --width 1", marks=pytest.mark.slow),
+    ],
+)
 def test_output_that_cannot_be_written_is_one_line(redirection, reason, words):
     script = f'exec "$@" {words} {redirection}'
     result = subprocess.run(

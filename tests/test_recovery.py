@@ -162,6 +162,7 @@ def die_once_all_have_finished(monkeypatch, round_number):
     monkeypatch.setattr(Mailbox, "finish", dies)
 
 
+@pytest.mark.slow
 def test_a_round_is_sent_again_whose_answers_are_large(tmp_path, monkeypatch):
     """With a joint boundary an answer is a gradient, here of up to 8 kB."""
     config = small_run(boundary="joint", hidden=512)

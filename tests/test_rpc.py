@@ -220,7 +220,7 @@ def test_patience_is_not_for_a_server_that_waits_for_others(
 
 @pytest.mark.parametrize("connected", [connect_device, connect_frozen])
 def test_a_message_may_need_longer_than_a_call(connected, echo, monkeypatch):
-    """It takes about a second, and the first try ends after a fifth of one."""
+    """It takes half a second, and the first try ends after a fifth of one."""
     for module in (rpc, frozen):
         monkeypatch.setattr(module, "_CALL_S", 0.2)
     monkeypatch.setattr(frozen, "_PAUSE_S", 0.05)
@@ -231,7 +231,7 @@ def test_a_message_may_need_longer_than_a_call(connected, echo, monkeypatch):
         return answer(name, i, message, alive)
 
     monkeypatch.setattr(echo, "call", counting)
-    with open_port(echo, "127.0.0.1:0", None) as port, Proxy(port, delay=0.01) as proxy:
+    with open_port(echo, "127.0.0.1:0", None) as port, Proxy(port, delay=0.005) as proxy:
         with connected(f"127.0.0.1:{proxy.port}") as call:
             ask = lambda: answers.append(call("push", large))  # noqa: E731
             thread = threading.Thread(target=ask, daemon=True)

@@ -312,7 +312,7 @@ def test_a_joint_boundary_equals_the_reference(make, turn, exit_gradient):
     ("make", "cut"),
     [
         pytest.param(splitfed_v1, 2, marks=pytest.mark.slow),
-        (splitfed_v2, 1),
+        pytest.param(splitfed_v2, 1, marks=pytest.mark.slow),
         (fedavg, 3),
         (centralized, 2),
     ],
