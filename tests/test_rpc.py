@@ -231,7 +231,10 @@ def test_a_message_may_need_longer_than_a_call(connected, echo, monkeypatch):
         return answer(name, i, message, alive)
 
     monkeypatch.setattr(echo, "call", counting)
-    with open_port(echo, "127.0.0.1:0", None) as port, Proxy(port, delay=0.005) as proxy:
+    with (
+        open_port(echo, "127.0.0.1:0", None) as port,
+        Proxy(port, delay=0.005) as proxy,
+    ):
         with connected(f"127.0.0.1:{proxy.port}") as call:
             ask = lambda: answers.append(call("push", large))  # noqa: E731
             thread = threading.Thread(target=ask, daemon=True)
