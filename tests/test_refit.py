@@ -161,20 +161,6 @@ def test_what_the_last_layer_reads():
         find_last(from_linen(Curved()), shape)
 
 
-def test_the_last_layer_of_a_head_is_found_once():
-    own, draws = from_linen(TwoLinear()), []
-
-    def init(key, inputs):
-        draws.append(inputs.shape)
-        return own.init(key, inputs)
-
-    head = own._replace(init=init)
-    features = jax.ShapeDtypeStruct((1, 4, 4, 6), jnp.float32)
-    for _ in range(2):
-        assert find_last(head, features) == ("a_second",)
-    assert draws == [(1, 4, 4, 6)]
-
-
 CONFIG = override(
     preset("demo"),
     **TINY,

@@ -6,7 +6,6 @@ its inputs.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -20,11 +19,10 @@ from hsee_jax.core.types import Array, PyTree, Stage, Variables
 Path = tuple[str, ...]  # names from the top of a tree of parameters to a layer
 
 
-@lru_cache
 def find_last(head: Stage, features: jax.ShapeDtypeStruct) -> Path:
     """Return the path of the linear layer that gives a head's logits.
 
-    The layer is found by a trial with random weights, once for each head and shape.
+    The layer is found by a trial with random weights.
 
     Args:
       head: ends in a layer with a ``kernel [F, K]`` and a ``bias [K]``, such as Flax's
