@@ -357,6 +357,17 @@ def test_a_measured_device_is_kept(tmp_path):
     assert equip(CONFIG, Given(path), resume=tmp_path) == found
 
 
+def test_a_device_that_changes_by_nothing_is_read_again(tmp_path):
+    """As a CSV gives a factor to every row, perhaps 1, and `devices.json` none."""
+    path = tmp_path / "fleet.csv"
+    path.write_text(
+        "device,link,count,change_round,compute_change\nphone-a18-pro,wifi,4,2,1\n"
+    )
+    equipment = equip(CONFIG, Given(path), resume=None)
+    (tmp_path / "devices.json").write_text(json.dumps(equipment_values(equipment)))
+    assert stored_equipment(tmp_path) == equipment
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -401,6 +401,10 @@ def test_cuts_auto_are_those_of_the_plan(fleet, tmp_path, runs):
             ["--server-workers", "2", "--strategy", "sequential"],
             "server_workers: 2 has no effect with sequential",
         ),
+        (
+            ["--max-memory", "1e9", "--strategy", "centralized"],
+            "max_memory: has no effect with centralized, which trains on the server",
+        ),
         (["--bandwidth", "-1"], "bandwidth: -1.0 is not allowed; allowed is more"),
         (["--bandwidth", "1e-300"], "with which it takes less than 1e+15"),
         (["--recuts", "2:1"], "recuts: is not allowed; a plan is for the cuts of one"),

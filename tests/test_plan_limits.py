@@ -213,6 +213,17 @@ def test_no_other_shares_of_an_uplink_end_the_uploads_earlier(boundary, averages
     assert found == pytest.approx(best.fun, rel=1e-5)
 
 
+def test_a_client_without_batches_takes_no_share_of_an_uplink():
+    schedule = Schedule(shared=False, boundary="detached", averages=())
+    problem = draw_problem(3, schedule)
+    problem = problem._replace(devices=problem.devices[:2], steps=np.array([4, 0]))
+    alone = problem.devices[0].up_bytes_per_s
+    shared = problem._replace(uplink_bytes_per_s=alone)
+    cuts = np.array([1, 1])
+    seconds = evaluate_cuts(problem, cuts).time.seconds
+    assert evaluate_cuts(shared, cuts).time.seconds == pytest.approx(seconds, rel=1e-9)
+
+
 def test_weights_are_sent_once_all_batches_are_computed():
     """45 MB each after 10 s and 100 s, at 1 MB/s: 45/(t - 10) + 45/(t - 100) = 1."""
     schedule = Schedule(shared=False, boundary="none", averages=(10,))

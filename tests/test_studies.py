@@ -625,6 +625,9 @@ def test_a_row_on_the_old_labels_leaves_the_table(write):
     found = studies.by_row(study, [*old, new])
     assert found == {"averaging": (new,), "other": (old[2],)}
     assert "Not run: sequential." in studies.page(study, [*old, new])
+    unknown = replace(old[1], digest=None)  # of a version that kept none
+    found = studies.by_row(study, [*old, new, unknown])
+    assert found == {"averaging": (new,), "other": (old[2],), "sequential": (unknown,)}
 
 
 def test_a_run_on_corrected_labels_is_replaced_only_if_asked(write, tmp_path):

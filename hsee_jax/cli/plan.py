@@ -35,7 +35,7 @@ from hsee_jax.systems.problem import Problem, replica_bytes
 
 _MINIMIZE = {"time": "seconds", "energy": "joules", "bytes": "bytes"}
 _NUMBERS = {
-    "max_memory": "bytes of memory of every device; by default each device's own",
+    "max_memory": "bytes of memory of every client's device; by default each one's own",
     "max_joules": "energy of all clients in a round",
     "max_seconds": "seconds of a round",
     "max_bytes": "bytes on all links in a round, up and down",
@@ -93,12 +93,8 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
         course.boundary,
         course.distill,
     )
-    alone = "compare" not in given and not replica_bytes(problem, limits.min_cut)
-    if alone and given.get("server_workers", 1) > 1:
-        raise UserError(
-            f"server_workers: {given['server_workers']} has no effect with {strategy}, "
-            "whose server has no replicas; allowed is 1"
-        )
+    if "compare" not in given:
+        _check_effect(given, problem, strategy, replica_bytes(problem, limits.min_cut))
     answer = plan_cuts(problem, quantity, limits)
     document = {
         "strategy": strategy,
@@ -124,6 +120,22 @@ def _plan_cuts(known: Planning, given: dict[str, Any], out: Path) -> None:
     for table in tables:
         show(text_table(*table))
     print(out / "plan.json")
+
+
+def _check_effect(
+    given: dict[str, Any], problem: Problem, strategy: str, replica: int
+) -> None:
+    """Refuse flags about machines that the algorithm of the plan does not have."""
+    if given.get("server_workers", 1) > 1 and not replica:
+        raise UserError(
+            f"server_workers: {given['server_workers']} has no effect with {strategy}, "
+            "whose server has no replicas; allowed is 1"
+        )
+    if problem.at_server and "max_memory" in given:
+        raise UserError(
+            f"max_memory: has no effect with {strategy}, which trains on the server; "
+            "allowed is --max-server-memory"
+        )
 
 
 def read_resources(given: dict[str, Any], config: Config) -> Resources:

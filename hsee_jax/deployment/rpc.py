@@ -129,7 +129,7 @@ def check_address(address: str, field: str, keys: Path | None) -> None:
       UserError: the address is not allowed.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port[:6]) > 65535:
+    if not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise UserError(f"{field}: {address} is not allowed; allowed is HOST:PORT")
     if keys is None and host not in _LOOPBACK:
         raise UserError(

@@ -102,6 +102,7 @@ def check_equal_periods(
     It divides the way of the mean by the steps of its own holder. Where some periods
     of a holder have fewer steps than others, the buffer of this holder grows in the
     short periods, and its next long period moves the mean too far: both grow for ever.
+    A change of cuts within a period leaves short periods to the layers that move.
 
     Args:
       config: of the run.
@@ -120,7 +121,6 @@ def check_equal_periods(
         "dropout": clients.dropout > 0,
         "absences": bool(clients.absences),
         "deadline": clients.deadline is not None,
-        # Layers change holders within a period, and exits wait on a shelf.
         "recuts": bool(clients.recuts),
     }
     for name, given in uneven.items():
@@ -141,7 +141,7 @@ def check_each_round(
       config: of the run.
       federation: its clients and their optimizer.
       strategy: its algorithm.
-      why: what makes a client train less in some periods than in others.
+      why: what makes some periods of a layer shorter than others.
 
     Raises:
       UserError: an average is due, and not after every round.
@@ -152,6 +152,6 @@ def check_each_round(
         raise UserError(
             f"period: {strategy.period} {strategy.period_unit} is not allowed with "
             f"optimizer {config.optim.optimizer} and {why}, as its momentum diverges "
-            "where a client trains less in some periods than in others; allowed is a "
+            "where a layer trains less in some periods than in others; allowed is a "
             "period of 1 in rounds"
         )

@@ -148,8 +148,8 @@ def check_start(folder: Path, *, resume: bool, overwrite: bool) -> None:
     check_writable(folder)
     with writing(folder):
         found = list(folder.iterdir()) if os.path.exists(folder) else []
-    early = (".lock", FILE)
-    if all(path.name in early or path.suffix == ".tmp" for path in found):
+    names = {path.name for path in found if path.suffix != ".tmp"}
+    if names <= {".lock"} or names == {".lock", FILE}:
         return  # nothing, or what is left of a run killed at its start
     try:
         read_config(folder)

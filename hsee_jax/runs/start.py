@@ -225,7 +225,7 @@ def prepare_folder(folder: Path, experiment: Experiment, start: Start) -> None:
     """Write the files that a run has at its start, and remove what is out of date.
 
     The devices and then the configuration are written first, and are on the disk at
-    once: with them alone a run can be resumed.
+    once: with them alone a new run can be resumed.
     """
     if start.checkpoint is None:
         for derived in _DERIVED if start.joined else (*_DERIVED, *_OF_DEVICES):

@@ -157,10 +157,10 @@ def current(results: Sequence[Result]) -> list[Result]:
 
     Results on an earlier state of the user's own data than the last are left out.
     """
-    digests = {data_of(one.settings): one.digest for one in results}
+    digests = {data_of(one.settings): one.digest for one in results if one.digest}
     found = {}
     for one in results:
-        if one.digest in (None, digests[data_of(one.settings)]):
+        if one.digest in (None, digests.get(data_of(one.settings))):
             found[one.row, one.seed, repr(sorted(one.settings.items()))] = one
     return list(found.values())
 

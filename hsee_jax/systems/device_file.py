@@ -169,6 +169,10 @@ def _value(name: str, cell: str) -> Any:
 def _expand(values: Mapping[str, Any], first: int, seed: int) -> Iterable[Device]:
     """Yield the devices of an entry, the first of them with the number ``first``."""
     device, own = make_device(values), check_entry(values)
+    if "change_round" in own and not {"compute_change", "link_change"} & set(own):
+        raise UserError(
+            "change_round: has no effect without compute_change or link_change"
+        )
     compute, link = own.get("compute_spread", 0.0), own.get("link_spread", 0.0)
     for number in range(first, first + own.get("count", 1)):
         if not compute and not link:

@@ -164,10 +164,6 @@ def make_device(values: Mapping[str, Any]) -> Device:
         for name in ("compute_change", "link_change"):
             if name in own:
                 raise UserError(f"{name}: has no effect without change_round")
-    elif "compute_change" not in own and "link_change" not in own:
-        raise UserError(
-            "change_round: has no effect without compute_change or link_change"
-        )
     for name in ("name", "forward_flops_per_s", "up_bytes_per_s"):
         if name not in found:
             raise UserError(f"{name}: missing; {_INSTEAD[name]}")

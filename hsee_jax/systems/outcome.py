@@ -73,7 +73,11 @@ def client_bytes(problem: Problem) -> Ints:
 
 
 def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
-    """Return the devices with their shares of the uplink, if they share one."""
+    """Return the devices with their shares of the uplink, if they share one.
+
+    Layers that are sent within the round count as sent at its end, and messages have
+    no overhead.
+    """
     bandwidth = problem.uplink_bytes_per_s
     rates = np.array([device.up_bytes_per_s for device in problem.devices])
     if rates.sum() <= bandwidth:
@@ -85,7 +89,7 @@ def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
         sizes = steps * batch + weights
         starts = steps * (step_s + work.server_s + work.down_s)
     else:  # all from the first batch on, the rest from the last, and layers after it
-        sizes = np.stack([steps * batch, batch, 0 * batch]) + weights
+        sizes = np.stack([steps * batch, (steps > 0) * batch, 0 * batch]) + weights
         last_s = (steps - 1) * step_s + work.forward_s
         done_s = np.where(weights > 0, steps * step_s, last_s)
         starts = np.stack([work.forward_s, last_s, done_s])

@@ -164,7 +164,9 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
     """
     devices = problem.devices
     most = np.array([device.memory_bytes for device in devices])
-    given = limits.server_bytes if problem.at_server else limits.memory_bytes
+    given, limit = limits.memory_bytes, "max_memory"
+    if problem.at_server:
+        given, limit = limits.server_bytes, "max_server_memory"
     if given is not None:
         most = np.full(len(devices), given)
     choices = [cut for cut in problem.traffic if cut >= limits.min_cut]
@@ -186,7 +188,7 @@ def possible_cuts(problem: Problem, limits: Limits) -> Bools:
         most,
         names=[device.name for device in devices],
         choices=choices,
-        limit="max_server_memory" if problem.at_server else "max_memory",
+        limit=limit,
     )
     allowed = _within_clusters(problem, limits, allowed)
     if limits.cuts is not None:
