@@ -216,9 +216,10 @@ def test_no_other_shares_of_an_uplink_end_the_uploads_earlier(boundary, averages
 def test_a_client_without_batches_takes_no_share_of_an_uplink():
     schedule = Schedule(shared=False, boundary="detached", averages=())
     problem = draw_problem(3, schedule)
-    problem = problem._replace(devices=problem.devices[:2], steps=np.array([4, 0]))
-    alone = problem.devices[0].up_bytes_per_s
-    shared = problem._replace(uplink_bytes_per_s=alone)
+    busy, idle = problem.devices[:2]
+    busy = replace(busy, up_bytes_per_s=busy.up_bytes_per_s / 1e4)  # it sends all along
+    problem = problem._replace(devices=(busy, idle), steps=np.array([4, 0]))
+    shared = problem._replace(uplink_bytes_per_s=busy.up_bytes_per_s)
     cuts = np.array([1, 1])
     seconds = evaluate_cuts(problem, cuts).time.seconds
     assert evaluate_cuts(shared, cuts).time.seconds == pytest.approx(seconds, rel=1e-9)
