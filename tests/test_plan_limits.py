@@ -218,6 +218,7 @@ def test_a_client_without_batches_takes_no_share_of_an_uplink():
     problem = draw_problem(3, schedule)
     busy, idle = problem.devices[:2]
     busy = replace(busy, up_bytes_per_s=busy.up_bytes_per_s / 1e4)  # it sends all along
+    idle = replace(idle, forward_flops_per_s=1e-6, backward_flops_per_s=1e-6)
     problem = problem._replace(devices=(busy, idle), steps=np.array([4, 0]))
     shared = problem._replace(uplink_bytes_per_s=busy.up_bytes_per_s)
     cuts = np.array([1, 1])

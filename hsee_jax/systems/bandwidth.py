@@ -30,8 +30,9 @@ def divide_uplink(
     """Divide an uplink so that the last upload ends as early as possible.
 
     Args:
-      up_bytes: the bytes of each client's upload, ``[N]``. Rows ``[R, N]`` are parts
-        of the same upload that each have a start: all of it, and what is last.
+      up_bytes: the bytes of each client's upload, ``[N]``; or ``[R, N]``, where each
+        row is what a client still has to send from a second on, such as all or the
+        last batch.
       start_s: the second at which each client can start to send, of the same shape.
       bandwidth: bytes per second of all clients together.
       link_bytes_per_s: the most that each client's own link takes, ``[N]`` or one

@@ -89,10 +89,11 @@ def _on_shared_uplink(problem: Problem, work: Work) -> tuple[Device, ...]:
         sizes = steps * batch + weights
         starts = steps * (step_s + work.server_s + work.down_s)
     else:  # all from the first batch on, the rest from the last, and layers after it
-        sizes = np.stack([steps * batch, (steps > 0) * batch, 0 * batch]) + weights
+        trains = steps > 0
+        sizes = np.stack([steps * batch, trains * batch, 0 * batch]) + weights
         last_s = (steps - 1) * step_s + work.forward_s
         done_s = np.where(weights > 0, steps * step_s, last_s)
-        starts = np.stack([work.forward_s, last_s, done_s])
+        starts = trains * np.stack([work.forward_s, last_s, done_s])
     shares, _ = divide_uplink(sizes, starts, bandwidth, link_bytes_per_s=rates)
     return tuple(
         dataclasses.replace(device, up_bytes_per_s=float(share))
