@@ -21,7 +21,7 @@ atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.03")
 quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 if quick and version("jaxlib").startswith("0.10."):
     older = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"

@@ -41,8 +41,18 @@ class Network(NamedTuple):
 
 
 def from_linen(module: Any) -> Stage:
-    """Make a `Stage` from a Flax module, called as ``module(x, mask, train=...)``."""
+    """Make a `Stage` from a Flax module, called as ``module(x, mask, train=...)``.
 
+    Equal modules give the same stage, so that JAX traces them once in a process.
+    """
+    try:
+        return _from_linen(module)
+    except TypeError:  # of a field that cannot be hashed
+        return _from_linen.__wrapped__(module)
+
+
+@functools.lru_cache(maxsize=256)
+def _from_linen(module: Any) -> Stage:
     # Cuts share the traces of their layers.
     @functools.partial(jax.jit, inline=True)
     def init(key: Key, inputs: Array) -> Variables:

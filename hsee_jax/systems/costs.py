@@ -1,7 +1,8 @@
 """The costs of each layer: parameters, and FLOPs and bytes of a sample."""
 
+import functools
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,10 @@ def layer_costs(model: Model, exits: str = "cut") -> tuple[LayerCost, ...]:
     Raises:
       UserError: JAX_PLATFORMS leaves out the CPU.
     """
-    known: dict[tuple[Stage, Any], tuple[int, int, int, int]] = {}
-    costs = []
-    for name, stage, shape in model_parts(model):
-        place = (stage, (shape.shape, shape.dtype))
-        if place not in known:
-            known[place] = part_cost(stage, shape)
-        costs.append(LayerCost(name, *known[place]))
+    costs = [
+        LayerCost(name, *part_cost(stage, shape))
+        for name, stage, shape in model_parts(model)
+    ]
     return tuple(costs) if exits == "cut" else _with_all_exits(costs)
 
 
@@ -71,6 +69,7 @@ def model_parts(model: Model) -> list[tuple[str, Stage, jax.ShapeDtypeStruct]]:
     return list(zip(names, stages, inputs, strict=True))
 
 
+@functools.lru_cache(maxsize=256)
 def part_cost(stage: Stage, shape: jax.ShapeDtypeStruct) -> tuple[int, int, int, int]:
     """Return the cost of a sample in a layer or a head, as in `LayerCost`.
 
