@@ -71,3 +71,11 @@ def lenient():
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def uncounted():
+    """Forget the costs of layers that earlier tests had counted."""
+    from hsee_jax.systems.costs import part_cost
+
+    part_cost.cache_clear()

@@ -42,6 +42,7 @@ from hsee_jax.systems import (
     traffic_by_cut,
     workload,
 )
+from hsee_jax.systems.costs import part_cost
 from hsee_jax.systems.traffic import Bytes, Traffic
 
 THREE_LINES = """
@@ -304,7 +305,9 @@ def test_a_workload_is_costs_over_devices():
     assert work.weights_down_s[0] == pytest.approx(0.5 + size / 1e4)
 
 
-def test_flops_are_counted_on_the_cpu_whatever_device_is_the_default(monkeypatch):
+def test_flops_are_counted_on_the_cpu_whatever_device_is_the_default(
+    monkeypatch, uncounted
+):
     """A library of a GPU computes convolutions that XLA then does not count."""
     count, used = jax.stages.Compiled.cost_analysis, set()
 
@@ -318,6 +321,7 @@ def test_flops_are_counted_on_the_cpu_whatever_device_is_the_default(monkeypatch
         costs = layer_costs(model)
     assert used == {jax.local_devices(backend="cpu")[0]}
     assert all(cost.flops > 0 for cost in costs)
+    part_cost.cache_clear()
     for analysis in (None, {"flops": -1.0}):
         monkeypatch.setattr(
             jax.stages.Compiled, "cost_analysis", lambda _, found=analysis: found
@@ -326,7 +330,7 @@ def test_flops_are_counted_on_the_cpu_whatever_device_is_the_default(monkeypatch
             layer_costs(model)
 
 
-def test_flops_without_a_cpu_are_refused(monkeypatch):
+def test_flops_without_a_cpu_are_refused(monkeypatch, uncounted):
     def nowhere(backend=None):
         raise RuntimeError(f"Unknown backend {backend}")
 

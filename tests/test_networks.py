@@ -321,3 +321,20 @@ def test_channels_that_double_too_often_are_refused():
         network("conv1d", (30, 2), width=64, depth=23)
     with pytest.raises(UserError, match="depth: 3 .* allowed is at most 2$"):
         network("conv1d", (30, 2), width=65_536, depth=3)
+
+
+class Shifted(nn.Module):
+    by: float | np.ndarray
+
+    @nn.compact
+    def __call__(self, x, mask, *, train):
+        return x + self.by
+
+
+def test_equal_modules_give_one_stage():
+    assert hs.nn.from_linen(Shifted(2.0)) is hs.nn.from_linen(Shifted(2.0))
+    x, mask = jnp.ones((2, 4)), jnp.ones(2, bool)
+    empty = {"params": {}, "batch_stats": {}}
+    for by in (2.0, 3.0, np.full((1, 4), 4.0, np.float32)):  # the last has no hash
+        outputs, _ = hs.nn.from_linen(Shifted(by)).apply(empty, x, mask, train=False)
+        np.testing.assert_array_equal(outputs, np.broadcast_to(1 + by, (2, 4)))

@@ -136,7 +136,7 @@ def test_errors_come_before_the_measurement(
 
 
 def test_flops_that_cannot_be_counted_come_before_the_measurement(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, uncounted
 ):
     def nowhere(backend=None):
         raise RuntimeError(f"Unknown backend {backend}")
