@@ -14,7 +14,8 @@ from hsee_jax.config import Config, override, preset, to_json
 from hsee_jax.core import Dataset, at_least
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation import Client, Federation, group_clients
-from hsee_jax.nn import NETWORKS, Model, from_linen
+from hsee_jax.nn import NETWORKS, Model
+from hsee_jax.nn.model import cached_stage
 from hsee_jax.runs.build import (
     build_federation,
     build_optimizer,
@@ -81,9 +82,9 @@ LAYERS = (ConvLayer(4), ConvLayer(3), DenseLayer(8))
 
 
 def tiny_model(layers=LAYERS, input_shape=(5, 5, 1), classes=CLASSES) -> Model:
-    head = from_linen(LinearHead(classes))
+    head = cached_stage(LinearHead(classes))
     return Model(
-        stages=tuple(map(from_linen, layers)),
+        stages=tuple(map(cached_stage, layers)),
         exit_heads=(head,) * len(layers),
         final_head=head,
         layer_names=tuple(f"layer{number + 1}" for number in range(len(layers))),

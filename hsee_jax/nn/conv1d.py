@@ -23,7 +23,7 @@ from hsee_jax.nn.layers import (
     Width,
 )
 from hsee_jax.nn.mlp import Depth
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.registry import NETWORKS, series_only
 
 _MAX_CHANNELS = 65_536  # in any layer
@@ -82,11 +82,11 @@ def conv1d(
         )
         for number in range(depth)
     ]
-    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    exit_stage = cached_stage(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
-        stages=tuple(map(from_linen, layers)),
+        stages=tuple(map(cached_stage, layers)),
         exit_heads=(exit_stage,) * depth,
-        final_head=from_linen(Head(num_classes, False, compute)),
+        final_head=cached_stage(Head(num_classes, False, compute)),
         layer_names=tuple(f"conv{number + 1}" for number in range(depth)),
         input_shape=tuple(input_shape),
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from hsee_jax.core.options import between
 from hsee_jax.core.types import Array
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.registry import NETWORKS
 
 Hidden = Annotated[
@@ -65,7 +65,8 @@ def mlp(
       hidden: the outputs of each layer.
       depth: the number of layers, which are named ``dense1``, ``dense2`` and so on.
     """
-    layer, head = from_linen(DenseLayer(hidden)), from_linen(LinearHead(num_classes))
+    layer = cached_stage(DenseLayer(hidden))
+    head = cached_stage(LinearHead(num_classes))
     return Model(
         stages=(layer,) * depth,
         exit_heads=(head,) * depth,

@@ -27,7 +27,7 @@ from hsee_jax.nn.layers import (
     Width,
     conv_init,
 )
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.normalization import EPSILON, Norm
 from hsee_jax.nn.registry import NETWORKS, images_only
 
@@ -161,11 +161,11 @@ def mobilenet_v2(
             modules.append(block)
             before = sizes[0]
     modules.append(ConvNorm(scaled(_LAST), 1, 1, *common, nn.relu6))
-    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    exit_stage = cached_stage(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
-        stages=tuple(map(from_linen, modules)),
+        stages=tuple(map(cached_stage, modules)),
         exit_heads=(exit_stage,) * len(modules),
-        final_head=from_linen(Head(num_classes, False, compute)),
+        final_head=cached_stage(Head(num_classes, False, compute)),
         layer_names=_NAMES,
         input_shape=tuple(input_shape),
         weight_names=(_torchvision_names, _timm_names),

@@ -23,7 +23,7 @@ from hsee_jax.nn.layers import (
     linear_init,
 )
 from hsee_jax.nn.mobilenet import InvertedResidual, paired
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.registry import NETWORKS, images_only
 
 
@@ -125,11 +125,11 @@ def mobilenet_v3_small(
         )
 
     stem, last = end(width, 3, 1 if small else 2), end(scaled(_LAST), 1, 1)
-    exit_stage = from_linen(Head(num_classes, exit_head == "bn_linear", compute))
+    exit_stage = cached_stage(Head(num_classes, exit_head == "bn_linear", compute))
     return Model(
-        stages=tuple(map(from_linen, (stem, *map(body, _BLOCKS), last))),
+        stages=tuple(map(cached_stage, (stem, *map(body, _BLOCKS), last))),
         exit_heads=(exit_stage,) * len(_NAMES),
-        final_head=from_linen(HiddenHead(num_classes, scaled(_HIDDEN))),
+        final_head=cached_stage(HiddenHead(num_classes, scaled(_HIDDEN))),
         layer_names=_NAMES,
         input_shape=tuple(input_shape),
         weight_names=(_weight_names,),

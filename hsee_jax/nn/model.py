@@ -41,18 +41,8 @@ class Network(NamedTuple):
 
 
 def from_linen(module: Any) -> Stage:
-    """Make a `Stage` from a Flax module, called as ``module(x, mask, train=...)``.
+    """Make a `Stage` from a Flax module, called as ``module(x, mask, train=...)``."""
 
-    Equal modules give the same stage, so that JAX traces them once in a process.
-    """
-    try:
-        return _from_linen(module)
-    except TypeError:  # of a field that cannot be hashed
-        return _from_linen.__wrapped__(module)
-
-
-@functools.lru_cache(maxsize=256)
-def _from_linen(module: Any) -> Stage:
     # Cuts share the traces of their layers.
     @functools.partial(jax.jit, inline=True)
     def init(key: Key, inputs: Array) -> Variables:
@@ -83,6 +73,16 @@ def _from_linen(module: Any) -> Stage:
         return outputs, updated.get("batch_stats", {})
 
     return Stage(init, apply)
+
+
+@functools.lru_cache(maxsize=256)
+def cached_stage(module: Any) -> Stage:
+    """Make a `Stage` as `from_linen` does, and the same one for equal modules.
+
+    JAX then traces a layer once in a process, whatever networks have it. A module of
+    the user's own is not for this function: its code may change in a session.
+    """
+    return from_linen(module)
 
 
 def layer_inputs(model: Model) -> tuple[jax.ShapeDtypeStruct, ...]:

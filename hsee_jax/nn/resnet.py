@@ -24,7 +24,7 @@ from hsee_jax.nn.layers import (
     ResNetExitHead,
     Width,
 )
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.normalization import Norm
 from hsee_jax.nn.registry import NETWORKS, images_only
 
@@ -268,9 +268,9 @@ def _resnet(
     gated = [gated_from_linen(modules[0])]
     gated += [gated_from_linen(own, places) for own in modules[1:]]
     return Model(
-        stages=tuple(map(from_linen, modules)),
-        exit_heads=(from_linen(exit_head),) * len(modules),
-        final_head=from_linen(Head(num_classes, False, compute)),
+        stages=tuple(map(cached_stage, modules)),
+        exit_heads=(cached_stage(exit_head),) * len(modules),
+        final_head=cached_stage(Head(num_classes, False, compute)),
         layer_names=tuple(names),
         input_shape=tuple(input_shape),
         weight_names=(_weight_names,),

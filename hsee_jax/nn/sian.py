@@ -29,7 +29,7 @@ from hsee_jax.core.options import at_least
 from hsee_jax.core.types import Array, Key
 from hsee_jax.nn.interactions import Columns, parse_interaction
 from hsee_jax.nn.mlp import Hidden
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.registry import NETWORKS, tables_only
 
 Sets = tuple[tuple[Columns, ...], ...]  # the sets of 1 column, of 2 columns, ...
@@ -163,9 +163,9 @@ def sian(
             )
         )
         columns = rest
-    head = from_linen(SumHead(num_classes))
+    head = cached_stage(SumHead(num_classes))
     return Model(
-        stages=tuple(map(from_linen, layers)),
+        stages=tuple(map(cached_stage, layers)),
         exit_heads=(head,) * order,
         final_head=head,
         layer_names=tuple(f"order{number + 1}" for number in range(order)),

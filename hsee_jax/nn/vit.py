@@ -20,7 +20,7 @@ from hsee_jax.core.options import at_least
 from hsee_jax.core.types import Array
 from hsee_jax.nn.layers import DtypeName
 from hsee_jax.nn.mlp import Depth, Hidden
-from hsee_jax.nn.model import Model, from_linen
+from hsee_jax.nn.model import Model, cached_stage
 from hsee_jax.nn.registry import NETWORKS, images_only
 
 _EPSILON = 1e-6  # of LayerNorm
@@ -171,9 +171,9 @@ def vit(
             "what divides them (see hidden)"
         )
     compute = jnp.dtype(dtype)
-    block = from_linen(Block(heads, compute))
-    head = from_linen(TokenHead(num_classes))
-    first = from_linen(FirstBlock(hidden, size, heads, compute))
+    block = cached_stage(Block(heads, compute))
+    head = cached_stage(TokenHead(num_classes))
+    first = cached_stage(FirstBlock(hidden, size, heads, compute))
     return Model(
         stages=(first, *(block,) * (depth - 1)),
         exit_heads=(head,) * depth,
