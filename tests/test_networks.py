@@ -332,7 +332,7 @@ class Scaled(nn.Module):
         return self.by * x
 
 
-def test_equal_modules_share_a_stage_that_is_cached_and_no_other():
+def test_equal_modules_share_a_cached_stage():
     assert cached_stage(Scaled(2.0)) is cached_stage(Scaled(2.0))
     assert hs.nn.from_linen(Scaled(2.0)) != hs.nn.from_linen(Scaled(2.0))
     x, mask = jnp.ones((2, 4)), jnp.ones(2, bool)
