@@ -25,6 +25,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.03")
 quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 if quick and version("jaxlib").startswith("0.10."):
     older = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
+    # Programs this small take longer to split for several threads than to compile.
+    older += " --xla_cpu_parallel_codegen_split_count=1"
     os.environ.setdefault("XLA_FLAGS", older)
 
 import jax  # noqa: E402

@@ -29,7 +29,8 @@ from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.commands import COMMANDS
 from hsee_jax.config import PRESETS, SECTIONS, options
 from hsee_jax.inference import CRITERIA
-from hsee_jax.nn import NETWORKS, from_linen, resnet18
+from hsee_jax.nn import NETWORKS, resnet18
+from hsee_jax.nn.model import cached_stage
 from hsee_jax.runs.build import build_federation, build_strategy
 from hsee_jax.runs.data import build_info
 
@@ -67,8 +68,8 @@ class Same(nn.Module):
 def stand_in(*, num_classes, input_shape, **options):
     """One dense layer, and eight that change nothing, named as in ResNet-18."""
     model = resnet18(num_classes=num_classes, input_shape=input_shape, **options)
-    first, rest = from_linen(DenseLayer(8)), from_linen(Same())
-    head, count = from_linen(LinearHead(num_classes)), len(model.layer_names)
+    first, rest = cached_stage(DenseLayer(8)), cached_stage(Same())
+    head, count = cached_stage(LinearHead(num_classes)), len(model.layer_names)
     return model._replace(
         stages=(first, *(rest,) * (count - 1)),
         exit_heads=(head,) * count,

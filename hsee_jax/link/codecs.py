@@ -5,6 +5,7 @@ samples of the batch nor on padding. It may keep a state for each client, such a
 error to correct in the next message.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -161,6 +162,7 @@ def int8() -> Codec:
     return INT8
 
 
+@functools.lru_cache(maxsize=256)
 def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
     """Return the bytes of the first message of one sample.
 

@@ -10,6 +10,9 @@ import optax
 
 from hsee_jax.core.types import Array, Metrics
 
+# Traced once for each shape of logits, whatever programs have it.
+_cross_entropy = jax.jit(optax.softmax_cross_entropy_with_integer_labels, inline=True)
+
 
 def masked_cross_entropy(
     logits: Array, labels: Array, mask: Array
@@ -28,7 +31,7 @@ def masked_cross_entropy(
     chex.assert_rank([logits, labels, mask], [2, 1, 1])
     chex.assert_equal_shape_prefix([logits, labels, mask], 1)
     chex.assert_type([logits, labels, mask], [jnp.float32, jnp.int32, bool])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = _cross_entropy(logits, labels)
     loss_sum = jnp.sum(jnp.where(mask, losses, 0.0))
     count = jnp.sum(mask, dtype=jnp.int32)
     correct = jnp.sum((predicted_class(logits) == labels) & mask, dtype=jnp.int32)
