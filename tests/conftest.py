@@ -68,6 +68,23 @@ def said(caplog, monkeypatch):
 
 
 @pytest.fixture
+def monkeypatch(monkeypatch):
+    """pytest's; what was made before a change of the code is made anew after it."""
+    from hsee_jax.core.reuse import forget
+
+    change = monkeypatch.setattr
+
+    def setattr(*args, **named):
+        change(*args, **named)
+        forget()
+
+    monkeypatch.setattr = setattr
+    yield monkeypatch
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
 def lenient():
     """No strict dtypes: a step of optax's Adam multiplies numbers of two types."""
     jax.config.update("jax_numpy_dtype_promotion", "standard")

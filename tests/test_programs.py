@@ -9,6 +9,7 @@ from tiny import TINY
 from hsee_jax import runs
 from hsee_jax.cli import main
 from hsee_jax.config import override, preset
+from hsee_jax.core.reuse import forget
 from hsee_jax.engine.programs import compile_together
 
 SHORT = {
@@ -23,6 +24,7 @@ SHORT = {
 def programs_of(folder, **options):
     """The number of programs of a short run of the demo, when nothing is compiled."""
     jax.clear_caches()
+    forget()
     with compiled_programs() as programs:
         runs.train(override(preset("demo"), **SHORT | options), folder)
     return len(programs)

@@ -7,7 +7,7 @@ from hsee_jax.federation.strategy import Strategy
 from hsee_jax.link.codecs import CODECS, FULL
 
 # Factories take a `Federation`.
-ALGORITHMS: Registry[Strategy] = Registry("strategy")
+ALGORITHMS: Registry[Strategy] = Registry("strategy", pure=True)
 register = ALGORITHMS.register
 
 

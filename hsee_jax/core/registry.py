@@ -9,15 +9,18 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 from hsee_jax.core.errors import unknown
 from hsee_jax.core.options import Option, read_options
+from hsee_jax.core.reuse import reused
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 _MAIN = ("__main__", "__mp_main__")
+_PACKAGE = __name__.partition(".")[0]
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -33,7 +36,12 @@ class Registry(Mapping[str, Entry[T]]):
     """Named factories of one kind; iterating gives their names."""
 
     def __init__(
-        self, kind: str, *, with_options: bool = True, context: tuple[str, ...] = ()
+        self,
+        kind: str,
+        *,
+        with_options: bool = True,
+        context: tuple[str, ...] = (),
+        pure: bool = False,
     ) -> None:
         """Start empty.
 
@@ -41,8 +49,12 @@ class Registry(Mapping[str, Entry[T]]):
           kind: the option that names an entry, such as ``"network"``.
           with_options: whether entries may have options.
           context: the keywords that every factory takes beside its options.
+          pure: whether entries make objects that never change, from their arguments
+            alone. Equal calls of an entry of this package then give the same object;
+            code of the user's own may change in a session, and runs at every call.
         """
         self.kind, self._with_options, self._context = kind, with_options, context
+        self._make_ours: Callable[..., T] = reused(_call) if pure else _call
         self._entries: dict[str, Entry[T]] = {}
 
     @overload
@@ -87,7 +99,9 @@ class Registry(Mapping[str, Entry[T]]):
         """
         entry = self.entry(name)
         own = {key: options[key] for key in entry.options if key in options}
-        return entry.make(*context, **more, **own)
+        ours = entry.make.__module__.partition(".")[0] == _PACKAGE
+        make = partial(self._make_ours, entry.make) if ours else entry.make
+        return make(*context, **more, **own)
 
     def entry(self, name: str) -> Entry[T]:
         """Return an entry; raise `UserError` if there is none of this name."""
@@ -155,6 +169,10 @@ class Registry(Mapping[str, Entry[T]]):
         lines = (make.__doc__ or "").strip().splitlines()
         self._entries[name] = Entry(name, make, options, summary or "".join(lines[:1]))
         return make
+
+
+def _call(make: Callable[..., T], *args: Any, **named: Any) -> T:
+    return make(*args, **named)
 
 
 def _identity(make: Callable[..., Any]) -> tuple[str, str]:

@@ -34,7 +34,7 @@ class AugmentFn(Protocol):
 
 
 # Factories take only their options.
-AUGMENTATIONS: Registry[AugmentFn] = Registry("augment")
+AUGMENTATIONS: Registry[AugmentFn] = Registry("augment", pure=True)
 register = AUGMENTATIONS.register
 
 

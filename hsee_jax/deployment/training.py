@@ -62,11 +62,12 @@ def make_programs(part: Participant, data: Dataset) -> Programs:
     who = np.int32(part.client)
     halves, strategy = part.halves, part.strategy
 
-    make_batch = batch_program(part.pipeline, part.augment_key)
+    make_batch, key = batch_program(part.pipeline), part.augment_key
     step_client = send_program(halves)
 
     def send(client: Branch, rows: Any, step: Any, rate: Any) -> Sent:
-        return step_client(client, make_batch(who, step, here, *rows), rate, group=0)
+        batch = make_batch(key, who, step, here, *rows)
+        return step_client(client, batch, rate, group=0)
 
     @jax.jit
     def answer(client: Branch, images: Array, mask: Array) -> Answers:

@@ -48,10 +48,9 @@ def by_turns(
       streams: where the programs are called.
     """
     halved = strategy.halves is not None and not strategy.waits
-    make_batch = programs.setdefault("batch", batch_program(pipeline, key))
-    return partial(
-        _Halves if halved else _Whole, strategy, make_batch, programs, streams
-    )
+    make_batch = programs.setdefault("batch", batch_program(pipeline))
+    turns = _Halves if halved else _Whole
+    return partial(turns, strategy, make_batch, key, programs, streams)
 
 
 class _Compiled(Turns):
@@ -67,12 +66,13 @@ class _Compiled(Turns):
         self,
         strategy: Strategy,
         make_batch: Callable[..., Batch],
+        key: Key,
         programs: Programs,
         streams: Streams,
         inputs: Inputs,
     ) -> None:
         super().__init__(strategy, inputs)
-        self._make_batch = make_batch
+        self._make_batch, self._key = make_batch, key
         self._programs, self._streams = programs, streams
         rows = inputs.plan.indices.shape[-1]
         self._shapes = rows, *((leaf.shape, leaf.dtype) for leaf in inputs.data)
@@ -99,11 +99,11 @@ class _Compiled(Turns):
         return self._make_batch(*self._batch_arguments(step, n))
 
     def _batch_arguments(self, step: int, n: int) -> tuple[Any, ...]:
-        """Return the arguments of `client_batch` that follow the key."""
+        """Return the arguments of `client_batch` that follow the pipeline."""
         inputs, plan = self.inputs, self.inputs.plan
         number = np.int32(inputs.first + step)
         rows = plan.indices[step, n], plan.mask[step, n]
-        return plan.ids[n], number, inputs.data, *rows
+        return self._key, plan.ids[n], number, inputs.data, *rows
 
     def _lower(self, group: int, n: int) -> Iterator[jax.stages.Lowered]:
         """Lower the programs of a group, for the arguments of slot ``n``."""

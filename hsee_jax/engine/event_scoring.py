@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.core.reuse import reused
 from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Batch, Dataset
 from hsee_jax.data.pipeline import InputPipeline
@@ -25,6 +26,7 @@ from hsee_jax.federation.junction import Junction, finite_views
 from hsee_jax.parallel.mesh import SAME, to_devices, to_host
 
 
+@reused
 def make_event_scores(
     federation: Federation, junction: Junction, pipeline: InputPipeline
 ) -> ScoresFn:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hsee_jax.core.types import Batch, Key, PyTree
+from hsee_jax.core.reuse import reused
+from hsee_jax.core.types import Batch, PyTree
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.round import client_batch
 from hsee_jax.federation.state import put_member, take_member
@@ -70,17 +71,14 @@ def jit_step(function: Callable, **options: Any) -> jax.stages.Wrapped:
     return jax.jit(function, **options)
 
 
-def batch_program(pipeline: InputPipeline, key: Key) -> Callable[..., Batch]:
-    """Compile how a client makes its batch.
+def batch_program(pipeline: InputPipeline) -> jax.stages.Wrapped:
+    """Compile how a client makes its batch: `client_batch` without its pipeline."""
+    return jit_step(_batch_with(pipeline))
 
-    Args:
-      pipeline: makes batches of samples.
-      key: the root of the augmentation's randomness.
 
-    Returns:
-      `client_batch` without these two arguments, compiled.
-    """
-    return jit_step(partial(client_batch, pipeline, key))
+@reused
+def _batch_with(pipeline: InputPipeline) -> Callable[..., Batch]:
+    return partial(client_batch, pipeline)
 
 
 def send_program(halves: Halves) -> jax.stages.Wrapped:

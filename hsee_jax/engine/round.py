@@ -11,6 +11,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hsee_jax.core.errors import unknown
+from hsee_jax.core.reuse import reused
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key, Metrics
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
@@ -181,6 +182,7 @@ def due_after(strategy: Strategy, unit: str, count: Any) -> Any:
     return count % strategy.period == 0
 
 
+@reused
 def make_no_means(strategy: Strategy, mesh: Mesh | None) -> Callable[..., Means]:
     """Compile a function that makes zeros in the shape of a round's means."""
     sharding = None if mesh is None else NamedSharding(mesh, SAME)

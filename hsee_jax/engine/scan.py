@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Wrapped
 
+from hsee_jax.core.reuse import reused
 from hsee_jax.core.types import Array, Batch, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.engine.plan import RoundPlan
@@ -96,6 +97,7 @@ def make_scan_round(
     return run_and_fetch
 
 
+@reused
 def program(strategy: Strategy, pipeline: InputPipeline, mesh: Mesh | None) -> Wrapped:
     """Compile some steps of a round, and the average after the last step."""
     each: Any = layout(strategy).clients

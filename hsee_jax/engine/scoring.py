@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from hsee_jax.core.reuse import reused
 from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Batch, Dataset, Metrics, PyTree
 from hsee_jax.data.pipeline import InputPipeline
@@ -124,6 +125,7 @@ def _without_optimizer(branch: Branch) -> Branch:
 ScoresFn = Callable[[Task], list[BothMetrics | None]]
 
 
+@reused
 def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
     """Make the scores of both answers of a pair, and of those at the gated width."""
     narrower = [federation._replace(model=m) for m in widths_of(federation.model)[1:]]
@@ -144,7 +146,7 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
         scores = score_answers(server_spec, server, answers, batch.labels, mask)
         if not narrower:
             return scores
-        spec = narrower[0].specs(group)[0]
+        spec, _ = narrower[0].specs(group)
         answers = client_answers(spec, client, batch.inputs, mask)
         gated = score_answers(server_spec, server, answers, batch.labels, mask)
         share = _flops_share(client_spec, client, batch)
@@ -155,9 +157,8 @@ def make_score(federation: Federation, pipeline: InputPipeline) -> ScoreFn:
 
 def _flops_share(spec: BranchSpec, client: Branch, batch: Batch) -> Array:
     """Return the share of FLOPs, as a sum over the real rows."""
-    layers = [variables_of(layer) for layer in client.layers]
     one = jax.ShapeDtypeStruct((1, *batch.inputs.shape[1:]), batch.inputs.dtype)
-    share = flops_share(spec.stages, layers, one)
+    share = flops_share(spec.stages, list(map(variables_of, client.layers)), one)
     return share * jnp.sum(batch.mask, dtype=jnp.float32)
 
 
@@ -218,6 +219,7 @@ def make_loop(
       strategy: the algorithm.
       programs: by cut, to use and to add to.
     """
+    compiled = jax.jit(score, static_argnames="group")
 
     def client(task: Task, slot: int) -> BothMetrics:
         own = take(task.stacks(strategy), slot)
@@ -228,10 +230,8 @@ def make_loop(
             return known.scores
         pair = _pair(strategy, own, task.state.servers, task.group)
         cut = federation.groups[task.group].cut
-        if cut not in programs:
-            programs[cut] = jax.jit(partial(score, group=task.group))
-        batches = zip(*task.rows, strict=True)
-        sums = [programs[cut](pair, task.data, who, *row) for row in batches]
+        scored = programs.setdefault(cut, partial(compiled, group=task.group))
+        sums = [scored(pair, task.data, who, *r) for r in zip(*task.rows, strict=True)]
         scores = jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(sums))
         task.references.setdefault(task.group, Reference(weights, scores))
         return scores
@@ -242,6 +242,7 @@ def make_loop(
     return loop
 
 
+@reused
 def make_map(score: ScoreFn, federation: Federation, strategy: Strategy) -> ScoresFn:
     """Compile a program for each group in which each device maps over its clients.
 
@@ -283,8 +284,7 @@ def make_map(score: ScoreFn, federation: Federation, strategy: Strategy) -> Scor
                 task.stacks(strategy), shared, task.data, rows, slots, group=task.group
             )
         )
-        slots = range(len(task.taken))
-        return [row_of(sums, slot) for slot in slots]
+        return [row_of(sums, slot) for slot in range(len(task.taken))]
 
     return clients
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsee_jax.core.reuse import reused
 from hsee_jax.core.trees import row_of
 from hsee_jax.core.types import Array, Dataset, ExitMetrics, Key
 from hsee_jax.data.pipeline import InputPipeline
@@ -118,10 +119,16 @@ class Turns(Steps):
 
 def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
     """Compile a step of all clients for a strategy without turns."""
-    fetch = jax.vmap(partial(client_batch, pipeline, key), (0, None, None, 0, 0))
+    return partial(_Stacked, partial(_step_of_all(strategy, pipeline), key))
 
-    @partial(jax.jit, donate_argnums=0)
+
+@reused
+def _step_of_all(strategy: Strategy, pipeline: InputPipeline) -> Callable:
+    fetch = jax.vmap(partial(client_batch, pipeline), (None, 0, None, None, 0, 0))
+
+    @partial(jax.jit, donate_argnums=1)
     def step(
+        key: Key,
         state: RunState,
         data: Dataset,
         groups: tuple[tuple[Array, Array, Array], ...],
@@ -130,11 +137,11 @@ def all_at_once(strategy: Strategy, pipeline: InputPipeline, key: Key) -> Begin:
         rate: Array,
     ) -> tuple[RunState, ExitMetrics]:
         assert strategy.step is not None
-        batches = tuple(fetch(ids, number, data, *rows) for ids, *rows in groups)
+        batches = tuple(fetch(key, ids, number, data, *rows) for ids, *rows in groups)
         state, metrics = strategy.step(state, batches, order, rate)
         return state, jax.tree.map(lambda *m: jnp.concatenate(m), *metrics)
 
-    return partial(_Stacked, step)
+    return step
 
 
 class _Stacked(Steps):

@@ -46,7 +46,7 @@ class Reducer(NamedTuple):
 
 
 # Factories take the share to trim.
-REDUCERS: Registry[Reducer] = Registry("aggregate", with_options=False)
+REDUCERS: Registry[Reducer] = Registry("aggregate", with_options=False, pure=True)
 
 
 @REDUCERS.register(summary="by weight")

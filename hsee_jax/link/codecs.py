@@ -5,8 +5,8 @@ samples of the batch nor on padding. It may keep a state for each client, such a
 error to correct in the next message.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hsee_jax.core.registry import Registry
+from hsee_jax.core.reuse import reused
 from hsee_jax.core.types import Array, PyTree
 
 Message = PyTree  # arrays with a leading axis of samples, [B, ...]
@@ -62,7 +63,7 @@ class Codec(NamedTuple):
 
 
 # Factories take nothing but their options.
-CODECS: Registry[Codec] = Registry("link")
+CODECS: Registry[Codec] = Registry("link", pure=True)
 register = CODECS.register
 
 
@@ -162,7 +163,7 @@ def int8() -> Codec:
     return INT8
 
 
-@functools.lru_cache(maxsize=256)
+@partial(reused, latest=256)
 def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
     """Return the bytes of the first message of one sample.
 

@@ -13,7 +13,9 @@ from hsee_jax.nn.model import Model, layer_inputs
 F = TypeVar("F", bound=Callable[..., Model])
 
 # Factories take ``num_classes`` and ``input_shape``, ``(H, W, C)`` for images.
-NETWORKS: Registry[Model] = Registry("network", context=("num_classes", "input_shape"))
+NETWORKS: Registry[Model] = Registry(
+    "network", context=("num_classes", "input_shape"), pure=True
+)
 register = NETWORKS.register
 
 

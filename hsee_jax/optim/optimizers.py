@@ -83,7 +83,7 @@ def as_optimizer(optimizer: OptimizerLike) -> Optimizer:
 
 
 # Factories take an `Optimizer`.
-MERGES: Registry[Merge] = Registry("optimizer_state", with_options=False)
+MERGES: Registry[Merge] = Registry("optimizer_state", with_options=False, pure=True)
 
 
 @MERGES.register(summary="the rule of the optimizer: each holder keeps its own state")
@@ -173,7 +173,7 @@ Momentum = Annotated[
 Decay = Annotated[float, "weight decay, except on biases and BatchNorm", at_least(0)]
 
 # Factories take only their options.
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", pure=True)
 register = OPTIMIZERS.register
 
 
