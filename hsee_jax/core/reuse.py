@@ -15,7 +15,7 @@ T = TypeVar("T")
 _forget: list[Callable[[], None]] = []  # of each function that reuses
 
 
-def reused(make: Callable[P, T], latest: int = 16) -> Callable[P, T]:
+def reused(make: Callable[P, T], latest: int = 8) -> Callable[P, T]:
     """Make a function that returns an object again for equal arguments.
 
     Arguments without a hash, such as arrays, give a new object at every call.
