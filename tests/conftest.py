@@ -69,7 +69,7 @@ def said(caplog, monkeypatch):
 
 @pytest.fixture
 def monkeypatch(monkeypatch):
-    """pytest's; what was made before a change of the code is made anew after it."""
+    """pytest's; what was made before a `setattr` is made anew after it."""
     from hsee_jax.core.reuse import forget
 
     change = monkeypatch.setattr

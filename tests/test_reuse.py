@@ -12,6 +12,8 @@ import hsee_jax as hs
 from hsee_jax.core.registry import Registry
 from hsee_jax.core.reuse import forget, reused
 from hsee_jax.data.registry import DATASETS
+from hsee_jax.federation.reduction import REDUCERS
+from hsee_jax.nn import NETWORKS
 from hsee_jax.optim import OPTIMIZERS
 from hsee_jax.runs import restore
 
@@ -21,6 +23,7 @@ SHORT = {
     "max_train_samples": 120,
     "max_test_samples": 20,
     "augment": "noise",
+    "num_clients": 5,
     "cuts": ("1", "2"),
 }
 
@@ -50,7 +53,8 @@ def same_bits(one, other):
 def test_a_run_with_another_seed_compiles_next_to_nothing(tmp_path, kind, axis):
     """And gives the same bits as a run for which all is made anew."""
     kind = {**kind, "client_axis": axis}
-    other = {"data_seed": 1, "model_seed": 1, "learning_rate": 0.02}
+    seeds = dict.fromkeys(("data_seed", "model_seed", "partition_seed"), 1)
+    other = {**seeds, "learning_rate": 0.02, "rounds": 3}
     jax.clear_caches()
     forget()
     with compiled_programs() as first:
@@ -63,6 +67,7 @@ def test_a_run_with_another_seed_compiles_next_to_nothing(tmp_path, kind, axis):
     assert same_bits(shared, train(tmp_path / "anew", **kind, **other))
 
 
+@pytest.mark.parametrize("axis", ["loop", "vmap"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -71,22 +76,51 @@ def test_a_run_with_another_seed_compiles_next_to_nothing(tmp_path, kind, axis):
         {"noise_std": 0.1},
         {"boundary": "joint"},
         {"optimizer_state": "reset"},
+        {"aggregate": "median", "weights": "uniform"},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_the_programs_depend_on_is_not_shared(tmp_path, change):
-    before = train(tmp_path / "before")
-    after = train(tmp_path / "after", **change)
+def test_what_the_programs_depend_on_is_not_shared(tmp_path, change, axis):
+    before = train(tmp_path / "before", client_axis=axis)
+    after = train(tmp_path / "after", client_axis=axis, **change)
     assert not same_bits(before, after)
     jax.clear_caches()
     forget()
-    assert same_bits(after, train(tmp_path / "anew", **change))
+    assert same_bits(after, train(tmp_path / "anew", client_axis=axis, **change))
+
+
+def test_a_reducer_of_ones_own_that_is_registered_again_is_used(tmp_path):
+    """Although the algorithm that names it is of the package."""
+
+    def register(factor):
+        @REDUCERS.register
+        def own(trim_share):
+            """Give the plain mean, times a factor."""
+
+            def reduce(*holders):
+                return jax.tree.map(lambda a: factor * a, plain(*holders))
+
+            return reducer._replace(reduce=reduce)
+
+    reducer = REDUCERS.make("mean", 0.0)
+    plain = reducer.reduce
+    try:
+        register(1)
+        first = train(tmp_path / "first", aggregate="own")
+        register(0.5)
+        second = train(tmp_path / "second", aggregate="own")
+    finally:
+        del REDUCERS._entries["own"]
+    assert same_bits(first, train(tmp_path / "mean"))
+    assert not same_bits(first, second)
 
 
 def test_entries_of_the_package_make_one_object_and_those_of_others_new_ones():
     sgd = OPTIMIZERS.make("sgd", options={"momentum": 0.5})
     assert OPTIMIZERS.make("sgd", options={"momentum": 0.5}) is sgd
     assert OPTIMIZERS.make("sgd", options={"momentum": 0.25}) is not sgd
+    shape = {"num_classes": 3, "input_shape": (8, 8, 3)}
+    assert NETWORKS.make("resnet18", **shape) is NETWORKS.make("resnet18", **shape)
     registry = Registry("box", pure=True)
 
     @registry.register

@@ -50,8 +50,9 @@ class Registry(Mapping[str, Entry[T]]):
           with_options: whether entries may have options.
           context: the keywords that every factory takes beside its options.
           pure: whether entries make objects that never change, from their arguments
-            alone. Equal calls of an entry of this package then give the same object;
-            code of the user's own may change in a session, and runs at every call.
+            and from entries that their options name. Equal calls then give the same
+            object, if all of these entries are of this package; code of the user's own
+            may change in a session, and runs at every call.
         """
         self.kind, self._with_options, self._context = kind, with_options, context
         self._make_ours: Callable[..., T] = reused(_call) if pure else _call
@@ -99,7 +100,7 @@ class Registry(Mapping[str, Entry[T]]):
         """
         entry = self.entry(name)
         own = {key: options[key] for key in entry.options if key in options}
-        ours = entry.make.__module__.partition(".")[0] == _PACKAGE
+        ours = all(map(_is_ours, _factories(entry, own)))
         make = partial(self._make_ours, entry.make) if ours else entry.make
         return make(*context, **more, **own)
 
@@ -171,8 +172,20 @@ class Registry(Mapping[str, Entry[T]]):
         return make
 
 
-def _call(make: Callable[..., T], *args: Any, **named: Any) -> T:
+def _call(make: Callable[..., T], /, *args: Any, **named: Any) -> T:
     return make(*args, **named)
+
+
+def _factories(entry: Entry, values: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
+    """Yield the factory of an entry, and those of the entries that its options name."""
+    yield entry.make
+    for name, option in entry.options.items():
+        if isinstance(option.names, Registry):
+            yield option.names.entry(values.get(name, option.default)).make
+
+
+def _is_ours(make: Callable[..., Any]) -> bool:
+    return make.__module__.partition(".")[0] == _PACKAGE
 
 
 def _identity(make: Callable[..., Any]) -> tuple[str, str]:

@@ -37,7 +37,7 @@ class Views(NamedTuple):
 
 
 # Factories take the shape of a sample and the number of clients.
-VIEWS: Registry[Views] = Registry("view", with_options=False)
+VIEWS: Registry[Views] = Registry("view", with_options=False, pure=True)
 
 
 @VIEWS.register(summary="every client sees the whole sample")

@@ -163,7 +163,6 @@ def int8() -> Codec:
     return INT8
 
 
-@partial(reused, latest=256)
 def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
     """Return the bytes of the first message of one sample.
 
@@ -171,12 +170,13 @@ def sample_bytes(codec: Codec, features: jax.ShapeDtypeStruct) -> int:
       codec: of the link; where clients differ, this is their smallest message.
       features: shape and dtype of a sample's features, ``[1, ...]``.
     """
+    return int(_first_message(codec, features)())
 
-    @jax.jit  # one program; mostly a constant
-    def first_message() -> Array:
-        return _first_bytes(codec, features, codec.init(features))
 
-    return int(first_message())
+@partial(reused, latest=256)
+def _first_message(codec: Codec, features: jax.ShapeDtypeStruct) -> Callable[[], Array]:
+    """Compile the bytes of a first message, mostly a constant."""
+    return jax.jit(lambda: _first_bytes(codec, features, codec.init(features)))
 
 
 def sample_bytes_of(
