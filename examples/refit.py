@@ -1,6 +1,6 @@
 """Compare the exits of the demo as trained, fitted exactly, and with convolutions.
 
-The script trains the preset `demo` with both kinds of exits, with labels dealt alike
+The script trains the preset `demo` with both kinds of exits, with IID labels
 and with labels skewed by Dirichlet(0.1), and then fits the last layers of all exits in
 one round of messages. It prints accuracies on the test set, means over the clients of a
 cut. The twelve runs take half an hour on two cores; runs that are there already are

@@ -235,7 +235,10 @@ class RunConfig(Section):
         at_least(0),
     ] = 0
     eval_every: Annotated[
-        int, "rounds between evaluations on the test set", at_least(1)
+        int,
+        "rounds between evaluations on the test set; a round with a checkpoint and the "
+        "last are evaluated too",
+        at_least(1),
     ] = 5
     eval_batch_size: Annotated[int, "samples in an evaluation step", at_least(1)] = 250
     checkpoint_every: Annotated[int, "rounds between checkpoints", at_least(1)] = 5
