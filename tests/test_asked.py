@@ -13,6 +13,7 @@ from hsee_jax.config import override, preset
 from hsee_jax.data import normalize
 from hsee_jax.inference import find_interactions, predict
 from hsee_jax.inference.study import study
+from hsee_jax.nn.interactions import Interaction
 from hsee_jax.runs import evaluate, restore
 from hsee_jax.runs.build import build
 from hsee_jax.runs.records import TrainFigures
@@ -108,7 +109,7 @@ def test_interactions_are_those_of_one_client_at_a_checkpoint(
 
     def spy(*arguments, **options):
         asked.append(arguments)
-        return ()
+        return (Interaction((0, 3), 0.25),)
 
     name = "hsee_jax.inference.interactions.select_interactions"
     monkeypatch.setattr(name, spy)
@@ -122,8 +123,14 @@ def test_interactions_are_those_of_one_client_at_a_checkpoint(
     rows = np.round(x * std + mean, 4).tolist()
     assert all(row in np.round(own, 4).tolist() for row in rows)
     assert sorted(baselines.tolist()) == sorted(x.tolist())
+    assert (x != baselines).any(axis=1).all()
     restored = restore(folder, which)
     branches = restored.client(1), restored.server(1)
     _, expected = without_a_gate(restored.specs(1), branches, jnp.asarray(x))
     expected = expected - expected.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(logits(x), expected, rtol=1e-4, atol=1e-5)
+    variance = np.var(expected, axis=0).sum()
+    assert found.variance == pytest.approx(variance, rel=1e-4)
+    (chosen,) = found.to_json()["chosen"]
+    assert chosen["columns"] == (0, 3)
+    assert chosen["share"] == pytest.approx(0.25 / variance, rel=1e-4)

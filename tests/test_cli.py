@@ -1,5 +1,6 @@
 """The command line, in processes of its own where it matters."""
 
+import importlib
 import io
 import json
 import os
@@ -108,6 +109,41 @@ def test_evals_flags_choose_checkpoint_and_data(monkeypatch, capsys):
     assert cli.main(words) == 0
     assert cli.main(["eval", "run", "--json"]) == 0
     assert seen == [("run", "best", "there"), ("run", "latest", None)]
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "flags"),
+    [
+        (
+            "interactions",
+            "find_interactions",
+            {"client": 3, "max_order": 4, "count": 5, "max_samples": 6},
+        ),
+        ("refit", "refit_run", {"ridge": 0.5}),
+    ],
+)
+def test_flags_reach_their_function(
+    command, function, flags, tmp_path, monkeypatch, capsys
+):
+    seen = []
+
+    def spy(folder, *arguments, **options):
+        seen.append((str(folder), arguments, options))
+        raise UserError("enough")
+
+    module = importlib.import_module(f"hsee_jax.cli.{command}")
+    monkeypatch.setattr(module, function, spy)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    out = tmp_path / "out"
+    rest = ["--checkpoint", "best", "--data-dir", "there", "--out", str(out)]
+    assert cli.main([command, "run", *words, *rest]) == 2
+    ((folder, arguments, options),) = seen
+    assert folder == "run" and options.pop("which") == "best"
+    assert options.pop("data_dir") == "there"
+    if command == "interactions":
+        assert (arguments, options) == ((flags.pop("client"),), flags)
+    else:
+        assert (arguments, options) == ((out,), flags)
 
 
 def test_config_resume_and_overwrite(tmp_path, capsys):

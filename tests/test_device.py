@@ -18,7 +18,7 @@ from hsee_jax.deployment.forms import Kind, Layers
 from hsee_jax.deployment.protocol import Refusal, digest, pack
 from hsee_jax.deployment.take_part import take_part
 from hsee_jax.runs.material import shares
-from hsee_jax.runs.participant import build_participant
+from hsee_jax.runs.participant import LEAST, build_participant
 from hsee_jax.runs.served import build_served, describe
 
 DATA = Dataset(np.zeros((10, 28, 28, 1), np.uint8), np.zeros(10, np.int32))
@@ -87,10 +87,37 @@ def test_a_task_that_does_not_exist_is_refused(experiment, box, kind, asked):
         run(device(experiment, box, (kind, 9, 9), layers=asked))
 
 
-@pytest.mark.parametrize("answer", [b"", b"{", b"\xff", b"[" * 99999])
-def test_a_server_that_does_not_describe_the_run_is_refused(answer, tmp_path):
+def refused(answer, folder):
     with pytest.raises(UserError, match="server: sends what is not allowed: join: "):
-        take_part(lambda method, message: answer, tmp_path, None, (), bool)
+        take_part(lambda method, message: answer, folder, None, (), bool)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"{", b"\xff", b"[" * 99999, b"{}", b"[]", b"5", b'{"run": "one"}']
+)
+def test_a_server_that_does_not_describe_the_run_is_refused(answer, tmp_path):
+    refused(answer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in LEAST for value in (-1, True, "1", None)),
+        *({name: value} for name in ("config", "info") for value in (1, [], None)),
+        *({"config": {"run": run}} for run in (5, "ab", {"plugin": 5})),
+        {"config": {"run": {"plugin": [{}]}}},
+        {"run": 1},
+    ],
+    ids=str,
+)
+def test_a_description_with_a_damaged_value_is_refused(changes, experiment, tmp_path):
+    answer = {"run": "a run"} | describe(experiment, 0) | changes
+    refused(json.dumps(answer).encode(), tmp_path)
+
+
+def test_a_cut_behind_the_last_layer_is_refused(experiment):
+    with pytest.raises(UserError, match="cuts: 99 "):
+        build_participant(describe(experiment, 0) | {"cut": 99})
 
 
 def test_a_device_joins_again_if_the_run_goes_on_in_another_way(

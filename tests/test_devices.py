@@ -19,6 +19,7 @@ from hsee_jax.algorithms import averaging, fedavg, sequential
 from hsee_jax.algorithms.epsl import shared_rows_of
 from hsee_jax.algorithms.rows import forward_rows, rows_of
 from hsee_jax.core import Batch, UserError
+from hsee_jax.core.rows import read_table
 from hsee_jax.federation import Client, branch_step, group_clients
 from hsee_jax.federation.branch import init_client
 from hsee_jax.nn.model import init_network
@@ -95,6 +96,17 @@ def test_csv_says_the_same(tmp_path, mark):
     path = write(tmp_path, text, "fleet.csv")
     expected = read_devices(write(tmp_path, THREE_LINES))
     assert read_devices(path) == expected
+
+
+def test_a_quoted_cell_of_csv_may_have_several_lines(tmp_path):
+    """As spreadsheets write them; and no other character ends a row."""
+    text = 'device,source,count\njetson-nano,"bench\u2028of\r\nJuly",2\nesp32,\x0c,1\n'
+    path = tmp_path / "fleet.csv"
+    path.write_bytes(text.encode())
+    cells = {"device": "jetson-nano", "source": "bench\u2028of\nJuly", "count": "2"}
+    assert read_table(path, ("device",), "devices")[0] == (3, cells)
+    board = read_devices(path).clients[2]
+    assert board.name == "esp32"
 
 
 def test_own_numbers_win_over_link_and_catalogue(tmp_path):

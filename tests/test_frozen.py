@@ -80,8 +80,12 @@ def test_its_scores_are_those_of_an_exit():
     rng = np.random.default_rng(0)
     logits = 5 * rng.normal(size=(7, 4)).astype(np.float32)
     labels = rng.integers(0, 4, 7).astype(np.int32)
-    expected = masked_cross_entropy(logits, labels, np.ones(7, bool))[1]
-    np.testing.assert_allclose(frozen.exit_scores(logits, labels), expected, rtol=1e-6)
+    labels[0] = 0  # the arg max of a row of NaN
+    for first in (logits[0, 0], np.nan, np.inf, -np.inf):
+        logits[0, 0] = first
+        expected = masked_cross_entropy(logits, labels, np.ones(7, bool))[1]
+        found = frozen.exit_scores(logits, labels)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "grpc"])

@@ -21,7 +21,7 @@ from hsee_jax.runs.planning import Resources, planning, problem_of
 from hsee_jax.systems import Schedule, Work, read_devices, round_time
 from hsee_jax.systems.comparison import compare, other_choices
 from hsee_jax.systems.outcome import evaluate_cuts
-from hsee_jax.systems.planner import Limits, plan_cuts
+from hsee_jax.systems.planner import Limits, plan_cuts, possible_cuts
 from hsee_jax.systems.problem import cut_costs, own_seconds
 from hsee_jax.systems.quantities import totals
 
@@ -149,6 +149,23 @@ def test_the_plan_is_no_worse_than_other_choices(known):
     assert (rows["shallowest cuts"].cuts <= rows["deepest cuts"].cuts).all()
     joules = plan_cuts(problem, "joules").joules.sum()
     assert joules < plan.joules.sum()
+
+
+def test_other_choices_are_allowed_ones(known):
+    """With a least cut; and the random row is the median of 21 draws."""
+    problem, limits = problem_of(known, "sequential"), Limits(min_cut=2)
+    rows = {row.name: row.plan for row in other_choices(problem, "seconds", limits)}
+    assert rows["shallowest cuts"].cuts.tolist() == [2] * 5
+    assert rows["deepest cuts"].cuts.tolist() == [3] * 5
+    assert min(rows["equal cuts"].cuts) >= 2
+    rng, allowed = np.random.default_rng(0), possible_cuts(problem, limits)
+    draws = [
+        [rng.choice(np.flatnonzero(row)) + 1 for row in allowed] for _ in range(21)
+    ]
+    seconds = [evaluate_cuts(problem, np.array(d)).time.seconds for d in draws]
+    random = rows["random cuts (median)"]
+    assert random.time.seconds == np.median(seconds)
+    assert set(random.cuts.tolist()) <= {2, 3}
 
 
 def test_where_cuts_may_not_differ_the_others_are_equal_cuts(known):

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +28,7 @@ from hsee_jax.deployment.mailbox import Mailbox
 from hsee_jax.deployment.protocol import Closed, Refusal, pack
 from hsee_jax.deployment.remote_evaluation import RemoteEvaluation, unanswered
 from hsee_jax.deployment.service import Service
+from hsee_jax.deployment.take_part import take_part
 from hsee_jax.deployment.types import Patience
 from hsee_jax.engine.scoring import Answers, score_logits
 from hsee_jax.runs.history import read_records
@@ -252,9 +256,37 @@ def test_a_device_refuses_a_run_that_asks_for_layers(tmp_path):
     experiment = build_served(BASE)
     answer = json.dumps({"run": "one"} | describe(experiment, 0)).encode()
     with pytest.raises(UserError, match="keep_layers_private: the server's run"):
-        hs.deployment.take_part(
+        take_part(
             lambda method, message: answer, tmp_path, None, (), bool, private=True
         )
+
+
+def test_the_flags_of_join_reach_the_device(tmp_path, monkeypatch, capsys):
+    """The server asks for layers, so that only the flag for privacy makes it refuse."""
+    answer = json.dumps({"run": "one"} | describe(build_served(BASE), 0)).encode()
+    opened, taken = [], []
+
+    @contextmanager
+    def connect(*arguments, **options):
+        opened.append((*arguments, options["patience_s"]))
+        yield lambda method, message: answer
+
+    def spy(call, state, data, plugins, stop, **options):
+        taken.append((data, list(plugins), options["data_dir"]))
+        if data is None:  # go on to what the server says
+            return take_part(call, state, data, plugins, stop, **options)
+        raise UserError("enough")
+
+    monkeypatch.setattr("hsee_jax.deployment.rpc.connect", connect)
+    monkeypatch.setattr(sys.modules[take_part.__module__], "take_part", spy)
+    words = ["join", "there:1", "--client", "0", "--state", str(tmp_path / "state")]
+    data = ["--data", "x.npz", "--data-dir", "d", "--plugin", "tiny", "--patience", "5"]
+    assert main([*words, *data]) == 2
+    assert main([*words, "--keep-layers-private"]) == 2
+    assert "keep_layers_private: the server's run asks" in capsys.readouterr().err
+    assert opened == [("there:1", None, 0, 5.0), ("there:1", None, 0, 600.0)]
+    (first, second) = taken
+    assert first == (Path("x.npz"), ["tiny"], "d") and second == (None, [], None)
 
 
 @pytest.fixture

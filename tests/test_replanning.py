@@ -86,6 +86,18 @@ def test_a_device_changes_from_a_round_on():
     assert (later.up_bytes_per_s, later.down_bytes_per_s) == (16.0, 16.0)
 
 
+def test_a_measured_device_is_the_same_after_its_change():
+    """So the clock computes its times once, though it has no rate: NaN is not NaN."""
+    measured = {"batch_size": 8, "parts": ["layer", "exit", "head"]}
+    measured |= dict.fromkeys(("forward_s", "backward_s"), [1, 1, 1])
+    measured |= dict.fromkeys(("client_step_s", "server_step_s"), [1])
+    change = {"change_round": 3, "compute_change": 0.5}
+    device = make_device(
+        {"name": "a", "measured": measured, "up_bytes_per_s": 8.0} | change
+    )
+    assert len({device_in_round(device, number) for number in (3, 4, 5)}) == 1
+
+
 def test_every_plan_is_the_fastest_for_the_devices_as_they_are(fleet):
     """Against all choices of cuts, for each of the rounds in which it plans."""
     problem = problem_for(fleet("1e9"))

@@ -1,5 +1,6 @@
 """Turns that a loop takes at the same time give what they give one after another."""
 
+import gc
 import threading
 import time
 
@@ -13,6 +14,7 @@ from hsee_jax import runs
 from hsee_jax.algorithms import averaging, sequential
 from hsee_jax.config import override, preset
 from hsee_jax.engine import compiled_turns, streams
+from hsee_jax.engine.compilation import make_round
 from hsee_jax.engine.streams import Streams, num_threads
 
 CUTS = {0: 1, 1: 2, 2: 1, 3: 2, 4: 1}
@@ -138,7 +140,7 @@ def test_loop_threads_is_the_number_of_threads(tmp_path, monkeypatch, strategy):
 
     def submit(self, n, call, *arguments):
         def noted(*arguments):
-            used.add(threading.get_ident())
+            used.add(threading.current_thread().name)
             return call(*arguments)
 
         return real(self, n, noted, *arguments)
@@ -149,6 +151,27 @@ def test_loop_threads_is_the_number_of_threads(tmp_path, monkeypatch, strategy):
         used.clear()
         runs.train(override(run, loop_threads=threads), tmp_path / str(threads))
         assert len(used) == threads
+
+
+def test_a_round_leaves_no_threads(monkeypatch):
+    """Though its programs stay, as those of all cuts of a run do."""
+    federation, shards = tiny_federation({0: 1, 1: 1}), tiny_shards({0: 4, 1: 4})
+    kept, before = [], set(threading.enumerate())
+
+    def keep(*arguments, **options):
+        kept.append(make_round(*arguments, **options))
+        return kept[-1]
+
+    monkeypatch.setattr("rounds.make_round", keep)
+    train(averaging(federation), federation, shards, axis="loop", threads=2)
+    gc.collect()
+    until = time.monotonic() + 10
+    while left := [t for t in threading.enumerate() if t not in before]:
+        left = [t for t in left if t.name.startswith("hsee-stream")]
+        if not left or time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    assert kept and not left
 
 
 @pytest.mark.slow

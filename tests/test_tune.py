@@ -183,6 +183,21 @@ def test_the_network_is_the_one_of_the_run(monkeypatch):
     assert seen == [(14, 14, 1)]
 
 
+def test_the_batch_is_that_of_a_step(monkeypatch, capsys):
+    seen = []
+
+    def stop(make_model, optimizer, batch_size, **options):
+        seen.append((batch_size, options["repeats"]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(command, "tune", stop)
+    words = ["tune", "demo", "--batch-size", "12", "--repeats", "7"]
+    for parts in ("1", "3", "5"):
+        assert cli.main([*words, "--micro-batches", parts]) == 2
+    assert seen == [(12, 7), (4, 7)]
+    assert "micro_batches: 5 is not allowed" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_batches_of_one_image_are_tuned_too(words):
     """Though the weights are initialized with a batch of this size."""

@@ -9,6 +9,7 @@ from hsee_jax.cli.flags import Parser, config_from, use_cache
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine.round import client_axis
+from hsee_jax.federation.accumulation import check_micro_batches
 from hsee_jax.nn.convolution_choice import Choice, auto_form
 from hsee_jax.nn.model import Model
 from hsee_jax.nn.registry import NETWORKS
@@ -29,6 +30,8 @@ def tune_forms(words: Sequence[str]) -> None:
     config = config_from(given)
     if "conv" not in config.model.active():
         raise UserError(f"network: {config.model.network} has no convolutions to tune")
+    batch_size, parts = config.run.batch_size, config.run.micro_batches
+    check_micro_batches(parts, batch_size, "detached")
     use_cache(given)
     check_devices()
     show_log()
@@ -49,7 +52,7 @@ def tune_forms(words: Sequence[str]) -> None:
     alone, tuning = tune(
         make_model,
         federation.optimizer,
-        config.run.batch_size,
+        batch_size // parts,
         other=auto_form(backend),
         stack=largest if stacked else 0,
         repeats=repeats,

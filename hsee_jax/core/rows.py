@@ -1,6 +1,7 @@
 """Tables in CSV files, as people and spreadsheets write them."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,9 +54,10 @@ def csv_rows(text: str) -> list[tuple[int, list[str]]]:
     Raises:
       csv.Error: the text is not CSV.
     """
-    lines = text.splitlines()
+    lines = io.StringIO(text, newline="")  # a quoted cell may have several lines
     header = next(filter(str.strip, lines), "")
     mark = max(",;\t", key=header.count)
+    lines.seek(0)
     reader = csv.reader(lines, delimiter=mark, skipinitialspace=True)
     rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     return [(number, cells) for number, cells in rows if any(cells)]

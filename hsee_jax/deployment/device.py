@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, one_line
 from hsee_jax.core.types import Dataset
 from hsee_jax.deployment.batches import padded
 from hsee_jax.deployment.box import Box, DeviceState
@@ -37,7 +37,7 @@ from hsee_jax.deployment.protocol import (
     with_rows,
 )
 from hsee_jax.deployment.training import make_programs, train_round
-from hsee_jax.runs.participant import Participant, build_participant
+from hsee_jax.runs.participant import Participant, build_participant, check_description
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +63,15 @@ def join(
       What the server says of the run, and the `Participant`.
 
     Raises:
-      Refusal: the answer is no JSON.
+      Refusal: the answer does not describe a run.
       UserError: see `build_participant`.
     """
     answer = call("join", pack({"samples": samples, "version": VERSION}))
     try:
         values = json.loads(answer)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"join: no JSON: {error}") from error
+        check_description(values)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refusal(f"join: no description of a run: {one_line(error)}") from error
     return values, build_participant(values, plugins)
 
 

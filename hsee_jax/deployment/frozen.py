@@ -23,14 +23,8 @@ _TRAIN, _END, _EVALUATE = 1, 2, 3  # what a server asks for; it may also say: wa
 _BATCHES = 1  # the stream of the draws of batches, see `hsee_jax.engine.plan`
 _CALL_S, _PAUSE_S = 60.0, 2.0
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-_DTYPES: dict[str, Any] = {
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "I32": np.dtype(np.int32),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
+_KINDS = {"U8": "u1", "I8": "i1", "U16": "u2", "I32": "i4", "F16": "f2", "F32": "f4"}
+_DTYPES: dict[str, Any] = {name: np.dtype(kind) for name, kind in _KINDS.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Tensors = dict[str, np.ndarray]
@@ -216,12 +210,14 @@ class FrozenDevice:
         return not unpack(self._call(method, pack(fields, tensors)))[0]["closed"]
 
 
+@np.errstate(invalid="ignore")  # a row that is not finite has a loss of NaN, and no hit
 def exit_scores(logits: np.ndarray, labels: np.ndarray) -> tuple[float, int, int]:
     """Return the summed cross-entropy in nats, and the counts of hits and samples."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     own = shifted[np.arange(len(labels)), labels]
     losses = np.log(np.exp(shifted).sum(axis=1)) - own
-    return losses.sum(), (logits.argmax(axis=1) == labels).sum(), len(labels)
+    hits = np.isfinite(logits).all(axis=1) & (logits.argmax(axis=1) == labels)
+    return losses.sum(), hits.sum(), len(labels)
 
 
 def connect(

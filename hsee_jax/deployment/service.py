@@ -80,6 +80,7 @@ class Service:
         steps = experiment.learning_rates.shape[1]
         classes = experiment.info.num_classes
         self._forms: dict[int, Forms] = {}
+        self._digests: dict[int, int] = {}  # of `_about`, which never changes
         for g, group in enumerate(federation.groups):
             forms = forms_of(federation, strategy, g, steps=steps, classes=classes)
             self._forms |= dict.fromkeys(group.ids, forms)
@@ -151,6 +152,11 @@ class Service:
         """Return what a device is told of the run."""
         return {"run": self._run} | describe(self._experiment, i)
 
+    def _digest(self, i: int) -> int:
+        if i not in self._digests:
+            self._digests[i] = digest(self._about(i))
+        return self._digests[i]
+
     def _begin(self, i: int, message: bytes, alive: Alive) -> bytes:
         """Return the client's layers before the first round, drawn as in a simulation.
 
@@ -187,7 +193,7 @@ class Service:
                 "layers": task.layers,
                 "last": task.last,
                 "means": newest if sent else 0,
-                "about": digest(self._about(i)),
+                "about": self._digest(i),
             },
             named(sent, "means"),
         )

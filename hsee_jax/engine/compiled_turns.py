@@ -32,7 +32,7 @@ def by_turns(
     pipeline: InputPipeline,
     key: Key,
     programs: Programs,
-    streams: Streams,
+    threads: int,
 ) -> Begin:
     """Make steps that take the turns of a simulation.
 
@@ -45,12 +45,12 @@ def by_turns(
       pipeline: makes batches of samples.
       key: the root of the augmentation's randomness.
       programs: the compiled programs, to use and to add to.
-      streams: where the programs are called.
+      threads: where the programs are called, side by side; a round has its own.
     """
     halved = strategy.halves is not None and not strategy.waits
     make_batch = programs.setdefault("batch", batch_program(pipeline))
     turns = _Halves if halved else _Whole
-    return partial(turns, strategy, make_batch, key, programs, streams)
+    return partial(turns, strategy, make_batch, key, programs, threads)
 
 
 class _Compiled(Turns):
@@ -68,12 +68,12 @@ class _Compiled(Turns):
         make_batch: Callable[..., Batch],
         key: Key,
         programs: Programs,
-        streams: Streams,
+        threads: int,
         inputs: Inputs,
     ) -> None:
         super().__init__(strategy, inputs)
         self._make_batch, self._key = make_batch, key
-        self._programs, self._streams = programs, streams
+        self._programs, self._streams = programs, Streams(threads)
         rows = inputs.plan.indices.shape[-1]
         self._shapes = rows, *((leaf.shape, leaf.dtype) for leaf in inputs.data)
 

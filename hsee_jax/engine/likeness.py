@@ -20,7 +20,7 @@ from hsee_jax.link.codecs import Codec
 class Reference(NamedTuple):
     """A client with which others are compared, and its scores."""
 
-    weights: PyTree  # numpy, see `weights_of`
+    weights: PyTree  # numpy, of `weights_of`, beside the number of the client
     scores: Any
 
 

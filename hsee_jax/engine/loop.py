@@ -20,7 +20,7 @@ from hsee_jax.engine.round import (
     due_after,
     nothing_done,
 )
-from hsee_jax.engine.streams import Streams, num_threads
+from hsee_jax.engine.streams import num_threads
 from hsee_jax.engine.turns import Begin, Inputs, Log, all_at_once
 from hsee_jax.federation.aggregation import newest
 from hsee_jax.federation.state import Means, RunState, split_stacks, stack_sizes
@@ -40,8 +40,7 @@ def make_loop_round(
         start = all_at_once(strategy, pipeline, key)
     else:
         known = {} if programs is None or not strategy.turn_kinds else programs
-        streams = Streams(num_threads(threads))
-        start = by_turns(strategy, pipeline, key, known, streams)
+        start = by_turns(strategy, pipeline, key, known, num_threads(threads))
 
     run = loop_round(strategy, start)
 

@@ -74,7 +74,8 @@ class DeviceStore:
         Args:
           federation: the clients, and the mesh of their devices.
           strategy: the algorithm, which makes the state.
-          slots: the slots of each group's stack; at least one for each member.
+          slots: the slots of each group's stack; at least one for each member, except
+            where the store only tells shapes.
         """
         self._ids = take_seats(federation.groups, slots, set())
         self._slots = tuple(slots)

@@ -20,6 +20,7 @@ class Streams:
     On a CPU, JAX runs the programs that one thread calls one after another, and those
     of several threads side by side. Programs with small operations leave cores idle,
     which programs beside them fill. Every program computes what it computes alone.
+    The threads end with the object.
 
     Attributes:
       count: the number of queues.
@@ -29,8 +30,8 @@ class Streams:
         """Open the queues: a single one is the thread of whoever submits to it."""
         self.count = count
         self._threads = [
-            ThreadPoolExecutor(1, thread_name_prefix="hsee-stream")
-            for _ in range(count if count > 1 else 0)
+            ThreadPoolExecutor(1, thread_name_prefix=f"hsee-stream-{n}")
+            for n in range(count if count > 1 else 0)
         ]
 
     def submit(self, n: int, call: Callable, *arguments: Any) -> Future:

@@ -134,11 +134,12 @@ def offload_curve(scores: Scores, thresholds: Floats) -> OffloadCurve:
     order = np.argsort(steps)
     num_steps = np.searchsorted(steps[order], thresholds, side="left")
     num_correct = scores.server.correct.sum() + np.cumsum([0, *gains[order]])
-    num_offloads = [int(np.sum(lowest[-1] >= value)) for value in thresholds]
+    last = np.sort(lowest[-1])
+    num_offloads = len(last) - np.searchsorted(last, thresholds, side="left")
     return OffloadCurve(
         thresholds,
         num_correct[num_steps],
-        np.array(num_offloads, np.int64),
+        num_offloads.astype(np.int64),
         lowest.shape[1],
     )
 

@@ -14,6 +14,7 @@ from hsee_jax.data import DatasetInfo
 from hsee_jax.data.pipeline import InputPipeline
 from hsee_jax.federation.federation import Client, Federation, group_clients
 from hsee_jax.federation.strategy import Halves, Strategy
+from hsee_jax.nn.cuts import parse_cut
 from hsee_jax.runs.build import (
     augment_key,
     build_federation,
@@ -23,6 +24,15 @@ from hsee_jax.runs.build import (
 )
 from hsee_jax.runs.folder import checked_info
 from hsee_jax.runs.material import shares
+
+LEAST = {  # of the numbers of a description
+    "client": 0,
+    "cut": 1,
+    "batch_size": 1,
+    "steps": 1,
+    "test_samples": 0,
+    "test_batch_size": 1,
+}
 
 
 class Participant(NamedTuple):
@@ -47,6 +57,28 @@ class Participant(NamedTuple):
         """Return the halves of a turn."""
         assert self.strategy.halves is not None
         return self.strategy.halves
+
+
+def check_description(values: Any) -> None:
+    """Refuse what a server says of a run if `build_participant` cannot read it.
+
+    Args:
+      values: of JSON.
+
+    Raises:
+      ValueError: a value is missing, or of another kind.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("run"), str):
+        raise ValueError("it names no run")
+    for name, least in LEAST.items():
+        if type(values.get(name)) is not int or values[name] < least:
+            raise ValueError(f"{name} is no whole number from {least}")
+    for name in ("config", "info"):
+        if not isinstance(values.get(name), dict):
+            raise ValueError(f"{name} is no object")
+    plugins = dict(values["config"].get("run") or {}).get("plugin", [])
+    if not all(isinstance(name, str) for name in plugins):
+        raise ValueError("a plugin has no name")
 
 
 def build_participant(
@@ -76,10 +108,10 @@ def build_participant(
         raise UserError(
             f"info: what the server says of the data cannot be read: {error}"
         ) from error
-    groups = group_clients([Client(values["client"], values["cut"])])
-    federation = build_federation(config, info)._replace(
-        groups=groups, one_by_one=False
-    )
+    federation = build_federation(config, info)
+    cut = parse_cut(values["cut"], federation.model.layer_names)
+    groups = group_clients([Client(values["client"], cut)])
+    federation = federation._replace(groups=groups, one_by_one=False)
     return Participant(
         values["client"],
         config,

@@ -187,12 +187,17 @@ def vary(device: Device, compute: float, link: float) -> Device:
     measured = device.measured
     return dataclasses.replace(
         device,
-        forward_flops_per_s=device.forward_flops_per_s * compute,
-        backward_flops_per_s=device.backward_flops_per_s * compute,
+        forward_flops_per_s=_scaled(device.forward_flops_per_s, compute),
+        backward_flops_per_s=_scaled(device.backward_flops_per_s, compute),
         up_bytes_per_s=device.up_bytes_per_s * link,
         down_bytes_per_s=device.down_bytes_per_s * link,
         measured=None if measured is None else measured.scaled(1 / compute),
     )
+
+
+def _scaled(rate: float, factor: float) -> float:
+    """Return a rate times a factor; keep NaN, which equals only itself in a key."""
+    return rate if math.isnan(rate) else rate * factor
 
 
 def _server(values: Mapping[str, Any]) -> Device:
