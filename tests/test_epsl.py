@@ -11,6 +11,7 @@ from test_mesh import first_devices
 from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import sequential, splitfed_v2
+from hsee_jax.algorithms.rows import joined, rows_of
 from hsee_jax.core import Batch, UserError
 from hsee_jax.federation import Federation
 from hsee_jax.federation.state import RunState
@@ -113,7 +114,8 @@ def params_of(state):
 @pytest.mark.parametrize(
     ("cuts", "options", "absent"),
     [
-        ({0: 1, 1: 1, 2: 1}, JOINT, False),
+        ({0: 1, 1: 2, 2: 1}, JOINT, False),
+        pytest.param({0: 1, 1: 1, 2: 1}, JOINT, False, marks=pytest.mark.slow),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, TOGETHER, False, marks=pytest.mark.slow),
         pytest.param({0: 1, 1: 2, 2: 2}, TOGETHER, True, marks=pytest.mark.slow),
         pytest.param({0: 1, 1: 3, 2: 1, 3: 2}, JOINT, False, marks=pytest.mark.slow),
@@ -147,6 +149,20 @@ def test_a_step_is_the_gradient_of_the_joined_batch(cuts, options, absent):
             )
             joined = jax.tree.map(lambda leaf: leaf.sum(axis=0), clients[g])
             assert_same(weighted, joined, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_of_different_cuts_join_by_their_weights():
+    """A mean counts every client that has the row; the other rows follow in order."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(3, 4, 2)).astype(np.float32)
+    there = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
+    early, late = rows_of(x[:2], there[:2], 3), rows_of(x[2:], there[2:], 3)
+    found = joined(early, late)
+    means = [x[there[:, row], row].mean(axis=0) for row in range(3)]
+    np.testing.assert_allclose(found.means, means, rtol=1e-6)
+    np.testing.assert_array_equal(found.weights, there[:, :3].sum(axis=0))
+    np.testing.assert_array_equal(found.own, x[:, 3])
+    np.testing.assert_array_equal(found.mask, there[:, 3])
 
 
 def test_identical_clients_may_share_all_gradients():

@@ -283,6 +283,68 @@ def test_baselines_equal_the_reference(make, cuts, setting, participation):
     check_both_forms(make(federation), federation, cuts, sizes, setting, participation)
 
 
+DENSE = tiny_model((DenseLayer(6), DenseLayer(5), DenseLayer(4)))
+THREE = {0: 7, 1: 4, 2: 5}  # samples: two batches of 4, or one
+
+
+@pytest.mark.parametrize(
+    ("make", "cuts", "setting", "participation"),
+    [
+        (local, (1, 2, 1), {"shared": False}, 1.0),
+        (
+            splitfed_v1,
+            (2, 2, 2),
+            {"shared": False, "joint": 0.0, "policy": EVERYTHING},
+            1.0,
+        ),
+        (splitfed_v2, (2, 2, 2), {"joint": 0.0, "policy": CLIENTS}, 0.6),
+        (
+            fedavg,
+            (3, 3, 3),
+            {"shared": False, "joint": 0.0, "policy": EVERYTHING},
+            0.6,
+        ),
+        (
+            partial(sequential, boundary="joint", exit_gradient=0.5),
+            (1, 2, 1),
+            {"joint": 0.5},
+            1.0,
+        ),
+        (
+            partial(sequential, average="clients"),
+            (1, 2, 1),
+            {"policy": CLIENTS | {"batch_norm": "keep_local"}},
+            1.0,
+        ),
+        (
+            partial(averaging, period=2, period_unit="steps"),
+            (1, 2, 1),
+            {
+                "shared": False,
+                "policy": AVERAGING
+                | {"period": 2, "unit": "steps", "batch_norm": "keep_local"},
+            },
+            1.0,
+        ),
+    ],
+    ids="local splitfed_v1 splitfed_v2 fedavg joint clients steps".split(),
+)
+def test_three_clients_with_dense_layers_equal_the_reference(
+    make, cuts, setting, participation
+):
+    """A loop of two rounds that is compiled in a second; the slow tests have more."""
+    setting = {"shared": True, "scale": 1.0, "turn": "batch", "policy": None} | setting
+    federation = tiny_federation(dict(enumerate(cuts)), DENSE)
+    strategy, shards = make(federation), tiny_shards(THREE)
+    state, log = train(
+        strategy, federation, shards, axis="loop", participation=participation
+    )
+    reference = reference_run(
+        federation, log, cuts=dict(enumerate(cuts)), sizes=THREE, **setting
+    )
+    check_against_reference(reference, federation, strategy, state)
+
+
 @pytest.mark.parametrize(
     ("make", "turn", "exit_gradient"),
     [

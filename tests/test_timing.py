@@ -157,11 +157,23 @@ class Simulation:
         yield self.env.timeout(self.work.server_s[i])
         yield self.reply[i].put("gradient")
 
+    def take_all(self, present):
+        for i in present:
+            yield self.inbox[i].get()
+        yield self.env.timeout(sum(self.work.server_s[present]))
+        for i in present:
+            yield self.reply[i].put("gradient")
+
     def server(self, order):
         ends = sorted({*self.barriers, self.last})
         for first, stop in zip([0, *ends], ends, strict=False):
             steps = range(first, stop)
-            turns = [(s, i) for s in steps for i in order[s]]
+            if self.schedule.turn == "together":
+                for step in steps:
+                    yield from self.take_all(np.flatnonzero(self.steps > step))
+                turns = []
+            else:
+                turns = [(s, i) for s in steps for i in order[s]]
             if self.schedule.turn == "epoch":
                 turns = [(s, i) for i in order[0] for s in steps]
             for step, i in turns:
@@ -191,6 +203,8 @@ SCHEDULES = {
     "epoch": Schedule(shared=True, turn="epoch"),
     "joint in turns": Schedule(shared=True, boundary="joint"),
     "joint epoch": Schedule(shared=True, boundary="joint", turn="epoch"),
+    "together": Schedule(shared=True, turn="together"),
+    "joint together": Schedule(shared=True, boundary="joint", turn="together"),
     "replicas": REPLICAS,
     "joint replicas": Schedule(shared=False, boundary="joint"),
 }
@@ -267,7 +281,10 @@ def test_the_parts_of_a_round_are_its_whole(drawn, workers):
     assert np.all(time.idle_s <= time.seconds - busy + 1e-9)
     bars = list(intervals(time.spans, range(len(busy))))
     assert all(-1e-9 <= bar.start_s < bar.end_s <= time.seconds + 1e-9 for bar in bars)
-    for kind, total in (("server", served), ("upload", np.sum(work.steps * work.up_s))):
+    lengths = {"upload": np.sum(work.steps * work.up_s), "server": served}
+    if schedule.turn == "together":  # one bar of the server for all clients of a step
+        del lengths["server"]
+    for kind, total in lengths.items():
         length = sum(bar.end_s - bar.start_s for bar in bars if bar.kind == kind)
         assert length == pytest.approx(total, abs=1e-9)
 
