@@ -1,4 +1,4 @@
-"""What holds for every network, codec and algorithm that is registered.
+"""What holds for every entry of a registry, such as every network or algorithm.
 
 A new entry is tested by being registered. A network is made small by the options in
 `SMALL`, as far as it reads them. Networks of many layers are tested in full by the slow
@@ -17,6 +17,7 @@ from tiny import DenseLayer, tiny_federation, tiny_model, tiny_shards
 
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.core import Batch, Stage, UserError
+from hsee_jax.data import AUGMENTATIONS
 from hsee_jax.engine.round import CLIENT_AXES
 from hsee_jax.federation.branch import (
     client_spec,
@@ -30,6 +31,7 @@ from hsee_jax.federation.step import branch_step
 from hsee_jax.link import CODECS, sample_bytes
 from hsee_jax.nn import NETWORKS, masked_cross_entropy, parse_cut
 from hsee_jax.nn.model import Network, init_network, layer_inputs
+from hsee_jax.optim import OPTIMIZERS, SCHEDULES, make_schedule
 from hsee_jax.systems import layer_costs
 
 SMALL = {"width": 2, "features": 2, "hidden": 4, "depth": 3, "heads": 2, "window": 3}
@@ -344,3 +346,58 @@ def test_an_algorithm_trains_alike_in_all_forms_of_the_engine(name):
                 lambda a, b: np.abs(a - b).max(), after.head.params, before.head.params
             )
             assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+@jax.numpy_dtype_promotion("standard")  # optax relies on it
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_descends_and_steps_stacks_row_by_row(name):
+    """On (x - 1)^2 / 2, each of three parameters alone and all as one stack."""
+    optimizer = OPTIMIZERS.make(name)
+    params = {"kernel": jnp.array([[-1.0], [0.0], [3.0]])}
+    rate = jnp.float32(0.03)
+
+    def train(params):
+        state = optimizer.init(params)
+        for _ in range(40):
+            gradient = jax.tree.map(lambda x: x - 1, params)
+            update, state = optimizer.update(
+                gradient, state, params, learning_rate=rate
+            )
+            params = optax.apply_updates(
+                params, jax.tree.map(lambda u: rate * u, update)
+            )
+        return params, state
+
+    stacked = jax.jit(jax.vmap(train))(params)
+    after = np.abs(stacked[0]["kernel"] - 1)
+    assert (after < 0.7 * np.abs(params["kernel"] - 1)).all()
+    alone = jax.jit(train)
+    for row in range(3):
+        pick = functools.partial(jax.tree.map, lambda leaf, row=row: leaf[row])
+        assert_same(alone(pick(params)), pick(stacked), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_has_a_rate_for_every_step_up_to_the_peak(name):
+    rates = make_schedule(name, learning_rate=0.3, warmup_steps=3, total_steps=20)
+    found = rates(np.arange(20))
+    assert (found.shape, found.dtype) == ((20,), np.float32)
+    np.testing.assert_allclose(found[:3], [0.1, 0.2, 0.3], rtol=1e-6)
+    assert (found > 0).all() and found.max() == np.float32(0.3)
+    np.testing.assert_array_equal(rates(7), found[7])  # a step alone
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_changes_each_image_by_itself(name):
+    """The form stays, equal keys give equal images, and no other image is read."""
+    augment = jax.jit(AUGMENTATIONS.make(name))
+    images = np.random.default_rng(0).normal(size=(5, 8, 8, 2)).astype(np.float32)
+    found = augment(KEY, images)
+    assert (found.shape, found.dtype) == (images.shape, images.dtype)
+    assert np.isfinite(found).all()
+    assert_equal(augment(KEY, images), found)
+    others = images.copy()
+    others[1] = 7
+    np.testing.assert_array_equal(
+        np.delete(augment(KEY, others), 1, axis=0), np.delete(found, 1, axis=0)
+    )

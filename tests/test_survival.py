@@ -64,6 +64,14 @@ EVERY = {
 }
 
 
+def test_every_strategy_is_among_those_that_are_stopped():
+    assert set(EVERY) == {
+        name
+        for name, entry in ALGORITHMS.items()
+        if entry.make.__module__.startswith("hsee_jax.")
+    }
+
+
 def lines(folder):
     text = (folder / "metrics.jsonl").read_text()
     records = map(json.loads, text.splitlines())

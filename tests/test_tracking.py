@@ -31,6 +31,14 @@ WORDS = (
 NAMES = ("csv", "tensorboard", "wandb", "mlflow")
 
 
+def test_every_tracker_is_tested():
+    assert set(NAMES) == {
+        name
+        for name, entry in tracking.TRACKERS.items()
+        if entry.make.__module__.startswith("hsee_jax.")
+    }
+
+
 def by_round(points):
     """Figures by round and name, from triples of them; no two are of one place."""
     found = collections.defaultdict(dict)
