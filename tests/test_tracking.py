@@ -13,6 +13,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -100,20 +101,31 @@ def read_mlflow(folder):
 
 
 def wandb_records(folder):
-    """Read W&B's files: blocks of 32 KiB that hold records in one or more pieces."""
+    """Read all records of W&B, which may write the last ones after it has finished."""
+    for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+        until = time.monotonic() + 10
+        while not any(record.HasField("exit") for record in wandb_file(path)):
+            assert time.monotonic() < until, f"{path} has no end"
+            time.sleep(0.01)
+        yield from wandb_file(path)
+
+
+def wandb_file(path):
+    """Read a file of W&B: blocks of 32 KiB that hold records in one or more pieces."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        content, at, pieces = path.read_bytes(), 7, b""
-        while at + 7 <= len(content):
-            if (left := -at % 32768) and left < 7:  # too little for a header
-                at += left
-            _, length, kind = struct.unpack_from("<IHB", content, at)
-            pieces += content[at + 7 : at + 7 + length]
-            at += 7 + length
-            if kind in (1, 4):  # whole, or the last piece
-                yield Record.FromString(pieces)
-                pieces = b""
+    content, at, pieces = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (left := -at % 32768) and left < 7:  # too little for a header
+            at += left
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        pieces += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if at > len(content):  # not yet written
+            return
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(pieces)
+            pieces = b""
 
 
 def read_wandb(folder):
