@@ -187,9 +187,48 @@ def exported(folder, config):
     return export_client(folder, 0, onnx=True)
 
 
-@pytest.fixture
-def segment(tmp_path, converter):
-    return frozen.Segment(exported(tmp_path / "trained", BASE))
+class ByJax:
+    """What the segment of client 0 of a run answers, by JAX and without ONNX."""
+
+    def __init__(self, folder):
+        place = export_client(folder, 0)
+        self.card = json.loads((place / "card.json").read_text())
+        self.spec, self.client = restore_client(folder, 0)
+        info = hs.runs.folder.read_info(folder)
+
+        @jax.jit
+        def answer(samples):
+            inputs, mask = normalize(samples, info.mean, info.std), jnp.ones(8, bool)
+            features, logits, _ = forward(
+                self.spec, self.client, inputs, mask, train=False
+            )
+            sent, _ = encode(self.spec, self.client, features, mask)
+            return {"inputs": sent, "logits": logits}
+
+        self.answer = answer
+
+    def __call__(self, samples):
+        """Answer eight at a time, so that one program is compiled."""
+        parts = []
+        for begin in range(0, len(samples), 8):
+            some = samples[begin : begin + 8]
+            padded = np.concatenate(
+                [some, np.zeros_like(some, shape=(8, *some.shape[1:]))]
+            )
+            found = self.answer(padded[:8])
+            parts.append(
+                {name: np.asarray(a)[: len(some)] for name, a in found.items()}
+            )
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+@pytest.fixture(params=["jax", "onnx"])
+def segment(tmp_path, request):
+    if request.param == "onnx":
+        request.getfixturevalue("converter")
+        return frozen.Segment(exported(tmp_path / "trained", BASE))
+    write_run(tmp_path / "trained", BASE)
+    return ByJax(tmp_path / "trained")
 
 
 def expected_answers(folder, images, link):
