@@ -152,33 +152,24 @@ class Simulation:
                 yield self.barriers[step + 1].arrive()
                 yield env.timeout(work.weights_down_s[i])
 
-    def take(self, i):
-        yield self.inbox[i].get()
-        yield self.env.timeout(self.work.server_s[i])
-        yield self.reply[i].put("gradient")
-
-    def take_all(self, present):
-        for i in present:
+    def take(self, clients):
+        for i in clients:
             yield self.inbox[i].get()
-        yield self.env.timeout(sum(self.work.server_s[present]))
-        for i in present:
+        yield self.env.timeout(sum(self.work.server_s[clients]))
+        for i in clients:
             yield self.reply[i].put("gradient")
 
     def server(self, order):
         ends = sorted({*self.barriers, self.last})
         for first, stop in zip([0, *ends], ends, strict=False):
             steps = range(first, stop)
-            if self.schedule.turn == "together":
-                for step in steps:
-                    yield from self.take_all(np.flatnonzero(self.steps > step))
-                turns = []
-            else:
-                turns = [(s, i) for s in steps for i in order[s]]
+            turns = [(s, [i]) for s in steps for i in order[s]]
             if self.schedule.turn == "epoch":
-                turns = [(s, i) for i in order[0] for s in steps]
-            for step, i in turns:
-                if step < self.steps[i]:
-                    yield from self.take(i)
+                turns = [(s, [i]) for i in order[0] for s in steps]
+            elif self.schedule.turn == "together":
+                turns = [(s, range(self.clients)) for s in steps]
+            for step, clients in turns:
+                yield from self.take([i for i in clients if step < self.steps[i]])
             if stop in self.barriers:
                 yield self.barriers[stop].arrive()
 
@@ -189,7 +180,7 @@ class Simulation:
                 with self.pool.request() as worker:
                     yield worker
                     yield self.inbox[i].put(message)
-                    yield from self.take(i)
+                    yield from self.take([i])
             if step + 1 in self.barriers:
                 yield self.barriers[step + 1].arrive()
 

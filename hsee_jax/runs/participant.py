@@ -25,7 +25,7 @@ from hsee_jax.runs.build import (
 from hsee_jax.runs.folder import checked_info
 from hsee_jax.runs.material import shares
 
-LEAST = {  # of the numbers of a description
+LEAST = {  # the least value of each number of a description
     "client": 0,
     "cut": 1,
     "batch_size": 1,
@@ -72,13 +72,13 @@ def check_description(values: Any) -> None:
         raise ValueError("it names no run")
     for name, least in LEAST.items():
         if type(values.get(name)) is not int or values[name] < least:
-            raise ValueError(f"{name} is no whole number from {least}")
+            raise ValueError(f"{name} is not a whole number of {least} or more")
     for name in ("config", "info"):
         if not isinstance(values.get(name), dict):
-            raise ValueError(f"{name} is no object")
+            raise ValueError(f"{name} is not an object")
     plugins = dict(values["config"].get("run") or {}).get("plugin", [])
     if not all(isinstance(name, str) for name in plugins):
-        raise ValueError("a plugin has no name")
+        raise ValueError("the name of a plugin is not a text")
 
 
 def build_participant(
