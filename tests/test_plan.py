@@ -425,6 +425,10 @@ def test_cuts_auto_are_those_of_the_plan(fleet, tmp_path, runs):
         (["--bandwidth", "-1"], "bandwidth: -1.0 is not allowed; allowed is more"),
         (["--bandwidth", "1e-300"], "with which it takes less than 1e+15"),
         (["--recuts", "2:1"], "recuts: is not allowed; a plan is for the cuts of one"),
+        (["--absences", "0:1-2"], "absences: is not allowed; a plan is for a round of"),
+        (["--participation", "0.5"], "participation: is not allowed; a plan is for a"),
+        (["--dropout", "0.1"], "dropout: is not allowed; a plan is for a round of all"),
+        (["--deadline", "4"], "deadline: is not allowed; a plan is for a round of all"),
         (["--micro-batches", "3"], "micro_batches: 3 is not allowed; allowed are"),
     ],
 )

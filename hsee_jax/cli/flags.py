@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from hsee_jax.config import (
     preset,
 )
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import Option, text_of
+from hsee_jax.core.options import Option, at_least, text_of
 from hsee_jax.core.paths import expand_home
 from hsee_jax.core.user_cache import user_cache
 from hsee_jax.runs.folder import load_config, read_config
@@ -120,6 +120,16 @@ def use_cache(given: dict[str, Any]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def count_of(given: Mapping[str, Any], name: str, default: int) -> int:
+    """Return the value of a flag that counts something, 1 or more.
+
+    Raises:
+      UserError: the value is not allowed.
+    """
+    option = Option(name, int, default, rules=(at_least(1),))
+    return option.checked(given.get(name, default))
 
 
 def add_plugin(parser: argparse.ArgumentParser, text: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from hsee_jax.algorithms import ALGORITHMS
 from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.expectations import expected_problem, read_experience
-from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.flags import Parser, config_from, count_of, use_cache
 from hsee_jax.cli.link_rates import add_link_rates, config_with_link_rates
 from hsee_jax.cli.plan_pairs import check_flags, show_pairs
 from hsee_jax.cli.terminal import show, text_table
@@ -43,7 +43,13 @@ _NUMBERS = {
     "bandwidth": "bytes/s of an uplink that all clients share; it is divided so that "
     "the last upload ends as early as possible",
 }
-_CHOSEN = ("cuts", "num_clients")  # options that the plan chooses
+_MISSING = ("participation", "dropout", "absences", "absences_file", "deadline")
+_REFUSED = {  # flags that would change nothing, and why
+    "cuts": "the plan says it",
+    "num_clients": "the plan says it",
+    "recuts": "a plan is for the cuts of one round",
+    **dict.fromkeys(_MISSING, "a plan is for a round of all clients"),
+}
 
 
 def plan(words: Sequence[str]) -> None:
@@ -67,11 +73,9 @@ def plan(words: Sequence[str]) -> None:
 
 def _check(given: dict[str, Any]) -> None:
     """Refuse flags that are not allowed, before any file is read."""
-    for name in _CHOSEN:
+    for name, reason in _REFUSED.items():
         if name in given:
-            raise UserError(f"{name}: is not allowed; the plan says it")
-    if "recuts" in given:
-        raise UserError("recuts: is not allowed; a plan is for the cuts of one round")
+            raise UserError(f"{name}: is not allowed; {reason}")
     if given.get("minimize", "time") not in _MINIMIZE:
         raise unknown("minimize", given["minimize"], _MINIMIZE)
     if "pairs" in given:
@@ -146,11 +150,7 @@ def read_resources(given: dict[str, Any], config: Config) -> Resources:
     """
     if "devices" not in given:
         raise UserError("devices: missing; allowed is a file of TOML or CSV")
-    workers = given.get("server_workers", 1)
-    if workers < 1:
-        raise UserError(
-            f"server_workers: {workers} is not allowed; allowed is 1 or more"
-        )
+    workers = count_of(given, "server_workers", 1)
     fleet = read_devices(given["devices"], seed=config.run.partition_seed)
     return Resources(fleet, workers, _number(given, "bandwidth") or float("inf"))
 

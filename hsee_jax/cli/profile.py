@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from hsee_jax.cli.arguments import config_parser
-from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.flags import Parser, config_from, count_of, use_cache
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.files import replace_file
@@ -34,15 +34,13 @@ _HEAD = """\
 def profile_machine(words: Sequence[str]) -> None:
     """Time the network of a configuration, print the times and write a device."""
     given = vars(_parser(words).parse(words))
-    out, repeats = given.get("out"), given.get("repeats", 5)
+    out, repeats = given.get("out"), count_of(given, "repeats", 5)
     if out is None:
         raise UserError("out: missing; allowed is a new file such as me.toml")
     _check_new(out)
     name = given.get("name", "this-machine")
     if not name.strip() or not name.isprintable():
         raise UserError(f"name: {name!a} is not allowed; allowed is printable text")
-    if repeats < 1:
-        raise UserError(f"repeats: {repeats} is not allowed; allowed is 1 or more")
     config = config_from(given)
     if config.clients.exits != "cut":
         raise UserError(

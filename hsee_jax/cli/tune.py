@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from hsee_jax.cli.arguments import config_parser
-from hsee_jax.cli.flags import Parser, config_from, use_cache
+from hsee_jax.cli.flags import Parser, config_from, count_of, use_cache
 from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.core.errors import UserError
 from hsee_jax.engine.round import client_axis
@@ -24,9 +24,7 @@ from hsee_jax.systems.tuning import Alone, Tuning, tune
 def tune_forms(words: Sequence[str]) -> None:
     """Time the forms in a step of a configuration, and keep the fastest."""
     given = vars(_parser(words).parse(words))
-    repeats = given.get("repeats", 5)
-    if repeats < 1:
-        raise UserError(f"repeats: {repeats} is not allowed; allowed is 1 or more")
+    repeats = count_of(given, "repeats", 5)
     config = config_from(given)
     if "conv" not in config.model.active():
         raise UserError(f"network: {config.model.network} has no convolutions to tune")
