@@ -2,10 +2,11 @@
 
 A benchmark is a script ``bench_*.py`` that prints a table and writes its rows to
 ``results/bench-NAME-BACKEND.json``. Times are medians with the lowest and the highest;
-warm-up and compilation are outside. Ratios come from pairs timed in turns in one
-process, so that a noisy machine disturbs both alike.
+warm-up and compilation are outside. Ratios come from pairs timed in turns, in one
+process where they can be, so that a noisy machine disturbs both alike.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+GPU_FORMS = ("grouped", "unrolled")  # that cannot abort XLA's compiler there
 IDLE_CORES = 0.5  # other processes may keep so many busy on an idle machine
 Row = dict[str, Any]
 
@@ -109,6 +111,25 @@ def machine() -> Row:
         "processor": _processor(),
         "versions": versions,
     }
+
+
+def forms_here(forms: Sequence[str]) -> list[str]:
+    """Return the forms of the convolution that cannot abort the compiler here."""
+    on_gpu = jax.default_backend() == "gpu"
+    return [form for form in forms if form in GPU_FORMS or not on_gpu]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type of `argparse`: a whole number of at least this size."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not allowed; allowed is {least} or more"
+            )
+        return int(text)
+
+    return number
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ strategies needs on TPU v5e and v6e and on the H100, beside plain networks and t
 Nothing runs. A time is the sum of the cycles that XLA for TPU notes in the program (for
 a GPU it notes none), and bytes over the links are those of a ring of the chips. Trust
 orders, and factors above 1.5.
+A row that fails or takes too long does not stop the others, and is named at the end.
 Cost: on two CPU cores half a minute to two minutes a row for the H100, two to ten for
 TPUs; each row in a process of its own, and written at once. Rows that are in the file
 are not compiled again.
@@ -212,6 +213,7 @@ def main() -> None:
     if unknown := set(arguments.rows) - set(known):
         parser.error(f"{', '.join(unknown)}: allowed are {', '.join(known)}")
     wanted = [known[name] for name in arguments.rows] or list(known.values())
+    failed = []
     for chip in CHIPS:
         own = [program for program in wanted if program.chip == chip]
         compiler = COMPILERS[CHIPS[chip].backend]
@@ -222,12 +224,16 @@ def main() -> None:
             if program.name in stored(chip, arguments.out):
                 continue
             row = compile_apart(program, arguments)
-            if row is not None:  # another process may have written meanwhile
+            if row is None:
+                failed.append(program.name)
+            else:  # another process may have written meanwhile
                 rows = stored(chip, arguments.out) | {program.name: row}
                 write(chip, [rows[n] for n in known if n in rows], arguments.out)
         rows = stored(chip, arguments.out)
         if rows:
             print(bench.table(list(rows.values()), COLUMNS), flush=True)
+    if failed:
+        sys.exit(f"not compiled: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ bytes of tiles `winograd` should take at once.
 The rows with the ``setting`` single are evidence for the table in
 `hsee_jax/nn/convolution_choice.py`; `hsee tune` measures inside a step.
 
-Expected on CPU: which form is fastest depends on the processor; from 64 channels up
-winograd is fastest on large images, and its forward pass on small ones is about as fast
-as grouped; grouped is slowest by far on stacks; the native gradient of the weights is
-many times slower in a scan than in a loop; at 64 channels 4 or 8 MiB of tiles at once
-take about half the time of all tiles together.
+Expected on CPU: which form is fastest depends on the processor; from 64 channels up a
+form of winograd is fastest on large images, and the forward pass of winograd on small
+ones takes half to all of the time of grouped; grouped is slowest on nearly all stacks,
+and on most by far; the native gradient of the weights is many times slower in a scan
+than in a loop; at 64 channels 4 or 8 MiB of tiles at once take about half the time of
+all tiles together. On a GPU the forms that can abort XLA's compiler are left out.
 
 Cost: about 6 minutes on two CPU cores. Command::
 
@@ -136,7 +137,7 @@ def compare(
 
     rows = []
     for pass_ in ("all",) if stacked else PASSES:
-        calls = {form: call(form, pass_) for form in FORMS[setting]}
+        calls = {form: call(form, pass_) for form in bench.forms_here(FORMS[setting])}
         times = milliseconds(bench.time_in_turns(calls, repeats=repeats))
         rows.append(row(setting, shape, batch, pass_, clients=clients, **times))
     return rows
@@ -146,7 +147,7 @@ def scanned(shape: Shape, batch: int, steps: int, repeats: int) -> list[bench.Ro
     """Time the gradient of one set of weights over batches: in a loop and in a scan."""
     xs, ws, dys = arrays(shape, batch, (steps,))
     rows = []
-    for form in ("grouped", "patches", "winograd", "winograd4"):
+    for form in bench.forms_here(("grouped", "patches", "winograd", "winograd4")):
         gradient = passes(form, shape)["wrt_weights"]
         one = jax.jit(gradient)
 
@@ -207,7 +208,7 @@ def main() -> None:
             for shape_ in resnet_shapes(width, image)
             for entry in compare(setting, shape_, batch, clients, repeats)
         ]
-        head = ["batch", *shape, "pass", *FORMS[setting]]
+        head = ["batch", *shape, "pass", *bench.forms_here(FORMS[setting])]
         print(f"\nmilliseconds, {setting} weights\n\n{bench.table(part, head)}")
         rows += part
     width, image, batch = stacks[0]

@@ -47,9 +47,13 @@ def main() -> None:
     """Train both runs, print two tables, and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny, for tests")
-    parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--pairs", type=int, default=3, help="of runs, in turns")
+    parser.add_argument("--clients", type=bench.at_least(1), default=3)
+    parser.add_argument(
+        "--rounds", type=bench.at_least(2), default=12, help="the first does not count"
+    )
+    parser.add_argument(
+        "--pairs", type=bench.at_least(1), default=3, help="of runs, in turns"
+    )
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()

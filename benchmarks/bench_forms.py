@@ -6,7 +6,8 @@ are stacked (`--client-axis vmap`), for clients one after another in the same pr
 `branch_step` in one program. The cost of a form is its time for an image relative to
 that plain network: 1 means that many clients cost no more than one network on all of
 their images. `auto` rests on this table. On an accelerator there are two sizes: width
-64 in bfloat16, and a thin network with small batches.
+64 in bfloat16, and a thin network with small batches. Without --forms a GPU leaves out
+the forms that can abort XLA's compiler there.
 Cost: about 5 minutes a size on a GPU; a small size on a CPU takes 10.
 Command: python benchmarks/bench_forms.py [--forms unrolled grouped ...]
 """
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, metavar="FORM")
     parser.add_argument("--out", type=Path, default=bench.RESULTS)
     arguments = parser.parse_args()
-    forms = arguments.forms or [form for form in FORMS if form != "auto"]
+    forms = arguments.forms or bench.forms_here([f for f in FORMS if f != "auto"])
     sizes, repeats = (CPU if jax.default_backend() == "cpu" else ACCELERATOR), 7
     if arguments.quick:
         sizes, repeats, forms = QUICK, 1, ["unrolled"]

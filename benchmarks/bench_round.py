@@ -108,7 +108,9 @@ def main() -> None:
     """Time the sizes, and write a result file for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", help="names such as w8-b8-n32")
-    parser.add_argument("--repeats", type=int, help="timed rounds per program")
+    parser.add_argument(
+        "--repeats", type=bench.at_least(1), help="timed rounds per program"
+    )
     parser.add_argument("--compile", action="store_true", help="compile on CPU too")
     parser.add_argument("--compile-mode", default="default", help="for torch.compile")
     parser.add_argument("--no-check", action="store_true", help="skip `check`")

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from hsee_jax.config import Config, override
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.types import Dataset
 from hsee_jax.data.info import KNOWN
 from hsee_jax.runs.build import build
@@ -72,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     size = QUICK if given.quick else Size()
     keep_programs()
-    rows = measure(size, given.network)
+    try:
+        rows = measure(size, given.network)
+    except UserError as error:
+        parser.error(str(error))
     for row in rows:
         print(
             f"{row['strategy']:10} {row['mix']:8} predicted {row['predicted_s']:.3f} s"

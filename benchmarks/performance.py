@@ -25,7 +25,9 @@ INTRODUCTION = """\
 `python benchmarks/bench_all.py` runs every benchmark in a process of its own. A figure
 is the median of several timed calls; the lowest and the highest follow in brackets.
 Compilation and warm-up do not count. Figures that are compared were timed in turns in
-one process, so that a noisy machine disturbs both alike. On CPU nothing else ran during
+one process, so that a noisy machine disturbs both alike. The start of the demo and the
+deployment were timed in turns in processes of their own. Numbers of devices, and of
+clients out of many, had one process after another. On CPU nothing else ran during
 the rounds against PyTorch whose column `idle` says yes; other work may have slowed the
 other CPU figures. Those rounds and the start of the demo were timed after the loop
 had learnt to take several turns at once (`--loop-threads`); all other CPU figures of

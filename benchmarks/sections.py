@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import bench
+import bench_forms
 import bench_round
 import bench_step
 
@@ -212,6 +213,15 @@ SECTIONS = (
                 },
             ),
         ),
+        {
+            "cpu": [],
+            "gpu": [
+                {"width": size.width, "strategy": s, "client axis": axis, "form": form}
+                for size in bench_forms.ACCELERATOR
+                for axis, form in (("vmap", "unrolled"), ("map", "grouped"))
+                for s in bench_round.STRATEGIES
+            ],
+        },
     ),
     Section(
         "gate",

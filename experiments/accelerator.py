@@ -9,6 +9,7 @@ of a narrow network leave a large device idle: ``--jobs 5`` trains five at once.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -26,8 +27,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="for everything")
     parser.add_argument("--data-dir", type=Path, help="folder with the datasets")
     parser.add_argument("--studies", nargs="+", default=STUDIES, metavar="STUDY")
-    parser.add_argument("--jobs", default="1", help="runs at once, see hsee sweep")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     arguments = parser.parse_args()
+    if not 0 < arguments.seconds < math.inf:
+        parser.error(f"--seconds: {arguments.seconds} is not a number above 0")
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= arguments.jobs <= cores:
+        parser.error(f"--jobs: {arguments.jobs} is not one of 1..{cores}, the cores")
     for name in arguments.studies:
         if not (HERE / name / "study.toml").is_file():
             parser.error(f"--studies: {name} is not a study of this folder")
@@ -39,7 +45,10 @@ def main() -> None:
         # Half of the time is for the studies.
         within = ["--within", str(arguments.seconds / 2)]
         script = HERE.parent / "benchmarks" / "bench_all.py"
-        failed |= _fails([str(script), *arguments.parts, *within])
+        status = _status([str(script), *arguments.parts, *within])
+        if status == 2:  # a part is unknown
+            raise SystemExit(status)
+        failed |= status != 0
     folder = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs share it
     for name in arguments.studies:
@@ -47,16 +56,17 @@ def main() -> None:
         if left > 0:
             study = HERE / name
             sweep = ["-m", "hsee_jax", "sweep", str(study / "study.toml")]
-            limits = ["--seconds", f"{left:.0f}", "--jobs", arguments.jobs]
-            failed |= _fails([*sweep, "--out", str(study), *limits, *folder])
+            limits = ["--seconds", f"{left:.0f}", "--jobs", str(arguments.jobs)]
+            sweep += ["--out", str(study), *limits, *folder]
+            failed |= _status(sweep) != 0
     if failed:
         raise SystemExit(1)
 
 
-def _fails(arguments: list[str]) -> bool:
-    """Run a script of Python, and return whether it failed; what follows runs on."""
+def _status(arguments: list[str]) -> int:
+    """Run a script of Python, and return its exit status."""
     print(f"== {' '.join(arguments)}", flush=True)
-    return subprocess.run([sys.executable, *arguments], check=False).returncode != 0
+    return subprocess.run([sys.executable, *arguments], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -50,10 +50,16 @@ def main() -> None:
         if not (folder / needed).exists():
             parser.error(f"{folder} has no {needed}")
     if given.losses:
-        print(markdown(loss_table(given.old, given.new)))
+        table = loss_table(given.old, given.new)
+        if not table.rows:
+            parser.error(f"{given.old} and {given.new} have no run in common")
+        print(markdown(table))
     else:
         old, new = read_results(given.old), read_results(given.new)
-        print(page(moves(old, new)))
+        found = moves(old, new)
+        if not found:
+            parser.error(f"{given.old} and {given.new} have no run in common")
+        print(page(found))
         if names := changed(old, new):
             print(f"Some of these runs differ in their settings: {', '.join(names)}.")
 
@@ -148,22 +154,24 @@ def apart(old: Path, new: Path) -> list[float]:
 
     Args:
       old: the folder of a run.
-      new: of another, with the same losses; further rounds of one do not count.
+      new: of another; further rounds of one do not count.
     """
     return [
-        max(
-            abs(two - one) / abs(one)
-            for one, two in zip(_losses(before), _losses(after), strict=True)
-        )
+        max(map(_difference, _losses(before), _losses(after)))
         for before, after in zip(read_records(old), read_records(new), strict=False)
     ]
 
 
-def _losses(record: RoundRecord) -> list[float]:
-    """Return the losses of the exits and the servers, or of those that the run has."""
-    train = record.train
-    both = train.exit_loss, train.server_loss
-    return [loss for loss in both if not math.isnan(loss)]
+def _losses(record: RoundRecord) -> tuple[float, float]:
+    """Return the losses of the exits and the servers; NaN for those not in the run."""
+    return record.train.exit_loss, record.train.server_loss
+
+
+def _difference(old: float, new: float) -> float:
+    """Return the relative difference; infinite if one loss alone is a finite number."""
+    if math.isfinite(old) and math.isfinite(new):
+        return abs(new - old) / abs(old)
+    return math.inf if math.isfinite(old) or math.isfinite(new) else 0.0
 
 
 if __name__ == "__main__":

@@ -3,18 +3,23 @@
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from short_resnet import SHORT_RESNET
+
+from hsee_jax.nn.convolution_choice import FORMS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
 import bench_all  # noqa: E402
+import bench_aot  # noqa: E402
 import bench_scaling  # noqa: E402
 import bench_step  # noqa: E402
 import federations  # noqa: E402
@@ -194,6 +199,44 @@ def test_unknown_parts_are_refused(monkeypatch, capsys):
         bench_scaling.main()
     assert end.value.code == 2
     assert "everything: allowed are clients, devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("bench_deployment", ["--pairs", "0"], "--pairs: 0 is not allowed; allowed is"),
+        ("bench_deployment", ["--rounds", "1"], "1 is not allowed; allowed is 2 or"),
+        ("bench_deployment", ["--clients", "x"], "--clients: x is not allowed"),
+        ("bench_round", ["--repeats", "-1"], "--repeats: -1 is not allowed"),
+        ("bench_timing", ["--network", "nope"], "network: nope is unknown"),
+    ],
+)
+def test_bad_values_are_one_line(monkeypatch, tmp_path, capsys, script, words, message):
+    monkeypatch.setattr(sys, "argv", [script, *words, "--out", str(tmp_path)])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # leaves the cache as it is
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_no_form_that_can_abort_a_compiler_is_timed(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    forms = [form for form in FORMS if form != "auto"]
+    found = bench.forms_here(forms)
+    assert found == (["grouped", "unrolled"] if backend == "gpu" else forms)
+
+
+def test_programs_that_fail_are_named_at_the_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_aot, "find_spec", lambda _: True)
+    monkeypatch.setattr(bench_aot, "compile_apart", lambda *_: None)
+    name = bench_aot.programs(quick=True)[0].name
+    words = ["bench_aot.py", "--quick", name, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=f"not compiled: {name}"):
+        bench_aot.main()
 
 
 @pytest.mark.slow

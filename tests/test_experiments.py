@@ -26,6 +26,7 @@ from hsee_jax.runs.records import RoundRecord, TrainFigures
 from hsee_jax.systems.traffic import Bytes
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+APART = ("demo", "cifar10-w16-recipe")  # studies without a row of the same name
 REAL = Path(
     os.environ.get("HSEE_TFDS_DIR", EXPERIMENTS.parents[1] / "shared/data/tfds")
 )
@@ -164,8 +165,14 @@ def test_losses_are_compared_round_by_round(tmp_path):
     write("old/runs/b-0", (2.0, math.nan))
     write("new/runs/b-0", (2.5, math.nan))
     write("new/runs/c-0", (1.0, 1.0))
+    write("old/runs/d-0", (math.nan, 1.0), (2.0, math.nan))
+    write("new/runs/d-0", (2.0, 1.0), (math.nan, 1.0))
     table = compare.loss_table(tmp_path / "old", tmp_path / "new")
-    assert table.rows == [("`a-0`", "1.0e-01 2.5e-01"), ("`b-0`", "2.5e-01")]
+    assert table.rows == [
+        ("`a-0`", "1.0e-01 2.5e-01"),
+        ("`b-0`", "2.5e-01"),
+        ("`d-0`", "inf inf"),  # where one of them diverged
+    ]
 
 
 def test_the_page_says_once_what_is_not_run():
@@ -242,6 +249,21 @@ def test_one_command_measures_speed_first_and_then_trains(monkeypatch, tmp_path,
     assert all(words[-4:] == last for words in sweeps)
 
 
+def test_an_unknown_benchmark_ends_before_the_studies(monkeypatch, tmp_path):
+    calls = []
+
+    def run(arguments, check):
+        calls.append(arguments)
+        return SimpleNamespace(returncode=2)
+
+    monkeypatch.setattr(accelerator.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", "formz", "--seconds", "150"])
+    with pytest.raises(SystemExit) as end:
+        accelerator.main()
+    assert end.value.code == 2
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
@@ -251,6 +273,9 @@ def test_one_command_measures_speed_first_and_then_trains(monkeypatch, tmp_path,
             ["--seconds", "9", "--data-dir", "nope"],
             "nope is not a folder",
         ),
+        ("accelerator", ["--seconds", "nan"], "--seconds: nan is not a number above 0"),
+        ("accelerator", ["--seconds", "9", "--jobs", "0"], "--jobs: 0 is not one of 1"),
+        ("compare", [str(EXPERIMENTS / name) for name in APART], "no run in common"),
         ("compare", ["nope", "nada"], "nope has no results.jsonl"),
         ("compare", ["nope", "nada", "--losses"], "nope has no runs"),
         ("hold_out", "cifar10 --train -5 --held-out 3 --out x".split(), "from 1"),
