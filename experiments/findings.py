@@ -9,7 +9,7 @@ Command: python experiments/findings.py
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from hsee_jax.report.tables import Table, markdown
 from hsee_jax.studies.picture import draw
 from hsee_jax.studies.results import Result, read_results, result_of
 
-NAME, WHY = "cifar10-w16", "why-averaging"
+NAME, RECIPE, WHY = "cifar10-w16", "cifar10-w16-recipe", "why-averaging"
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "results" / "findings.md"
 PICTURE = DOCS / "images" / f"{NAME}.png"
@@ -126,20 +126,25 @@ def why_table() -> str:
 
 def again_table() -> str:
     """Return a table of the rows whose seed 0 was trained twice, with both figures."""
-    study, results = tables.load(NAME)
-    found = (result_of(run, results) for run in studies.runs(study) if run.seed == 0)
-    first = tables.Rows({result.row: result for result in found if result})
     header = ("row", "trained on", "CPU cores", "exit %", "server %")
     lines = []
-    for second in read_results(tables.HERE / NAME / "again"):
-        for result in (first[second.row], second):
-            assert result.summary is not None
-            scores = result.summary.scores
-            figures = scores.mean_exit_accuracy, scores.mean_server_accuracy
-            where = str(result.summary.device), str(result.cpu_cores)
-            cells = (f"{100 * figure:.1f}" for figure in figures)
-            lines.append((f"`{second.row}`", *where, *cells))
+    for result in (*_twice(NAME), *_twice(RECIPE)):
+        assert result.summary is not None
+        scores = result.summary.scores
+        figures = scores.mean_exit_accuracy, scores.mean_server_accuracy
+        where = str(result.summary.device), str(result.cpu_cores)
+        cells = (f"{100 * figure:.1f}" for figure in figures)
+        lines.append((f"`{result.row}`", *where, *cells))
     return markdown(Table("", header, lines)).rstrip()
+
+
+def _twice(name: str) -> Iterator[Result]:
+    """Yield both results of each row of a study that was trained twice."""
+    study, results = tables.load(name)
+    found = (result_of(run, results) for run in studies.runs(study) if run.seed == 0)
+    first = tables.Rows({result.row: result for result in found if result})
+    for second in read_results(tables.HERE / name / "again"):
+        yield from (first[second.row], second)
 
 
 def _interval(figures: Mapping[str, float]) -> str:
