@@ -61,7 +61,7 @@ def test_pipelines_equal_brute_force(seed):
                 return math.inf
             alpha = 0.0
             beta = 4 * 3 * sum(p.flops for p in held) / devices[k].forward_flops_per_s
-            if a < b < cut:
+            if b < cut:  # a device without layers passes on what it receives
                 one, after = devices[k], devices[k + 1]
                 rate = min(one.up_bytes_per_s, after.up_bytes_per_s)
                 alpha += 2 * (one.message_overhead_s + after.message_overhead_s)
@@ -144,6 +144,13 @@ def test_the_plan_shows_the_layers_of_each_device(tmp_path, capsys):
     assert sum(layers, []) == [1, 2, 3]
     assert all(layers)
     assert 8 % room["micro_batches"] == 0
+
+    held = [client["memory_bytes"] for client in written["clients"]]
+    parts = ["--min-cut", "3", "--micro-batches", "4"]
+    assert cli.main([*flags, *parts]) == 0
+    again = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    lower = [client["memory_bytes"] for client in again["clients"]]
+    assert lower[0] < held[0] and lower[1] == held[1]  # not of the pipeline
 
     small = tmp_path / "small.toml"
     few = '"cam", memory_bytes = 100.0,'

@@ -273,12 +273,17 @@ def test_seconds_of_a_cut_from_flops_and_from_measurements():
     np.testing.assert_allclose(seconds.client_backward, [1.55, 3.6])
     np.testing.assert_allclose(seconds.server_forward, [1.2, 0.2])
     np.testing.assert_allclose(seconds.server_backward, [2.3, 0.3])
+    at_end = cut_seconds(COSTS, device, 5, exit_at_end=True)
+    np.testing.assert_allclose(at_end.client_forward, [0.5, 1.5])
+    np.testing.assert_allclose(at_end.server_forward, [1.3, 0.3])
 
     steps = {"client_step_s": [2.1, 20.8], "server_step_s": [7.0, 2.0]}
     device = make_device(own | {"measured": MEASURED | steps})
     whole = cut_seconds(COSTS, device, 5)
     np.testing.assert_allclose(whole.client_forward, [0.55 / 2, 3.2])
     np.testing.assert_allclose(whole.server_forward + whole.server_backward, [3.5, 1])
+    at_end = cut_seconds(COSTS, device, 5, exit_at_end=True)
+    np.testing.assert_allclose(at_end.client_forward, [0.5 / 2, 3.0])
     with pytest.raises(UserError, match="m was measured with the parts a, b, exit"):
         cut_seconds((COSTS[0]._replace(name="z"), *COSTS[1:]), device, 5)
 

@@ -71,7 +71,7 @@ def test_the_exact_rule_equals_brute_force(seed):
         for cuts in itertools.product((1, 2, 3), repeat=2):
             busy, crossing = {i: 0.0, j: 0.0}, 0.0
             for own, other, cut in ((i, j, cuts[0]), (j, i, cuts[1])):
-                below, above = sum(flops[:cut]) + heads, sum(flops[cut:]) + heads
+                below, above = sum(flops[:cut]), sum(flops[cut:]) + 2 * heads
                 host = own if cut == 3 else other
                 for who, work in ((own, below), (host, above)):
                     speed = devices[who].forward_flops_per_s
@@ -99,13 +99,13 @@ def test_a_pair_keeps_to_its_memory():
     """A layer has two parameters, 8 bytes each with its gradient, and one activation.
 
     So a network of two layers takes 2 * 17 for the layers and 9 for the head, and 9 for
-    the exit: 52. Hosting the upper layer and the head takes 26, and so does holding the
-    lower layer and its exit.
+    the exit: 52. Hosting the upper layer, the exit and the head takes 35, and holding
+    the lower layer 17.
     """
     weak, strong = device(1.0), device(9.0)
     (free,) = plan_pairs(problem([weak, strong], [1, 1]))
     assert free.cuts == (1, 2)
-    assert free.memory_bytes == (26, 52 + 26)
+    assert free.memory_bytes == (17, 52 + 35)
     (small,) = plan_pairs(problem([weak, strong], [1, 1]), memory_bytes=60.0)
     assert max(small.memory_bytes) <= 60
     assert small.seconds > free.seconds
@@ -115,6 +115,18 @@ def test_a_pair_keeps_to_its_memory():
         "max_memory: 51 bytes of client 0 (d) is too little for the pair of clients 0 "
         "and 1; allowed is 52 or more for both"
     )
+
+
+def test_partners_compute_the_same_network_whatever_their_cuts():
+    """So two equal devices gain nothing, however much the exits differ."""
+    costs = [LayerCost("", 1, 100, 1, 1)] * 3
+    exits = [LayerCost("", 1, flops, 1, 1) for flops in (30, 60, 90)]
+    head = LayerCost("", 1, 10, 1, 1)
+    asked = problem([device(1e6, 1e9), device(1e6, 1e9)], [100] * 3)
+    asked = asked._replace(costs=(*costs, *exits, head))
+    (pair,) = plan_pairs(asked)
+    assert pair.seconds == pytest.approx(3 * (300 + 90 + 10) / 1e6)
+    assert pair.cuts == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +174,7 @@ def test_the_command_shows_who_hosts_whom(tmp_path, capsys):
         (["greedy", "--average", "servers"], "average: has no effect with pairs"),
         (["greedy", "--period", "3"], "period: has no effect with pairs"),
         (["greedy", "--init", "per_client"], "init: has no effect with pairs"),
+        (["greedy", "--exits", "all"], "exits: all is not allowed with pairs"),
     ):
         assert cli.main([*flags, "--pairs", *words]) == 2
         line = capsys.readouterr().err

@@ -261,7 +261,7 @@ def test_layers_over_devices_equal_brute_force(seed):
         ends = (0, *inner, layers)
         stages = []
         for k, (a, b) in enumerate(itertools.pairwise(ends)):
-            sends = send_s[k, b - 1] if a < b < layers else 0
+            sends = send_s[k, b - 1] if 0 < b < layers else 0  # or passes on
             stages.append(layer_s[k, a:b].sum() + sends)
         if all(
             memory[a:b].sum() <= most[k]

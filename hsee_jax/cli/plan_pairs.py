@@ -58,8 +58,14 @@ def show_pairs(
       out: the folder for the file.
 
     Raises:
-      UserError: see `plan_pairs`.
+      UserError: the network has more exits than one; or see `plan_pairs`.
     """
+    exits = known.config.clients.exits
+    if exits != "cut":
+        raise UserError(
+            f"exits: {exits} is not allowed with pairs, which train no exit but the "
+            "last; allowed is cut"
+        )
     problem = problem_of(known, _TRAINED)
     pairs = plan_pairs(problem, rule, memory_bytes)
     document = pairs_document(problem, pairs, known.layer_names)

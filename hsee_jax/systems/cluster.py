@@ -148,8 +148,8 @@ def _fits(
 def _send_seconds(devices: tuple[Device, ...], sizes: Floats) -> Floats:
     """Return the seconds of a micro-batch's features and gradients, ``[K, cut]``.
 
-    Each device passes features to the next device, and the gradients come back. The
-    rate is that of the link to the next device, even if that device holds no layer.
+    Each device passes features to the next device, and the gradients come back, even
+    if one of both holds no layer.
     """
     rows = np.zeros((len(devices), len(sizes)))
     for k, (one, after) in enumerate(zip(devices, devices[1:], strict=False)):

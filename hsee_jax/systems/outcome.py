@@ -39,6 +39,10 @@ def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
     workers = 1 if schedule.shared else problem.workers
     time = round_time(work, schedule, workers=workers)
     memory = client_bytes(problem)[cuts - 1]
+    if problem.clusters:  # whose devices keep the activations of the whole batch
+        whole = client_bytes(problem._replace(micro_batches=1))
+        of_clusters = list(problem.clusters)
+        memory[of_clusters] = whole[cuts[of_clusters] - 1]
     return Plan(
         cuts=cuts,
         time=time,

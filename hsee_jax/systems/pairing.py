@@ -1,8 +1,9 @@
 """Pairs of clients without a server: who hosts whom, and which layers.
 
 After FedPairing (arXiv:2308.13849). Both clients of a pair train a network on their own
-data. A client computes the layers of its network up to a cut, and its partner the rest;
-with the deepest cut a client computes all of its network. The choice of the cuts by
+data. A client computes the layers of its network up to a cut, and its partner the rest,
+with the exit behind the last layer and the final head; with the deepest cut a client
+computes all of its network. The choice of the cuts by
 trying all is ours: FedPairing splits the layers in proportion to the speeds.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from hsee_jax.core.errors import UserError
 from hsee_jax.systems.choice import plain, upward
 from hsee_jax.systems.devices import Device
-from hsee_jax.systems.memory import client_memory, server_memory
+from hsee_jax.systems.memory import parts_memory
 from hsee_jax.systems.pairs import check_exact, exact_pairs, greedy_pairs
 from hsee_jax.systems.problem import Problem, check_seconds
 from hsee_jax.systems.quantities import Floats, Ints
@@ -54,7 +55,8 @@ def plan_pairs(
     round do not count.
 
     Args:
-      problem: the planner's problem; its server and its schedule do not matter.
+      problem: the planner's problem of a network with one exit, which is behind the
+        last layer; its server and its schedule do not matter.
       rule: ``"greedy"`` as FedPairing does it, or ``"exact"``, see `exact_pairs`.
       memory_bytes: the memory of every device; None for each device's own.
 
@@ -90,24 +92,26 @@ def plan_pairs(
 
 def _costs(problem: Problem) -> _Costs:
     layers, size = problem.num_layers, problem.batch_size
-    times = [cut_seconds(problem.costs, one, size) for one in problem.devices]
+    times = [
+        cut_seconds(problem.costs, one, size, exit_at_end=True)
+        for one in problem.devices
+    ]
     own = np.array([t.client_forward + t.client_backward for t in times])
     hosted = np.array([t.server_forward + t.server_backward for t in times])
     own[:, -1] += hosted[:, -1]
     hosted[:, -1] = 0.0
     sent = size * np.array([c.output_bytes for c in problem.costs[:layers]], float)
     sent[-1] = 0.0
-    slots = problem.slots
-    own_bytes, alone = (
-        client_memory(problem.costs, batch_size=size, slots=slots, boundary=boundary)
-        for boundary in ("detached", "none")
-    )
-    own_bytes[-1] = alone[-1]
-    hosted_bytes = [
-        server_memory(problem.costs, [cut], batch_size=size, slots=slots, shared=True)
-        for cut in range(1, layers)
-    ]
-    return _Costs(own, hosted, sent, own_bytes, np.array([*hosted_bytes, 0]))
+    network = [*problem.costs[:layers], *problem.costs[-2:]]  # with the exit and head
+
+    def memory(first: int, last: int) -> int:
+        held = network[first:last]
+        return parts_memory(held, batch_size=size, slots=problem.slots)
+
+    end, cuts = len(network), range(1, layers)
+    own_bytes = np.array([*(memory(0, cut) for cut in cuts), memory(0, end)])
+    hosted_bytes = np.array([*(memory(cut, end) for cut in cuts), 0])
+    return _Costs(own, hosted, sent, own_bytes, hosted_bytes)
 
 
 def _split(problem: Problem, costs: _Costs, i: int, j: int, memory: Floats) -> Pair:

@@ -67,8 +67,8 @@ def split_layers(
     Args:
       layer_s: seconds of a micro-batch in each layer on each device, ``[K, L]``.
       send_s: seconds in which each device passes on a micro-batch's output of each
-        layer, ``[K, L]``; the device with layer L and devices without layers send
-        nothing.
+        layer, ``[K, L]``; a device without layers passes on what it receives, and
+        the devices from layer L on send nothing.
       micro_batches: M.
       fits: whether device k can hold the layers a+1..b, ``[K, L+1, L+1]`` at
         ``[k, a, b]``; None if every device can hold all layers.
@@ -90,7 +90,10 @@ def split_layers(
 
 
 def _stage_seconds(layer_s: Floats, send_s: Floats) -> Floats:
-    """Return the seconds of device k with the layers a+1..b at ``[k, a, b]``."""
+    """Return the seconds of device k with the layers a+1..b at ``[k, a, b]``.
+
+    Where a is b, the device has no layer, and passes on the output of layer a.
+    """
     devices, layers = layer_s.shape
     sums = np.concatenate([np.zeros((devices, 1)), layer_s.cumsum(axis=1)], axis=1)
     sends = np.concatenate(
@@ -98,7 +101,7 @@ def _stage_seconds(layer_s: Floats, send_s: Floats) -> Floats:
     )
     first, last = np.indices((layers + 1, layers + 1))
     seconds = sums[:, None, :] - sums[:, :, None] + sends[:, None, :]
-    return np.where(first < last, seconds, np.where(first == last, 0.0, np.inf))
+    return np.where(first <= last, seconds, np.inf)
 
 
 def _least_sum(stages: Floats) -> Stages:

@@ -43,7 +43,11 @@ class CutSeconds(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def cut_seconds(
-    costs: tuple[LayerCost, ...], device: Device, batch_size: int
+    costs: tuple[LayerCost, ...],
+    device: Device,
+    batch_size: int,
+    *,
+    exit_at_end: bool = False,
 ) -> CutSeconds:
     """Return the seconds of a batch on a device, as client and as server of each cut.
 
@@ -51,19 +55,23 @@ def cut_seconds(
       costs: the costs of L layers, L exits and the final head, see `layer_costs`.
       device: the device that computes.
       batch_size: samples in a batch.
+      exit_at_end: whether the network has the exit behind layer L alone, which is
+        then a part of the server's side at every cut.
 
     Raises:
       UserError: the device was measured with another network.
     """
-    seconds = _by_cut(*part_seconds(costs, device, batch_size))
+    parts = part_seconds(costs, device, batch_size)
+    seconds = _by_cut(*parts)
+    asked = _by_cut(*map(_exit_at_end, parts)) if exit_at_end else seconds
     measured = device.measured
     if measured is None:
-        return seconds
+        return asked
     scale = batch_size / measured.batch_size
     client = _factor(measured.client_step_s, scale, seconds[:2])
     server = _factor(measured.server_step_s, scale, seconds[2:])
     factors = (client, client, server, server)
-    return CutSeconds(*(s * f for s, f in zip(seconds, factors, strict=True)))
+    return CutSeconds(*(s * f for s, f in zip(asked, factors, strict=True)))
 
 
 def part_seconds(
@@ -119,6 +127,14 @@ def _by_cut(forward: Floats, backward: Floats) -> CutSeconds:
 
     return CutSeconds(
         client(forward), client(backward), server(forward), server(backward)
+    )
+
+
+def _exit_at_end(parts: Floats) -> Floats:
+    """Add the seconds of the last exit to the final head, and those of no other."""
+    count = len(parts) // 2
+    return np.concatenate(
+        [parts[:count], np.zeros(count), parts[-2:].sum(keepdims=True)]
     )
 
 
