@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import THREE_ROUNDS as CONFIG
 
-from hsee_jax import Stopped, override, runs, train
+from hsee_jax import Stopped, UserError, override, runs, train
 from hsee_jax.core import files
 from hsee_jax.engine.agreement import Agreement
 from hsee_jax.engine.evaluation import ClientResult
@@ -163,6 +163,13 @@ def test_a_callback_that_raises_leaves_the_checkpoints(call, kept, whole, tmp_pa
     assert [path.name for path in (folder / "checkpoints").glob("*.*")] == []
     assert find(folder / "checkpoints").rounds == kept
     assert train(CONFIG, folder, resume=True).scores == whole[1].scores
+
+
+def test_what_is_no_callback_is_refused_before_the_run_is_replaced(whole):
+    for wrong in (Notebook, lambda record, moment: None):
+        with pytest.raises(UserError, match="^callbacks: .* is not allowed; allowed"):
+            train(CONFIG, whole[0].folder, overwrite=True, callbacks=[wrong])
+    assert find(whole[0].folder / "checkpoints").rounds == 3
 
 
 def test_methods_may_be_left_out(whole, tmp_path):

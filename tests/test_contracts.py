@@ -30,7 +30,13 @@ from hsee_jax.federation.fused import joint_step
 from hsee_jax.federation.step import branch_step
 from hsee_jax.link import CODECS, sample_bytes
 from hsee_jax.nn import NETWORKS, masked_cross_entropy, parse_cut
-from hsee_jax.nn.model import Network, init_network, layer_inputs
+from hsee_jax.nn.model import (
+    Network,
+    check_model,
+    init_network,
+    layer_inputs,
+    logits_of,
+)
 from hsee_jax.optim import OPTIMIZERS, SCHEDULES, make_schedule
 from hsee_jax.systems import layer_costs
 
@@ -143,6 +149,7 @@ def test_a_network_has_a_name_and_an_exit_for_each_layer(name):
     assert set(counts) == {len(set(model.layer_names))}
     assert model.input_shape in INPUT_SHAPES.values()
     assert parse_cut(model.layer_names[-1], model.layer_names) == len(model.stages)
+    check_model(model, logits_of(model).shape[1])
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """The engine with parts of a researcher's own: what counts, and what is refused."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from page_blocks import read_blocks
 from rounds import KEY, assert_same, train
 from tiny import (
+    CLASSES,
     PIPELINE,
     DenseLayer,
     tiny_data,
@@ -20,13 +23,29 @@ from tiny import (
 )
 
 from hsee_jax.algorithms import averaging, fpl, sequential
+from hsee_jax.config import override, preset
 from hsee_jax.core import Dataset, UserError
+from hsee_jax.data import DatasetInfo, normalize, partition
 from hsee_jax.engine import client_axis, make_round, placement
 from hsee_jax.engine.plan import plan_round, turn_order
-from hsee_jax.federation import receive, server_of
+from hsee_jax.federation import (
+    REDUCERS,
+    Client,
+    LayerState,
+    group_clients,
+    layer_mean,
+    receive,
+    server_of,
+)
+from hsee_jax.inference.criteria import Criterion, uncertainty_of
+from hsee_jax.nn.model import from_linen
+from hsee_jax.nn.registry import NETWORKS
+from hsee_jax.optim import SCHEDULES, make_schedule
 from hsee_jax.parallel.mesh import make_mesh
+from hsee_jax.runs.model import build_model
 
 DOCS = Path(__file__).parents[1] / "docs"
+BFLOAT16_WEIGHTS = {"dtype": jnp.float32, "param_dtype": jnp.bfloat16}
 
 
 @pytest.mark.parametrize("axis", ["loop", "vmap"])
@@ -160,3 +179,157 @@ def test_the_turn_of_the_tutorial_sends_every_other_sample():
     assert_same(half.exit, whole.exit)
     np.testing.assert_array_equal(2 * half.link, whole.link)
     np.testing.assert_array_equal(2 * half.server.count, whole.server.count)
+
+
+def head(classes, **fields):
+    """A head that flattens, and is a dense layer."""
+
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, *, train):
+            return nn.Dense(classes, **fields)(x.reshape(len(x), -1))
+
+    return from_linen(Head())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (lambda own: {"exit_heads": own.exit_heads[1:]}, "3 layers with 2 exit heads"),
+        (lambda own: {"layer_names": own.layer_names[1:]}, "and 2 names are not"),
+        (lambda own: {"layer_names": ("a", "b", "a")}, "the layer names a, b, a are"),
+        (lambda own: {"layer_names": ("0", "1", "2")}, "the layer names 0, 1, 2 are"),
+        (
+            lambda own: {"final_head": head(CLASSES + 1)},
+            r"float32 \[1, 4\] for",
+        ),
+        (
+            lambda own: {"final_head": head(CLASSES, dtype=jnp.bfloat16)},
+            r"a head gives bfloat16 \[1, 3\]",
+        ),
+        (
+            lambda own: {"final_head": head(CLASSES, **BFLOAT16_WEIGHTS)},
+            "parameters in bfloat16 are not allowed",
+        ),
+    ],
+)
+def test_a_network_whose_parts_do_not_fit_is_refused(changes, said, monkeypatch):
+    monkeypatch.setattr(NETWORKS, "_entries", dict(NETWORKS.items()))
+
+    @NETWORKS.register
+    def crooked(*, num_classes, input_shape):
+        """A network with a fault."""
+        own = tiny_model(input_shape=input_shape, classes=num_classes)
+        return own._replace(**changes(own))
+
+    config = override(preset("demo"), network="crooked")
+    info = DatasetInfo((5, 5, 1), CLASSES, (0.5,), (0.5,))
+    with pytest.raises(UserError, match=f"^network: .*{said}"):
+        build_model(config, info)
+
+
+@pytest.mark.parametrize(
+    ("dealt", "said"),
+    [
+        ([[True] * 6, [False] * 6], "what client 0 is dealt is not allowed"),
+        ([[0, 1, 2], [3, -1]], "what client 1 is dealt .* indices of samples, 0..5"),
+        ([[0, 1], [2, 6]], "what client 1 is dealt"),
+        ([[0, 1, 1], [2]], "what client 0 is dealt"),
+        ([[0.0, 1.0], [2.0]], "what client 0 is dealt"),
+        ([[0, 1, 2]], "1 parts are not allowed for 2 clients"),
+    ],
+)
+def test_a_partition_deals_indices_of_samples(dealt, said):
+    def deal(labels, clients, rng):
+        return [np.array(part) for part in dealt]
+
+    with pytest.raises(UserError, match=f"^partition: {said}"):
+        partition(np.zeros(6, np.int32), 2, deal, seed=0)
+
+
+def test_two_partners_may_see_one_sample():
+    def deal(labels, clients, rng):
+        return [np.arange(6)] * clients
+
+    parts = partition(np.zeros(6, np.int32), 2, deal, seed=0)
+    assert [part.tolist() for part in parts] == [list(range(6))] * 2
+
+
+@pytest.mark.parametrize("cut", [-1, 0, 4, "layer1"])
+def test_a_network_has_no_such_cut(cut):
+    with pytest.raises(UserError, match=rf"^cut: {cut} is not allowed; .* 1\.\.3$"):
+        tiny_federation({0: cut}).specs(0)
+
+
+def test_no_two_clients_have_one_id():
+    with pytest.raises(UserError, match="^client: 7 is there twice"):
+        group_clients([Client(7, 1), Client(8, 1), Client(7, 2)])
+    with pytest.raises(UserError, match="^client: 0 is not .* allowed are 7, 9$"):
+        tiny_federation({9: 1, 7: 2}).seat(0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (lambda count: jnp.nan * count, "gives the rate nan at step 0"),
+        (lambda count: 2.0 - count, "gives the rate -1.0 at step 3"),
+        (lambda count: 0.1 if count < 3 else 0.01, "is not a function of JAX"),
+        (lambda count: jnp.ones(2) * count, "does not give one rate"),
+    ],
+)
+def test_a_schedule_gives_a_rate_for_each_step(schedule, said, monkeypatch):
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES.items()))
+
+    @SCHEDULES.register
+    def odd(peak, steps):
+        """Odd rates."""
+        return schedule
+
+    rates = make_schedule("odd", learning_rate=1.0, warmup_steps=0, total_steps=8)
+    with pytest.raises(UserError, match=f"^schedule: odd {said}"):
+        rates(np.arange(8))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda key, images: images[:, 1:],
+        lambda key, images: images.astype(jnp.bfloat16),
+        lambda key, images: jnp.concatenate([images, images]),
+    ],
+)
+def test_an_augmentation_keeps_the_shape_and_the_type(augment):
+    with pytest.raises(UserError, match="^augment: turns float32"):
+        PIPELINE._replace(augment=augment).check((5, 5, 1))
+
+
+def test_samples_have_the_channels_of_their_mean():
+    with pytest.raises(ValueError, match="3 and 3 numbers are not .* axis of 1"):
+        normalize(jnp.ones((2, 4, 4, 1)), (0.0,) * 3, (1.0,) * 3)
+
+
+def test_a_criterion_gives_a_value_for_each_row():
+    mean = Criterion(lambda logits: logits.mean(), lambda classes: 1.0)
+    with pytest.raises(AssertionError, match="shape"):
+        uncertainty_of(mean, jnp.ones((2, 3)))
+
+
+def test_a_mean_takes_an_optimizer_that_keeps_nothing_for_some_leaves():
+    """Muon has momentum for matrices alone, and Adam's moments for vectors."""
+    optimizer = optax.contrib.muon(1.0)
+
+    def holder(value):
+        params = {"kernel": jnp.full((2, 3), value), "bias": jnp.full((3,), value)}
+        state = optimizer.init(params)
+        return LayerState(params, {}, jax.tree.map(lambda v: v + 0 * v, state))
+
+    held = jax.tree.map(lambda *both: jnp.stack(both), holder(1.0), holder(4.0))
+    weights = [jnp.array([1.0, 2.0])]
+    reduce = REDUCERS.make("mean", 0.0).reduce
+    mean = layer_mean(
+        [held], weights, number=jnp.int32(1), optimizer=optimizer, reduce=reduce
+    )
+    take = partial(receive, optimizer=optimizer)
+    found = jax.vmap(take, (0, None, 0))(held, mean, jnp.zeros(2, jnp.int32))
+    for leaf in jax.tree.leaves(found.params):
+        np.testing.assert_allclose(leaf, 3.0)

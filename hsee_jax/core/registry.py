@@ -100,7 +100,7 @@ class Registry(Mapping[str, Entry[T]]):
         """
         entry = self.entry(name)
         own = {key: options[key] for key in entry.options if key in options}
-        ours = all(map(_is_ours, _factories(entry, own)))
+        ours = all(map(is_ours, _factories(entry, own)))
         make = partial(self._make_ours, entry.make) if ours else entry.make
         return make(*context, **more, **own)
 
@@ -184,7 +184,8 @@ def _factories(entry: Entry, values: Mapping[str, Any]) -> Iterator[Callable[...
             yield option.names.entry(values.get(name, option.default)).make
 
 
-def _is_ours(make: Callable[..., Any]) -> bool:
+def is_ours(make: Callable[..., Any]) -> bool:
+    """Return whether a function is of this package, and not of a user."""
     return make.__module__.partition(".")[0] == _PACKAGE
 
 

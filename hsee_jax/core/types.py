@@ -88,7 +88,9 @@ class Batch(NamedTuple):
     # float [B, ...]: images, or the features of an earlier layer; or [B, 2, ...]: two
     # augmented copies of each image
     inputs: Array
-    labels: Array  # int32 [B]; `NO_LABEL` in rows without a label
+    # int32 [B], 0..K-1; `NO_LABEL` in rows without a label, which `unlabelled_step` and
+    # no other step takes
+    labels: Array
     mask: Array  # bool [B]
     key: Key | None = None  # of random draws in the layers; None without copies
 

@@ -148,14 +148,16 @@ def partition(
       1.
 
     Raises:
-      UserError: there are more clients than samples.
+      UserError: there are more clients than samples, or the function does not deal
+        samples.
     """
     if num_clients > len(labels):
         raise UserError(
             f"num_clients: {num_clients} is more than the {len(labels)} training "
             f"samples; allowed are 1..{len(labels)}"
         )
-    parts = list(deal(labels, num_clients, np.random.default_rng(seed)))
+    dealt = deal(labels, num_clients, np.random.default_rng(seed))
+    parts = _checked(dealt, num_clients, len(labels))
     sizes = [(-len(part), i) for i, part in enumerate(parts)]
     heapq.heapify(sizes)
     for i, part in enumerate(parts):
@@ -164,6 +166,30 @@ def partition(
             heapq.heapreplace(sizes, (size + 1, largest))
             parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
     return tuple(np.sort(part).astype(np.int32) for part in parts)
+
+
+def _checked(
+    dealt: Parts, num_clients: int, samples: int
+) -> list[npt.NDArray[np.integer]]:
+    """Return the parts as arrays; refuse what are not indices of samples."""
+    parts = [np.asarray(part) for part in dealt]
+    if len(parts) != num_clients:
+        raise UserError(
+            f"partition: {len(parts)} parts are not allowed for {num_clients} clients; "
+            "allowed are as many"
+        )
+    for i, part in enumerate(parts):
+        if part.size and not (
+            np.issubdtype(part.dtype, np.integer)
+            and part.ndim == 1
+            and 0 <= part.min() <= part.max() < samples
+            and len(np.unique(part)) == len(part)
+        ):
+            raise UserError(
+                f"partition: what client {i} is dealt is not allowed; allowed are "
+                f"different indices of samples, 0..{samples - 1}"
+            )
+    return parts
 
 
 def labelled(

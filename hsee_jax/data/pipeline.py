@@ -104,7 +104,15 @@ def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
         [B, ...]``, which is taken as it is.
       mean: of each entry of the last axis.
       std: of each entry of the last axis.
+
+    Raises:
+      ValueError: there are more or fewer means or deviations than entries.
     """
+    if not len(mean) == len(std) == images.shape[-1]:
+        raise ValueError(
+            f"mean, std: {len(mean)} and {len(std)} numbers are not allowed for a last "
+            f"axis of {images.shape[-1]}"
+        )
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255.0
     chex.assert_type(images, jnp.float32)
@@ -127,10 +135,15 @@ class InputPipeline(NamedTuple):
         """Refuse an augmentation that does not take views of this shape.
 
         Raises:
-          UserError: the augmentation raises it.
+          UserError: the augmentation raises it, or changes the shape or the type.
         """
-        rows = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-        jax.eval_shape(self.augment, jax.random.key(0), rows)
+        rows = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
+        found = jax.eval_shape(self.augment, jax.random.key(0), rows)
+        if (found.shape, found.dtype) != (rows.shape, rows.dtype):
+            raise UserError(
+                f"augment: turns float32 {list(rows.shape)} into {found.dtype} "
+                f"{list(found.shape)}; allowed is the same shape and type"
+            )
 
     def training(
         self, key: Key, data: Dataset, indices: Array, mask: Array, client: Array

@@ -153,14 +153,20 @@ def common_leaves(
         lambda is_norm: not (keep and is_norm), batch_norm_params(layer)
     )
     batch_stats = jax.tree.map(lambda _: not keep, layer.batch_stats)
+    # An optimizer such as muon keeps no value for some parameters.
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, common: common,
+        lambda own, common: own if _is_masked(own) else common,
         layer.opt_state,
         params,
         transform_non_params=lambda _: True,
+        is_leaf=_is_masked,
     )
     return LayerState(params, batch_stats, opt_state)
+
+
+def _is_masked(node: PyTree) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def newest(old: PyTree, new: PyTree) -> PyTree:

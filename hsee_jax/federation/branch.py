@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from hsee_jax.core.errors import unknown
+from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.core.types import Array, PyTree, Stage, Variables
 from hsee_jax.link.codecs import FULL, Codec
 from hsee_jax.nn.model import Model, Network, layer_inputs
@@ -65,7 +65,14 @@ def client_spec(
     micro_batches: int = 1,
     exits: str = "cut",
 ) -> BranchSpec:
-    """Describe layers 1..cut and their exit head, or with ``"all"`` all exit heads."""
+    """Describe layers 1..cut and their exit head, or with ``"all"`` all exit heads.
+
+    Raises:
+      UserError: the network has no such cut.
+    """
+    layers = len(model.stages)
+    if cut not in range(1, layers + 1):
+        raise UserError(f"cut: {cut} is not allowed; allowed are 1..{layers}")
     return BranchSpec(
         model.stages[:cut],
         model.exit_heads[cut - 1],

@@ -31,9 +31,17 @@ class Group(NamedTuple):
 
 
 def group_clients(clients: Iterable[Client]) -> tuple[Group, ...]:
-    """Group clients by ascending cut, whatever their order."""
+    """Group clients by ascending cut, whatever their order.
+
+    Raises:
+      UserError: two clients have one id.
+    """
     cuts: dict[int, list[int]] = {}
+    seen = set()
     for client in clients:
+        if client.id in seen:
+            raise UserError(f"client: {client.id} is there twice; ids must differ")
+        seen.add(client.id)
         cuts.setdefault(client.cut, []).append(client.id)
     return tuple(Group(cut, tuple(sorted(cuts[cut]))) for cut in sorted(cuts))
 
@@ -73,9 +81,9 @@ class Federation(NamedTuple):
         for g, group in enumerate(self.groups):
             if i in group.ids:
                 return g, group.ids.index(i)
-        raise UserError(
-            f"client: {i} is not in the run; allowed are 0..{len(self.clients) - 1}"
-        )
+        ids = sorted(client.id for client in self.clients)
+        known = f"0..{ids[-1]}" if ids[-1] < len(ids) else ", ".join(map(str, ids))
+        raise UserError(f"client: {i} is not in the run; allowed are {known}")
 
     def with_cuts(self, cuts: Iterable[int]) -> "Federation":
         """Return the same federation of clients 0, 1, ... with these cuts."""

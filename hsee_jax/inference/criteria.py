@@ -30,6 +30,7 @@ def uncertainty_of(criterion: Criterion, logits: Array) -> Array:
     0 where rounding has made it negative, so that at threshold 0 no exit answers.
     """
     value = criterion.uncertainty(logits)
+    chex.assert_shape(value, logits.shape[:1])
     value = jnp.where(value > -_ROUNDING, jnp.maximum(value, 0), value)
     return jnp.where(finite_rows(logits), value, jnp.inf)
 

@@ -217,6 +217,11 @@ def _client_part(spec: BranchSpec, criterion: Criterion, batch_size: int) -> Cli
         client: Branch, inputs: Array
     ) -> tuple[Message, npt.NDArray, npt.NDArray]:
         count = len(inputs)
+        if not jnp.issubdtype(inputs.dtype, jnp.floating):
+            raise ValueError(
+                f"inputs: {inputs.dtype} is not allowed; allowed are samples in "
+                "float32, which an InputPipeline has normalised"
+            )
         if not 1 <= count <= batch_size:
             raise ValueError(f"inputs: {count} rows; allowed are 1..{batch_size}")
         if count < batch_size:

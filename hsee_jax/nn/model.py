@@ -105,6 +105,53 @@ def _layer_inputs(
     return tuple(shapes)
 
 
+def check_model(model: Model, num_classes: int) -> None:
+    """Refuse a network whose parts do not fit together.
+
+    Args:
+      model: L layers.
+      num_classes: K.
+
+    Raises:
+      UserError: a layer has no exit head or no name of its own, a name is a number,
+        which would be a cut, a parameter is not float32, or a head does not give
+        logits in ``float32 [1, K]``.
+    """
+    names, layers = model.layer_names, len(model.stages)
+    if (len(model.exit_heads), len(names)) != (layers, layers):
+        raise UserError(
+            f"network: {layers} layers with {len(model.exit_heads)} exit heads and "
+            f"{len(names)} names are not allowed; allowed are as many of each"
+        )
+    if len(set(names)) < layers or any(name.isdecimal() for name in names):
+        raise UserError(
+            f"network: the layer names {', '.join(names)} are not allowed; allowed are "
+            "different names that are not numbers"
+        )
+    inputs = layer_inputs(model)
+    heads = (*model.exit_heads, model.final_head)
+    for stage, own in zip(model.stages, inputs, strict=False):
+        _check_parameters(stage, own)
+    for head, own in zip(heads, (*inputs[1:], inputs[-1]), strict=True):
+        _check_parameters(head, own)
+        logits = _output(head, own)
+        if (logits.shape, logits.dtype) != ((1, num_classes), jnp.float32):
+            raise UserError(
+                f"network: a head gives {logits.dtype} {list(logits.shape)} for a "
+                f"sample; allowed is float32 {[1, num_classes]}"
+            )
+
+
+def _check_parameters(stage: Stage, inputs: jax.ShapeDtypeStruct) -> None:
+    variables = jax.eval_shape(lambda key: _draw(stage, key, inputs), jax.random.key(0))
+    for leaf in jax.tree.leaves(variables["params"]):
+        if leaf.dtype != jnp.float32:
+            raise UserError(
+                f"network: parameters in {leaf.dtype} are not allowed; allowed is "
+                "float32, in which layers may compute in another type"
+            )
+
+
 def logits_of(model: Model) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of the logits of one sample, ``[1, K]``."""
     return _output(model.final_head, layer_inputs(model)[-1])

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.registry import Registry
 
 Floats = npt.NDArray[np.float32]
@@ -51,7 +52,8 @@ def make_schedule(
       A function from steps, counted from 0, to their rates, ``float32 [...]``.
 
     Raises:
-      UserError: there is no such schedule.
+      UserError: there is no such schedule. The function raises it for rates that are
+        not finite or below 0, and for a schedule that JAX cannot trace.
     """
     steps = total_steps - warmup_steps
     after = SCHEDULES.make(name, learning_rate, steps, options=options)
@@ -59,10 +61,30 @@ def make_schedule(
     def rates(counts: npt.ArrayLike) -> Floats:
         counts = np.asarray(counts, np.float32)
         left = counts - np.float32(warmup_steps)
-        later: Any = jax.jit(jax.vmap(after))(left.reshape(-1))
-        later = np.asarray(later, np.float32).reshape(counts.shape)
+        later = _computed(name, after, left.reshape(-1)).reshape(counts.shape)
         return np.where(left < 0, _rise(counts, learning_rate, warmup_steps), later)
 
+    return rates
+
+
+def _computed(name: str, schedule: optax.Schedule, steps: Floats) -> Floats:
+    """Compute a schedule ``float32 [N]`` at steps; those below 0 do not count."""
+    try:
+        found: Any = jax.jit(jax.vmap(schedule))(steps)
+    except jax.errors.JAXTypeError as error:
+        raise UserError(
+            f"schedule: {name} is not a function of JAX of one number; allowed are "
+            "functions of optax and jax.numpy"
+        ) from error
+    rates = np.asarray(found, np.float32)
+    if rates.shape != steps.shape:
+        raise UserError(f"schedule: {name} does not give one rate for a step")
+    bad = ~(np.isfinite(rates) & (rates >= 0)) & (steps >= 0)
+    if bad.any():
+        raise UserError(
+            f"schedule: {name} gives the rate {rates[bad][0]} at step "
+            f"{steps[bad][0]:.0f}; allowed are finite rates of 0 or more"
+        )
     return rates
 
 

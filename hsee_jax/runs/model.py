@@ -4,10 +4,11 @@ from jax.sharding import Mesh
 
 from hsee_jax.config.schema import ClientsConfig, Config
 from hsee_jax.core.errors import UserError
+from hsee_jax.core.registry import is_ours
 from hsee_jax.data import PARTITIONS, DatasetInfo, Views, views_of
 from hsee_jax.link.codecs import CODECS, Codec
 from hsee_jax.nn.gates import with_gates
-from hsee_jax.nn.model import Model
+from hsee_jax.nn.model import Model, check_model
 from hsee_jax.nn.registry import NETWORKS
 from hsee_jax.runs.data import build_info
 from hsee_jax.runs.forms import convolution_of
@@ -45,8 +46,8 @@ def build_model(
         programs that run elsewhere.
 
     Raises:
-      UserError: the network does not take the samples, or cannot have the gates that a
-        target for the width needs.
+      UserError: the network does not take the samples, its parts do not fit together,
+        or it cannot have the gates that a target for the width needs.
     """
     info = info or build_info(config.data)
     model = NETWORKS.make(
@@ -58,6 +59,8 @@ def build_model(
         num_classes=info.num_classes,
         input_shape=views_in(config, info).shape,
     )
+    if not is_ours(NETWORKS.entry(config.model.network).make):  # tests check ours
+        check_model(model, info.num_classes)
     target = config.strategy.options.get("width_target")
     return model if target is None else _with_gates(model, config, target)
 

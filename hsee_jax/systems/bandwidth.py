@@ -37,7 +37,12 @@ def divide_uplink(
       bandwidth: bytes per second of all clients together.
       link_bytes_per_s: the most that each client's own link takes, ``[N]`` or one
         number.
+
+    Raises:
+      ValueError: the bandwidth is not above 0.
     """
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth: {bandwidth}; allowed is more than 0")
     sizes, starts = np.atleast_2d(up_bytes, start_s)
 
     def rates(end: float) -> Floats:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.systems.bandwidth import divide_uplink
 from hsee_jax.systems.devices import Device
 from hsee_jax.systems.energy import joules
@@ -33,7 +34,15 @@ class Plan(NamedTuple):
 
 
 def evaluate_cuts(problem: Problem, cuts: Ints) -> Plan:
-    """Return the cuts ``int64 [N]`` with their round, whatever the limits."""
+    """Return the cuts ``int64 [N]`` with their round, whatever the limits.
+
+    Raises:
+      UserError: the algorithm does not take a cut.
+    """
+    cuts = np.asarray(cuts)
+    if other := set(cuts.tolist()) - problem.traffic.keys():
+        known = ", ".join(map(str, problem.traffic))
+        raise UserError(f"cuts: {min(other)} is not allowed; allowed are {known}")
     own, schedule = problem.work(cuts), problem.schedule
     work = problem.work(cuts, _on_shared_uplink(problem, own))
     workers = 1 if schedule.shared else problem.workers

@@ -75,7 +75,12 @@ def split_layers(
 
     Returns:
       The split; None if the layers fit in no way.
+
+    Raises:
+      ValueError: there is no micro-batch.
     """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches: {micro_batches}; allowed is 1 or more")
     stages = _stage_seconds(layer_s, send_s)
     if fits is not None:
         stages = np.where(fits, stages, np.inf)

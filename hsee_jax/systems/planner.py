@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hsee_jax.core.errors import UserError
+from hsee_jax.core.errors import UserError, unknown
 from hsee_jax.systems.choice import (
     LIMITS,
     accurate_cuts,
@@ -28,6 +28,7 @@ from hsee_jax.systems.quantities import QUANTITIES, Bools, CutCosts, totals
 _TRIES = 8
 _SLACK = 1e-6  # relative, of limits
 _WATTS = ("busy", "sending", "receiving", "idle")
+_MINIMIZED = ("seconds", "joules", "bytes")
 
 
 class Limits(NamedTuple):
@@ -60,9 +61,11 @@ def plan_cuts(
       limits: what the plan keeps to; None for the memory of the devices alone.
 
     Raises:
-      UserError: no choice keeps to the limits, or energy is asked for and a device does
-        not know its watts.
+      UserError: no choice keeps to the limits, nothing of this name can be minimized,
+        or energy is asked for and a device does not know its watts.
     """
+    if minimize not in _MINIMIZED:
+        raise unknown("minimize", minimize, _MINIMIZED)
     limits = limits or Limits()
     if problem.one_cut or not problem.gradient_share:
         return _plan(problem, minimize, limits)
