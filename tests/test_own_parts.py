@@ -272,7 +272,7 @@ def test_no_two_clients_have_one_id():
     ("schedule", "said"),
     [
         (lambda count: jnp.nan * count, "gives the rate nan at step 0"),
-        (lambda count: 2.0 - count, "gives the rate -1.0 at step 3"),
+        (lambda count: 1 / (3 - count), "gives the rate inf at step 3"),
         (lambda count: 0.1 if count < 3 else 0.01, "is not a function of JAX"),
         (lambda count: jnp.ones(2) * count, "does not give one rate"),
     ],

@@ -53,7 +53,7 @@ def make_schedule(
 
     Raises:
       UserError: there is no such schedule. The function raises it for rates that are
-        not finite or below 0, and for a schedule that JAX cannot trace.
+        not finite, and for a schedule that JAX cannot trace.
     """
     steps = total_steps - warmup_steps
     after = SCHEDULES.make(name, learning_rate, steps, options=options)
@@ -79,11 +79,11 @@ def _computed(name: str, schedule: optax.Schedule, steps: Floats) -> Floats:
     rates = np.asarray(found, np.float32)
     if rates.shape != steps.shape:
         raise UserError(f"schedule: {name} does not give one rate for a step")
-    bad = ~(np.isfinite(rates) & (rates >= 0)) & (steps >= 0)
+    bad = ~np.isfinite(rates) & (steps >= 0)
     if bad.any():
         raise UserError(
             f"schedule: {name} gives the rate {rates[bad][0]} at step "
-            f"{steps[bad][0]:.0f}; allowed are finite rates of 0 or more"
+            f"{steps[bad][0]:.0f}; allowed are finite rates"
         )
     return rates
 

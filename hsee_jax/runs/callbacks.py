@@ -1,12 +1,13 @@
 """Callbacks of the training loop: the log and the checkpoints are two of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from hsee_jax.core.errors import UserError
 from hsee_jax.core.files import replace_file, sync_to_disk, writing
 from hsee_jax.federation.recut import Shelf
 from hsee_jax.federation.state import RunState
@@ -48,6 +49,20 @@ class Callback(AbstractContextManager["Callback"]):
         traceback: TracebackType | None,
     ) -> None:
         """Clean up, also after an error."""
+
+    @staticmethod
+    def check_all(callbacks: Iterable[object]) -> None:
+        """Refuse what is no callback, such as a class in place of its object.
+
+        Raises:
+          UserError: there is such an entry.
+        """
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise UserError(
+                    f"callbacks: {callback!r} is not allowed; allowed are objects of "
+                    "subclasses of hsee_jax.runs.Callback"
+                )
 
     def on_start(self, experiment: Experiment) -> None:
         """Act before the first round."""

@@ -19,7 +19,7 @@ import jax
 
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import to_json
-from hsee_jax.core.errors import DivergenceError, Stopped, UserError
+from hsee_jax.core.errors import DivergenceError, Stopped
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.engine.plan import RoundPlan
 from hsee_jax.engine.round import RoundProgress
@@ -139,12 +139,7 @@ def train_built(
       The content of ``summary.json``.
     """
     begin, folder = time.perf_counter(), Path(folder)
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise UserError(
-                f"callbacks: {callback!r} is not allowed; allowed are objects of "
-                "subclasses of hsee_jax.runs.Callback"
-            )
+    Callback.check_all(callbacks)
     check = partial(check_start, folder, resume=resume, overwrite=overwrite)
     in_first(check)
     if resume:

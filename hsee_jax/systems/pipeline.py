@@ -75,12 +75,7 @@ def split_layers(
 
     Returns:
       The split; None if the layers fit in no way.
-
-    Raises:
-      ValueError: there is no micro-batch.
     """
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches: {micro_batches}; allowed is 1 or more")
     stages = _stage_seconds(layer_s, send_s)
     if fits is not None:
         stages = np.where(fits, stages, np.inf)
@@ -95,10 +90,7 @@ def split_layers(
 
 
 def _stage_seconds(layer_s: Floats, send_s: Floats) -> Floats:
-    """Return the seconds of device k with the layers a+1..b at ``[k, a, b]``.
-
-    Where a is b, the device has no layer, and passes on the output of layer a.
-    """
+    """Return the seconds of device k with the layers a+1..b, or none: ``[k, a, b]``."""
     devices, layers = layer_s.shape
     sums = np.concatenate([np.zeros((devices, 1)), layer_s.cumsum(axis=1)], axis=1)
     sends = np.concatenate(
