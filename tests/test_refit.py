@@ -115,7 +115,8 @@ class Curved(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, *, train):
-        return nn.tanh(nn.Dense(self.classes)(x.mean(axis=(1, 2))))
+        pooled = x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1)
+        return nn.tanh(nn.Dense(self.classes)(pooled))
 
 
 def curved(*, num_classes, input_shape):
