@@ -19,7 +19,6 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
 import bench_all  # noqa: E402
-import bench_aot  # noqa: E402
 import bench_scaling  # noqa: E402
 import bench_step  # noqa: E402
 import federations  # noqa: E402
@@ -227,16 +226,6 @@ def test_no_form_that_can_abort_a_compiler_is_timed(monkeypatch, backend):
     forms = [form for form in FORMS if form != "auto"]
     found = bench.forms_here(forms)
     assert found == (["grouped", "unrolled"] if backend == "gpu" else forms)
-
-
-def test_programs_that_fail_are_named_at_the_end(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_aot, "find_spec", lambda _: True)
-    monkeypatch.setattr(bench_aot, "compile_apart", lambda *_: None)
-    name = bench_aot.programs(quick=True)[0].name
-    words = ["bench_aot.py", "--quick", name, "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match=f"not compiled: {name}"):
-        bench_aot.main()
 
 
 @pytest.mark.slow
