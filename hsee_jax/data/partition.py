@@ -171,7 +171,7 @@ def partition(
 def _checked(
     dealt: Parts, num_clients: int, samples: int
 ) -> list[npt.NDArray[np.integer]]:
-    """Return the parts as arrays; refuse what are not indices of samples."""
+    """Return the parts as arrays; refuse parts that are not indices of samples."""
     parts = [np.asarray(part) for part in dealt]
     if len(parts) != num_clients:
         raise UserError(

@@ -52,7 +52,7 @@ class Callback(AbstractContextManager["Callback"]):
 
     @staticmethod
     def check_all(callbacks: Iterable[object]) -> None:
-        """Refuse what is no callback, such as a class in place of its object.
+        """Refuse objects that are not callbacks, such as a class of callbacks.
 
         Raises:
           UserError: there is such an entry.
