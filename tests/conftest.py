@@ -39,6 +39,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Files that take longest begin first, so that no worker ends long after the others.
 LONG = (
+    "test_reuse",
     "test_strategies",
     "test_survival",
     "test_cli",

@@ -13,7 +13,7 @@ from hsee_jax.cli.arguments import config_parser
 from hsee_jax.cli.flags import config_from
 from hsee_jax.config import SECTIONS, flatten, options, override, preset
 from hsee_jax.config.section import Section, Values
-from hsee_jax.core import Registry
+from hsee_jax.core import Registry, UserError
 from hsee_jax.data import DATASETS
 from hsee_jax.nn import NETWORKS
 from hsee_jax.runs.build import build, build_federation, build_strategy
@@ -100,6 +100,24 @@ def test_help_shows_the_default_of_each_reader(parser):
         ("--width", "(demo: 8)"),
     ):
         assert parser._option_string_actions[flag].help.endswith(defaults)
+
+
+def refused(option):
+    """A value that is not allowed: by its name, by a rule, or else by its type."""
+    if option.choices:
+        value = "nothing"
+    else:
+        against = (v for r in option.rules for v in (-1, 2**30) if not r.holds(v))
+        value = next(against, 1 if option.kind is str else "x")
+    return (value,) if option.many and value != 1 else value
+
+
+@pytest.mark.parametrize(("field", "registry", "name"), ENTRIES)
+def test_a_factory_refuses_a_value_in_a_program_too(field, registry, name):
+    entry = registry[name]
+    for option in entry.options.values():
+        with pytest.raises(UserError, match=f"^{option.name}: .*allowed"):
+            entry.make(**{option.name: refused(option)})
 
 
 def another(option, current):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import pytest
 
 import hsee_jax
@@ -171,6 +172,22 @@ def test_an_entry_is_made_with_the_options_that_it_reads(registry):
         registry.make("circel", 1, units="m")
     with pytest.raises(UserError, match="allowed are circle, square"):
         registry.entry("x")
+
+
+def test_a_factory_gets_what_no_configuration_can_hold_as_it_is():
+    registry = Registry("rate")
+
+    @registry.register
+    def fixed(*, momentum: Annotated[float, share] = 0.9):
+        """Return it."""
+        return momentum
+
+    assert fixed(momentum=0) == 0.0 and type(fixed(momentum=0)) is float
+    assert jax.grad(lambda m: fixed(momentum=m) ** 2)(0.25) == 0.5  # traced
+    assert fixed(momentum=share.holds) is share.holds
+    with pytest.raises(UserError, match="momentum: 1.0 is not allowed"):
+        fixed(momentum=1)
+    assert fixed.__name__ == "fixed" and fixed.__doc__ == "Return it."
 
 
 def test_what_cannot_be_registered(registry):

@@ -67,7 +67,7 @@ def test_a_run_with_another_seed_compiles_next_to_nothing(tmp_path, kind, axis):
     assert same_bits(shared, train(tmp_path / "anew", **kind, **other))
 
 
-@pytest.mark.parametrize("axis", ["loop", "vmap"])
+@pytest.mark.parametrize("axis", ["loop", pytest.param("vmap", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "change",
     [

@@ -5,11 +5,12 @@ that is registered once. Its keyword-only parameters with a default are its opti
 command line, the configuration and the reference read them from here.
 """
 
+import functools
 import inspect
+import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
@@ -21,6 +22,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 _MAIN = ("__main__", "__mp_main__")
 _PACKAGE = __name__.partition(".")[0]
+_PLAIN = (str, numbers.Number, tuple, list, type(None))  # what configurations hold
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -67,7 +69,8 @@ class Registry(Mapping[str, Entry[T]]):
     def register(self, make: Any = None, /, *, summary: str = "") -> Any:
         """Register a factory under its own name; works as a decorator.
 
-        Registering the same function again, as a notebook does, replaces it.
+        Registering the same function again, as a notebook does, replaces it. A factory
+        with options is returned as a function that checks them and calls the factory.
 
         Args:
           make: the factory. Its keyword-only parameters with a default are options.
@@ -101,7 +104,7 @@ class Registry(Mapping[str, Entry[T]]):
         entry = self.entry(name)
         own = {key: options[key] for key in entry.options if key in options}
         ours = all(map(is_ours, _factories(entry, own)))
-        make = partial(self._make_ours, entry.make) if ours else entry.make
+        make = functools.partial(self._make_ours, entry.make) if ours else entry.make
         return make(*context, **more, **own)
 
     def entry(self, name: str) -> Entry[T]:
@@ -168,8 +171,28 @@ class Registry(Mapping[str, Entry[T]]):
                         f"{other}"
                     )
         lines = (make.__doc__ or "").strip().splitlines()
+        make = _checking(make, options) if options else make
         self._entries[name] = Entry(name, make, options, summary or "".join(lines[:1]))
         return make
+
+
+def _checking(
+    make: Callable[..., T], options: Mapping[str, Option]
+) -> Callable[..., T]:
+    """Make a factory refuse a value that its options do not allow.
+
+    A program may pass more than a configuration can hold, as an array that JAX traces,
+    a dtype or a function. The factory gets it as it is.
+    """
+
+    @functools.wraps(make)
+    def call(*args: Any, **named: Any) -> T:
+        for name, value in named.items():
+            if name in options and isinstance(value, _PLAIN):
+                named[name] = options[name].checked(value)
+        return make(*args, **named)
+
+    return call
 
 
 def _call(make: Callable[..., T], /, *args: Any, **named: Any) -> T:

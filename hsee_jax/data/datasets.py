@@ -169,16 +169,14 @@ def describe(name: str, data: Data) -> str:
 
 
 def _form(name: str, options: dict[str, Any]) -> Form:
-    known_options = DATASETS.entry(name).options
     for option, value in options.items():
-        if option not in known_options:
+        if option not in DATASETS.entry(name).options:
             readers = ", ".join(DATASETS.readers(option)) or "no dataset"
             raise UserError(
                 f"{option}: {value} has no effect on dataset {name}; it is read by "
                 f"{readers}"
             )
-    checked = {key: known_options[key].checked(v) for key, v in options.items()}
-    return DATASETS.make(name, options=checked)
+    return DATASETS.make(name, options=options)
 
 
 def _read(form: Form, place: Path, limits: Limits) -> Data:

@@ -1,12 +1,10 @@
 """The networks that can be trained by name."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from hsee_jax.core.errors import UserError
-from hsee_jax.core.options import read_options
 from hsee_jax.core.registry import Registry
 from hsee_jax.nn.model import Model, layer_inputs
 
@@ -45,12 +43,6 @@ def tables_only(make: F) -> F:
 
 
 def _only(make: F, kind: str, letters: str, rank: int) -> F:
-    keywords = inspect.signature(make).parameters.values()
-    options = [own for own in keywords if own.kind is own.KEYWORD_ONLY]
-    names = [own.name for own in options if own.default is not own.empty]
-    # These may also be given as what they name.
-    known = read_options(make, [n for n in names if n not in ("dtype", "conv")])
-
     @functools.wraps(make)
     def checked(
         *, num_classes: int, input_shape: tuple[int, ...], **options: Any
@@ -63,9 +55,6 @@ def _only(make: F, kind: str, letters: str, rank: int) -> F:
                 f"{list(input_shape)}; it takes {kind} {letters}; allowed are "
                 f"{', '.join(fitting)}"
             )
-        for name, option in known.items():
-            if name in options:
-                option.checked(options[name])
         return make(num_classes=num_classes, input_shape=input_shape, **options)
 
     checked.input_rank = rank  # type: ignore[attr-defined]
