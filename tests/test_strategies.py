@@ -169,7 +169,7 @@ def test_sequential_averages_clients_like_the_reference(participation, turn, cha
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"average": "servers"}, "shared server is not averaged"),
+        ({"average": "servers"}, "average: servers is unknown; allowed are none, clie"),
         ({"period": 2}, "period: 2 has no effect without an average; allowed is 1"),
         (
             {"average": "clients", "period": 0, "weights": "uniform"},
@@ -198,6 +198,12 @@ def test_sequential_refuses_averages_that_cannot_be(options, message):
 def test_copies_that_no_step_would_use(properties, message):
     with pytest.raises(UserError, match=message):
         Properties(shared=True, average="none", **properties).check()
+
+
+@pytest.mark.parametrize("average", ["servers", "all_holders"])
+def test_a_shared_server_is_not_averaged(average):
+    with pytest.raises(ValueError, match=f"shared server .* so not {average}"):
+        Properties(shared=True, average=average).check()
 
 
 @pytest.mark.parametrize(
