@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hsee_jax.runs import read_history, start
 from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.equip import Given, equip
 from hsee_jax.runs.equipment import equipment_values, stored_equipment
+from hsee_jax.runs.folder import read_config
 from hsee_jax.systems import Schedule, joules, read_devices, round_time, workload
 from hsee_jax.systems.availability import Period
 
@@ -366,6 +368,30 @@ def test_a_device_that_changes_by_nothing_is_read_again(tmp_path):
     equipment = equip(CONFIG, Given(path), resume=None)
     (tmp_path / "devices.json").write_text(json.dumps(equipment_values(equipment)))
     assert stored_equipment(tmp_path) == equipment
+
+
+def test_a_device_may_have_an_empty_name(tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text('devices = [{device = "raspberry-pi-4", name = "", count = 4}]\n')
+    equipment = equip(CONFIG, Given(path), resume=None)
+    (tmp_path / "devices.json").write_text(json.dumps(equipment_values(equipment)))
+    assert stored_equipment(tmp_path) == equipment
+    assert {device.name for device in equipment.fleet.clients} == {""}
+
+
+def test_a_run_with_the_devices_of_another_is_refused(closed, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(closed, folder)
+    values = json.loads((folder / "devices.json").read_text())
+    text = json.dumps(values | {"clients": values["clients"][1:]})
+    (folder / "devices.json").write_text(text)
+    clients = len(values["clients"])
+    refusal = rf"devices\.json has {clients - 1} devices for {clients} clients"
+    with pytest.raises(UserError, match=refusal):
+        hs.train(override(read_config(folder), rounds=9), folder, resume=True)
+    assert cli.main(["eval", str(folder)]) == 2
+    line = capsys.readouterr().err
+    assert f"{clients - 1} devices for {clients}" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_the_plan_shows_the_layers_of_each_device(tmp_path, capsys):
     for words, message in (
         (["--max-memory", "1e9"], "max_memory: is not allowed with clusters"),
         (["--strategy", "fedavg"], "devices: a cluster does not fit the strategy"),
-        (["--devices", str(small)], "cluster room (client 1) has too little memory"),
+        (["--devices", str(small)], "cluster room (client 1) cannot hold any cut"),
     ):
         assert cli.main([*flags, *words]) == 2
         line = capsys.readouterr().err

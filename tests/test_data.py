@@ -220,3 +220,17 @@ def test_the_home_of_nobody_is_one_line(capsys):
         "data_dir: ~no such user/x names a user without a home" in err
         and err.count("\n") == 1
     )
+
+
+def test_a_loop_of_links_is_one_line(tmp_path, capsys):
+    loop, run = tmp_path / "loop", tmp_path / "run"
+    loop.symlink_to(loop)
+    for words in (
+        ["report", loop],
+        ["train", "demo", "--dataset", "npz", "--data-dir", loop, "--out", run],
+        ["data", "cifar10", "--data-dir", loop],
+    ):
+        assert cli.main(list(map(str, words))) == 2
+        line = capsys.readouterr().err
+        assert "loop" in line and line.count("\n") == 1
+    assert not run.exists()

@@ -227,6 +227,18 @@ def test_renewal_keeps_the_ca_and_the_hosts(tmp_path, capsys):
     assert before.keys() == after.keys() and before[key] != after[key]
 
 
+def test_renewal_leaves_what_is_no_client(tmp_path):
+    enroll(tmp_path, clients=1)
+    (tmp_path / "client-0.tar.gz").write_text("an archive")
+    (tmp_path / "client-0.bak").mkdir()
+    (tmp_path / "client-7").write_text("a file")
+    (tmp_path / "client-01").mkdir()
+    written = enroll(tmp_path, clients=1, renew=True)
+    assert [path.name for path in written] == ["server", "client-0"]
+    assert (tmp_path / "client-0.tar.gz").read_text() == "an archive"
+    assert not any((tmp_path / "client-0.bak").iterdir())
+
+
 def test_a_certificate_names_its_subject_and_purpose(keys):
     purposes = {"server": "SERVER_AUTH", "client-1": "CLIENT_AUTH"}
     for name, purpose in purposes.items():

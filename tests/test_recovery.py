@@ -303,8 +303,11 @@ def test_a_run_that_was_not_served_does_not_go_on_with_devices(tmp_path):
     config = small_run(rounds=1)
     hs.train(config, tmp_path / "run")
     network = Network(hs.override(config, rounds=2), tmp_path)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="holds no devices after round 1"):
         network.serve(resume=True)
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert after == before
 
 
 def test_a_run_that_stopped_within_a_round_does_not_go_on_with_devices(tmp_path):

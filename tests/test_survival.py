@@ -382,6 +382,16 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     assert_same_run(tmp_path / "whole", killed)
 
 
+def test_only_unfinished_checkpoints_are_cleaned_away(tmp_path):
+    for name in ("3.tmp", "2-5.tmp", "1.old.tmp", "4", "other.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".notes.json.tmp").write_text("of a program that copies files")
+    with Writer(tmp_path, keep=1):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"4", "other.tmp", ".notes.json.tmp"}
+
+
 def test_a_run_that_goes_on_draws_no_first_state(tmp_path, monkeypatch):
     """Which needs as much memory as the state that it goes on with."""
     config = override(SMALL, rounds=1)

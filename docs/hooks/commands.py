@@ -27,7 +27,7 @@ _STATUS = """
 | 0 | The command succeeded. |
 | 1 | Standard output cannot be written, a run of a sweep failed, or a fault of ours. |
 | 2 | You can correct the error; one line on standard error says how. |
-| 3 | The training diverged: no client has a finite loss any more. A sweep goes on. |
+| 3 | The training diverged: no client took all steps of a round. A sweep goes on. |
 | 130, 143 | Ctrl-C or SIGTERM stopped the command; `hsee train --resume` goes on. |
 """
 

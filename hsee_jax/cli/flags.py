@@ -26,7 +26,7 @@ from hsee_jax.config import (
 )
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, at_least, text_of
-from hsee_jax.core.paths import expand_home
+from hsee_jax.core.paths import expand_home, resolve
 from hsee_jax.core.user_cache import user_cache
 from hsee_jax.runs.folder import load_config, read_config
 
@@ -265,7 +265,7 @@ def config_from(given: dict[str, Any], *, stored: Path | None = None) -> Config:
     """
     changes = {name: given[name] for name in options() if name in given}
     for name in {"data_dir", "pretrained"} & changes.keys():
-        changes[name] = str(expand_home(changes[name], name).resolve())
+        changes[name] = str(resolve(expand_home(changes[name], name)))
     for name in ("absences", "interactions"):
         if f"{name}_file" in given and name in changes:
             raise UserError(f"{name}_file: is not allowed together with {name}")

@@ -18,7 +18,7 @@ from hsee_jax.cli.terminal import show, show_log, text_table
 from hsee_jax.config import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import Option, at_least
-from hsee_jax.core.paths import expand_home
+from hsee_jax.core.paths import expand_home, resolve
 from hsee_jax.parallel.processes import check_devices
 from hsee_jax.studies.load import check_rows
 
@@ -40,7 +40,7 @@ def sweep(words: Sequence[str]) -> int:
         check_rows(f"{given.study} with --data-dir", study.rows)
     folder = given.study.stem
     if folder == "study":
-        folder = given.study.resolve().parent.name
+        folder = resolve(given.study).parent.name
     out = given.out or Path("runs") / folder
     runs = studies.runs(study, rows=given.rows, seeds=given.seeds)
     digests = studies.Digests()
@@ -75,7 +75,7 @@ def _limit(seconds: float | None) -> float:
 
 def _moved(study: studies.Study, folder: Path) -> studies.Study:
     """Return the study with the data of all rows in a folder."""
-    place = str(expand_home(folder, "data_dir").resolve())
+    place = str(resolve(expand_home(folder, "data_dir")))
     rows = (
         replace(row, config=override(row.config, data_dir=place)) for row in study.rows
     )

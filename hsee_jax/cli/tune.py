@@ -55,9 +55,8 @@ def tune_forms(words: Sequence[str]) -> None:
         stack=largest if stacked else 0,
         repeats=repeats,
     )
-    path = write_forms(tuning.forms)
     _print(alone, tuning)
-    print(path)
+    print(write_forms(tuning.forms))
 
 
 def _parser(words: Sequence[str]) -> Parser:

@@ -6,6 +6,14 @@ from pathlib import Path
 from hsee_jax.core.errors import UserError
 
 
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path without links, as far as they lead somewhere.
+
+    `Path.resolve` raises a RuntimeError for a loop of links on Python 3.11 and 3.12.
+    """
+    return Path(os.path.realpath(path))
+
+
 def expand_home(path: str | os.PathLike[str], field: str) -> Path:
     """Replace a leading ``~`` or ``~user`` of a path by the folder of that user.
 

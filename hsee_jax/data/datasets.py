@@ -205,4 +205,4 @@ def _one_line(place: Path) -> Iterator[None]:
 
 def _absolute(folder: Folder) -> Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return expand_home(folder or default, "data_dir").absolute()
+    return expand_home(default if folder is None else folder, "data_dir").absolute()

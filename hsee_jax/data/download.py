@@ -45,6 +45,7 @@ def download_archive(archive: Archive, folder: Path, on_bytes: OnBytes) -> None:
             continue
         part = place / f"{name}.part"
         try:
+            place.mkdir(parents=True, exist_ok=True)  # a loop of links is an OSError
             pooch.retrieve(
                 archive.url + name,
                 known_hash=f"md5:{md5}",

@@ -13,7 +13,7 @@ import grpc
 from hsee_jax.core.errors import UserError
 
 CA, CERTIFICATE, KEY = "ca.pem", "certificate.pem", "key.pem"  # in each folder
-_CLIENT = re.compile(rb"client-(0|[1-9][0-9]{0,8})")
+CLIENT = re.compile(rb"client-(0|[1-9][0-9]{0,8})")
 
 
 def server_credentials(folder: Path) -> grpc.ServerCredentials:
@@ -54,7 +54,7 @@ def client_id(auth_context: Mapping[str, Sequence[bytes]]) -> int:
       PermissionError: the peer has no certificate, or it names no client.
     """
     names = auth_context.get("x509_common_name", ())
-    found = _CLIENT.fullmatch(names[0]) if len(names) == 1 else None
+    found = CLIENT.fullmatch(names[0]) if len(names) == 1 else None
     if found is None:
         raise PermissionError("the certificate of the peer names no client")
     return int(found[1])

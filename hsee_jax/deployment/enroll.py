@@ -28,6 +28,7 @@ from hsee_jax.deployment.certificates import (
     read_key,
     validity,
 )
+from hsee_jax.deployment.credentials import CLIENT
 
 LOCAL = ("localhost", "127.0.0.1")
 _CA_DAYS = 3650
@@ -68,7 +69,8 @@ def enroll(
         authority = _authority(place, days)
         subjects = ["server", *(f"client-{i}" for i in range(clients))]
         if renew:  # those of more clients, too
-            older = sorted(path.name for path in place.glob("client-*"))
+            older = sorted(path.name for path in place.glob("client-*/"))
+            older = [name for name in older if CLIENT.fullmatch(name.encode())]
             subjects += [name for name in older if name not in subjects]
         todo = [name for name in subjects if renew or not (place / name).exists()]
         for subject in todo:

@@ -31,6 +31,7 @@ from hsee_jax.runs.callbacks import Callback, Moment
 from hsee_jax.runs.checkpoint_writer import Writer
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.records import RoundRecord
+from hsee_jax.runs.start import check_devices, devices_after
 
 FOLDER = "deployment"
 CHECKPOINTS = f"{FOLDER}/rounds"
@@ -49,7 +50,8 @@ class Journal(Callback):
     def __init__(self, folder: Path) -> None:
         """Choose the run's folder."""
         self._folder = folder / FOLDER
-        self._writer = Writer(folder / CHECKPOINTS, keep=_KEPT)
+        self._rounds = folder / CHECKPOINTS
+        self._writer = Writer(self._rounds, keep=_KEPT)
         self._number: int | None = None  # the round after which `last` and `means` hold
         self.run, self.last, self.means = "", dict[int, int](), Means()
 
@@ -92,12 +94,8 @@ class Journal(Callback):
         self._number, self.last, self.means = number, {}, {}
         if number == 0:
             return
-        path = self._path(number)
-        if not path.exists():
-            raise UserError(
-                f"run: {self._folder.parent} holds no devices after round {number}; "
-                "allowed is a run that `hsee serve` trained"
-            )
+        check_devices(self._rounds, number)
+        path = devices_after(self._rounds, number)
         clients = jax.ShapeDtypeStruct((self._clients,), np.int32)
         form = form_of(self._like, "means")
         limit = size_limit(form | {"last": clients})
@@ -135,11 +133,8 @@ class Journal(Callback):
         last[list(self.last)] = list(self.last.values())
         fields = {"round": number, "means": bool(self.means)}
         tensors = named(self.means, "means") | {"last": last}
-        write(self._path(number), pack(fields, tensors), "out")
+        write(devices_after(self._rounds, number), pack(fields, tensors), "out")
         if not moment.due:
             self._writer.save(number, 0, moment.state(), {"score": None})
             self._writer.seal()
-        self._path(number - _KEPT).unlink(missing_ok=True)
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"devices-{number}"
+        devices_after(self._rounds, number - _KEPT).unlink(missing_ok=True)

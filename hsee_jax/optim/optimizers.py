@@ -37,7 +37,9 @@ class Merge(NamedTuple):
     # State -> a tree of bool, true for the leaves that are averaged over the holders.
     shared: Callable[[PyTree], PyTree]
     # Parameters before, their mean, and the state with the mean of its shared leaves
-    # -> the new state.
+    # -> the new state. A holder that missed means gets only some of them before it
+    # takes part again; without steps since the last, its state must depend on the
+    # newest mean alone, or a checkpoint changes the training.
     merge: Callable[[PyTree, PyTree, PyTree], PyTree]
     # Whether `merge` also changes the state of a BatchNorm that stays local; there the
     # mean of the parameters is the holder's own value.

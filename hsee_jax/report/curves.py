@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.options import text_of
+from hsee_jax.core.paths import resolve
 from hsee_jax.data.partition import Share
 from hsee_jax.engine.evaluation import ClientResult
 from hsee_jax.runs.history import read_history
@@ -127,7 +128,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[Curve, ...]:
     Raises:
       UserError: a folder is not a run, or is damaged, given twice or not yet evaluated.
     """
-    places = [folder.resolve() for folder in folders]
+    places = [resolve(folder) for folder in folders]
     common = os.path.commonpath([place.parent for place in places])
     groups: dict[Hashable, list[Run]] = {}
     copies = Counter[Hashable]()  # of the settings and seeds so far

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,12 +13,21 @@ DIGESTS, NOTES = "digests.json", "notes.json"
 UNFINISHED = ".tmp"  # suffix of the name of an unfinished checkpoint
 
 
+_NAME = r"(\d+)(?:-(\d+))?"  # rounds, and steps of the next round
+
+
 def find_places(folder: Path) -> dict[tuple[int, int], Path]:
     """Find the checkpoints in a folder, by the rounds and steps in their names."""
-    names = {path: re.fullmatch(r"(\d+)(?:-(\d+))?", path.name) for path in _in(folder)}
+    names = {path: re.fullmatch(_NAME, path.name) for path in _in(folder)}
     return {
         (int(name[1]), int(name[2] or 0)): path for path, name in names.items() if name
     }
+
+
+def find_unfinished(folder: Path) -> list[Path]:
+    """Find the checkpoints in a folder that were not finished, or half removed."""
+    name = rf"{_NAME}(\.old)?{re.escape(UNFINISHED)}"
+    return [path for path in _in(folder) if re.fullmatch(name, path.name)]
 
 
 def _in(folder: Path) -> list[Path]:
@@ -61,7 +71,9 @@ def verify(folder: Path) -> None:
 
 def _damaged(folder: Path, name: str) -> UserError:
     path = folder / name
-    what = "has changed since it was written" if path.exists() else "is missing"
+    what = "is missing or may not be read"
+    if os.path.exists(path):
+        what = "has changed since it was written"
     return UserError(f"run: checkpoint {folder} cannot be read: {path} {what}")
 
 

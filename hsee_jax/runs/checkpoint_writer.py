@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from hsee_jax.runs.checkpoint_folder import (
     UNFINISHED,
     compute_digests,
     find_places,
+    find_unfinished,
     read_score,
     remove,
 )
@@ -55,7 +57,8 @@ class Writer:
             and are renamed.
           hint: what the error says of a checkpoint that cannot be written.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs what this raises, and the tracebacks of its threads.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder, self._keep, self._after = folder, keep, after
         self._hint = hint
         self._unsealed: tuple[Path, Mapping[str, Any], Any] | None = None
@@ -165,7 +168,7 @@ class Writer:
             remove(places[place])
 
     def _clean(self) -> None:
-        for path in self._folder.glob(f"*{UNFINISHED}"):
+        for path in find_unfinished(self._folder):
             shutil.rmtree(path)
         for place, path in find_places(self._folder).items():
             if self._after is not None and place > self._after[1:3]:
@@ -180,6 +183,9 @@ class Writer:
             raise self._unwritten(folder, error) from error
 
     def _unwritten(self, folder: Path, error: Exception) -> UserError:
+        for thread in threading.enumerate():  # of Orbax, which still write
+            if type(thread).__name__ == "_SignalingThread":
+                thread.join()
         shutil.rmtree(folder, ignore_errors=True)  # make room on a full disk
         reason = f"{reason_of(error)}; {self._hint}"
         return UserError(

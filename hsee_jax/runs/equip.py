@@ -10,6 +10,7 @@ from hsee_jax.core.errors import UserError
 from hsee_jax.runs.equipment import (
     FILE,
     Equipment,
+    check_count,
     equipment_values,
     stored_equipment,
 )
@@ -48,11 +49,13 @@ def equip(config: Config, given: Given, *, resume: Path | None) -> Equipment | N
         clients, or an availability or a deadline comes without devices; or, to go on
         with a run, what is given differs from what the run has.
     """
-    stored = None if resume is None else stored_equipment(resume)
-    if stored is None:
-        if resume is not None:
-            _check_lost(resume, given)
+    if resume is None:
         return _read(config, given)
+    stored = stored_equipment(resume)
+    if stored is None:
+        _check_lost(resume, given)
+        return _read(config, given)
+    check_count(config, stored, str(resume / FILE))
     for name, value in given._asdict().items():
         if value is None:
             continue
@@ -121,17 +124,12 @@ def _read(config: Config, given: Given) -> Equipment | None:
         fleet = read_devices(Path(devices), seed=config.run.partition_seed)
         name = str(devices)
     check_no_clusters(fleet)
-    # With one client that has all the data, the server is the device.
-    if config.strategy.strategy != "centralized" and len(fleet.clients) != count:
-        raise UserError(
-            f"devices: {name} has {len(fleet.clients)} devices for {count} clients; "
-            "allowed is a device for each, see num_clients"
-        )
-    sources = {"devices": _source(devices)}
+    equipment = Equipment(fleet, (), {"devices": _source(devices)})
+    check_count(config, equipment, name)
     if given.availability is None:
-        return Equipment(fleet, (), sources)
+        return equipment
     periods = _periods(given.availability, count)
-    sources["availability"] = _source(given.availability)
+    sources = {**equipment.sources, "availability": _source(given.availability)}
     return Equipment(fleet, periods, sources)
 
 

@@ -72,6 +72,21 @@ def stored_equipment(folder: Path) -> Equipment | None:
         ) from error
 
 
+def check_count(config: Config, equipment: Equipment, name: str) -> None:
+    """Refuse devices that are not one for each client; ``name`` says whose they are.
+
+    Raises:
+      UserError: there are more or fewer.
+    """
+    count, found = config.clients.num_clients, len(equipment.fleet.clients)
+    # With one client that has all the data, the server is the device.
+    if config.strategy.strategy != "centralized" and found != count:
+        raise UserError(
+            f"devices: {name} has {found} devices for {count} clients; "
+            "allowed is a device for each, see num_clients"
+        )
+
+
 def _fields(device: Device) -> dict[str, Any]:
     """Return the fields of a device that say something, for `make_device`.
 
@@ -82,7 +97,7 @@ def _fields(device: Device) -> dict[str, Any]:
     def says(name: str, value: Any) -> bool:
         if isinstance(value, float) and not math.isfinite(value):
             return False
-        return value not in (None, "", defaults[name])
+        return value not in (None, defaults[name])
 
     values = json.loads(json.dumps(dataclasses.asdict(device)))
     return {name: value for name, value in values.items() if says(name, value)}

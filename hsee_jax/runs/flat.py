@@ -7,7 +7,7 @@ from typing import Any
 from hsee_jax.config import Config, load_plugins, options, override, preset
 from hsee_jax.core.errors import unknown
 from hsee_jax.core.options import Option
-from hsee_jax.core.paths import expand_home
+from hsee_jax.core.paths import expand_home, resolve
 
 _BASE = "preset"
 
@@ -36,7 +36,7 @@ def config_from_flat(values: Mapping[str, Any]) -> Config:
             changes[name] = flat_value(option, value)
     if "data_dir" in changes:
         folder = expand_home(changes["data_dir"], "data_dir")
-        changes["data_dir"] = str(folder.resolve())
+        changes["data_dir"] = str(resolve(folder))
     return override(base, **changes)
 
 

@@ -7,14 +7,14 @@ import numpy as np
 
 from hsee_jax.config.schema import Config
 from hsee_jax.config.values import override
-from hsee_jax.core.paths import expand_home
+from hsee_jax.core.paths import expand_home, resolve
 from hsee_jax.core.types import Dataset
 from hsee_jax.federation.state import RunState
 from hsee_jax.runs.build import build
 from hsee_jax.runs.checkpoint import Checkpoint, load
 from hsee_jax.runs.clock import with_clock
 from hsee_jax.runs.data import DataSource, OwnData, data_source, own_field
-from hsee_jax.runs.equipment import stored_equipment
+from hsee_jax.runs.equipment import FILE, check_count, stored_equipment
 from hsee_jax.runs.experiment import Experiment
 from hsee_jax.runs.folder import read_config
 from hsee_jax.runs.material import deal
@@ -66,7 +66,10 @@ def reopen_phases(
     check_layers(config)
     config, source = _with_data(folder, config, data_dir, data)
     checkpoint = checkpoint_of(folder, which)
-    whole = with_clock(build(config, source), stored_equipment(folder))
+    equipment = stored_equipment(folder)
+    if equipment is not None:
+        check_count(config, equipment, str(folder / FILE))
+    whole = with_clock(build(config, source), equipment)
     return Phases(whole), checkpoint
 
 
@@ -75,7 +78,7 @@ def _with_data(
 ) -> tuple[Config, DataSource]:
     """Find the data of a run; return its configuration with their folder, too."""
     if data_dir is not None:
-        place = expand_home(data_dir, "data_dir").resolve()
+        place = resolve(expand_home(data_dir, "data_dir"))
         config = override(config, data_dir=str(place))
     source = data_source(config.data, data)
     check_info(folder, source.info, own_field(config.data))

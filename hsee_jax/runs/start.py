@@ -92,6 +92,8 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
             f"run: {folder} stopped within round {checkpoint.number}, which devices "
             "cannot continue; allowed is `hsee train --resume`"
         )
+    if journal is not None:
+        check_devices(folder / journal, checkpoint.rounds)
     of_journal = journal is not None and (folder / journal) in checkpoint.folder.parents
     if of_journal and rounds == checkpoint.rounds:
         raise UserError(
@@ -117,6 +119,20 @@ def resume_from(phases: Phases, folder: Path, journal: str | None = None) -> Sta
     seconds, wall_seconds = (checkpoint.notes[n] for n in ("seconds", "wall_seconds"))
     begun = _progress_from(experiment.plan(checkpoint.rounds), checkpoint)
     return start._replace(begun=begun, seconds=seconds, wall_seconds=wall_seconds)
+
+
+def devices_after(journal: Path, rounds: int) -> Path:
+    """Return the file of what a server knows of its devices after a round."""
+    return journal.with_name(f"devices-{rounds}")
+
+
+def check_devices(journal: Path, rounds: int) -> None:
+    """Refuse a journal without the devices after a round: no server trained it."""
+    if not devices_after(journal, rounds).exists():
+        raise UserError(
+            f"run: {journal.parents[1]} holds no devices after round {rounds}; "
+            "allowed is a run that `hsee serve` trained"
+        )
 
 
 def config_to_build(config: Config, folder: Path) -> Config:

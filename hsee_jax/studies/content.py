@@ -12,7 +12,7 @@ from hsee_jax.config.plugins import load_plugins
 from hsee_jax.config.schema import SEEDS
 from hsee_jax.config.values import options
 from hsee_jax.core.errors import DAMAGE, UserError, unknown
-from hsee_jax.core.paths import expand_home
+from hsee_jax.core.paths import expand_home, resolve
 from hsee_jax.runs.folder import load_config
 
 _TEXTS = ("title", "shows", "cost", "preset", "config", "extends")
@@ -155,7 +155,7 @@ def _options(path: Path, table: str, values: Mapping[str, Any]) -> dict[str, Any
         with within(path, table):
             place = expand_home(found[name], name)
         # Relative to the file, wherever the study is run.
-        found[name] = str((path.parent / place).resolve())
+        found[name] = str(resolve(path.parent / place))
     return found
 
 

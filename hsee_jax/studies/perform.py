@@ -90,7 +90,7 @@ def perform(
         digests = digests or Digests()
         todo = unfinished(runs, out, digests)
         for run in todo:
-            begun = (_folder(out, run) / "config.json").is_file()
+            begun = os.path.isfile(_folder(out, run) / "config.json")
             digest = digests(run) if begun else None
             changed = changes(run, _folder(out, run), digest)
             if changed and not overwrite:

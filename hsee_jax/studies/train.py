@@ -1,5 +1,6 @@
 """Train one run of a study in its folder."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def changes(
       folder: of the run.
       digest: of its data now, see `Digests`; None if not known.
     """
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         return None
     ours, theirs = settings(run.config), settings(read_config(folder))
     changed = [

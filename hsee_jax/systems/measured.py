@@ -1,6 +1,6 @@
 """Measured seconds of the parts of one network on one device."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,7 +81,7 @@ def _numbers(name: str, values: Any, sizes: Sequence[int]) -> tuple[float, ...]:
     if (
         not _is_list(values, int | float)
         or len(values) not in sizes
-        or not all(0 <= value < math.inf for value in values)
+        or not all(0 <= value <= sys.float_info.max for value in values)
     ):
         count = " or ".join(map(str, sizes))
         raise _refusal(name, values, f"a list of {count} numbers, each 0 or more")

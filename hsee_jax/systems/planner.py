@@ -221,8 +221,8 @@ def _within_clusters(problem: Problem, limits: Limits, allowed: Bools) -> Bools:
         if not allowed[client].any():
             raise UserError(
                 f"devices: cluster {problem.devices[client].name} (client {client}) "
-                "has too little memory for every cut; allowed are devices with more "
-                "memory_bytes"
+                "cannot hold any cut; its first and last device need a layer each, and "
+                "memory_bytes for what they hold"
             )
     return allowed
 
