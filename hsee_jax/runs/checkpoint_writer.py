@@ -185,7 +185,7 @@ class Writer:
     def _unwritten(self, folder: Path, error: Exception) -> UserError:
         for thread in threading.enumerate():  # of Orbax, which still write
             if type(thread).__name__ == "_SignalingThread":
-                thread.join()
+                thread.join(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)  # make room on a full disk
         reason = f"{reason_of(error)}; {self._hint}"
         return UserError(
