@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import sys
+import warnings
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +20,7 @@ from hsee_jax import cli
 from hsee_jax.config.presets import preset
 from hsee_jax.config.values import override, to_json
 from hsee_jax.core.errors import UserError
+from hsee_jax.report import style
 from hsee_jax.report.answers import further_answers
 from hsee_jax.report.curves import read_curves
 from hsee_jax.report.events import write_events
@@ -710,3 +712,14 @@ def test_runs_on_a_known_dataset_are_one_curve_wherever_it_lies(tmp_path):
     ]
     (curve,) = read_curves(folders)
     assert len(curve.runs) == 2
+
+
+def test_letters_that_the_font_lacks_are_no_warning():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.suptitle("装置 \U00013000")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert style.png(figure).startswith(b"\x89PNG")
+    assert seen == []

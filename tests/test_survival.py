@@ -504,6 +504,20 @@ def test_text_outside_of_utf_8_is_one_clear_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_written_leaves_no_half_of_it(tmp_path, monkeypatch):
+    path = tmp_path / "curve.json"
+    path.write_text("before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="curve.json cannot be written: No space"):
+        replace_file(path, "after", sync=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["curve.json"]
+    assert path.read_text() == "before"
+
+
 @pytest.mark.parametrize("where", ["save_async", slow("write_text"), slow("open")])
 def test_a_full_disk_is_one_clear_line(where, tmp_path, monkeypatch):
     """In a checkpoint's arrays, its digests, or the log; there is one to go on from."""

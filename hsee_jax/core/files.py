@@ -57,12 +57,17 @@ def replace_file(
         letter = error.object[error.start]
         raise UserError(f"{field}: {path} cannot hold {letter!a}") from error
     with writing(path, field, hint=hint):
-        with temporary.open("wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:  # as on a full disk, which half a file would fill
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
         if sync:
             sync_to_disk(path.parent)
 

@@ -7,6 +7,7 @@ large, so that they can be read at half their size.
 
 import io
 import textwrap
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def show_percent(axis: "Axis", most: int = 7) -> None:
 
 
 def png(figure: "Figure") -> bytes:
-    """Return a figure as PNG."""
+    """Return a figure as PNG; letters that the font lacks are boxes."""
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(file, format="png")
     return file.getvalue()
 
 
