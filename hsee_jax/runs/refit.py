@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hsee_jax.config.values import override
 from hsee_jax.core.errors import UserError
 from hsee_jax.core.files import replace_file, writing
-from hsee_jax.core.options import Option, between
+from hsee_jax.core.options import Option, at_least
 from hsee_jax.engine.refit import ExitFit
 from hsee_jax.federation.ridge import RIDGE
 from hsee_jax.runs.checkpoint import load, load_shelf
@@ -25,7 +25,7 @@ from hsee_jax.runs.same_data import check_partition
 from hsee_jax.runs.start import Start, prepare_folder
 from hsee_jax.systems.traffic import Bytes
 
-_RIDGE = Option("ridge", float, RIDGE, rules=(between(0, 1e100),))
+_RIDGE = Option("ridge", float, RIDGE, rules=(at_least(0),))
 
 
 class Refit(NamedTuple):
